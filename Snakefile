@@ -1,0 +1,59 @@
+"""Coppice: a study as a tree of compressed and recovered models. The stages are in rules/, the package in workflow/."""
+
+import sys
+from os import environ, pathsep
+from pathlib import Path
+
+from snakemake.utils import min_version
+
+min_version("9.20")
+
+# Snakemake merges a --configfile into what the directive `configfile:` names. A study replaces the default study instead
+# of adding to it, so the default is read only when none is given; --config changes single keys of either.
+if not workflow.configfiles:
+
+    configfile: "config/config.yaml"
+
+
+# Jobs run this interpreter and this package, whether or not an environment is activated.
+PACKAGE = str(Path(workflow.basedir) / "workflow")
+sys.path.insert(0, PACKAGE)
+environ["PATH"] = f"{Path(sys.executable).parent}{pathsep}{environ['PATH']}"
+environ["PYTHONPATH"] = f"{PACKAGE}{pathsep}{environ.get('PYTHONPATH', '')}"
+
+
+include: "rules/common.smk"
+
+
+STUDY = load_study(config)
+NODES = tree.nodes(STUDY)
+USES = tree.token_uses(STUDY)
+RESULTS = f"results/{STUDY.study}"
+
+
+pathvars:
+    results=RESULTS,
+    logs=f"{RESULTS}/logs",
+    benchmarks=f"{RESULTS}/benchmarks",
+
+
+wildcard_constraints:
+    model=alternation(STUDY.models),
+    node=node_pattern(),
+    calibration=alternation(STUDY.calibrations),
+
+
+localrules:
+    all,
+
+
+rule all:
+    default_target: True
+    input:
+        [checkpoints(), metrics(), fits()],
+        [f"{RESULTS}/report/index.html", f"{RESULTS}/tracking/runs.json"],
+
+
+for stage in "root tokens calibrate compress recover evaluate tables laws report track".split():
+
+    include: f"rules/{stage}.smk"

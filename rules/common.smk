@@ -1,0 +1,272 @@
+"""Functions that the rules share: names as patterns, names as paths, and what a node is made from."""
+
+import json
+from os.path import relpath
+from shlex import join
+
+from coppice import laws, tree
+from coppice.files import fingerprint
+from coppice.methods.base import KINDS
+from coppice.study import SHIPPED, FileText, LocalModel, ShippedModel, effective, load_study
+
+# Patterns
+
+
+def alternation(names):
+    """A pattern that matches one of the names; one that matches nothing when there are none."""
+    return f"(?:{'|'.join(map(re.escape, names))})" if names else "(?!)"
+
+
+def part_pattern(training):
+    """Parts of a node's path: the steps that train or those that do not, with the seed that may follow."""
+    return alternation([step for step in STUDY.steps if tree.trains(STUDY, step) == training]) + r"(?:@\d+)?"
+
+
+def node_pattern():
+    """A node: a model and its steps."""
+    return rf"{alternation(STUDY.models)}(?:/{alternation(STUDY.steps)}(?:@\d+)?)*"
+
+
+def evaluation_pattern(kind):
+    """The evaluations of a kind."""
+    return alternation([name for name, evaluation in STUDY.evaluations.items() if evaluation.kind == kind])
+
+
+# Paths
+
+
+def checkpoint(node):
+    return f"{RESULTS}/models/{node}/manifest.json"
+
+
+def checkpoints():
+    return [checkpoint(node) for node in NODES]
+
+
+def metrics():
+    return [
+        f"{RESULTS}/evaluations/{node}/{name}/metrics.json" for node in NODES for name in tree.evaluations(STUDY, node)
+    ]
+
+
+def tokens(model, use):
+    return f"{RESULTS}/tokens/{model}/{use}/manifest.json"
+
+
+def fits():
+    return [f"{RESULTS}/laws/{law}/fit.json" for law in STUDY.laws]
+
+
+def options(name, paths):
+    """`--name DIR` for the folder of each path."""
+    return [word for path in paths for word in (name, os.path.dirname(path))]
+
+
+# Roots and tokens
+
+
+def model_files(wildcards):
+    """The files of a local or shipped model."""
+    model = STUDY.models[wildcards.model]
+    if isinstance(model, ShippedModel):
+        folder = SHIPPED / model.shipped
+    elif isinstance(model, LocalModel):
+        folder = Path(model.path)
+    else:
+        return []
+    return [relpath(folder / "config.json"), *sorted(map(relpath, folder.glob("*.safetensors")))]
+
+
+def model_source(wildcards):
+    return STUDY.models[wildcards.model].model_dump_json()
+
+
+def text_files(wildcards):
+    text = STUDY.texts[token_use(wildcards).text]
+    return [text.path] if isinstance(text, FileText) else []
+
+
+def token_use(wildcards):
+    return USES[wildcards.use]
+
+
+def text_source(wildcards):
+    return STUDY.texts[token_use(wildcards).text].model_dump_json(exclude_none=True)
+
+
+def text_role(wildcards):
+    return token_use(wildcards).role
+
+
+def text_windows(wildcards):
+    return token_use(wildcards).windows
+
+
+def text_length(wildcards):
+    return token_use(wildcards).length
+
+
+def text_packing(wildcards):
+    return [] if token_use(wildcards).pack else ["--no-pack"]
+
+
+# Nodes
+
+
+def made_node(wildcards):
+    """The node that a job makes. Its name must be one of the study's."""
+    name = f"{wildcards.parent}/{wildcards.part}"
+    if name not in NODES:
+        raise WorkflowError(f"{name} is no node of the study {STUDY.study}; `coppice study` prints its tree.")
+    return NODES[name]
+
+
+def node_name(wildcards):
+    return made_node(wildcards).name
+
+
+def node_seed(wildcards):
+    return made_node(wildcards).seed
+
+
+def node_step(wildcards):
+    """The step that makes a node, as JSON."""
+    name = made_node(wildcards).step
+    step = STUDY.steps[name]
+    return json.dumps({"name": name, "method": step.method, "options": step.options.model_dump(mode="json")})
+
+
+def method_file(wildcards):
+    """The file of the step's method: a changed method makes its nodes anew and no others.
+
+    It is relative to the working directory, so that a project that moves as a whole stays done.
+    """
+    return relpath(tree.method_of(STUDY, made_node(wildcards).step).file)
+
+
+def calibration_tokens(wildcards):
+    return tokens(tree.model_of(wildcards.node), f"calibration.{wildcards.calibration}")
+
+
+def step_statistics(wildcards):
+    node = made_node(wildcards)
+    calibration = tree.calibration(STUDY, node.step)
+    return [
+        f"{RESULTS}/statistics/{node.parent}/{calibration}/{kind}/manifest.json"
+        for kind in tree.kinds(STUDY, node.step)
+    ]
+
+
+def step_tokens(wildcards):
+    """The calibration's tokens, for a step that gathers its moments itself."""
+    node = made_node(wildcards)
+    if not tree.propagates(STUDY.steps[node.step]):
+        return []
+    return [tokens(node.model, f"calibration.{tree.calibration(STUDY, node.step)}")]
+
+
+def step_reference(wildcards):
+    """What the linears computed before they were compressed, for a step that compensates."""
+    node = made_node(wildcards)
+    if tree.method_of(STUDY, node.step).family != "compensate":
+        return []
+    return [checkpoint(tree.reference(STUDY, node.parent))]
+
+
+def step_sources(wildcards, input):
+    """The options of `coppice compress` for what only some steps read."""
+    return [
+        *options("--statistics", input.statistics),
+        *options("--tokens", input.tokens),
+        *options("--reference", input.reference),
+    ]
+
+
+def dense_checkpoint(wildcards):
+    return checkpoint(tree.model_of(wildcards.parent))
+
+
+def recovery_tokens(wildcards):
+    node = made_node(wildcards)
+    return tokens(node.model, f"recovery.{node.step}")
+
+
+def validation_tokens(wildcards):
+    node = made_node(wildcards)
+    return tokens(node.model, f"validation.{node.step}")
+
+
+def node_budgets(wildcards):
+    """The option of `coppice recover` for the rungs of the ladder that a recovery reaches."""
+    tokens = STUDY.steps[made_node(wildcards).step].options.tokens
+    budgets = [str(budget) for budget in sorted(set(STUDY.budgets)) if budget <= tokens]
+    return ["--budgets", ",".join(budgets)] if budgets else []
+
+
+def node_state(wildcards):
+    """Where a recovery keeps what it needs to go on after an interruption; no output, as those are deleted first."""
+    return f"{RESULTS}/state/{node_name(wildcards)}"
+
+
+# Evaluations, laws, tracking
+
+
+def evaluation_options(wildcards):
+    """An evaluation as JSON; which nodes it measures is no part of how it measures."""
+    return STUDY.evaluations[wildcards.evaluation].model_dump_json(exclude={"nodes"})
+
+
+def evaluation_tokens(wildcards):
+    """The tokens of each protocol, in the order of the protocols."""
+    model = tree.model_of(wildcards.node)
+    protocols = tree.protocols(STUDY.evaluations[wildcards.evaluation])
+    return [tokens(model, f"evaluation.{wildcards.evaluation}.{protocol}") for protocol in protocols]
+
+
+def protocol_sources(wildcards):
+    """The options of `coppice evaluate` for its tokens."""
+    protocols = tree.protocols(STUDY.evaluations[wildcards.evaluation])
+    paths = evaluation_tokens(wildcards)
+    return [
+        word for protocol, path in zip(protocols, paths) for word in ("--tokens", f"{protocol}={os.path.dirname(path)}")
+    ]
+
+
+def law_name(wildcards):
+    return STUDY.laws[wildcards.law].law
+
+
+def law_file(wildcards):
+    return relpath(Path(laws.__file__).parent / f"{law_name(wildcards).replace('-', '_')}.py")
+
+
+def law_options(wildcards):
+    return json.dumps(STUDY.laws[wildcards.law].options)
+
+
+def tracking_uri():
+    return STUDY.tracking.uri or "sqlite:///results/mlflow.db"
+
+
+# Configuration
+
+
+def config_files():
+    return [relpath(file) for file in workflow.configfiles]
+
+
+def config_changes():
+    """What --config changes, as JSON."""
+    return json.dumps(dict(workflow.config_settings.config))
+
+
+def partial_results():
+    """The command that gathers and tracks what a run with failures achieved; its tables are dated 1970."""
+    study = f"{RESULTS}/study.yaml"
+    stages = [
+        ["study", *config_files(), "--config", config_changes(), "--output", study],
+        ["tables", "--study", study, "--results", RESULTS, "--output", f"{RESULTS}/tables", "--partial"],
+        ["track", "--study", study, "--results", RESULTS, "--uri", tracking_uri()]
+        + ["--output", f"{RESULTS}/tracking/runs.json"],
+    ]
+    return " && ".join(f"python -m coppice {join(words)}" for words in stages)

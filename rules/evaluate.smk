@@ -1,0 +1,51 @@
+"""Measurements of a node: all that one evaluation names in one job, with one load of the model."""
+
+
+rule evaluate:
+    input:
+        model="<results>/models/{node}/manifest.json",
+        tokens=evaluation_tokens,
+    output:
+        "<results>/evaluations/{node}/{evaluation}/metrics.json",
+    log:
+        "<logs>/evaluate/{node}/{evaluation}.log",
+    benchmark:
+        "<benchmarks>/evaluate/{node}/{evaluation}.jsonl"
+    wildcard_constraints:
+        evaluation=evaluation_pattern("quality"),
+    conda:
+        "../envs/coppice.yaml"
+    threads: 1
+    params:
+        evaluation=evaluation_options,
+        protocols=protocol_sources,
+        model=subpath(input.model, parent=True),
+        directory=subpath(output[0], parent=True),
+    shell:
+        "python -m coppice evaluate --node {wildcards.node:q} --model {params.model:q} --name {wildcards.evaluation}"
+        " --evaluation {params.evaluation:q} {params.protocols:q} --threads {threads}"
+        " --output {params.directory:q} > {log:q} 2>&1"
+
+
+rule cost:
+    input:
+        model="<results>/models/{node}/manifest.json",
+    output:
+        "<results>/evaluations/{node}/{evaluation}/metrics.json",
+    log:
+        "<logs>/evaluate/{node}/{evaluation}.log",
+    benchmark:
+        "<benchmarks>/evaluate/{node}/{evaluation}.jsonl"
+    wildcard_constraints:
+        evaluation=evaluation_pattern("cost"),
+    conda:
+        "../envs/coppice.yaml"
+    # Nothing else may run while time is measured.
+    threads: workflow.cores
+    params:
+        evaluation=evaluation_options,
+        model=subpath(input.model, parent=True),
+        directory=subpath(output[0], parent=True),
+    shell:
+        "python -m coppice evaluate --node {wildcards.node:q} --model {params.model:q} --name {wildcards.evaluation}"
+        " --evaluation {params.evaluation:q} --threads {threads} --output {params.directory:q} > {log:q} 2>&1"

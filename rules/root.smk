@@ -1,0 +1,42 @@
+"""Dense models, and the study as it is after defaults."""
+
+
+localrules:
+    study,
+    root,
+
+
+rule study:
+    output:
+        "<results>/study.yaml",
+    log:
+        "<logs>/study.log",
+    conda:
+        "../envs/coppice.yaml"
+    params:
+        # The values that count; comments of a file do not.
+        fingerprint=fingerprint(effective(STUDY)),
+        files=config_files(),
+        changes=config_changes(),
+    shell:
+        "python -m coppice study {params.files:q} --config {params.changes:q} --output {output:q} 2> {log:q}"
+
+
+rule root:
+    input:
+        model_files,
+    output:
+        "<results>/models/{model}/manifest.json",
+    log:
+        "<logs>/root/{model}.log",
+    benchmark:
+        "<benchmarks>/root/{model}.jsonl"
+    conda:
+        "../envs/coppice.yaml"
+    params:
+        source=model_source,
+        seed=STUDY.seed,
+        directory=subpath(output[0], parent=True),
+    shell:
+        "python -m coppice root --node {wildcards.model} --source {params.source:q} --seed {params.seed}"
+        " --output {params.directory:q} > {log:q} 2>&1"

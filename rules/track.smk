@@ -1,0 +1,32 @@
+"""Results mirrored to MLflow."""
+
+
+localrules:
+    track,
+
+
+rule track:
+    input:
+        tables=rules.tables.output,
+        laws=fits(),
+        report=rules.report.output,
+        study="<results>/study.yaml",
+    output:
+        "<results>/tracking/runs.json",
+    log:
+        "<logs>/track.log",
+    benchmark:
+        "<benchmarks>/track.jsonl"
+    conda:
+        "../envs/coppice.yaml"
+    params:
+        results=subpath(input.study, parent=True),
+        uri=tracking_uri(),
+    shell:
+        "python -m coppice track --study {input.study:q} --results {params.results:q} --uri {params.uri:q}"
+        " --output {output:q} > {log:q} 2>&1"
+
+
+# Failures become rows of the tables and runs of the tracker; the next run makes the tables anew.
+onerror:
+    shell(partial_results())

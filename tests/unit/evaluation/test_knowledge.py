@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from coppice import biographies, text
+from coppice.checkpoint import read_manifest
+from coppice.evaluation import knowledge
+
+from .conftest import WORLD
+
+
+def test_the_likelihood_of_a_continuation_is_the_sum_over_its_tokens(model, tokenizer, checkpoint):
+    person = text.world(WORLD).person(0)
+    pairs = [("", person.name), (f"{person.name} was born on", f" {person.values['birth_date']}")]
+    for (prefix, continuation), score in zip(pairs, knowledge.log_likelihood(model, checkpoint)(pairs), strict=True):
+        tokens = tokenizer(prefix + continuation, return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            log_probabilities = model(tokens).logits[0].double().log_softmax(-1)
+        count = len(continuation.split())
+        places = range(tokens.shape[1] - count, tokens.shape[1])
+        assert score == pytest.approx(sum(log_probabilities[t - 1, tokens[0, t]].item() for t in places), rel=1e-5)
+
+
+def test_bits_by_person_by_parameter_and_by_stored_bit(model, checkpoint):
+    world, manifest = text.world(WORLD), read_manifest(checkpoint)
+    metrics, items = knowledge.measure(model, checkpoint, manifest, world)
+    found = {metric["metric"]: metric for metric in metrics}
+    people = [
+        -sum(item["log_likelihood"] for item in items if item["item"] == str(i)) / math.log(2)
+        for i in range(world.people)
+    ]
+    most = math.log2(world.names) + sum(map(math.log2, world.choices.values()))
+    bits = most - sum(people) / world.people
+    person = found["knowledge_bits_per_person"]
+    assert person["value"] == pytest.approx(bits)
+    assert person["stderr"] == pytest.approx(torch.tensor(people).std().item() / world.people**0.5, rel=1e-4)
+    assert person["n"] == world.people
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    assert found["knowledge_bits_per_parameter"]["value"] == pytest.approx(bits * world.people / parameters)
+    assert found["knowledge_bits_per_stored_bit"]["value"] == pytest.approx(bits * world.people / parameters / 32)
+    assert found["knowledge_bits_per_person_max"]["value"] == pytest.approx(most - math.log2(world.people))
+
+
+def test_items_are_the_name_and_the_attributes_of_each_person(model, checkpoint):
+    world = biographies.World(people=3)
+    _, items = knowledge.measure(model, checkpoint, read_manifest(checkpoint), world)
+    asked = biographies.knowledge_prompts(world, range(3))
+    lengths = [len(continuation.strip()) for pairs in asked for _, continuation in pairs.values()]
+    assert [item["length"] for item in items] == lengths
+    assert [(item["item"], item["choice"]) for item in items] == [(str(i), j) for i in range(3) for j in range(7)]

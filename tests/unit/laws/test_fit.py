@@ -1,0 +1,225 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from coppice import laws
+from coppice.laws.fit import (
+    Form,
+    Parameter,
+    Points,
+    average_slope_difference,
+    bootstrap,
+    gradient_ratio,
+    held_out_error,
+    jacobian,
+    largest,
+    later_tokens,
+    least_squares_fit,
+    levels,
+    metrics,
+    unidentified,
+)
+
+
+def power(parameters, points: Points) -> np.ndarray:
+    return parameters["floor"] + parameters["scale"] * points["tokens"] ** -parameters["exponent"]
+
+
+def nothing_fixed(points: Points) -> tuple[dict[str, float], list[str]]:
+    return {}, []
+
+
+POWER = Form(
+    {
+        "floor": Parameter(bounds=(0, 10), start=(0, 3)),
+        "scale": Parameter(bounds=(1e-6, 1e6), start=(0.1, 10), logarithmic=True),
+        "exponent": Parameter(bounds=(0.01, 3), start=(0.1, 2), logarithmic=True),
+    },
+    power,
+    nothing_fixed,
+)
+TRUTH = {"floor": 1.5, "scale": 2.0, "exponent": 0.5}
+
+
+def curve(runs: int = 1, tokens=(1.0, 2.0, 4.0, 8.0, 16.0), noise: float = 0.0, shift: float = 0.0) -> Points:
+    generator = np.random.default_rng(0)
+    points = {
+        "run": np.repeat([f"run-{number}" for number in range(runs)], len(tokens)),
+        "tokens": np.tile(np.asarray(tokens, float), runs),
+    }
+    shifts = np.repeat(shift * generator.standard_normal(runs), len(tokens))
+    return points | {"loss": power(TRUTH, points) + shifts + noise * generator.standard_normal(len(shifts))}
+
+
+def test_laws_are_found_by_name() -> None:
+    assert "p2" in laws.names()
+    assert "fit" not in laws.names()
+    assert laws.load("p2").SOURCE["arxiv"] == "2411.10272"
+    with pytest.raises(ValueError, match=r"no law named 'p3'. The laws are: .*p2"):
+        laws.load("p3")
+
+
+def test_jacobian_is_exact() -> None:
+    points = curve()
+    tokens = points["tokens"]
+    expected = [np.ones(5), tokens**-0.5, -2.0 * tokens**-0.5 * np.log(tokens)]
+    columns = jacobian(POWER, TRUTH, points, tuple(TRUTH))
+    assert np.allclose(columns, np.transpose(expected), rtol=1e-15, atol=1e-15)
+
+
+def test_every_start_finds_the_truth() -> None:
+    fit = least_squares_fit(POWER, curve())
+    assert fit.parameters == pytest.approx(TRUTH, rel=1e-10)
+    assert fit.converged
+    assert fit.unidentified == ()
+    assert fit.starts.shape == (32, 3)
+    assert np.ptp(fit.starts, axis=0).max() < 1e-3
+
+
+def test_many_searches_at_once_agree_with_the_polished_optimum() -> None:
+    fit = least_squares_fit(POWER, curve(4, noise=0.01))
+    assert np.allclose(fit.starts, list(fit.parameters.values()), rtol=1e-3)
+
+
+def test_a_bound_holds_and_the_fit_still_counts_as_converged() -> None:
+    points = curve() | {"loss": power({"floor": -0.5, "scale": 2.0, "exponent": 0.5}, curve())}
+    fit = least_squares_fit(POWER, points)
+    assert fit.parameters["floor"] == pytest.approx(0, abs=1e-6)
+    assert fit.converged
+
+
+def test_parameters_short_of_the_optimum_are_refused() -> None:
+    # What stopping on a loose tolerance gives: near the optimum in loss, with a gradient that has not vanished.
+    points = curve(3, noise=0.01)
+    fit = least_squares_fit(POWER, points)
+    assert gradient_ratio(POWER, fit.parameters, points, fit.free) < 1e-7
+    early = fit.parameters | {"exponent": fit.parameters["exponent"] * 1.001}
+    assert gradient_ratio(POWER, early, points, fit.free) > 1e-3
+
+
+def test_rank_names_the_parameters_with_a_part_in_the_null_space() -> None:
+    generator = np.random.default_rng(0)
+    free, shared = generator.standard_normal((20, 2)), generator.standard_normal((20, 1))
+    columns = np.hstack([free * [1e5, 1e-1], shared, -1e4 * shared])
+    assert unidentified(columns, ("a", "b", "c", "d")) == ("c", "d")
+    assert unidentified(columns[:, :3], ("a", "b", "c")) == ()
+    assert unidentified(columns[:1, :2], ("a", "b")) == ("a", "b")
+    assert unidentified(np.hstack([free, np.zeros((20, 1))]), ("a", "b", "zero")) == ("zero",)
+    assert unidentified(columns[:0, :2], ("a", "b")) == ("a", "b")
+
+
+@pytest.mark.parametrize("tokens", [(4.0,), (1.0, 4.0), (2.0, 2.0, 2.0, 2.0)])
+def test_too_few_distinct_points_are_named_not_fatal(tokens: tuple[float, ...]) -> None:
+    fit = least_squares_fit(POWER, curve(tokens=tokens), starts=4)
+    assert set(fit.unidentified) == {"floor", "scale", "exponent"}
+    assert power(fit.parameters, curve(tokens=tokens)) == pytest.approx(curve(tokens=tokens)["loss"])
+
+
+def test_intervals_follow_the_spread_between_runs_not_between_points() -> None:
+    shifted = curve(12, tokens=np.geomspace(1, 100, 30), shift=0.1)
+    fit = least_squares_fit(POWER, shifted)
+    samples, counts = bootstrap(POWER, shifted, fit, 200, seed=0)
+    assert samples[:, 0].std() == pytest.approx(0.1 / np.sqrt(12), rel=0.4)
+    assert np.array_equal(counts[:, ::30].sum(axis=1), np.full(200, 12))
+    again, _ = bootstrap(POWER, shifted, fit, 200, seed=0)
+    assert np.array_equal(samples, again)
+
+
+def test_intervals_cover_the_truth() -> None:
+    covered = 0
+    for seed in range(40):
+        points = curve(12)
+        points["loss"] += 0.02 * np.random.default_rng(seed).standard_normal(len(points["loss"]))
+        fit = least_squares_fit(POWER, points, starts=3)
+        low, high = np.quantile(bootstrap(POWER, points, fit, 100, seed)[0], [0.025, 0.975], axis=0)
+        covered += np.sum((low <= list(TRUTH.values())) & (list(TRUTH.values()) <= high))
+    assert 0.85 <= covered / 120 <= 1
+
+
+def test_no_interval_without_four_runs_or_spare_points() -> None:
+    three, tight = curve(3, noise=0.01), curve(4, tokens=(1.0,), noise=0.01)
+    assert len(bootstrap(POWER, three, least_squares_fit(POWER, three), 50, 0)[0]) == 0
+    tight = {name: column[:3] for name, column in tight.items()}
+    assert len(bootstrap(POWER, tight, least_squares_fit(POWER, tight), 50, 0)[0]) == 0
+
+
+def test_a_draw_never_identifies_less_than_the_points() -> None:
+    # Only the last run has a second and third token count, so that each draw must hold it.
+    points = {
+        "run": np.array(["a", "b", "c", "d", "d", "d", "d"]),
+        "tokens": np.array([1.0, 1.0, 1.0, 1.0, 2.0, 4.0, 8.0]),
+    }
+    points["loss"] = power(TRUTH, points) + 0.01 * np.random.default_rng(0).standard_normal(7)
+    _, counts = bootstrap(POWER, points, least_squares_fit(POWER, points), 100, 0)
+    assert counts[:, 3].min() == 1
+
+
+def test_slope_difference() -> None:
+    # T-A5
+    points = curve(3, noise=0.05)
+    loss = points["loss"]
+    assert average_slope_difference(points, loss) == (0, 0)
+    predicted = power(TRUTH, points)
+    difference, relative = average_slope_difference(points, predicted)
+    assert average_slope_difference(points, predicted + 3)[0] == pytest.approx(difference, rel=1e-9)
+    rescaled = average_slope_difference(points | {"tokens": 1000 * points["tokens"]}, predicted)
+    assert rescaled == pytest.approx((difference / 1000, relative))
+    two = {"run": np.array(["a", "a", "a"]), "tokens": np.array([3.0, 1.0, 2.0]), "loss": np.array([4.0, 9.0, 6.0])}
+    # Slopes -3 and -2 against -1 and -1.
+    assert average_slope_difference(two, np.array([7.0, 9.0, 8.0])) == pytest.approx((1.5, 0.6))
+
+
+def test_slope_difference_where_there_is_no_slope() -> None:
+    single = curve(2, tokens=(4.0, 4.0))
+    assert average_slope_difference(single, single["loss"]) == (None, None)
+    flat = curve() | {"loss": np.ones(5)}
+    assert average_slope_difference(flat, np.ones(5)) == (0, None)
+
+
+def test_metrics_by_hand() -> None:
+    points = {"run": np.array(["a", "a"]), "tokens": np.array([1.0, 2.0]), "loss": np.array([3.0, 1.0])}
+    values = metrics(points, np.array([3.0005, 1.5]))
+    assert values["r2"] == pytest.approx(1 - (0.5**2 + 0.0005**2) / 2)
+    assert values["huber"] == pytest.approx((0.0005**2 / 2 + 1e-3 * (0.5 - 5e-4)) / 2)
+    assert values["rmse"] == pytest.approx(np.sqrt((0.5**2 + 0.0005**2) / 2))
+    assert metrics(points | {"loss": np.ones(2)}, np.ones(2))["r2"] is None
+
+
+def test_later_tokens_holds_out_the_last_fifth_of_each_run() -> None:
+    points = curve(2, tokens=(16.0, 1.0, 8.0, 2.0, 4.0))
+    assert points["tokens"][later_tokens(points)].tolist() == [16.0, 16.0]
+    six = later_tokens(curve(1, tokens=(1.0, 2.0, 3.0, 4.0, 5.0, 6.0)))
+    assert six.tolist() == [False] * 4 + [True] * 2
+    assert "No run has two points" in later_tokens(curve(3, tokens=(4.0,)))
+
+
+def test_largest_needs_two_levels_to_extend() -> None:
+    points = {"rho": np.array([0.35, 0.15, 0.2503, 0.2498, 0.35])}
+    assert largest(points, "rho", "pruning rate").tolist() == [True, False, False, False, True]
+    reason = largest({"rho": np.array([0.2503, 0.2498, 0.35])}, "rho", "pruning rate")
+    assert reason == ("This test needs three pruning rates, two to fit and one to predict, and the points have 2.")
+    assert levels(np.array([0.26, 0.25, 0.5])).tolist() == [0, 0, 1]
+
+
+def test_held_out_error_is_that_of_a_fit_that_has_not_seen_the_points() -> None:
+    options = {"starts": 8, "seed": 0, "bootstrap": 50}
+    points = curve(6, noise=0.01)
+    held_out = later_tokens(points)
+    error = held_out_error(POWER, points, held_out, options)
+    seen = {name: column[~held_out] for name, column in points.items()}
+    unseen = {name: column[held_out] for name, column in points.items()}
+    residuals = power(least_squares_fit(POWER, seen).parameters, unseen) - unseen["loss"]
+    assert error["rmse"] == pytest.approx(np.sqrt(np.mean(residuals**2)), rel=1e-6)
+    assert error["relative"] == pytest.approx(np.mean(np.abs(residuals) / unseen["loss"]), rel=1e-6)
+    assert error["low"] < error["rmse"] < error["high"]
+    spoiled = points | {"loss": np.where(held_out, points["loss"] + 1, points["loss"])}
+    assert held_out_error(POWER, spoiled, held_out, options)["rmse"] == pytest.approx(1, abs=0.1)
+
+
+def test_held_out_error_says_why_it_cannot_be_measured() -> None:
+    options = {"starts": 4, "seed": 0, "bootstrap": 50}
+    points = curve(1, tokens=(1.0, 2.0, 4.0))
+    error = held_out_error(POWER, points, later_tokens(points), options)
+    assert error == {"reason": "The 2 points left to fit are too few for the 3 parameters of this law."}
+    assert held_out_error(POWER, points, "No.", options) == {"reason": "No."}

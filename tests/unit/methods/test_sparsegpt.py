@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from coppice.errors import UserError
+from coppice.methods.base import Linear, Unchanged
+from coppice.methods.prune import wanda
+from coppice.methods.prune.sparsegpt import Options, compress
+
+
+def test_each_block_hits_the_sparsity_exactly(linear, statistics):
+    pruned = compress(linear, statistics, Options(sparsity=0.4, block=10))
+    assert [int((~part).sum()) for part in pruned.mask.split(10, dim=1)] == [80, 80, 32]
+    assert (pruned.weight[~pruned.mask] == 0).all()
+    assert pruned.record["sparsity"] == pytest.approx(0.4)
+    assert pruned.record["damping"] == 0.01
+
+
+def test_a_diagonal_moment_leaves_the_weights_and_ranks_by_saliency(linear, statistics, statistics_with):
+    powers = statistics.second_moment.diagonal()
+    pruned = compress(linear, statistics_with(powers.diag()), Options(sparsity=0.5, block=8, damping=0))
+    assert torch.equal(pruned.weight[pruned.mask], linear.weight[pruned.mask])
+    saliency = linear.weight.square() * powers
+    for scores, mask in zip(saliency.split(8, dim=1), pruned.mask.split(8, dim=1), strict=True):
+        assert scores[mask].min() >= scores[~mask].max()
+
+
+def test_pattern_keeps_n_of_m_whatever_the_block(linear, statistics):
+    one = compress(linear, statistics, Options(pattern="1:4", block=24))
+    other = compress(linear, statistics, Options(pattern="1:4", block=3))
+    assert (one.mask.view(20, 6, 4).sum(2) == 1).all()
+    assert torch.equal(one.mask, other.mask)
+    torch.testing.assert_close(one.weight, other.weight, rtol=1e-10, atol=1e-10)
+
+
+def test_beats_wanda_on_its_own_inputs(linear, statistics, loss):
+    for options in ({"sparsity": 0.5}, {"pattern": "2:4"}):
+        ours = compress(linear, statistics, Options(**options)).weight
+        theirs = wanda.compress(linear, statistics, wanda.Options(**options)).weight
+        assert loss(linear.weight - ours) < loss(linear.weight - theirs)
+
+
+def test_what_is_pruned_stays_pruned_and_counts(linear, statistics):
+    kept = torch.ones(20, 24, dtype=torch.bool)
+    kept[:, 20:] = False
+    pruned = compress(Linear(linear.weight * kept, kept), statistics, Options(sparsity=0.5))
+    assert not (pruned.mask & ~kept).any()
+    assert int((~pruned.mask).sum()) == 240
+    again = compress(Linear(pruned.weight, pruned.mask), statistics, Options(sparsity=0.5))
+    assert torch.equal(again.mask, pruned.mask)
+    assert torch.equal(again.weight, pruned.weight)
+
+
+def test_dead_inputs(linear, statistics, statistics_with):
+    moment = statistics.second_moment.clone()
+    moment[5] = 0
+    moment[:, 5] = 0
+    pruned = compress(linear, statistics_with(moment), Options(sparsity=0.5))
+    assert not pruned.mask[:, 5].any()
+    assert int((~pruned.mask).sum()) == 240
+    assert pruned.record["dead_inputs"] == 1
+
+
+def test_float32_agrees_with_float64(linear, statistics):
+    single = compress(Linear(linear.weight.float()), statistics, Options(sparsity=0.5))
+    double = compress(linear, statistics, Options(sparsity=0.5))
+    assert single.weight.dtype == torch.float32
+    assert torch.equal(single.mask, double.mask)
+    torch.testing.assert_close(single.weight.double(), double.weight, rtol=1e-3, atol=1e-4)
+
+
+def test_zero_sparsity_changes_nothing(linear, statistics):
+    assert isinstance(compress(linear, statistics, Options(sparsity=0)), Unchanged)
+
+
+def test_bad_inputs(linear, statistics):
+    with pytest.raises(
+        UserError, match="The pattern 2:5 needs a number of inputs that 5 divides, and this layer has 24"
+    ):
+        compress(linear, statistics, Options(pattern="2:5"))
+    damaged = dataclasses.replace(statistics, second_moment=statistics.second_moment * float("nan"))
+    with pytest.raises(UserError, match="not finite"):
+        compress(linear, damaged, Options(sparsity=0.5))
+    for bad in ({"damping": -1}, {"damping": 1.5}, {"block": 0}):
+        with pytest.raises(ValidationError, match="Input should be"):
+            Options(sparsity=0.5, **bad)

@@ -1,0 +1,198 @@
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import duckdb
+import pandas as pd
+import polars as pl
+import pyarrow.parquet as pq
+import pytest
+from coppice import tables
+from coppice.errors import UserError
+from fake_results import fake_study, log, write_results
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    folder = write_results(tmp_path / "demo")
+    for model in ("small", "medium"):
+        node = folder / "models" / model / "broken-9"
+        whole = folder / "models" / model / "wanda-50" / "manifest.json"
+        node.mkdir()
+        broken = json.loads(whole.read_text()) | {"node": f"{model}/broken-9"}
+        (node / "manifest.json").write_text(json.dumps(broken))
+        for evaluation in (folder / "evaluations" / model / "wanda-50").iterdir():
+            shutil.copytree(evaluation, folder / "evaluations" / model / "broken-9" / evaluation.name)
+    return folder
+
+
+@pytest.fixture
+def partial(tmp_path: Path) -> Path:
+    """Results that lack the nodes that failed."""
+    return write_results(tmp_path / "demo")
+
+
+def read(folder: Path, name: str) -> pd.DataFrame:
+    return pd.read_parquet(folder / "tables" / f"{name}.parquet")
+
+
+def test_whole_results(results: Path) -> None:
+    written = tables.write_tables(fake_study(), results, results / "tables")
+    assert {name: len(table) for name, table in written.items()} == {
+        "nodes": 12, "metrics": 24, "items": 72, "curves": 22, "costs": 66, "failures": 0,
+    }  # fmt: skip
+    nodes = read(results, "nodes").set_index("node")
+    row = nodes.loc["small/laco-25/full-1m"]
+    assert row["parent"] == "small/laco-25"
+    assert row["recipe"] == "laco-25/full-1m"
+    assert row["source"] == "small"
+    assert row["recovery_tokens"] == 1_000_000
+    assert pd.isna(nodes.loc["small/laco-25/full-1m/gptq-4", "recovery_tokens"])
+    assert nodes.loc["small/laco-25", "calibration"] == "default"
+    assert pd.isna(row["calibration"])
+    assert nodes.loc["small/laco-25/full-1m/gptq-4", "path_recovery_tokens"] == 1_000_000
+    assert json.loads(row["options"])["learning_rate"] == 0.001
+    # By hand: the loss falls from 0.9 above the dense one to 0.2 * 0.9 + 0.3 * 0.9 / sqrt(10) above it.
+    assert row["recovered_share"] == pytest.approx(1 - (0.2 + 0.3 / 10**0.5))
+    assert pd.isna(nodes.loc["small/laco-25", "recovered_share"])
+    assert list(nodes.loc["small/wanda-50", "marks"]) == ["masked"]
+    curves = read(results, "curves")
+    assert set(curves[curves["tokens"] == 0]["split"]) == {"validation"}
+    costs = read(results, "costs")
+    assert set(costs[costs["metric"] == "decode_latency"]["device"]) == {"cpu"}
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "dense", "share"),
+    [(2.0, 1.5, 1.0, 0.5), (2.0, 0.9, 1.0, 1.1), (1.0, 0.9, 1.0, None), (2.0, 2.5, 1.0, -0.5), (2.0, 1.5, None, None)],
+)
+def test_recovered_share(before: float, after: float, dense: float | None, share: float | None) -> None:
+    rows = [
+        {"tokens": 10, "loss": after, "dense_loss": dense},
+        {"tokens": 0, "loss": before, "dense_loss": dense},
+    ]
+    assert tables.recovery_losses(rows)["recovered_share"] == pytest.approx(share)
+
+
+def test_recovered_share_needs_the_loss_before() -> None:
+    assert tables.recovery_losses([{"tokens": 5, "loss": 1.0, "dense_loss": 0.5}])["recovered_share"] is None
+    assert tables.recovery_losses([])["loss_after"] is None
+
+
+def test_same_results_give_the_same_bytes(results: Path) -> None:
+    tables.write_tables(fake_study(), results, results / "tables")
+    first = {path.name: path.read_bytes() for path in (results / "tables").iterdir()}
+    study = fake_study()
+    reordered = study.model_copy(update={"recipes": study.recipes[::-1], "models": dict(reversed(study.models.items()))})
+    tables.write_tables(reordered, results, results / "again")
+    assert {path.name: path.read_bytes() for path in (results / "again").iterdir()} == first
+    assert len(first) == 6
+
+
+def test_every_reader_reads_every_table(results: Path) -> None:
+    tables.write_tables(fake_study(), results, results / "tables")
+    for name, schema in tables.SCHEMAS.items():
+        path = results / "tables" / f"{name}.parquet"
+        stored = pq.read_schema(path)
+        assert stored.equals(schema, check_metadata=False)
+        assert all(field.metadata[b"description"] and b"unit" in field.metadata for field in stored)
+        rows = pq.read_metadata(path).num_rows
+        assert len(pd.read_parquet(path)) == rows
+        assert len(pl.read_parquet(path)) == rows
+        assert duckdb.sql(f"select count(*) from '{path}'").fetchall() == [(rows,)]
+        assert pl.read_parquet(path).columns == schema.names == list(pd.read_parquet(path).columns)
+    marks = duckdb.sql(f"select node from '{results}/tables/nodes.parquet' where list_contains(marks, 'smaller')").fetchall()
+    assert len(marks) == 6
+
+
+def test_nodes_outside_the_study_are_left_out(results: Path) -> None:
+    study = fake_study()
+    smaller = study.model_copy(update={"recipes": study.recipes[:1]})
+    written = tables.write_tables(smaller, results, results / "tables")
+    assert written["nodes"]["node"].to_pylist() == ["medium", "medium/wanda-50", "small", "small/wanda-50"]
+    for name in ("metrics", "items", "costs"):
+        assert set(written[name]["node"].to_pylist()) <= set(written["nodes"]["node"].to_pylist())
+    assert len(written["curves"]) == 0
+
+
+def test_a_missing_result_is_named(partial: Path) -> None:
+    with pytest.raises(UserError, match=r"small/broken-9/manifest.json does not exist"):
+        tables.write_tables(fake_study(), partial, partial / "tables")
+    assert not (partial / "tables").exists()
+
+
+@pytest.mark.parametrize(
+    ("path", "content", "message"),
+    [
+        ("models/small/wanda-50/manifest.json", b'{"node": ', "not valid JSON"),
+        ("models/small/wanda-50/manifest.json", b"{}", "lacks 'step'"),
+        ("evaluations/small/quality/metrics.json", b'{"metrics": []}', "lacks 'kind'"),
+        ("evaluations/small/quality/items.parquet", b"PAR1", "not a whole Parquet file"),
+        ("models/small/laco-25/full-1m/curve.parquet", b"", "not a whole Parquet file"),
+    ],
+)
+def test_a_broken_result_is_named(results: Path, path: str, content: bytes, message: str) -> None:
+    (results / path).write_bytes(content)
+    with pytest.raises(UserError, match=message) as caught:
+        tables.write_tables(fake_study(), results, results / "tables")
+    assert path in str(caught.value)
+    written = tables.write_tables(fake_study(), results, results / "tables", partial=True)
+    (failure,) = written["failures"].to_pylist()
+    assert failure["stage"] == "tables"
+    assert failure["log"] == path
+    assert message in failure["error"]
+
+
+def test_partial_tables_hold_what_there_is_and_are_outdated(partial: Path) -> None:
+    log(partial, "evaluate", "small/wanda-50/quality", "loading\n")
+    (partial / "evaluations/small/wanda-50/quality/metrics.json").unlink()
+    log(partial, "calibrate", "medium/laco-25/default/moments", "error: out of disk; make room.\n")
+    log(partial, "compress", "elsewhere/wanda-50", "error: of another study.\n")
+    log(partial, "fit", "p2", "error: no tables.\n")
+    written = tables.write_tables(fake_study(), partial, partial / "tables", partial=True)
+    rows = [(row["node"], row["stage"], row["error"]) for row in written["failures"].to_pylist()]
+    sentence = "model.layers.3 has no such thing; choose another."
+    assert rows == [
+        ("medium/laco-25", "calibrate", "out of disk; make room."),
+        ("medium/broken-9", "compress", sentence),
+        ("small/broken-9", "compress", sentence),
+        ("small/wanda-50", "evaluate", tables.SILENT),
+    ]
+    assert len(written["nodes"]) == 10
+    assert {os.stat(path).st_mtime for path in (partial / "tables").iterdir()} == {0.0}
+    for row in written["failures"].to_pylist():
+        assert (partial / row["log"]).exists()
+    (partial / "laws/p2/fit.json").unlink()
+    failed = tables.failures(partial, fake_study(), {})
+    assert [(row["node"], row["stage"], row["error"]) for row in failed] == [(None, "fit", "no tables.")]
+
+
+def test_command(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "load_study", lambda path: fake_study())
+    parser = argparse.ArgumentParser()
+    tables.add_arguments(parser)
+    arguments = ["--study", "study.yaml", "--results", str(results), "--output", str(results / "tables")]
+    tables.run(parser.parse_args(arguments))
+    assert tables.read_table(results / "tables", "nodes").num_rows == 12
+    with pytest.raises(UserError, match="does not exist"):
+        tables.read_table(results, "nodes")
+
+
+def test_no_model_library_is_imported() -> None:
+    program = "import sys, coppice.tables; print({'torch', 'pandas', 'transformers'} & set(sys.modules))"
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "workflow")}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
+def test_the_page_of_formats_is_generated_from_the_schemas() -> None:
+    page = (ROOT / "docs" / "formats.md").read_text(encoding="utf-8")
+    assert page == tables.with_tables(page), "run `python -m coppice.tables`"

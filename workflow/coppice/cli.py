@@ -1,0 +1,76 @@
+"""`coppice <stage>`: argument parsing only; each stage's module is imported when it is asked for."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from importlib import import_module
+
+from coppice.errors import UserError
+
+STAGES = {
+    "study": ("coppice.study", "check a study and print its tree"),
+    "root": ("coppice.root", "bring a dense model into a study"),
+    "tokenize": ("coppice.text", "pack a text into windows of tokens"),
+    "calibrate": ("coppice.calibrate", "gather statistics of a node's activations or gradients"),
+    "compress": ("coppice.compress", "make a node by pruning, decomposing, quantizing or compensating its parent"),
+    "recover": ("coppice.train", "make a node by training its parent"),
+    "evaluate": ("coppice.evaluation.stage", "measure a node's quality or cost"),
+    "tables": ("coppice.tables", "gather a study's results in Parquet"),
+    "fit": ("coppice.laws.fit", "fit a law to the tables"),
+    "report": ("coppice.report", "write a study's page"),
+    "track": ("coppice.tracking", "mirror a study to MLflow"),
+    "summary": ("coppice.summary", "print a study's results"),
+    "methods": ("coppice.catalogue", "list the registered methods"),
+    "export": ("coppice.export", "write a node as an ordinary dense checkpoint"),
+    "pretrain": ("coppice.pretrain", "train a small dense model on the built-in biographies"),
+}
+RUNS_MODELS = ("calibrate", "compress", "recover", "evaluate")
+
+
+def main(words: list[str] | None = None) -> int:
+    """Runs one stage. Exit code 0, or 1 after a last line `error: <sentence>`."""
+    words = sys.argv[1:] if words is None else words
+    parser = argparse.ArgumentParser(prog="coppice", description="Compress language models and measure what is left.")
+    stages = parser.add_subparsers(dest="stage", required=True, metavar="STAGE")
+    for stage, (module, description) in STAGES.items():
+        subparser = stages.add_parser(stage, help=description, description=description)
+        if words and words[0] == stage:
+            import_module(module).add_arguments(subparser)
+        if stage in RUNS_MODELS:
+            subparser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads (default: all)")
+            subparser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    arguments = parser.parse_args(words)
+    try:
+        if arguments.stage in RUNS_MODELS:
+            prepare_device(arguments)
+        import_module(STAGES[arguments.stage][0]).run(arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("error: Interrupted; run the same command again to go on.", file=sys.stderr)
+        return 130
+    except Exception as error:  # the log keeps the traceback; its last line stays one that tables can read
+        traceback.print_exc()
+        print(f"error: {type(error).__name__}: {error}".splitlines()[0], file=sys.stderr)
+        return 1
+    return 0
+
+
+def prepare_device(arguments: argparse.Namespace) -> None:
+    """Hands the threads to every library that makes its own, and resolves `auto` to a device."""
+    for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ[variable] = str(arguments.threads)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import torch
+
+    torch.set_num_threads(arguments.threads)
+    if arguments.device == "auto":
+        arguments.device = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

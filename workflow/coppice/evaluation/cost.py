@@ -1,0 +1,134 @@
+"""What running a node costs: time to read a prompt, time to write a token, memory.
+
+Prefill is one forward pass over `batch` random prompts of `prompt` tokens; decoding is `generate` greedy passes of one
+token each with the key/value cache that prefill left. Times are medians over repeats after warm-up; the spread is the
+interquartile range. Memory is the largest that was held while running, on CUDA what was allocated, on the CPU the
+resident memory of the process above what it was before the model was loaded.
+
+Sizes are no part of this: the node's manifest has them. Where linears keep packed integers and compute with the
+dequantized matrix, time and memory are those of that simulation, and are marked as such.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+import sys
+import time
+from pathlib import Path
+from statistics import median, quantiles
+from typing import TYPE_CHECKING, Any
+
+from coppice.errors import UserError
+from coppice.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+PROCESS = Path("/proc/self")
+
+
+def measure(
+    model: PreTrainedModel,
+    *,
+    batch: int,
+    prompt: int,
+    generate: int,
+    repeats: int,
+    warmup: int,
+    baseline_memory: int,
+    simulated: bool,
+    seed: int = 0,
+) -> list[dict[str, Any]]:
+    """Rows of metrics: latency and throughput of prefill and decoding, and peak memory.
+
+    `baseline_memory`: resident bytes before the model was loaded. Raises UserError where prompt and generated tokens
+    exceed the model's context.
+    """
+    context = model.config.max_position_embeddings
+    if prompt + generate > context:
+        raise UserError(
+            f"A prompt of {prompt} tokens and {generate} generated ones exceed the model's context of {context}; "
+            "shorten `prompt` or `generate`."
+        )
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(model.config.vocab_size, (batch, prompt), generator=generator).to(model.device)
+    for _ in range(warmup):
+        timed_generation(model, tokens, generate)
+    reset_peak_memory(model)
+    times = [timed_generation(model, tokens, generate) for _ in range(repeats)]
+    peak = peak_memory(model, baseline_memory)
+    prefill, decode = zip(*times, strict=True)
+    per_token = [seconds / generate for seconds in decode]
+    found = [
+        row("prefill_latency", prefill, "s"),
+        row("prefill_throughput", [batch * prompt / seconds for seconds in prefill], "tokens/s"),
+        row("decode_latency", per_token, "s/token"),
+        row("decode_throughput", [batch / seconds for seconds in per_token], "tokens/s"),
+        {"metric": "peak_memory", "value": peak, "spread": None, "unit": "bytes"},
+    ]
+    settings = {"batch": batch, "prompt": prompt, "generate": generate, "repeats": repeats, "warmup": warmup}
+    return [{**measured, "simulated": simulated, "settings": settings} for measured in found]
+
+
+def row(metric: str, values: Any, unit: str) -> dict[str, Any]:
+    """Median of repeated measurements, and their interquartile range (None for one alone)."""
+    spread = None
+    if len(values) > 1:
+        low, _, high = quantiles(values, n=4, method="inclusive")
+        spread = high - low
+    return {"metric": metric, "value": median(values), "spread": spread, "unit": unit}
+
+
+def timed_generation(model: PreTrainedModel, tokens: Tensor, generate: int) -> tuple[float, float]:
+    """Seconds of prefill over `tokens` [batch, prompt], and of `generate` decoding passes after it."""
+    with torch.inference_mode():
+        started = now(model)
+        output = model(input_ids=tokens, use_cache=True, logits_to_keep=1)
+        read = now(model)
+        for _ in range(generate):
+            chosen = output.logits[:, -1:].argmax(-1)
+            output = model(input_ids=chosen, past_key_values=output.past_key_values, use_cache=True)
+        return read - started, now(model) - read
+
+
+def now(model: PreTrainedModel) -> float:
+    """Seconds on a steady clock, once all that was asked of the device is done."""
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)
+    return time.perf_counter()
+
+
+def is_simulated(model: PreTrainedModel) -> bool:
+    """Whether some module computes with something else than what it stores."""
+    from coppice.layers import Quantized
+
+    return any(isinstance(module, Quantized) for module in model.modules())
+
+
+def reset_peak_memory(model: PreTrainedModel) -> None:
+    """Begins the measurement of `peak_memory` anew, where the system can."""
+    if model.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(model.device)
+        return
+    # Where this is refused, the peak includes that of loading the model.
+    with contextlib.suppress(OSError):
+        (PROCESS / "clear_refs").write_text("5")
+
+
+def peak_memory(model: PreTrainedModel, baseline: int) -> int:
+    """The most bytes held since `reset_peak_memory`: allocated on CUDA, else resident above `baseline`."""
+    if model.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(model.device)
+    return max(0, resident_bytes("VmHWM") - baseline)
+
+
+def resident_bytes(field: str = "VmRSS") -> int:
+    """Resident memory of this process in bytes: now (VmRSS) or at its largest (VmHWM)."""
+    try:
+        status = (PROCESS / "status").read_text()
+        return 1024 * int(status.split(f"{field}:")[1].split()[0])
+    except (OSError, IndexError):
+        # Systems without /proc tell the largest only.
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

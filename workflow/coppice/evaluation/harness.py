@@ -1,0 +1,240 @@
+"""Benchmark tasks, by lm-evaluation-harness (Gao et al., zenodo 10.5281/zenodo.10256836) 0.4.
+
+A task is one of the harness's own (its data come from the Hugging Face hub), one of a folder of YAML files, or the
+built-in `biographies`. Of n choices with log-likelihoods l_i = ln p(choice_i | context) and c_i characters,
+
+    acc      = share of items where argmax_i l_i is the right choice,
+    acc_norm = share of items where argmax_i l_i / c_i is,
+
+with the standard error of a mean. The choices' log-likelihoods are kept, so that two nodes are compared item by item.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from coppice import biographies
+from coppice.errors import UserError
+
+if TYPE_CHECKING:
+    from lm_eval.tasks import TaskManager
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+BUILTIN = "biographies"
+QUESTIONS = 1000  # asked of the built-in world when there is no limit
+BATCH = 32  # sequences at once: fixed, as sums of floats depend on it
+RESAMPLES = 1000  # for the standard errors that have no closed form
+UNITS = {"acc": "accuracy", "acc_norm": "accuracy", "acc_bytes": "accuracy", "exact_match": "accuracy"}
+
+
+def measure(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    tasks: Sequence[str],
+    *,
+    shots: int | None = 0,
+    limit: int | None = None,
+    task_path: Path | None = None,
+    world: biographies.World | None = None,
+    seed: int = 0,
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """`tasks` on `model` with `shots` solved examples before each item (None: each task's own number).
+
+    `limit` takes the first items of each task; `task_path` is a folder of local tasks; `world` is what `biographies`
+    asks about. Returns rows of metrics and of items (one a choice; see `item_rows`).
+
+    Raises UserError for unknown tasks, data that cannot be reached, and `biographies` without a world.
+    """
+    # Bootstraps would start a process for each core of the machine.
+    os.environ["DISABLE_MULTIPROC"] = "1"
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    from lm_eval import evaluator
+
+    with tempfile.TemporaryDirectory(prefix="coppice-tasks-") as folder:
+        if BUILTIN in tasks:
+            if world is None:
+                raise UserError(f"The task {BUILTIN!r} needs to know its world; give the evaluation a `world`.")
+            write_biographies(Path(folder), world, limit or QUESTIONS, seed)
+        manager = task_manager(tasks, [folder, *([str(task_path)] if task_path else [])])
+        with hub_errors(tasks), quiet():
+            loaded = manager.load(list(tasks))
+            for task in loaded["tasks"].values():
+                set_shots(task, shots, seed)
+            results = evaluator.evaluate(
+                harness_model(model, tokenizer), loaded, limit=limit, bootstrap_iters=RESAMPLES, log_samples=True
+            )
+    return metric_rows(results), item_rows(results["samples"])
+
+
+def set_shots(task: Any, shots: int | None, seed: int) -> None:
+    """Gives a task its number of solved examples; a task that has none by its own definition keeps none."""
+    own = task.get_config("num_fewshot")
+    task.set_config(key="num_fewshot", value=(own or 0) if shots is None or own == 0 else shots)
+    task.set_fewshot_seed(seed=seed)
+
+
+def harness_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> Any:
+    """The harness's wrapper of a model in memory, which changes nothing of the model."""
+    from lm_eval.models.huggingface import HFLM
+
+    # The wrapper ties the head to the embeddings, whatever stands there; what the model has is right.
+    model.tie_weights = lambda *arguments, **options: None
+    try:
+        return HFLM(
+            pretrained=model,
+            tokenizer=tokenizer,
+            backend="causal",
+            batch_size=BATCH,
+            max_length=model.config.max_position_embeddings,
+        )
+    finally:
+        del model.tie_weights
+
+
+def task_manager(tasks: Sequence[str], folders: list[str]) -> TaskManager:
+    """Knows the local tasks; and the harness's thousands, which take seconds to list, where a name is not local."""
+    from lm_eval.tasks import TaskManager
+
+    local = TaskManager(include_path=folders, include_defaults=False)
+    if set(tasks) <= set(local.all_tasks):
+        return local
+    manager = TaskManager(include_path=folders)
+    for task in tasks:
+        if task not in manager.all_tasks:
+            near = difflib.get_close_matches(task, manager.all_tasks, n=1)
+            suggestion = f"did you mean {near[0]!r}?" if near else "`lm-eval ls tasks` lists the harness's own."
+            raise UserError(f"There is no task {task!r}; {suggestion}")
+    return manager
+
+
+@contextlib.contextmanager
+def hub_errors(tasks: Sequence[str]) -> Iterator[None]:
+    """Turns what the hub's clients raise where data cannot be reached into one sentence."""
+    from datasets.exceptions import DatasetsError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        yield
+    except (OSError, DatasetsError, HfHubHTTPError, HFValidationError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        raise UserError(
+            f"The data of the tasks {', '.join(tasks)} could not be read ({reason}); without a network, use local "
+            "tasks (`task_path`), or fetch the data once on a machine that has one."
+        ) from error
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """No progress bars of the data sets' library: logs are read by people."""
+    import datasets
+
+    shown = datasets.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
+
+
+def write_task(folder: Path, name: str, items: Iterable[Mapping[str, Any]], delimiter: str = " ") -> None:
+    """Writes a local multiple-choice task: `<name>.yaml` and its data.
+
+    An item is {"context": text, "choices": [texts], "answer": index}; `delimiter` joins context and choice.
+    """
+    folder = Path(folder).resolve()
+    data = folder / f"{name}.jsonl"
+    with open(data, "w", encoding="utf-8") as file:
+        for item in items:
+            row = {"context": item["context"], "choices": list(item["choices"]), "answer": item["answer"]}
+            file.write(json.dumps(row) + "\n")
+    task = {
+        "task": name,
+        "dataset_path": "json",
+        # The cache lies beside the data, so that removing the folder leaves nothing behind.
+        "dataset_kwargs": {"data_files": {"test": str(data)}, "cache_dir": str(folder / "cache")},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{context}}",
+        "doc_to_choice": "choices",
+        "doc_to_target": "answer",
+        "target_delimiter": delimiter,
+        "metric_list": [
+            {"metric": metric, "aggregation": "mean", "higher_is_better": True} for metric in ("acc", "acc_norm")
+        ],
+        "metadata": {"version": 1},
+    }
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump(task, sort_keys=False), encoding="utf-8")
+
+
+def write_biographies(folder: Path, world: biographies.World, count: int, seed: int = 0) -> None:
+    """Writes the built-in task: `count` questions about the people of `world`, or as many as it has facts."""
+    facts = world.people * len(biographies.ATTRIBUTES)
+    write_task(folder, BUILTIN, biographies.questions(world, min(count, facts), seed))
+
+
+def metric_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Every metric of every task and group that the harness returned."""
+    found = []
+    for task, values in results["results"].items():
+        counts = results["n-samples"].get(task, {})
+        details = {
+            "task": task,
+            "shots": results["n-shot"].get(task),
+            "version": results["versions"].get(task),
+        }
+        for key, value in values.items():
+            metric, _, filtered = key.partition(",")
+            if not filtered or metric.endswith("_stderr") or not isinstance(value, int | float):
+                continue
+            stderr = values.get(f"{metric}_stderr,{filtered}")
+            name = f"{task}_{metric}" if filtered == "none" else f"{task}_{metric}_{filtered}"
+            found.append(
+                {
+                    "metric": name,
+                    "value": float(value),
+                    "stderr": float(stderr) if isinstance(stderr, int | float) else None,
+                    "n": counts.get("effective", values.get("sample_len")),
+                    "unit": UNITS.get(metric, metric),
+                    **details,
+                }
+            )
+    return found
+
+
+def item_rows(samples: Mapping[str, list[Mapping[str, Any]]]) -> list[dict[str, Any]]:
+    """One row a choice of each item: its log-likelihood (nats), its length (characters, as acc_norm divides by) and
+    whether the item was answered rightly (the same in all rows of an item).
+
+    Items that are answered by free generation have no log-likelihood and no rows.
+    """
+    found = []
+    for task, entries in samples.items():
+        for entry in entries:
+            for choice, (arguments, responses) in enumerate(zip(entry["arguments"], entry["resps"], strict=True)):
+                response = responses[0]
+                score = response[0] if isinstance(response, list | tuple) else response
+                if not isinstance(score, int | float):
+                    continue
+                correct = entry.get("acc", entry.get("exact_match"))
+                found.append(
+                    {
+                        "task": task,
+                        "item": str(entry["doc_id"]),
+                        "choice": choice,
+                        "log_likelihood": float(score),
+                        "length": len(arguments[-1].lstrip()),
+                        "correct": None if correct is None else bool(correct),
+                    }
+                )
+    return found

@@ -1,0 +1,122 @@
+"""Bits of knowledge that a model holds of the built-in world.
+
+"Physics of Language Models: Part 3.3, Knowledge Capacity Scaling Laws" (Allen-Zhu and Li, arXiv 2404.05405, section
+2.2); the formula is `biographies.knowledge_bits`. The ratio is given by the parameters of the node and by its stored
+bits: what is quantized keeps its parameters, and holds more by the bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from coppice import biographies
+from coppice.lazy import torch
+from coppice.text import beginning_token, load_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Pair = tuple[str, str]
+
+PEOPLE = 1000  # the first so many are asked about; people are independent, so these are a sample of all
+BATCH = 256  # sequences at once: fixed, as sums of floats depend on it
+TASK = "knowledge"
+
+
+def measure(
+    model: PreTrainedModel, directory: Path, manifest: Mapping[str, Any], world: biographies.World
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Knowledge of `world` in the checkpoint `directory`: rows of metrics and of items.
+
+    An item is a person; its choices are the name and the attributes, in the order of `biographies.knowledge_prompts`.
+    """
+    scores = log_likelihood(model, directory)
+    recorded: list[tuple[Pair, float]] = []
+
+    def recording(pairs: list[Pair]) -> Sequence[float]:
+        found = scores(pairs)
+        recorded.extend(zip(pairs, found, strict=True))
+        return found
+
+    people = range(min(world.people, PEOPLE))
+    parameters = manifest["parameters"]["total"]
+    result = biographies.measure_knowledge(recording, world, people, parameters)
+    return metric_rows(result, world, parameters, manifest["stored_bits"]["total"]), item_rows(recorded, len(people))
+
+
+def metric_rows(
+    result: Mapping[str, Any], world: biographies.World, parameters: int, stored_bits: int
+) -> list[dict[str, Any]]:
+    """Bits by person, by parameter and by stored bit, each beside what the world holds; and bits by attribute."""
+    per_person, stderr = result["bits_per_person"], result["bits_per_person_stderr"]
+    scales = {
+        "person": (1, "bits/person"),
+        "parameter": (world.people / parameters, "bits/parameter"),
+        "stored_bit": (world.people / stored_bits, "bits/bit"),
+    }
+    shared = {"n": result["people"], "task": TASK, "world": {"people": world.people, "seed": world.seed}}
+    found = []
+    for name, (scale, unit) in scales.items():
+        metric = f"knowledge_bits_per_{name}"
+        most = scale * result["bits_per_person_max"]
+        found.append({"metric": metric, "value": scale * per_person, "stderr": scale * stderr, "unit": unit, **shared})
+        found.append({"metric": f"{metric}_max", "value": most, "stderr": None, "unit": unit, **shared})
+    found += [
+        {"metric": f"knowledge_bits_{attribute}", "value": bits, "stderr": None, "unit": "bits/person", **shared}
+        for attribute, bits in result["attribute_bits"].items()
+    ]
+    return found
+
+
+def item_rows(recorded: list[tuple[Pair, float]], people: int) -> list[dict[str, Any]]:
+    """One row for each name or value that was asked, in order of people."""
+    each = len(recorded) // people
+    return [
+        {
+            "task": TASK,
+            "item": str(i // each),
+            "choice": i % each,
+            "log_likelihood": score,
+            "length": len(continuation.lstrip()),
+            "correct": None,
+        }
+        for i, ((_, continuation), score) in enumerate(recorded)
+    ]
+
+
+def log_likelihood(model: PreTrainedModel, directory: Path) -> Callable[[list[Pair]], list[float]]:
+    """A function from pairs (prefix, continuation) to ln Pr(continuation | BOS prefix), summed over its tokens (nats).
+
+    A pair is cut into tokens as one text; the continuation's are those past as many as the prefix has alone.
+    """
+    tokenizer = load_tokenizer(directory)
+    first = beginning_token(directory, tokenizer)
+
+    def encode(texts: list[str]) -> list[list[int]]:
+        return [[first, *encoding.ids] for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def score(pairs: list[Pair]) -> list[float]:
+        scores: list[float] = []
+        for start in range(0, len(pairs), BATCH):
+            batch = pairs[start : start + BATCH]
+            prefixes = encode([prefix for prefix, _ in batch])
+            scores += continuation_scores(model, encode([a + b for a, b in batch]), [len(ids) for ids in prefixes])
+        return scores
+
+    return score
+
+
+def continuation_scores(model: PreTrainedModel, sequences: list[list[int]], starts: list[int]) -> list[float]:
+    """sum_{t >= start} ln p(x_t | x_<t) of each sequence, in nats."""
+    longest = max(map(len, sequences))
+    # Padding stands on the right, where no token that counts can see it.
+    tokens = torch.tensor([ids + [0] * (longest - len(ids)) for ids in sequences], device=model.device)
+    places = torch.arange(1, longest, device=model.device)
+    ends = torch.tensor([len(ids) for ids in sequences], device=model.device)
+    scored = (places >= torch.tensor(starts, device=model.device)[:, None]) & (places < ends[:, None])
+    with torch.inference_mode():
+        logits = model(input_ids=tokens, use_cache=False).logits[:, :-1].float()
+        chosen = logits.log_softmax(-1).gather(2, tokens[:, 1:, None])[..., 0]
+    return (chosen.double() * scored).sum(1).tolist()

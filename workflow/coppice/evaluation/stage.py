@@ -1,0 +1,250 @@
+"""`coppice evaluate`: measures a node, and writes metrics.json and items.parquet.
+
+One evaluation loads the model once. An item row is an answer choice (or a scored document); `cost` has no items.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from coppice.errors import UserError
+from coppice.files import atomic_directory, fingerprint, read_json, write_json
+
+if TYPE_CHECKING:
+    from coppice.biographies import World
+    from coppice.text import Windows
+
+Rows = list[dict[str, Any]]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--node", required=True, help="the node's name")
+    parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="the node's checkpoint")
+    parser.add_argument("--name", required=True, metavar="EVALUATION", help="the evaluation's name")
+    parser.add_argument("--evaluation", type=json.loads, required=True, metavar="JSON", help="the evaluation")
+    parser.add_argument(
+        "--tokens",
+        type=named_directory,
+        action="append",
+        default=[],
+        metavar="PROTOCOL=DIR",
+        help="windows of a protocol of perplexity; once for each",
+    )
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write")
+
+
+def named_directory(value: str) -> tuple[str, Path]:
+    """PROTOCOL=DIR as a pair."""
+    name, separator, directory = value.partition("=")
+    if not separator:
+        raise argparse.ArgumentTypeError(f"{value!r} is not of the form PROTOCOL=DIR")
+    return name, Path(directory)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    evaluate(
+        arguments.node,
+        arguments.model,
+        arguments.name,
+        arguments.evaluation,
+        dict(arguments.tokens),
+        arguments.output,
+        arguments.device,
+    )
+
+
+def evaluate(
+    node: str,
+    model: Path,
+    name: str,
+    evaluation: Mapping[str, Any],
+    tokens: Mapping[str, Path],
+    output: Path,
+    device: str = "cpu",
+) -> None:
+    """Measures the checkpoint `model` of `node` by `evaluation` and writes the results whole or not at all.
+
+    `tokens` names the folder of windows of each protocol of perplexity. Raises UserError where windows are missing or
+    stem from another tokenizer, and where a result is not finite.
+    """
+    # Logs of hours-long tasks stay short.
+    os.environ.setdefault("TQDM_MININTERVAL", "30")
+    from coppice import checkpoint
+
+    started = time.monotonic()
+    manifest = checkpoint.read_manifest(model)
+    measure = {"quality": measure_quality, "cost": measure_cost}[evaluation["kind"]]
+    metrics, items, used = measure(model, manifest, evaluation, tokens, device)
+    refuse_infinite(node, metrics, items)
+    identity = {
+        "node": node,
+        "evaluation": name,
+        "kind": evaluation["kind"],
+        "model_fingerprint": manifest["fingerprint"],
+        "tokens_fingerprints": used,
+        "options": dict(evaluation),
+        "device": device_name(device),
+    }
+    report = {
+        "format_version": 1,
+        "fingerprint": fingerprint(identity),
+        **identity,
+        "metrics": metrics,
+        "versions": versions(evaluation),
+        "wall_seconds": time.monotonic() - started,
+        "peak_memory_bytes": checkpoint.peak_memory(),
+    }
+    with atomic_directory(output, last="metrics.json") as temporary:
+        write_items([{"node": node, **item} for item in items], temporary / "items.parquet")
+        write_json(temporary / "metrics.json", report)
+
+
+def measure_quality(
+    model_directory: Path,
+    manifest: Mapping[str, Any],
+    evaluation: Mapping[str, Any],
+    tokens: Mapping[str, Path],
+    device: str,
+) -> tuple[Rows, Rows, dict[str, str]]:
+    """Perplexities, tasks and knowledge: metrics, items, and the fingerprint of each protocol's windows."""
+    from coppice import checkpoint, text
+    from coppice.evaluation import perplexity
+
+    protocols = {}
+    for protocol in evaluation.get("perplexity") or {}:
+        if protocol not in tokens:
+            raise UserError(f"The protocol {protocol!r} has no windows; give them with `--tokens {protocol}=DIR`.")
+        protocols[protocol] = text.load_windows(tokens[protocol])
+        text.check_tokenizer(model_directory, protocols[protocol])
+    tasks, knows = evaluation.get("tasks") or [], evaluation.get("knowledge")
+    world = built_in_world(evaluation, protocols.values()) if knows or "biographies" in tasks else None
+
+    model = checkpoint.load_model(model_directory, device)
+    metrics: Rows = []
+    items: Rows = []
+
+    def add(measured: tuple[Rows, Rows]) -> None:
+        metrics.extend(measured[0])
+        items.extend(measured[1])
+
+    for protocol, windows in protocols.items():
+        add(perplexity.measure(model, windows, protocol))
+    if tasks:
+        from transformers import AutoTokenizer
+
+        from coppice.evaluation import harness
+
+        add(
+            harness.measure(
+                model,
+                AutoTokenizer.from_pretrained(model_directory),
+                tasks,
+                shots=evaluation.get("shots", 0),
+                limit=evaluation.get("limit"),
+                task_path=evaluation.get("task_path"),
+                world=world,
+            )
+        )
+    if knows:
+        from coppice.evaluation import knowledge
+
+        add(knowledge.measure(model, model_directory, manifest, world))
+    return metrics, items, {name: windows.manifest["fingerprint"] for name, windows in protocols.items()}
+
+
+def measure_cost(
+    model_directory: Path,
+    manifest: Mapping[str, Any],
+    evaluation: Mapping[str, Any],
+    tokens: Mapping[str, Path],
+    device: str,
+) -> tuple[Rows, Rows, dict[str, str]]:
+    """Latency, throughput and memory: metrics, no items, no windows."""
+    from coppice import checkpoint
+    from coppice.evaluation import cost
+
+    # The libraries' own memory is no part of the model's, so they are imported before the baseline is taken.
+    checkpoint.architecture(read_json(model_directory / "config.json")["model_type"])
+    baseline = cost.resident_bytes()
+    model = checkpoint.load_model(model_directory, device)
+    metrics = cost.measure(
+        model,
+        **{key: evaluation[key] for key in ("batch", "prompt", "generate", "repeats", "warmup")},
+        baseline_memory=baseline,
+        simulated=cost.is_simulated(model),
+    )
+    return metrics, [], {}
+
+
+def built_in_world(evaluation: Mapping[str, Any], windows: Any) -> World:
+    """The built-in world that is asked about: the evaluation's `world`, else that of a protocol of perplexity.
+
+    Raises UserError where neither names one, or protocols are about several.
+    """
+    from coppice import text
+
+    named = evaluation.get("world")
+    candidates: list[Windows] = list(windows)
+    found = [named] if named else [one.manifest["text"] for one in candidates if "builtin" in one.manifest["text"]]
+    worlds = {fingerprint(one): one for one in found}
+    if len(worlds) != 1:
+        reason = "its protocols of perplexity are about several worlds" if worlds else "no built-in text is named"
+        raise UserError(
+            f"The evaluation asks about the built-in world, but {reason}; give it a `world`, as in "
+            "`world: {builtin: biographies, people: 2000}`."
+        )
+    return text.world(next(iter(worlds.values())))
+
+
+def refuse_infinite(node: str, metrics: Rows, items: Rows) -> None:
+    """Raises UserError, naming the node and the protocol or task, where a number is NaN or infinite."""
+    for entry in [*metrics, *items]:
+        numbers = [entry.get(key) for key in ("value", "stderr", "spread", "log_likelihood")]
+        if not all(number is None or math.isfinite(number) for number in numbers):
+            what = entry.get("task", entry.get("metric"))
+            raise UserError(
+                f"The node {node!r} gives numbers that are not finite in {what!r}; its weights are broken (trained "
+                "with too high a learning rate, or compressed too far)."
+            )
+
+
+def write_items(items: Rows, path: Path) -> None:
+    """Items as Parquet, typed even where there are none."""
+    import pyarrow
+    import pyarrow.parquet
+
+    schema = pyarrow.schema(
+        [
+            ("node", pyarrow.string()),
+            ("task", pyarrow.string()),
+            ("item", pyarrow.string()),
+            ("choice", pyarrow.int64()),
+            ("log_likelihood", pyarrow.float64()),
+            ("length", pyarrow.int64()),
+            ("correct", pyarrow.bool_()),
+        ]
+    )
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(items, schema=schema), path, compression="zstd")
+
+
+def device_name(device: str) -> str:
+    """What the numbers were measured on: cpu, or the accelerator's name."""
+    import torch
+
+    return torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else "cpu"
+
+
+def versions(evaluation: Mapping[str, Any]) -> dict[str, str]:
+    """The versions of what measured; that of the harness where it did."""
+    from importlib.metadata import version
+
+    from coppice import checkpoint
+
+    return checkpoint.versions() | ({"lm-eval": version("lm-eval")} if evaluation.get("tasks") else {})

@@ -1,0 +1,285 @@
+"""The P2 law of recovery training after pruning, its rivals, and the token count past which training pays little.
+
+Source: P2 Law: Scaling Law for Post-Training After Model Pruning (arXiv 2411.10272), the form called L1:
+
+    L(N0, D, rho, L0) = L0 + rho^-gamma N0^-delta (N_C / N0^alpha + D_C / D^beta + E)
+
+N0: parameters of the dense model; D: recovery tokens; rho: part of the parameters removed; L0: loss of the dense model
+on the same text; L: loss after D tokens. Losses in nats per token, N0 and D in the units recorded beside the fit.
+N_C, alpha and E enter only through N_C / N0^alpha + E, one number a size, so that they need three sizes.
+"""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from coppice.laws.fit import Fit, Form, Parameter, Parameters, Points, largest, later_tokens, levels
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+SOURCE = {
+    "title": "P2 Law: Scaling Law for Post-Training After Model Pruning",
+    "arxiv": "2411.10272",
+    "equation": "L = L0 + rho^-gamma N0^-delta (N_C / N0^alpha + D_C / D^beta + E)",
+}
+
+UNITS = {"loss": "nats per token", "dense_parameters": "parameters", "tokens": "tokens"}
+
+COLUMNS = {
+    "run": str,
+    "model": str,
+    "dense_parameters": float,
+    "rho": float,
+    "tokens": float,
+    "loss": float,
+    "dense_loss": float,
+}
+
+NEEDS = {
+    "nodes": ("node", "parent", "model", "method", "family", "parameters", "rho"),
+    "curves": ("node", "tokens", "split", "loss", "dense_loss"),
+}
+
+POINTS = "they are the validation losses of recoveries, by the chosen method, of models that lost parameters."
+
+OPTIONS = {"method": "full", "gain": 0.01, "nodes": None}
+
+_COEFFICIENT = Parameter(bounds=(0, 1e9), start=(0.05, 5))
+_EXPONENT = Parameter(bounds=(0.01, 2), start=(0.1, 1.2), logarithmic=True)
+
+PARAMETERS = {
+    "N_C": _COEFFICIENT,
+    "D_C": Parameter(bounds=(1e-9, 1e9), start=(0.05, 50), logarithmic=True),
+    "E": _COEFFICIENT,
+    "alpha": _EXPONENT,
+    "beta": _EXPONENT,
+    "gamma": Parameter(bounds=(-5, 5), start=(-2.5, 0.5)),
+    "delta": Parameter(bounds=(-3, 3), start=(-0.5, 1)),
+}
+
+
+def predict(parameters: Parameters, points: Points) -> np.ndarray:
+    """L of the law, nats per token, [n] or [k, n] with parameters [k, 1]. N0 and D are in the fit's units."""
+    return points["dense_loss"] + _excess(parameters, points)
+
+
+def _excess(parameters: Parameters, points: Points) -> np.ndarray:
+    """rho^-gamma N0^-delta (N_C / N0^alpha + D_C / D^beta + E)."""
+    size, tokens = points["dense_parameters"], points["tokens"]
+    inner = (
+        parameters["N_C"] * size ** -parameters["alpha"]
+        + parameters["D_C"] * tokens ** -parameters["beta"]
+        + parameters["E"]
+    )
+    return _factor(parameters, points) * inner
+
+
+def _factor(parameters: Parameters, points: Points) -> np.ndarray:
+    """rho^-gamma N0^-delta."""
+    return points["rho"] ** -parameters["gamma"] * points["dense_parameters"] ** -parameters["delta"]
+
+
+def reduce(points: Points) -> tuple[dict[str, float], list[str]]:
+    """The nested form that one pruning rate, or one dense size, leaves: what is fixed at which value, and why.
+
+    With one rho its factor is absorbed by D_C, E and N_C: gamma = 0. With one N0 its factor is absorbed by D_C and E,
+    and N_C / N0^alpha by E: delta = 0, N_C = 0, and alpha has no part left.
+    """
+    fixed, notes = {}, []
+    if _single(points, "rho"):
+        fixed["gamma"] = 0.0
+        notes.append(
+            "There is one pruning rate, so gamma is not identified: it is fixed at 0 and D_C and E absorb its factor."
+        )
+    if _single(points, "dense_parameters"):
+        fixed |= {"delta": 0.0, "N_C": 0.0, "alpha": 1.0}
+        notes.append(
+            "There is one dense size, so delta, N_C and alpha are not identified: delta and N_C are fixed at 0, alpha "
+            "has no part, E stands for N_C / N0^alpha + E, and the rival without delta is the law itself."
+        )
+    return fixed, notes
+
+
+def _single(points: Points, column: str) -> bool:
+    return bool(levels(points[column]).max() == 0)
+
+
+FORM = Form(PARAMETERS, predict, reduce)
+
+
+def _without_delta(parameters: Parameters, points: Points) -> np.ndarray:
+    """The law with delta = 0, as a survey prints it."""
+    return predict(parameters | {"delta": 0.0}, points)
+
+
+def _without_dense_loss(parameters: Parameters, points: Points) -> np.ndarray:
+    """rho^-gamma (N_C / N0^alpha + D_C / D^beta + E): a comparator of ours, which forgets the dense loss."""
+    return _excess(parameters | {"delta": 0.0}, points)
+
+
+def _reduce_without_delta(points: Points) -> tuple[dict[str, float], list[str]]:
+    fixed, notes = reduce(points)
+    return {name: value for name, value in fixed.items() if name != "delta"}, notes
+
+
+def _chinchilla(parameters: Parameters, points: Points) -> np.ndarray:
+    """E + A / N^alpha + B / D^beta (arXiv 2203.15556) on the pruned size N = (1 - rho) N0: a comparator of ours."""
+    return (
+        parameters["E"]
+        + parameters["A"] * _pruned_size(points) ** -parameters["alpha"]
+        + parameters["B"] * points["tokens"] ** -parameters["beta"]
+    )
+
+
+def _pruned_size(points: Points) -> np.ndarray:
+    return (1 - points["rho"]) * points["dense_parameters"]
+
+
+def _reduce_chinchilla(points: Points) -> tuple[dict[str, float], list[str]]:
+    return ({"A": 0.0, "alpha": 1.0} if levels(_pruned_size(points)).max() == 0 else {}), []
+
+
+_WITHOUT_DELTA = {name: parameter for name, parameter in PARAMETERS.items() if name != "delta"}
+
+RIVALS = {
+    "without_delta": Form(_WITHOUT_DELTA, _without_delta, _reduce_without_delta),
+    "without_dense_loss": Form(_WITHOUT_DELTA, _without_dense_loss, _reduce_without_delta),
+    "chinchilla_on_pruned_size": Form(
+        {"A": _COEFFICIENT, "B": PARAMETERS["D_C"], "E": _COEFFICIENT, "alpha": _EXPONENT, "beta": _EXPONENT},
+        _chinchilla,
+        _reduce_chinchilla,
+    ),
+}
+
+HELD_OUT = {
+    "later_tokens": later_tokens,
+    "larger_model": partial(largest, column="dense_parameters", name="dense size"),
+    "higher_ratio": partial(largest, column="rho", name="pruning rate"),
+}
+
+
+def points(tables: dict[str, pd.DataFrame], options: dict[str, Any]) -> Points:
+    """The points of the law: one row a validation loss of a recovery run after its first tokens (at D = 0 it diverges).
+
+    A run is a node of family "recover" and method options["method"], whose name matches one of the glob patterns
+    options["nodes"] (None: all), and whose parent has lost parameters (rho > 0) and was not recovered before, since D
+    counts from the pruned model. dense_parameters and tokens are numbers of parameters and tokens, not yet in units.
+    """
+    nodes = tables["nodes"].set_index("node")
+    runs = [
+        node
+        for node, row in nodes.iterrows()
+        if row["family"] == "recover"
+        and row["method"] == options["method"]
+        and _matches(node, options["nodes"])
+        and nodes.at[row["parent"], "rho"] > 0
+        and not _was_recovered(nodes, row["parent"])
+    ]
+    curves = tables["curves"]
+    rows = curves[(curves["split"] == "validation") & (curves["tokens"] > 0) & curves["node"].isin(runs)]
+    rows = rows.sort_values(["node", "tokens"])
+    run = nodes.loc[rows["node"]]
+    return {
+        "run": rows["node"].to_numpy(dtype=str),
+        "model": run["model"].to_numpy(dtype=str),
+        "dense_parameters": nodes.loc[run["model"], "parameters"].to_numpy(dtype=float),
+        "rho": nodes.loc[run["parent"], "rho"].to_numpy(dtype=float),
+        "tokens": rows["tokens"].to_numpy(dtype=float),
+        "loss": rows["loss"].to_numpy(dtype=float),
+        "dense_loss": rows["dense_loss"].to_numpy(dtype=float),
+    }
+
+
+def _matches(node: str, patterns: list[str] | None) -> bool:
+    return patterns is None or any(fnmatchcase(node, pattern) for pattern in patterns)
+
+
+def _was_recovered(nodes: pd.DataFrame, node: str) -> bool:
+    while node in nodes.index:
+        if nodes.at[node, "family"] == "recover":
+            return True
+        node = nodes.at[node, "parent"]
+    return False
+
+
+def units(points: Points) -> dict[str, float]:
+    """Units of N0 and D: for each the largest power of a thousand that the largest value reaches."""
+    scales = 1000.0 ** np.arange(6)
+    return {column: float(scales[scales <= points[column].max()][-1]) for column in ("dense_parameters", "tokens")}
+
+
+def notes(points: Points) -> list[str]:
+    """A sentence where the data contradict the law's sign: its excess over the dense loss is never negative."""
+    below = int(np.sum(points["loss"] < points["dense_loss"]))
+    if not below:
+        return []
+    return [
+        f"{below} of {len(points['loss'])} points lie below the loss of the dense model, where this law cannot follow: "
+        "recovery taught more than pruning cost."
+    ]
+
+
+def recommend(
+    fit: Fit, samples: Parameters, points: Points, units: dict[str, float], options: dict[str, Any]
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """For each model and rho the tokens D past which another doubling gains less than options["gain"] nats per token.
+
+    gain(D) = rho^-gamma N0^-delta D_C D^-beta (1 - 2^-beta), so D = (gain(1) / gain)^(1 / beta). `samples` are
+    bootstrap parameters [k, 1], k = 0 for no interval. A number beyond what a float holds is None.
+    """
+    needed = [name for name in ("D_C", "beta", "gamma", "delta") if name in fit.unidentified]
+    if needed:
+        return [], [f"No token count is recommended, since the points do not identify {', '.join(needed)}."]
+    model = np.unique(points["model"], return_inverse=True)[1]
+    cases, first, case = np.unique(
+        np.column_stack([model, points["rho"]]), axis=0, return_index=True, return_inverse=True
+    )
+    where = {name: column[first] for name, column in points.items()}
+    scale = units["tokens"]
+    tokens = _tokens_for_gain(fit.parameters, where, options["gain"]) * scale
+    drawn = _tokens_for_gain(samples, where, options["gain"]) * scale
+    # Interpolation between two infinite draws would be no number.
+    low, high = (
+        np.quantile(drawn, [0.025, 0.975], axis=0, method="nearest") if len(drawn) else np.full((2, len(cases)), np.nan)
+    )
+    return [
+        {
+            "model": str(where["model"][row]),
+            "dense_parameters": float(where["dense_parameters"][row] * units["dense_parameters"]),
+            "rho": float(where["rho"][row]),
+            "gain": options["gain"],
+            "tokens": _finite(tokens[row]),
+            "low": _finite(low[row]),
+            "high": _finite(high[row]),
+            "smallest_tokens": float(points["tokens"][case == row].min() * scale),
+            "largest_tokens": float(points["tokens"][case == row].max() * scale),
+            "note": _range_note(tokens[row], points["tokens"][case == row] * scale),
+        }
+        for row in range(len(cases))
+    ], []
+
+
+def _tokens_for_gain(parameters: Parameters, points: Points, gain: float) -> np.ndarray:
+    """D = (rho^-gamma N0^-delta D_C (1 - 2^-beta) / gain)^(1 / beta), in the fit's unit of tokens."""
+    beta = parameters["beta"]
+    first = _factor(parameters, points) * parameters["D_C"] * (1 - 2.0**-beta)
+    with np.errstate(over="ignore"):
+        return (first / gain) ** (1 / beta)
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None
+
+
+def _range_note(tokens: float, measured: np.ndarray) -> str | None:
+    """A sentence where the recommended tokens lie outside those measured."""
+    if tokens > measured.max():
+        return "This lies beyond the largest token count measured, so it is an extrapolation."
+    if tokens < measured.min():
+        return "This lies before the first token count measured: every doubling measured gains less."
+    return None

@@ -1,0 +1,1 @@
+"""Compensation: a small correction is added beside a compressed linear."""

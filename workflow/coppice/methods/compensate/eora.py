@@ -1,0 +1,43 @@
+"""EoRA: a low-rank path beside a compressed linear that gives back what compression took, best for the inputs it sees.
+
+Liu et al., EoRA: Fine-tuning-free Compensation for Compressed LLM with Eigenspace Low-Rank Approximation (arXiv
+2410.21271), equations 2 to 4. dW = W - W^; H = Q Lambda Q^T; dW Q Lambda^(1/2) = U Sigma V^T;
+second first = U_r Sigma_r V_r^T Lambda^(-1/2) Q^T = U_r U_r^T dW (see `solvers.truncation`), first [r, n], second [m, r];
+y = W^ x + second first x.
+"""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from coppice.methods.base import Compensation, LayerOptions, Linear, LinearStatistics, Source
+from coppice.methods.solvers.truncation import square_root, truncate
+
+SOURCE = Source(
+    "EoRA: Fine-tuning-free Compensation for Compressed LLM with Eigenspace Low-Rank Approximation",
+    "arXiv 2410.21271",
+    "equations 2 to 4",
+)
+NEEDS = frozenset({"moments"})
+MAKES = frozenset({"compensated"})
+REFUSES = {"compensated": "because the linear has a compensation already; choose a larger rank instead"}
+
+
+class Options(LayerOptions):
+    rank: int = Field(ge=1, description="Rank of the low-rank path, at most that of the linear.")
+
+
+def compress(linear: Linear, statistics: LinearStatistics, options: Options) -> Compensation:
+    """The rank-r path with the least E|(dW - second first) x|^2, dW = linear.reference - linear.weight.
+
+    Raises UserError when a weight holds values that are not finite, or when the statistics are unfit (see
+    `solvers.truncation`).
+    """
+    residual = linear.reference - linear.weight
+    truncation = truncate(residual, options.rank, square_root(statistics.second_moment))
+    record = {
+        "rank_asked": options.rank,
+        "rank": len(truncation.first),
+        "truncation_error": truncation.error,
+    }
+    return Compensation(truncation.first, truncation.second, record=record)

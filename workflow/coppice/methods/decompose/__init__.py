@@ -1,0 +1,1 @@
+"""Decomposition: a linear becomes a product of smaller ones."""

@@ -1,0 +1,1 @@
+"""Pruning: weights, key/value groups, neurons or blocks are removed."""

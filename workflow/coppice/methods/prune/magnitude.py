@@ -1,0 +1,53 @@
+"""Magnitude pruning: the weights smallest in size go.
+
+Han et al., Learning both Weights and Connections for Efficient Neural Networks (arXiv 1506.02626), section 3.
+Score |W_ij|, compared within the whole matrix, within each output's row, or within each group of an N:M pattern.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from coppice.methods.base import Linear, LinearStatistics, Masked, Source, Unchanged
+from coppice.methods.solvers.mask import (
+    SparsityOptions,
+    comparison_group,
+    keep_largest,
+    nothing_to_prune,
+    pruning_record,
+)
+
+SOURCE = Source(
+    "Learning both Weights and Connections for Efficient Neural Networks", "arXiv 1506.02626", "section 3: |W_ij|"
+)
+NEEDS = frozenset()
+MAKES = frozenset({"masked"})
+REFUSES = {
+    "quantized": "because packed integers cannot be masked; prune before quantizing",
+    "compensated": "because the compensation was fitted to the weights as they are; prune before compensating",
+}
+
+
+class Options(SparsityOptions):
+    scope: Literal["layer", "row"] = Field(
+        default="layer", description="Which weights a sparsity compares: the whole matrix, or each output's row."
+    )
+
+    @model_validator(mode="after")
+    def _scope_without_pattern(self) -> Options:
+        if self.pattern is not None and "scope" in self.model_fields_set:
+            raise ValueError("'scope' goes with 'sparsity': a pattern compares the inputs of each of its groups")
+        return self
+
+
+def compress(linear: Linear, statistics: LinearStatistics | None, options: Options) -> Masked | Unchanged:
+    """Prunes the smallest |W_ij| of each comparison group. Raises UserError when M of N:M does not divide the width."""
+    if options.sparsity == 0:
+        return nothing_to_prune()
+    weight = linear.weight
+    width = weight.shape[1]
+    size, count = comparison_group(options, weight.numel() if options.scope == "layer" else width, width)
+    mask = keep_largest(weight.abs(), size, count, linear.mask)
+    return Masked(weight.masked_fill(~mask, 0), mask, record=pruning_record(options, mask))

@@ -1,0 +1,50 @@
+"""Wanda: pruning by weights and activations.
+
+Sun et al., A Simple and Effective Pruning Approach for Large Language Models (arXiv 2306.11695), equation 1.
+Score |W_ij| |X_j|_2, with |X_j|_2 = sqrt(H_jj) up to a constant, compared within each output's row or within each group
+of an N:M pattern. The weights that stay are not changed.
+"""
+
+from __future__ import annotations
+
+from coppice.methods.base import Linear, LinearStatistics, Masked, Source, Unchanged
+from coppice.methods.solvers.mask import (
+    SparsityOptions,
+    comparison_group,
+    keep_largest,
+    nothing_to_prune,
+    pruning_record,
+)
+from coppice.methods.solvers.moments import input_power
+
+SOURCE = Source(
+    "A Simple and Effective Pruning Approach for Large Language Models",
+    "arXiv 2306.11695",
+    "equation 1: |W_ij| |X_j|_2",
+)
+NEEDS = frozenset({"moments"})
+MAKES = frozenset({"masked"})
+REFUSES = {
+    "quantized": "because packed integers cannot be masked; prune before quantizing",
+    "compensated": "because the compensation was fitted to the weights as they are; prune before compensating",
+}
+
+
+class Options(SparsityOptions):
+    pass
+
+
+def compress(linear: Linear, statistics: LinearStatistics, options: Options) -> Masked | Unchanged:
+    """Prunes the smallest |W_ij| sqrt(H_jj) of each comparison group.
+
+    Raises UserError when M of N:M does not divide the width, or when the statistics are unfit (see `solvers.moments`).
+    """
+    if options.sparsity == 0:
+        return nothing_to_prune()
+    weight = linear.weight
+    width = weight.shape[1]
+    power = input_power(statistics.second_moment)
+    scores = weight.abs() * power.sqrt().to(weight.dtype)
+    mask = keep_largest(scores, *comparison_group(options, width, width), linear.mask)
+    record = pruning_record(options, mask) | {"dead_inputs": int((power == 0).sum())}
+    return Masked(weight.masked_fill(~mask, 0), mask, record=record)

@@ -1,0 +1,1 @@
+"""Quantization: weights are stored as integers."""

@@ -1,0 +1,54 @@
+"""Round to nearest: every weight goes to the closest point of its group's grid.
+
+The baseline of Frantar et al., GPTQ (arXiv 2210.17323), section 4; the grid is `solvers.grid`'s.
+"""
+
+from __future__ import annotations
+
+from coppice.methods.base import Linear, LinearStatistics, Quantized, Source
+from coppice.methods.solvers.grid import (
+    GridOptions,
+    fit_groups,
+    grid_record,
+    group_of_inputs,
+    group_width,
+    make_grid,
+)
+
+SOURCE = Source(
+    "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers",
+    "arXiv 2210.17323",
+    "section 4, the baseline: q = clip(round(w / s) + z)",
+)
+NEEDS = frozenset()
+MAKES = frozenset({"quantized"})
+REFUSES = {
+    "quantized": "because the weights are on a grid already; quantize once",
+    "compensated": "because the compensation was fitted to the weights as they are; quantize before compensating",
+}
+
+
+class Options(GridOptions):
+    pass
+
+
+def compress(linear: Linear, statistics: LinearStatistics | None, options: Options) -> Quantized:
+    """Rounds each group of consecutive inputs to its own grid; zeros stay zeros.
+
+    Raises UserError when the group size does not divide the width and `indivisible` is "error".
+    """
+    weight = linear.weight
+    width = group_width(options, weight.shape[1])
+    grid = make_grid(linear, options)
+    scale, zero_point = fit_groups(grid, weight, width)
+    codes = grid.encode(weight.unflatten(1, (-1, width)), scale[:, :, None], zero_point[:, :, None]).flatten(1)
+    return Quantized(
+        codes,
+        scale,
+        zero_point,
+        group_of_inputs(weight.shape[1], width, weight.device),
+        options.bits,
+        width,
+        options.symmetric,
+        record=grid_record(options, width),
+    )

@@ -1,0 +1,1 @@
+"""Recovery: training that regrows what compression cost."""

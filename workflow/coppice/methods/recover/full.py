@@ -1,0 +1,56 @@
+"""Continued pre-training of all weights: embeddings, norms, biases, linears and factors.
+
+Shortened LLaMA: Depth Pruning for Large Language Models with Comparison of Retraining Methods (arXiv 2402.02834),
+section 3.3: L = -1/T sum_t log p(x_t | x_<t), by AdamW.
+
+A masked weight w (.) M is trained on its kept entries alone: g <- g (.) M. AdamW then keeps pruned entries at zero
+exactly, as both moments, the update and the decay of a zero entry with zero gradient are zero.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from coppice.methods.base import RecoverOptions, Source
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+SOURCE = Source(
+    title="Shortened LLaMA: Depth Pruning for Large Language Models with Comparison of Retraining Methods",
+    identifier="arXiv 2402.02834",
+    equation="section 3.3 (continued pre-training)",
+)
+NEEDS: frozenset[str] = frozenset()
+MAKES: frozenset[str] = frozenset()
+REFUSES = {"quantized": "because packed integers cannot be trained; use lora"}
+
+
+class Options(RecoverOptions):
+    """Those of every training method."""
+
+
+def prepare(model: PreTrainedModel, options: Options) -> PreTrainedModel:
+    """Lets every parameter train, and pruned entries of masked linears receive no gradient."""
+    from coppice.layers import leaves, mask
+
+    model.requires_grad_(True)
+    for linear in leaves(model).values():
+        if (kept := mask(linear)) is not None:
+            linear.weight.register_hook(_masked_gradient(kept))
+    return model
+
+
+def finish(model: PreTrainedModel) -> PreTrainedModel:
+    """The model as it is: its weights were trained in place."""
+    return model
+
+
+def _masked_gradient(kept: Tensor):
+    """A hook g -> g (.) M on a weight's gradient. Both [m, n]."""
+
+    def hook(gradient: Tensor) -> Tensor:
+        return gradient * kept
+
+    return hook

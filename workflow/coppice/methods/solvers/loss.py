@@ -1,0 +1,36 @@
+"""The layer loss that every layer method is measured by."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from coppice.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def relative_error(difference: Tensor, weight: Tensor, second_moment: Tensor | None) -> float:
+    """tr(dW H dW^T) / tr(W H W^T): the mean squared error of a linear's outputs over their mean square, without unit.
+
+    difference dW: [m, n], weight minus what stands in its place; weight W: [m, n]; second_moment H: [n, n] E[x x^T], or
+    None for H = I, where the ratio is that of squared Frobenius norms. 0 for no difference.
+    Raises UserError when the ratio is not finite.
+    """
+    error, scale = _power(difference, second_moment), _power(weight, second_moment)
+    if error == 0:
+        return 0.0
+    ratio = error / scale if scale > 0 else math.inf
+    if not math.isfinite(ratio):
+        raise UserError(
+            "The error of this layer is not finite: its weights, what was put in their place or its statistics hold "
+            "values that are not numbers, or overflow."
+        )
+    return ratio
+
+
+def _power(weight: Tensor, second_moment: Tensor | None) -> float:
+    """tr(W H W^T), never below 0, where rounding alone could put it."""
+    images = weight if second_moment is None else weight @ second_moment.to(weight.dtype)
+    return max((images.double() * weight).sum().item(), 0.0)

@@ -1,0 +1,105 @@
+"""Which weights are kept: exact counts within comparison groups, with a stable tie-break.
+
+An N:M pattern keeps N of every M consecutive inputs of an output (2:4 keeps 2 of 4; 1:4 keeps 1 and prunes 3).
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field, field_validator, model_validator
+
+from coppice.errors import UserError
+from coppice.lazy import torch
+from coppice.methods.base import LayerOptions, Unchanged
+from coppice.methods.solvers.budget import share_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class SparsityOptions(LayerOptions):
+    """How many weights to prune: exactly one of sparsity and pattern."""
+
+    sparsity: float | None = Field(
+        default=None, ge=0, lt=1, description="Share of weights to prune in each comparison group; 0 changes nothing."
+    )
+    pattern: str | None = Field(
+        default=None, description="'N:M' keeps N of every M consecutive inputs of each output, 1 <= N < M."
+    )
+
+    @field_validator("pattern")
+    @classmethod
+    def _is_pattern(cls, pattern: str | None) -> str | None:
+        if pattern is not None:
+            parts = re.fullmatch(r"(\d+):(\d+)", pattern)
+            if parts is None or not 1 <= int(parts[1]) < int(parts[2]):
+                raise ValueError(
+                    f"the pattern {pattern!r} is not 'N:M' with 1 <= N < M, which keeps N of every M consecutive inputs"
+                )
+        return pattern
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> SparsityOptions:
+        if (self.sparsity is None) == (self.pattern is None):
+            raise ValueError("give exactly one of 'sparsity' and 'pattern'")
+        return self
+
+    @property
+    def kept_of(self) -> tuple[int, int] | None:
+        """(N, M) of the pattern."""
+        return None if self.pattern is None else tuple(int(part) for part in self.pattern.split(":"))
+
+    @property
+    def pruned_share(self) -> float:
+        """The share of weights asked to be pruned."""
+        if self.pattern is None:
+            return self.sparsity
+        kept, of = self.kept_of
+        return 1 - kept / of
+
+
+def comparison_group(options: SparsityOptions, size: int, width: int) -> tuple[int, int]:
+    """(weights compared with each other, how many of them to prune) in a linear of `width` inputs.
+
+    A pattern N:M compares M consecutive inputs and prunes M - N, whatever `size`; a sparsity s compares `size` weights
+    and prunes floor(s size). Raises UserError when M does not divide the width.
+    """
+    if options.pattern is None:
+        return size, share_of(options.sparsity, size)
+    kept, of = options.kept_of
+    if width % of:
+        raise UserError(
+            f"The pattern {options.pattern} needs a number of inputs that {of} divides, and this layer has {width}: "
+            "choose another pattern or a sparsity."
+        )
+    return of, of - kept
+
+
+def keep_largest(scores: Tensor, size: int, count: int, kept: Tensor | None) -> Tensor:
+    """Mask (bool, True = kept) that prunes the `count` smallest of each `size` consecutive scores, row by row.
+
+    scores: [m, n], >= 0; size divides m n. Exactly `count` are pruned: of equal scores, the earlier ones. What `kept`
+    ([m, n]) has pruned already counts first and stays pruned, even where it is more than `count`.
+    """
+    if kept is not None:
+        scores = scores.masked_fill(~kept, -1)
+    mask = torch.ones_like(scores, dtype=torch.bool)
+    if count:
+        groups = scores.reshape(-1, size)
+        threshold = groups.kthvalue(count, dim=1, keepdim=True).values
+        below, tied = groups < threshold, groups == threshold
+        room = count - below.sum(dim=1, keepdim=True)
+        mask = ~(below | (tied & (tied.cumsum(dim=1) <= room))).view_as(scores)
+    return mask if kept is None else mask & kept
+
+
+def nothing_to_prune() -> Unchanged:
+    return Unchanged(record={"unchanged": "A sparsity of 0 prunes nothing.", "sparsity_asked": 0.0})
+
+
+def pruning_record(options: SparsityOptions, mask: Tensor) -> dict[str, Any]:
+    """What was asked and the share of weights that the mask prunes."""
+    pruned = mask.numel() - int(mask.sum())
+    return {"sparsity_asked": options.pruned_share, "sparsity": pruned / mask.numel()}

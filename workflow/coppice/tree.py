@@ -1,0 +1,252 @@
+"""The tree: what nodes a study has, and what each of them needs.
+
+A node is a model after some steps; its name is its path, `<model>/<step>/<step>`, so its parent is the path less its
+last part, and recipes that begin alike share nodes. A step that is trained with another seed than the study's, and
+every step after it, bears the seed: `<step>@1`.
+
+Functions of a validated `study.Study`; a node may be given by its name alone, because the name is its path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from itertools import product
+from math import ceil
+from typing import TYPE_CHECKING, Any
+
+from coppice.methods.base import Method, method
+
+if TYPE_CHECKING:
+    from coppice.study import Recipe, Step, Study
+
+COMPRESSED = frozenset({"masked", "factorized", "quantized"})
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """name: the path. parent, step: None for a dense model; step is the step's name without a seed."""
+
+    name: str
+    model: str
+    parent: str | None
+    step: str | None
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class TokenUse:
+    """A token set that a model needs: `windows` windows of `length` tokens from the part of a text for `role`."""
+
+    text: str
+    role: str
+    windows: int
+    length: int
+    pack: bool
+
+
+def nodes(study: Study) -> dict[str, Node]:
+    """Every node by name: all dense models, then what the recipes make of them; parents come before children."""
+    found = {model: Node(model, model, None, None, study.seed) for model in study.models}
+    for _, model, steps, seed in expanded(study):
+        parent = model
+        for step, part in zip(steps, _parts(study, steps, seed), strict=True):
+            name = f"{parent}/{part}"
+            if name not in found:
+                found[name] = Node(name, model, parent, step, seed if "@" in part else study.seed)
+            parent = name
+    return found
+
+
+def expanded(study: Study) -> Iterator[tuple[int, str, tuple[str, ...], int]]:
+    """(index of the recipe, model, steps, seed) of every single recipe."""
+    for i, recipe in enumerate(study.recipes):
+        for model in recipe.models or study.models:
+            for steps in lists_of_steps(recipe):
+                for seed in recipe.seeds or [study.seed]:
+                    yield i, model, steps, seed
+
+
+def lists_of_steps(recipe: Recipe) -> list[tuple[str, ...]]:
+    """The lists of steps that a recipe stands for, without its nulls."""
+    combinations = [recipe.steps] if recipe.steps is not None else product(*recipe.product)
+    return [tuple(step for step in steps if step is not None) for steps in combinations]
+
+
+def _parts(study: Study, steps: tuple[str, ...], seed: int) -> Iterator[str]:
+    """The parts of the path: steps, with the seed from the first one that recovers on."""
+    suffix = ""
+    for step in steps:
+        if seed != study.seed and method_of(study, step).family == "recover":
+            suffix = f"@{seed}"
+        yield step + suffix
+
+
+def parent_of(name: str) -> str | None:
+    """The name of a node's parent; None for a dense model."""
+    return name.rpartition("/")[0] or None
+
+
+def model_of(name: str) -> str:
+    """The dense model that a node comes from."""
+    return name.partition("/")[0]
+
+
+def step_of(name: str) -> str | None:
+    """The name of the step that made a node; None for a dense model."""
+    parent, _, part = name.rpartition("/")
+    return part.partition("@")[0] if parent else None
+
+
+def seed_of(study: Study, name: str) -> int:
+    """The seed that a node was made with."""
+    _, _, seed = name.rpartition("/")[2].partition("@")
+    return int(seed) if seed else study.seed
+
+
+def method_of(study: Study, step: str) -> Method:
+    """The method of a step."""
+    return method(study.steps[step].method)
+
+
+def marks(study: Study, name: str) -> frozenset[str]:
+    """The marks that the steps of a node's path leave on it."""
+    found: frozenset[str] = frozenset()
+    for part in name.split("/")[1:]:
+        found = marks_after(method_of(study, part.partition("@")[0]), found)
+    return found
+
+
+def marks_after(method: Method, parent: frozenset[str]) -> frozenset[str]:
+    """The marks of a node from those of its parent.
+
+    A method adds what it MAKES, unless its module has a function `marks(parent) -> marks` that says otherwise.
+    """
+    own = getattr(method.module, "marks", None)
+    return frozenset(own(parent)) if own else parent | method.makes
+
+
+def refusals(study: Study) -> list[str]:
+    """A sentence for every step of a recipe that cannot follow what comes before it."""
+    sentences: dict[tuple[int, str], str] = {}
+    seen: dict[str, frozenset[str]] = {model: frozenset() for model in study.models}
+    for i, model, steps, seed in expanded(study):
+        parent = model
+        for place, (step, part) in enumerate(zip(steps, _parts(study, steps, seed), strict=True)):
+            name = f"{parent}/{part}"
+            if name not in seen:
+                made = method_of(study, step)
+                reason = _refusal(study, parent, steps[place - 1] if place else None, step, seen[parent])
+                if reason:
+                    sentences.setdefault((i, step), f"recipes.{i} ({' > '.join(steps)}): {reason}")
+                seen[name] = marks_after(made, seen[parent])
+            parent = name
+    return list(sentences.values())
+
+
+def _refusal(study: Study, parent: str, previous: str | None, step: str, marks: frozenset[str]) -> str | None:
+    made = method_of(study, step)
+    if step == previous:
+        return f"the step {step!r} stands twice in a row; write it once."
+    for mark in sorted(marks & made.refuses.keys()):
+        reason = made.refuses[mark].removeprefix("because ").rstrip(".")
+        return f"the step {step!r} ({made.name}) cannot work on a {mark} model, because {reason}."
+    if made.family == "compensate" and reference(study, parent) == parent:
+        return (
+            f"the step {step!r} ({made.name}) has nothing to compensate: put it after a step that prunes, decomposes "
+            "or quantizes layers."
+        )
+    return None
+
+
+def compresses_layers(method: Method) -> bool:
+    """Whether a method replaces linears one by one, so that what they were before can be compensated for."""
+    return method.contract == "layer" and method.family in ("prune", "decompose", "quantize")
+
+
+def reference(study: Study, parent: str) -> str:
+    """The node that tells a compensate method, which works on `parent`, what the linears computed before.
+
+    The nearest one above the last run of steps that compressed layers; `parent` itself when its step did not.
+    """
+    name = parent
+    while (step := step_of(name)) and compresses_layers(method_of(study, step)):
+        name = parent_of(name)
+    return name
+
+
+def calibration(study: Study, step: str) -> str | None:
+    """The calibration of a step: the one it names, or the study's only one; None when its method needs none."""
+    if not method_of(study, step).needs:
+        return None
+    return study.steps[step].calibration or next(iter(study.calibrations))
+
+
+def propagates(step: Step) -> bool:
+    """Whether a step gathers its moments behind the blocks already compressed, so that it reads tokens itself."""
+    return bool(getattr(step.options, "propagate", False)) and "moments" in method(step.method).needs
+
+
+def kinds(study: Study, step: str) -> list[str]:
+    """The kinds of statistics that a step reads from its parent."""
+    needs = method_of(study, step).needs
+    return sorted(needs - {"moments"} if propagates(study.steps[step]) else needs)
+
+
+def trains(study: Study, step: str) -> bool:
+    """Whether a step's method is a training method."""
+    return method_of(study, step).contract == "training"
+
+
+def token_uses(study: Study) -> dict[str, TokenUse]:
+    """Every token set by name: calibration.<name>, recovery.<step>, validation.<step>, evaluation.<name>.<protocol>."""
+    uses = {
+        f"calibration.{name}": TokenUse(body.text, "calibration", body.windows, body.length, body.pack)
+        for name, body in study.calibrations.items()
+    }
+    for name, step in study.steps.items():
+        if trains(study, name):
+            options = step.options
+            windows = ceil(options.tokens / options.length)
+            uses[f"recovery.{name}"] = TokenUse(options.text, "recovery", windows, options.length, True)
+            uses[f"validation.{name}"] = TokenUse(
+                options.validation, "evaluation", options.validation_windows, options.length, True
+            )
+    for name, evaluation in study.evaluations.items():
+        for protocol, body in protocols(evaluation).items():
+            uses[f"evaluation.{name}.{protocol}"] = TokenUse(
+                body.text, "evaluation", body.windows, body.length, body.pack
+            )
+    return uses
+
+
+def protocols(evaluation: Any) -> dict[str, Any]:
+    """The protocols of perplexity of an evaluation; a cost has none."""
+    return evaluation.perplexity if evaluation.kind == "quality" else {}
+
+
+def evaluations(study: Study, name: str) -> list[str]:
+    """The evaluations whose patterns match a node."""
+    return [
+        evaluation
+        for evaluation, body in study.evaluations.items()
+        if any(fnmatchcase(name, pattern) for pattern in body.nodes)
+    ]
+
+
+def drawing(study: Study) -> str:
+    """The tree, one node a line, indented by its depth."""
+    found = nodes(study)
+    children: dict[str | None, list[Node]] = {}
+    for node in found.values():
+        children.setdefault(node.parent, []).append(node)
+    lines = [f"{study.study}: {len(found)} nodes"]
+
+    def draw(parent: str | None, depth: int) -> None:
+        for node in children.get(parent, []):
+            lines.append("  " * depth + node.name.rpartition("/")[2])
+            draw(node.name, depth + 1)
+
+    draw(None, 1)
+    return "\n".join(lines)
