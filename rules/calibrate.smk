@@ -16,10 +16,6 @@ rule calibrate:
     conda:
         "../envs/coppice.yaml"
     threads: 1
-    params:
-        model=subpath(input.model, parent=True),
-        tokens=subpath(input.tokens, parent=True),
-        directory=subpath(output[0], parent=True),
     shell:
-        "python -m coppice calibrate --model {params.model:q} --tokens {params.tokens:q} --kind {wildcards.kind}"
-        " --threads {threads} --output {params.directory:q} > {log:q} 2>&1"
+        "python -m coppice calibrate --model $(dirname {input.model}) --tokens $(dirname {input.tokens})"
+        " --kind {wildcards.kind} --threads {threads} --output $(dirname {output}) > {log} 2>&1"

@@ -121,10 +121,6 @@ def made_node(wildcards):
     return NODES[name]
 
 
-def node_name(wildcards):
-    return made_node(wildcards).name
-
-
 def node_seed(wildcards):
     return made_node(wildcards).seed
 
@@ -136,41 +132,28 @@ def node_step(wildcards):
     return json.dumps({"name": name, "method": step.method, "options": step.options.model_dump(mode="json")})
 
 
-def method_file(wildcards):
-    """The file of the step's method: a changed method makes its nodes anew and no others.
+def source_file(method):
+    """The file of a method: a changed method makes its nodes anew and no others.
 
     It is relative to the working directory, so that a project that moves as a whole stays done.
     """
-    return relpath(tree.method_of(STUDY, made_node(wildcards).step).file)
+    return relpath(method.file)
 
 
-def calibration_tokens(wildcards):
-    return tokens(tree.model_of(wildcards.node), f"calibration.{wildcards.calibration}")
-
-
-def step_statistics(wildcards):
+def compress_input(wildcards):
+    """What a step reads besides the parent: statistics, or the tokens to gather them itself; and what the linears
+    computed before they were compressed, for a step that compensates."""
     node = made_node(wildcards)
+    method = tree.method_of(STUDY, node.step)
     calibration = tree.calibration(STUDY, node.step)
-    return [
-        f"{RESULTS}/statistics/{node.parent}/{calibration}/{kind}/manifest.json"
-        for kind in tree.kinds(STUDY, node.step)
-    ]
-
-
-def step_tokens(wildcards):
-    """The calibration's tokens, for a step that gathers its moments itself."""
-    node = made_node(wildcards)
-    if not tree.propagates(STUDY.steps[node.step]):
-        return []
-    return [tokens(node.model, f"calibration.{tree.calibration(STUDY, node.step)}")]
-
-
-def step_reference(wildcards):
-    """What the linears computed before they were compressed, for a step that compensates."""
-    node = made_node(wildcards)
-    if tree.method_of(STUDY, node.step).family != "compensate":
-        return []
-    return [checkpoint(tree.reference(STUDY, node.parent))]
+    statistics = f"{RESULTS}/statistics/{node.parent}/{calibration}"
+    propagates = tree.propagates(STUDY.steps[node.step])
+    return {
+        "statistics": [f"{statistics}/{kind}/manifest.json" for kind in tree.kinds(STUDY, node.step)],
+        "tokens": [tokens(node.model, f"calibration.{calibration}")] if propagates else [],
+        "reference": [checkpoint(tree.reference(STUDY, node.parent))] if method.family == "compensate" else [],
+        "method": source_file(method),
+    }
 
 
 def step_sources(wildcards, input):
@@ -182,18 +165,19 @@ def step_sources(wildcards, input):
     ]
 
 
-def dense_checkpoint(wildcards):
-    return checkpoint(tree.model_of(wildcards.parent))
-
-
-def recovery_tokens(wildcards):
+def recover_input(wildcards):
+    """What a step that trains reads besides the parent."""
     node = made_node(wildcards)
-    return tokens(node.model, f"recovery.{node.step}")
+    return {
+        "dense": checkpoint(node.model),
+        "tokens": tokens(node.model, f"recovery.{node.step}"),
+        "validation": tokens(node.model, f"validation.{node.step}"),
+        "method": source_file(tree.method_of(STUDY, node.step)),
+    }
 
 
-def validation_tokens(wildcards):
-    node = made_node(wildcards)
-    return tokens(node.model, f"validation.{node.step}")
+def calibration_tokens(wildcards):
+    return tokens(tree.model_of(wildcards.node), f"calibration.{wildcards.calibration}")
 
 
 def node_budgets(wildcards):
@@ -205,7 +189,7 @@ def node_budgets(wildcards):
 
 def node_state(wildcards):
     """Where a recovery keeps what it needs to go on after an interruption; no output, as those are deleted first."""
-    return f"{RESULTS}/state/{node_name(wildcards)}"
+    return f"{RESULTS}/state/{made_node(wildcards).name}"
 
 
 # Evaluations, laws, tracking
@@ -213,7 +197,10 @@ def node_state(wildcards):
 
 def evaluation_options(wildcards):
     """An evaluation as JSON; which nodes it measures is no part of how it measures."""
-    return STUDY.evaluations[wildcards.evaluation].model_dump_json(exclude={"nodes"})
+    evaluation = STUDY.evaluations[wildcards.evaluation]
+    world = tree.world(STUDY, evaluation)
+    described = {"world": STUDY.texts[world].model_dump(mode="json")} if world else {}
+    return json.dumps({**evaluation.model_dump(mode="json", exclude={"nodes", "world"}), **described})
 
 
 def evaluation_tokens(wildcards):

@@ -3,11 +3,8 @@
 
 rule compress:
     input:
+        unpack(compress_input),
         parent="<results>/models/{parent}/manifest.json",
-        statistics=step_statistics,
-        tokens=step_tokens,
-        reference=step_reference,
-        method=method_file,
     output:
         "<results>/models/{parent}/{part}/manifest.json",
     log:
@@ -21,12 +18,10 @@ rule compress:
         "../envs/coppice.yaml"
     threads: 1
     params:
-        node=node_name,
         step=node_step,
         seed=node_seed,
         sources=step_sources,
-        parent=subpath(input.parent, parent=True),
-        directory=subpath(output[0], parent=True),
     shell:
-        "python -m coppice compress --node {params.node:q} --parent {params.parent:q} {params.sources:q}"
-        " --step {params.step:q} --seed {params.seed} --threads {threads} --output {params.directory:q} > {log:q} 2>&1"
+        "python -m coppice compress --node {wildcards.parent}/{wildcards.part} --parent $(dirname {input.parent})"
+        " {params.sources:q} --step {params.step:q} --seed {params.seed} --threads {threads}"
+        " --output $(dirname {output}) > {log} 2>&1"

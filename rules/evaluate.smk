@@ -19,12 +19,10 @@ rule evaluate:
     params:
         evaluation=evaluation_options,
         protocols=protocol_sources,
-        model=subpath(input.model, parent=True),
-        directory=subpath(output[0], parent=True),
     shell:
-        "python -m coppice evaluate --node {wildcards.node:q} --model {params.model:q} --name {wildcards.evaluation}"
-        " --evaluation {params.evaluation:q} {params.protocols:q} --threads {threads}"
-        " --output {params.directory:q} > {log:q} 2>&1"
+        "python -m coppice evaluate --node {wildcards.node} --model $(dirname {input.model})"
+        " --name {wildcards.evaluation} --evaluation {params.evaluation:q} {params.protocols} --threads {threads}"
+        " --output $(dirname {output}) > {log} 2>&1"
 
 
 rule cost:
@@ -41,11 +39,10 @@ rule cost:
     conda:
         "../envs/coppice.yaml"
     # Nothing else may run while time is measured.
-    threads: workflow.cores
+    threads: workflow.cores or 1
     params:
         evaluation=evaluation_options,
-        model=subpath(input.model, parent=True),
-        directory=subpath(output[0], parent=True),
     shell:
-        "python -m coppice evaluate --node {wildcards.node:q} --model {params.model:q} --name {wildcards.evaluation}"
-        " --evaluation {params.evaluation:q} --threads {threads} --output {params.directory:q} > {log:q} 2>&1"
+        "python -m coppice evaluate --node {wildcards.node} --model $(dirname {input.model})"
+        " --name {wildcards.evaluation} --evaluation {params.evaluation:q} --threads {threads}"
+        " --output $(dirname {output}) > {log} 2>&1"

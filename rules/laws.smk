@@ -27,8 +27,6 @@ rule fit:
     params:
         law=law_name,
         options=law_options,
-        tables=subpath(input[0], parent=True),
-        directory=subpath(output[0], parent=True),
     shell:
-        "python -m coppice fit --law {params.law} --tables {params.tables:q} --options {params.options:q}"
-        " --output {params.directory:q} > {log:q} 2>&1"
+        "python -m coppice fit --law {params.law} --tables $(dirname {input.tables[0]}) --options {params.options:q}"
+        " --output $(dirname {output}) > {log} 2>&1"

@@ -18,9 +18,6 @@ rule report:
         "<benchmarks>/report.jsonl"
     conda:
         "../envs/coppice.yaml"
-    params:
-        results=subpath(input.study, parent=True),
-        directory=subpath(output[0], parent=True),
     shell:
-        "python -m coppice report --study {input.study:q} --results {params.results:q} --output {params.directory:q}"
-        " > {log:q} 2>&1"
+        "python -m coppice report --study {input.study} --results $(dirname {input.study}) --output $(dirname {output})"
+        " > {log} 2>&1"

@@ -19,7 +19,7 @@ rule study:
         files=config_files(),
         changes=config_changes(),
     shell:
-        "python -m coppice study {params.files:q} --config {params.changes:q} --output {output:q} 2> {log:q}"
+        "python -m coppice study {params.files:q} --config {params.changes:q} --output {output} 2> {log}"
 
 
 rule root:
@@ -36,7 +36,6 @@ rule root:
     params:
         source=model_source,
         seed=STUDY.seed,
-        directory=subpath(output[0], parent=True),
     shell:
         "python -m coppice root --node {wildcards.model} --source {params.source:q} --seed {params.seed}"
-        " --output {params.directory:q} > {log:q} 2>&1"
+        " --output $(dirname {output}) > {log} 2>&1"

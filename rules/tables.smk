@@ -32,9 +32,6 @@ rule tables:
         "<benchmarks>/tables.jsonl"
     conda:
         "../envs/coppice.yaml"
-    params:
-        results=subpath(input.study, parent=True),
-        directory=subpath(output[0], parent=True),
     shell:
-        "python -m coppice tables --study {input.study:q} --results {params.results:q} --output {params.directory:q}"
-        " > {log:q} 2>&1"
+        "python -m coppice tables --study {input.study} --results $(dirname {input.study}) --output $(dirname {output[0]})"
+        " > {log} 2>&1"

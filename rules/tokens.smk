@@ -26,9 +26,7 @@ rule tokenize:
         length=text_length,
         packing=text_packing,
         seed=STUDY.seed,
-        tokenizer=subpath(input.model, parent=True),
-        directory=subpath(output[0], parent=True),
     shell:
-        "python -m coppice tokenize --tokenizer {params.tokenizer:q} --text {params.text:q} --role {params.role}"
+        "python -m coppice tokenize --tokenizer $(dirname {input.model}) --text {params.text:q} --role {params.role}"
         " --windows {params.windows} --length {params.length} --seed {params.seed} {params.packing}"
-        " --output {params.directory:q} > {log:q} 2>&1"
+        " --output $(dirname {output}) > {log} 2>&1"

@@ -20,11 +20,10 @@ rule track:
     conda:
         "../envs/coppice.yaml"
     params:
-        results=subpath(input.study, parent=True),
         uri=tracking_uri(),
     shell:
-        "python -m coppice track --study {input.study:q} --results {params.results:q} --uri {params.uri:q}"
-        " --output {output:q} > {log:q} 2>&1"
+        "python -m coppice track --study {input.study} --results $(dirname {input.study}) --uri {params.uri:q}"
+        " --output {output} > {log} 2>&1"
 
 
 # Failures become rows of the tables and runs of the tracker; the next run makes the tables anew.

@@ -9,6 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+
 from coppice.study import Calibration, Cost, Law, Protocol, Quality, Recipe, ShippedModel, Step, Study, Tracking
 
 FAMILIES = {"wanda": "prune", "laco": "prune", "gptq": "quantize", "full": "recover"}
@@ -31,7 +32,10 @@ def fake_study(weights: str = "none", uri: str | None = None) -> Study:
         models={name: ShippedModel(shipped=name) for name in DENSE},
         texts={},
         budgets=list(BUDGETS),
-        steps={name: Step.model_construct(method=name.partition("-")[0], calibration=None) for name in [*OPTIONS, "broken-9"]},
+        steps={
+            name: Step.model_construct(method=name.partition("-")[0], calibration=None)
+            for name in [*OPTIONS, "broken-9"]
+        },
         calibrations={"default": Calibration(text="stories")},
         recipes=[Recipe(steps=steps) for steps in RECIPES],
         evaluations={
@@ -44,10 +48,16 @@ def fake_study(weights: str = "none", uri: str | None = None) -> Study:
 
 
 def write_results(results: Path) -> Path:
-    """Writes the folder and returns it: every node of the study but `<model>/broken-9`, which left an error in its log."""
+    """Writes the folder and returns it: every node of the study but `<model>/broken-9`, which left an error."""
     for model, dense in DENSE.items():
         parent_loss = 1.8 - 0.1 * math.log10(dense / 490_000)
-        nodes = [model, f"{model}/wanda-50", f"{model}/laco-25", f"{model}/laco-25/full-1m", f"{model}/laco-25/full-1m/gptq-4"]
+        nodes = [
+            model,
+            f"{model}/wanda-50",
+            f"{model}/laco-25",
+            f"{model}/laco-25/full-1m",
+            f"{model}/laco-25/full-1m/gptq-4",
+        ]
         for index, node in enumerate(nodes):
             _node(results, node, dense)
             if node.endswith("full-1m"):
@@ -55,7 +65,14 @@ def write_results(results: Path) -> Path:
             _quality(results / "evaluations" / node / "quality", node, math.exp(parent_loss) * (1 + 0.35 * index % 0.8))
             if model == "small":
                 _cost(results / "evaluations" / node / "cost", node)
-        log(results, "compress", f"{model}/broken-9", "Traceback ...\nerror: model.layers.3 has no such thing; choose another.\n")
+        log(
+            results,
+            "compress",
+            f"{model}/broken-9",
+            "Traceback ...\nerror: model.layers.3 has no such thing; choose another.\n",
+        )
+        for use in ("recovery.full-1m", "validation.full-1m", "evaluation.quality.stories"):
+            _write(results / "tokens" / model / use / "manifest.json", json.dumps({"fingerprint": use[0] * 64}))
     _law(results / "laws" / "p2")
     _write(results / "study.yaml", "study: demo\n")
     _write(results / "benchmarks" / "compress" / "small" / "wanda-50.jsonl", '{"s": 1.5, "max_rss": 200.0}\n')
@@ -110,7 +127,10 @@ def _node(results: Path, node: str, dense: int) -> None:
         "rho_blocks": 1 - blocks / int(dense * 0.75),
         "rho_nonzero": 0.35 if "wanda" in node else 1 - total / dense,
         "fingerprint": node.encode().hex().ljust(64, "0")[:64],
-        "files": {"model.safetensors": {"bytes": 10, "sha256": "a" * 64}, "config.json": {"bytes": 2, "sha256": "b" * 64}},
+        "files": {
+            "model.safetensors": {"bytes": 10, "sha256": "a" * 64},
+            "config.json": {"bytes": 2, "sha256": "b" * 64},
+        },
         "versions": {"python": "3.11.9", "coppice": "0.1.0", "torch": "2.13.0"},
     }
     _write(folder / "manifest.json", json.dumps(manifest))
@@ -133,10 +153,23 @@ def _curve(path: Path, dense_loss: float, scale: float) -> None:
 
 def _quality(folder: Path, node: str, perplexity: float) -> None:
     metrics: list[dict[str, Any]] = [
-        {"metric": "perplexity_stories", "value": perplexity, "stderr": 0.05 * perplexity, "n": 8128, "unit": "perplexity"},
+        {
+            "metric": "perplexity_stories",
+            "value": perplexity,
+            "stderr": 0.05 * perplexity,
+            "n": 8128,
+            "unit": "perplexity",
+        },
         {"metric": "biographies_acc", "value": 0.9 - perplexity / 50, "stderr": 0.02, "n": 200, "unit": "accuracy"},
     ]
-    report = {"node": node, "evaluation": "quality", "kind": "quality", "metrics": metrics, "versions": {}, "fingerprint": "e"}
+    report = {
+        "node": node,
+        "evaluation": "quality",
+        "kind": "quality",
+        "metrics": metrics,
+        "versions": {},
+        "fingerprint": "e",
+    }
     _write(folder / "metrics.json", json.dumps(report))
     rows = [(item, choice) for item in range(3) for choice in range(2)]
     columns = {
@@ -180,14 +213,15 @@ def _law(folder: Path) -> None:
                 "p2": {"rmse": 0.012, "relative": 0.004, "low": 0.01, "high": 0.02, "unidentified": []},
                 "without_delta": {"rmse": 0.02, "relative": 0.008, "low": None, "high": None, "unidentified": []},
             },
-            "larger_model": {"p2": {"reason": "This test needs three dense sizes."}, "without_delta": {"reason": "Same."}},
+            "larger_model": {"p2": {"reason": "It needs three dense sizes."}, "without_delta": {"reason": "Same."}},
         },
         "points": 10,
         "runs": 2,
         "recommendation": [
             {
-                "model": "small", "dense_parameters": 490_000.0, "rho": 0.2, "gain": 0.01, "tokens": 1.4e6, "low": 9e5,
-                "high": 2e6, "smallest_tokens": 5e4, "largest_tokens": 1e6, "note": "This lies beyond the largest count.",
+                "model": "small", "dense_parameters": 490_000.0, "rho": 0.2, "gain": 0.01, "tokens": 1.4e6,
+                "low": 9e5, "high": 2e6, "smallest_tokens": 5e4, "largest_tokens": 1e6,
+                "note": "This lies beyond the largest count.",
             }
         ],
         "notes": ["There is one pruning rate, so gamma is not identified."],
@@ -195,11 +229,29 @@ def _law(folder: Path) -> None:
         "starts_within_tolerance": 12,
     }  # fmt: skip
     _write(folder / "fit.json", json.dumps(fit))
-    points = {"run": [], "model": [], "dense_parameters": [], "rho": [], "tokens": [], "loss": [], "dense_loss": [], "predicted": []}
+    points = {
+        "run": [],
+        "model": [],
+        "dense_parameters": [],
+        "rho": [],
+        "tokens": [],
+        "loss": [],
+        "dense_loss": [],
+        "predicted": [],
+    }
     for model, dense in DENSE.items():
         dense_loss = 1.8 - 0.1 * math.log10(dense / 490_000)
         for tokens in (50_000, *BUDGETS):
-            row = (f"{model}/laco-25/full-1m", model, float(dense), 0.2, float(tokens), dense_loss + 0.3, dense_loss, dense_loss + 0.31)
+            row = (
+                f"{model}/laco-25/full-1m",
+                model,
+                float(dense),
+                0.2,
+                float(tokens),
+                dense_loss + 0.3,
+                dense_loss,
+                dense_loss + 0.31,
+            )
             for column, value in zip(points.values(), row, strict=True):
                 column.append(value)
     pq.write_table(pa.table(points), folder / "points.parquet")

@@ -7,9 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from fake_results import fake_study, write_results
+
 from coppice import summary, tables
 from coppice.errors import UserError
-from fake_results import fake_study, write_results
 
 ROOT = Path(__file__).parents[2]
 
@@ -78,7 +79,15 @@ def test_long_names_stay_within_the_width(results: Path) -> None:
         {"node": "a" * 90, "depth": 0, "stored_bytes": 10**12, "bits_per_weight": 16.0, "recovered_share": None},
     ]
     metrics = [
-        {"node": "a" * 90, "evaluation": "quality", "metric": name, "value": 123456.789, "stderr": 1e9, "low": None, "high": None}
+        {
+            "node": "a" * 90,
+            "evaluation": "quality",
+            "metric": name,
+            "value": 123456.789,
+            "stderr": 1e9,
+            "low": None,
+            "high": None,
+        }
         for name in (f"perplexity_{'p' * 60}", f"{'t' * 60}_acc")
     ]
     assert max(len(line) for line in summary._node_lines(rows, metrics)) <= 120
@@ -86,7 +95,15 @@ def test_long_names_stay_within_the_width(results: Path) -> None:
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(0, "0"), (0.123456, "0.123"), (12345.6, "12346"), (1e9, "1.00e+09"), (1e-7, "1.00e-07"), (None, ""), (-2.5, "-2.50")],
+    [
+        (0, "0"),
+        (0.123456, "0.123"),
+        (12345.6, "12346"),
+        (1e9, "1.00e+09"),
+        (1e-7, "1.00e-07"),
+        (None, ""),
+        (-2.5, "-2.50"),
+    ],
 )
 def test_number(value: float | None, text: str) -> None:
     assert summary.number(value) == text

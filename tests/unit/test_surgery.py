@@ -174,6 +174,7 @@ def test_a_llama_that_llama_refuses_comes_back_as_a_mistral(rope, tmp_path):
     pruned = remove(model, WIDTHS)
     assert isinstance(pruned, MistralForCausalLM) and pruned.config.sliding_window is None
     assert pruned.model.layers[0].mlp.up_proj.masked
+    assert all(getattr(module, "config", pruned.config) is pruned.config for module in pruned.modules())
     assert pruned.lm_head.weight is pruned.model.embed_tokens.weight
     torch.testing.assert_close(logits(pruned, TOKENS), expected, rtol=0, atol=1e-10)
     pruned.save_pretrained(tmp_path)

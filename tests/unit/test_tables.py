@@ -13,9 +13,10 @@ import pandas as pd
 import polars as pl
 import pyarrow.parquet as pq
 import pytest
+from fake_results import fake_study, log, write_results
+
 from coppice import tables
 from coppice.errors import UserError
-from fake_results import fake_study, log, write_results
 
 ROOT = Path(__file__).parents[2]
 
@@ -91,7 +92,9 @@ def test_same_results_give_the_same_bytes(results: Path) -> None:
     tables.write_tables(fake_study(), results, results / "tables")
     first = {path.name: path.read_bytes() for path in (results / "tables").iterdir()}
     study = fake_study()
-    reordered = study.model_copy(update={"recipes": study.recipes[::-1], "models": dict(reversed(study.models.items()))})
+    reordered = study.model_copy(
+        update={"recipes": study.recipes[::-1], "models": dict(reversed(study.models.items()))}
+    )
     tables.write_tables(reordered, results, results / "again")
     assert {path.name: path.read_bytes() for path in (results / "again").iterdir()} == first
     assert len(first) == 6
@@ -109,7 +112,9 @@ def test_every_reader_reads_every_table(results: Path) -> None:
         assert len(pl.read_parquet(path)) == rows
         assert duckdb.sql(f"select count(*) from '{path}'").fetchall() == [(rows,)]
         assert pl.read_parquet(path).columns == schema.names == list(pd.read_parquet(path).columns)
-    marks = duckdb.sql(f"select node from '{results}/tables/nodes.parquet' where list_contains(marks, 'smaller')").fetchall()
+    marks = duckdb.sql(
+        f"select node from '{results}/tables/nodes.parquet' where list_contains(marks, 'smaller')"
+    ).fetchall()
     assert len(marks) == 6
 
 
@@ -149,6 +154,12 @@ def test_a_broken_result_is_named(results: Path, path: str, content: bytes, mess
     assert failure["stage"] == "tables"
     assert failure["log"] == path
     assert message in failure["error"]
+
+
+def test_missing_items_are_named(results: Path) -> None:
+    (results / "evaluations/small/quality/items.parquet").unlink()
+    with pytest.raises(UserError, match=r"small/quality/items\.parquet does not exist"):
+        tables.write_tables(fake_study(), results, results / "tables")
 
 
 def test_partial_tables_hold_what_there_is_and_are_outdated(partial: Path) -> None:

@@ -12,9 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from fake_results import fake_study, log, write_results
+
 from coppice import tables, tracking
 from coppice.errors import UserError
-from fake_results import fake_study, log, write_results
 
 ROOT = Path(__file__).parents[2]
 
@@ -49,6 +50,10 @@ def active(results: Path) -> dict[str, list]:
     return found
 
 
+def _datasets(run) -> set[tuple[str, str]]:
+    return {(entry.dataset.name, entry.tags[0].value) for entry in run.inputs.dataset_inputs}
+
+
 def test_every_node_becomes_a_run_with_all_it_has(results: Path) -> None:
     made = tracking.track(fake_study(), results, None)
     runs = active(results)
@@ -68,11 +73,17 @@ def test_every_node_becomes_a_run_with_all_it_has(results: Path) -> None:
     assert run.data.metrics["perplexity_stories_stderr"] == pytest.approx(0.05 * run.data.metrics["perplexity_stories"])
     assert run.data.tags["mlflow.parentRunId"] == made["small"]
     assert run.data.tags["coppice.parent"] == "small/laco-25/full-1m"
-    assert [(i.dataset.name, len(i.dataset.digest), i.tags[0].value) for i in run.inputs.dataset_inputs] == [
-        ("default", 36, "calibration")
-    ]
+    assert _datasets(run) == {("default", "calibration"), ("evaluation.quality.stories", "evaluation")}
+    assert {len(entry.dataset.digest) for entry in run.inputs.dataset_inputs} == {36}
+    assert _datasets(runs["small/laco-25/full-1m"][0]) == {
+        ("recovery.full-1m", "recovery"),
+        ("validation.full-1m", "validation"),
+        ("evaluation.quality.stories", "evaluation"),
+    }
     flat = {"stored_mb", "parameters_m", "bits_per_weight", "rho", "perplexity_stories", "biographies_acc"}
-    assert all(flat <= set(found[0].data.metrics) for node, found in runs.items() if "broken" not in node and node != ".")
+    assert all(
+        flat <= set(found[0].data.metrics) for node, found in runs.items() if "broken" not in node and node != "."
+    )
     for node, found in runs.items():
         assert ("mlflow.parentRunId" in found[0].data.tags) == ("/" in node)
 
@@ -165,13 +176,15 @@ def test_weights_are_uploaded_by_policy(results: Path) -> None:
 
 def test_two_at_once_make_each_run_once(results: Path) -> None:
     program = (
-        "import json, sys\nfrom pathlib import Path\nfrom coppice import tracking\nfrom fake_results import fake_study\n"
+        "import json, sys\nfrom pathlib import Path\nfrom coppice import tracking\n"
+        "from fake_results import fake_study\n"
         "print(json.dumps(tracking.track(fake_study(), Path(sys.argv[1]), None)))"
     )
     environment = os.environ | {"PYTHONPATH": f"{ROOT / 'workflow'}:{ROOT / 'tests'}"}
     command = [sys.executable, "-c", program, str(results)]
     running = [
-        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)
+        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
     ]
     printed = [process.communicate(timeout=120) for process in running]
     assert [process.returncode for process in running] == [0, 0], printed
@@ -208,7 +221,12 @@ def server(tmp_path: Path, database: Path) -> Iterator[str]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command += ["--backend-store-uri", f"sqlite:///{tmp_path}/server.db", "--artifacts-destination", str(tmp_path / "served")]
+    command += [
+        "--backend-store-uri",
+        f"sqlite:///{tmp_path}/server.db",
+        "--artifacts-destination",
+        str(tmp_path / "served"),
+    ]
     quiet = {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     environment = os.environ | quiet
     with open(tmp_path / "server.log", "w") as output:

@@ -184,43 +184,50 @@ def test_same_seed_gives_the_same_run_and_another_seed_another(place, recovered,
     assert losses(tmp_path / "1")[-1] != losses(recovered)[-1]
 
 
-def test_training_is_adamw_over_the_course(place, recovered):
-    """The Trainer's loop against one written out."""
-    model = load_model(place / "masked")
-    options = full.Options(**OPTIONS)
+@pytest.fixture(scope="module")
+def ragged(place, tmp_path_factory) -> Path:
+    """The same place, its training windows with unequal numbers of targets."""
+    folder = tmp_path_factory.mktemp("ragged")
+    for name in ("dense", "masked", "validation"):
+        (folder / name).symlink_to(place / name)
+    changed = load_windows(place / "tokens")
+    changed.documents[::3, 5:] = -1
+    save_windows(changed, folder / "tokens")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def written_out(ragged):
+    """The training loop by hand: the model after it, and the tokens and mean loss of each step."""
+    model, options = load_model(ragged / "masked"), full.Options(**OPTIONS | {"tokens": 300})
     full.prepare(model, options)
-    data = load_windows(place / "tokens")
-    path = trainer.course((data.documents >= 0).sum(1), 4, 640, 0)
+    data = load_windows(ragged / "tokens")
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
-    for step, indices in enumerate(path.order):
+    order = trainer.course((data.documents >= 0).sum(1), 4, 300, 0).order
+    steps = []
+    for step, indices in enumerate(order):
         for group in optimizer.param_groups:
-            group["lr"] = trainer.learning_rate(options, step, 10)
-        tokens = torch.from_numpy(data.tokens[indices]).long()
-        model(input_ids=tokens, labels=tokens).loss.backward()
+            group["lr"] = trainer.learning_rate(options, step, len(order))
+        tokens, present = torch.from_numpy(data.tokens[indices]).long(), torch.from_numpy(data.documents[indices] >= 0)
+        loss = model(input_ids=tokens, labels=tokens.where(present, -100)).loss
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-    ours = load_model(recovered).state_dict()
+        steps.append((int(present.sum()), loss.item()))
+    return model, steps
+
+
+@pytest.mark.parametrize("options", [{}, {"micro_batch_size": 1, "gradient_checkpointing": True}])
+def test_training_is_adamw_on_the_mean_loss_of_each_step(ragged, written_out, tmp_path, options):
+    model, steps = written_out
+    recover(ragged, tmp_path / "node", tokens=300, **options)
+    rows = curve(tmp_path / "node")[1:]
+    assert [row["tokens"] for row in rows] == np.cumsum([tokens for tokens, _ in steps]).tolist()
+    assert [row["train_loss"] for row in rows] == pytest.approx([loss for _, loss in steps], rel=1e-4)
+    ours = load_model(tmp_path / "node").state_dict()
     for name, expected in model.state_dict().items():
         torch.testing.assert_close(ours[name], expected, rtol=1e-3, atol=1e-4)
-
-
-def test_micro_batches_change_nothing_but_memory(place, tmp_path):
-    tokenizer = sha256(place / "dense" / "tokenizer.json")
-    ragged = windows(24, "recovery", tokenizer, 0)
-    ragged.documents[::3, 5:] = -1  # parts of a step with unequal numbers of targets
-    uneven = tmp_path / "place"
-    uneven.mkdir()
-    for name in ("dense", "masked", "validation"):
-        (uneven / name).symlink_to(place / name)
-    save_windows(ragged, uneven / "tokens")
-    recover(uneven, tmp_path / "whole", tokens=300)
-    recover(uneven, tmp_path / "parts", tokens=300, micro_batch_size=1, gradient_checkpointing=True)
-    whole, parts = curve(tmp_path / "whole"), curve(tmp_path / "parts")
-    assert [row["tokens"] for row in whole] == [row["tokens"] for row in parts]
-    assert whole[-1]["tokens"] < 64 * len(whole)  # padding is no token
-    train_losses = [[row["train_loss"] for row in rows[1:]] for rows in (whole, parts)]
-    assert train_losses[0] == pytest.approx(train_losses[1], rel=1e-4)
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])

@@ -164,7 +164,7 @@ class World:
     Raises ValueError where a size lies outside what the word lists offer, or where there are more people than names.
     """
 
-    people: int = 2000
+    people: int = 1200
     seed: int = 0
     first_names: int = 64
     middle_names: int = 64

@@ -312,25 +312,41 @@ def _write_config(model: PreTrainedModel, planned: dict[str, Any], dtype: torch.
     written = config.to_dict()
     written["dtype"] = str(dtype).removeprefix("torch.")
     kinds = {entry["type"] for entry in planned.values()}
-    if kinds & {"LowRank", "Compensated"}:
-        written["compression"] = planned
-        written["auto_map"] = {"AutoModelForCausalLM": "modeling_coppice.CompressedForCausalLM"}
-        (directory / "modeling_coppice.py").write_text(_carried_code(type(model).__name__), encoding="utf-8")
-    elif "Quantized" in kinds:
-        written["quantization_config"] = _compressed_tensors(planned)
+    if kinds & {"LowRank", "Compensated", "Quantized"}:
+        grids = quantization_grids(planned)
+        if kinds <= {"Quantized"} and stock_loaders_read(grids):
+            written["quantization_config"] = _compressed_tensors(grids)
+        else:
+            written["compression"] = planned
+            written["auto_map"] = {"AutoModelForCausalLM": "modeling_coppice.CompressedForCausalLM"}
+            (directory / "modeling_coppice.py").write_text(_carried_code(type(model).__name__), encoding="utf-8")
     write_json(directory / "config.json", {k: v for k, v in written.items() if k != "_name_or_path"})
     if model.generation_config is not None:
         model.generation_config.save_pretrained(directory)
 
 
-def _compressed_tensors(planned: dict[str, Any]) -> dict[str, Any]:
-    """The quantization_config of compressed-tensors: one group of modules for each grid."""
-    groups: dict[tuple[int, int, bool], list[str]] = {}
+def quantization_grids(planned: dict[str, Any]) -> dict[tuple[int, int, bool], list[str]]:
+    """(bits, group_size, symmetric) -> the modules on that grid."""
+    grids: dict[tuple[int, int, bool], list[str]] = {}
     for name, entry in planned.items():
         if entry["type"] == "Quantized":
-            groups.setdefault((entry["bits"], entry["group_size"], entry["symmetric"]), []).append(name)
+            grids.setdefault((entry["bits"], entry["group_size"], entry["symmetric"]), []).append(name)
+    return grids
+
+
+def stock_loaders_read(grids: dict[tuple[int, int, bool], list[str]]) -> bool:
+    """Whether transformers can load a model on these grids.
+
+    transformers 5.23 with compressed-tensors 0.20 reads packed zero points only while it dequantizes, and then takes
+    one grid for the whole model.
+    """
+    return len(grids) == 1 or all(symmetric for _, _, symmetric in grids)
+
+
+def _compressed_tensors(grids: dict[tuple[int, int, bool], list[str]]) -> dict[str, Any]:
+    """The quantization_config of compressed-tensors: one group of modules for each grid."""
     described = {}
-    for index, ((bits, size, symmetric), targets) in enumerate(sorted(groups.items())):
+    for index, ((bits, size, symmetric), targets) in enumerate(sorted(grids.items())):
         strategy = {"strategy": "channel"} if size == -1 else {"strategy": "group", "group_size": size}
         weights = {"num_bits": bits, "type": "int", "symmetric": symmetric, **strategy}
         described[f"group_{index}"] = {"targets": targets, "weights": weights, "format": "pack-quantized"}
@@ -338,6 +354,7 @@ def _compressed_tensors(planned: dict[str, Any]) -> dict[str, Any]:
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
         "quantization_status": "compressed",
+        "dequantize": not all(symmetric for _, _, symmetric in grids),
         "config_groups": described,
         "ignore": ["lm_head"],
     }

@@ -19,7 +19,7 @@ STAGES = {
     "recover": ("coppice.train", "make a node by training its parent"),
     "evaluate": ("coppice.evaluation.stage", "measure a node's quality or cost"),
     "tables": ("coppice.tables", "gather a study's results in Parquet"),
-    "fit": ("coppice.laws.fit", "fit a law to the tables"),
+    "fit": ("coppice.laws.stage", "fit a law to the tables"),
     "report": ("coppice.report", "write a study's page"),
     "track": ("coppice.tracking", "mirror a study to MLflow"),
     "summary": ("coppice.summary", "print a study's results"),

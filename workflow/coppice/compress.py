@@ -90,7 +90,7 @@ def compress(
     """
     started = time.monotonic()
     used = method(step["method"])
-    options = used.options.model_validate(step["options"])
+    options = used.validated(step["options"])
     parent_manifest = read_manifest(parent)
     refuse_impossible(step["name"], used, parent_manifest["marks"])
     sources = {}
@@ -99,7 +99,8 @@ def compress(
         sources[read["kind"]] = (directory, read)
     model = load_model(parent, dtype=computing_dtype(parent, device))
     if used.contract == "structure":
-        record, achieved = {}, change_structure(model, used, options, sources)
+        record = {}
+        model, achieved = change_structure(model, used, options, sources)
     else:
         moments = Propagated(model, parent, tokens, device) if options.propagate else Static(sources.get("moments"))
         references = load_model(reference, dtype=computing_dtype(reference, device)) if reference else None
@@ -112,7 +113,7 @@ def compress(
         "parent": parent_manifest["node"],
         "step": {**step, "family": used.family},
         "seed": seed,
-        "marks": sorted(set(parent_manifest["marks"]) | used.makes),
+        "marks": sorted(used.marks(frozenset(parent_manifest["marks"]))),
         "source": parent_manifest["source"],
         "dense": parent_manifest["dense"],
         "asked": options.model_dump(mode="json"),
@@ -252,8 +253,8 @@ def replace(block: nn.Module, name: str, module: nn.Module, replacement: Replace
 
 def change_structure(
     model: PreTrainedModel, used: Method, options: MethodOptions, sources: dict[str, tuple[Path, dict[str, Any]]]
-) -> dict[str, Any]:
-    """Removes the units that a structure method chooses; returns its record."""
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Removes the units that a structure method chooses; returns the model and what was achieved."""
     from coppice import surgery
 
     tensors: dict[str, Tensor] = {}
@@ -261,8 +262,8 @@ def change_structure(
         for name in read["files"]:
             tensors |= calibrate.read_statistics_file(directory, name, read)
     removal = used.module.choose(surgery.structure(model), tensors, options)
-    surgery.remove(model, removal)
-    return removal.record
+    achieved = {**removal.record, **surgery.achieved(model, removal)}
+    return surgery.remove(model, removal), achieved
 
 
 def summary(record: dict[str, Any]) -> dict[str, float]:

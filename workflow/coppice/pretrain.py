@@ -1,8 +1,10 @@
 """Trains a small Llama from scratch on the built-in world of biographies (`coppice.biographies`).
 
 The shipped models are made by this stage. The corpus is a stream: each time a person comes up, the biography is
-rendered anew. The recipe is that of "Physics of Language Models: Part 3.3" (Allen-Zhu and Li, arXiv 2404.05405) but for
-its sizes: AdamW, warm-up, cosine, packed windows; the cosine ends at zero, as a short training gains by it.
+rendered anew, after "Physics of Language Models: Part 3.3" (Allen-Zhu and Li, arXiv 2404.05405): AdamW and packed
+windows. The learning rate warms up, stays, and falls linearly to zero at the end ("MiniCPM", Hu et al., arXiv
+2404.06395), so that it does not depend on the length of the training until the fall begins: a training that was
+stopped before that may go on for more or for fewer tokens than it was begun with.
 """
 
 from __future__ import annotations
@@ -29,8 +31,9 @@ if TYPE_CHECKING:
     import torch
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-SEGMENT = 500  # steps between two saved states; each segment reads a stream of its own, so resuming skips nothing
-WARMUP = 0.03  # share of the steps
+SEGMENT = 100  # steps between two saved states; each segment reads a stream of its own, so resuming skips nothing
+WARMUP = 100  # steps
+FALL = 0.3  # share of the steps
 WEIGHT_DECAY = 0.02
 CLIP = 1.0
 
@@ -74,7 +77,7 @@ class Schedule:
 
     tokens: int = 20_000_000
     learning_rate: float = 3e-3
-    batch: int = 16
+    batch: int = 8
     window: int = 128
     seed: int = 0
 
@@ -82,12 +85,14 @@ class Schedule:
     def steps(self) -> int:
         return math.ceil(self.tokens / (self.batch * self.window))
 
+    @property
+    def fall(self) -> int:
+        """The step at which the learning rate begins to fall."""
+        return math.floor((1 - FALL) * self.steps)
+
     def rate(self, step: int) -> float:
-        """The learning rate of `step`, counted from 0: linear warm-up, then a cosine to zero."""
-        warmup = math.ceil(WARMUP * self.steps)
-        if step < warmup:
-            return self.learning_rate * (step + 1) / warmup
-        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (self.steps - warmup)))
+        """The learning rate of `step`, counted from 0."""
+        return self.learning_rate * min(1, (step + 1) / WARMUP, (self.steps - step) / (self.steps - self.fall))
 
 
 def batched(items: Iterable, size: int) -> Iterator[list]:
@@ -184,13 +189,20 @@ def measure(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, world: 
 def resume(state: Path, plan: dict, model: LlamaForCausalLM, optimizer: torch.optim.Optimizer) -> dict:
     """Loads a killed training's `state` into `model` and `optimizer` and returns its progress.
 
-    Raises UserError where the state was made by another plan, naming what differs.
+    Raises UserError, naming what differs, where the state was made by another plan. Another number of tokens is no
+    other plan as long as, by both, the learning rate had not begun to fall.
     """
     import torch
 
     saved = torch.load(state, weights_only=True)
-    if saved["plan"] != plan:
-        different = [key for key in plan if saved["plan"].get(key) != plan[key]]
+    different = [
+        flag(group, field)
+        for group, options in plan.items()
+        for field, value in options.items()
+        if saved["plan"][group].get(field) != value
+    ]
+    fall = min(Schedule(**given["schedule"]).fall for given in (saved["plan"], plan))
+    if different and (different != ["--tokens"] or saved["progress"]["step"] > fall):
         raise UserError(
             f"The training state {state} was made with another {' and '.join(different)}; give the options of "
             "that training, or remove the file to start anew."
@@ -280,8 +292,8 @@ def train_segment(
     point = {
         "tokens": steps.stop * schedule.batch * schedule.window,
         "exposures": round(progress["documents"] / world.people, 1),
-        "loss": sum(losses[-100:]) / len(losses[-100:]),
-        "accuracy": accuracy(score, biographies.questions(world, min(300, world.people), seed=1)),
+        "loss": sum(losses) / len(losses),
+        "accuracy": accuracy(score, biographies.questions(world, min(200, world.people), seed=1)),
         "seconds": round(progress["seconds"], 1),
     }
     progress["curve"].append(point)

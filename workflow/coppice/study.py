@@ -124,7 +124,7 @@ Model = _alternatives("model", shipped=ShippedModel, path=LocalModel, hub=HubMod
 Share = Annotated[float, Field(gt=0, le=1)]
 Splits = dict[Literal[ROLES], Share]
 _SPLITS = Field(
-    default={"calibration": 0.1, "recovery": 0.7, "evaluation": 0.2},
+    default={"calibration": 0.1, "recovery": 0.7, "validation": 0.1, "evaluation": 0.1},
     description=f"Disjoint parts of the text by role ({', '.join(ROLES)}), as shares of its documents, cut in this "
     "order. A document that repeats an earlier one is left out.",
 )
@@ -288,6 +288,11 @@ class Quality(Section):
     shots: NonNegativeInt = Field(default=0, description="Solved examples before each question.")
     limit: PositiveInt | None = Field(default=None, description="Ask only the first questions of each task; null: all.")
     knowledge: bool = Field(default=False, description="Count the bits of the biographies that the model holds.")
+    world: str | None = Field(
+        default=None,
+        description="Name of the built-in text that `knowledge` and the task `biographies` ask about; may be left out "
+        "when the study has one only.",
+    )
     nodes: list[str] = _NODES
 
 
@@ -493,6 +498,9 @@ def _references(study: Study) -> Iterator[str]:
                 )
             elif step not in study.steps:
                 yield _unknown(f"recipes.{i}", "step", step, study.steps)
+    for name, evaluation in study.evaluations.items():
+        if isinstance(evaluation, Quality):
+            yield from _world_of_evaluation(study, name, evaluation)
     known_laws = law_names()
     for name, law in study.laws.items():
         if law.law not in known_laws:
@@ -506,7 +514,7 @@ def _texts_used(study: Study) -> Iterator[tuple[str, str, str]]:
     for name, step in study.steps.items():
         if method(step.method).contract == "training":
             yield f"steps.{name}.text", step.options.text, "recovery"
-            yield f"steps.{name}.validation", step.options.validation, "evaluation"
+            yield f"steps.{name}.validation", step.options.validation, "validation"
     for name, evaluation in study.evaluations.items():
         for protocol, body in evaluation.perplexity.items() if isinstance(evaluation, Quality) else ():
             yield f"evaluations.{name}.perplexity.{protocol}.text", body.text, "evaluation"
@@ -523,6 +531,16 @@ def _calibration_of_step(study: Study, name: str, step: Step) -> Iterator[str]:
         known = ", ".join(study.calibrations)
         what = f"name one of the study's: {known}" if known else "describe one under `calibrations`"
         yield f"{place}: {step.method} needs a calibration; {what}."
+
+
+def _world_of_evaluation(study: Study, name: str, evaluation: Quality) -> Iterator[str]:
+    worlds = {text: body for text, body in study.texts.items() if isinstance(body, BuiltinText)}
+    asks = evaluation.knowledge or "biographies" in evaluation.tasks
+    if evaluation.world is not None and evaluation.world not in worlds:
+        yield _unknown(f"evaluations.{name}.world", "built-in text", evaluation.world, worlds)
+    elif asks and evaluation.world is None and len(worlds) != 1:
+        known = f"name one of {', '.join(worlds)} as its `world`" if worlds else "describe one under `texts`"
+        yield f"evaluations.{name} asks about the biographies of a built-in text; {known}."
 
 
 def law_names() -> list[str]:

@@ -12,7 +12,7 @@ from coppice.tables import Row, read_table
 from coppice.uncertainty import mean_interval
 
 WIDTH = 120
-_NODE = 46  # columns for a node's name
+_NODE = 42  # columns for a node's name
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,7 +33,11 @@ def summary(results: Path) -> str:
     for path in sorted(results.glob("laws/*/fit.json")):
         lines += ["", *law_lines(path.parent.name, read_json(path))]
     report = results / "report" / "index.html"
-    lines += ["", *([f"Report:  {report}"] if report.exists() else []), "Compare: make ui  (MLflow, all runs with their files)"]
+    lines += [
+        "",
+        *([f"Report:  {report}"] if report.exists() else []),
+        "Compare: make ui  (MLflow, all runs with their files)",
+    ]
     return "\n".join(line.rstrip() for line in lines)
 
 
@@ -100,7 +104,13 @@ def _node_lines(nodes: list[Row], metrics: list[Row]) -> list[str]:
     """The tree of nodes as a table: size, bits, the first perplexity, the first score, what recovery won back."""
     perplexity, score = (pairs[0] if pairs else None for pairs in (perplexities(metrics), scores(metrics)))
     cells = {(row["node"], row["evaluation"], row["metric"]): row for row in metrics}
-    titles = ["node", "MB", "bits/weight", *(pair[1].replace("_", " ") for pair in (perplexity, score) if pair), "recovered"]
+    titles = [
+        "node",
+        "MB",
+        "bits/weight",
+        *(pair[1].replace("_", " ") for pair in (perplexity, score) if pair),
+        "recovered",
+    ]
     table = [titles]
     for node in sorted(nodes, key=lambda row: row["node"].split("/")):
         name = "  " * node["depth"] + node["node"].rpartition("/")[2]
@@ -124,7 +134,10 @@ def _aligned(table: list[list[str]]) -> list[str]:
     table = [[_shortened(cell, _NODE if place == 0 else 20) for place, cell in enumerate(row)] for row in table]
     widths = [max(len(cell) for cell in column) for column in zip(*table, strict=True)]
     return [
-        "  ".join(cell.ljust(width) if place == 0 else cell.rjust(width) for place, (cell, width) in enumerate(zip(row, widths, strict=True)))
+        "  ".join(
+            cell.ljust(width) if place == 0 else cell.rjust(width)
+            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
         for row in table
     ]
 
@@ -137,7 +150,10 @@ def law_lines(name: str, fit: dict[str, Any]) -> list[str]:
     """What a law says: its formula, the parameters that the points identify, its errors, and its advice."""
     metrics, r2 = fit["metrics"], fit["metrics"].get("r2")
     quality = "" if r2 is None else f", R2 {r2:.4f}, rmse {number(metrics['rmse'])} nats/token"
-    lines = [f"Law {name}: {fit['points']} points of {fit['runs']} runs{quality}", *_wrapped(fit["source"]["equation"], "  ")]
+    lines = [
+        f"Law {name}: {fit['points']} points of {fit['runs']} runs{quality}",
+        *_wrapped(fit["source"]["equation"], "  "),
+    ]
     known = {key: value for key, value in fit["parameters"].items() if value["identified"]}
     for key, value in known.items():
         between = "" if value["low"] is None else f"   [{number(value['low'])}, {number(value['high'])}]"
@@ -165,7 +181,7 @@ def recommendation_sentence(advice: dict[str, Any]) -> str:
     """A recommended number of recovery tokens, with its interval and its caveat."""
     between = "" if advice.get("low") is None else f" [{counted(advice['low'])}, {counted(advice['high'])}]"
     sentence = (
-        f"{advice['model']} at rho {advice['rho']:.2f}: train on {counted(advice['tokens'])} tokens{between}; beyond, doubling "
-        f"them gains less than {advice['gain']:g} nats/token."
+        f"{advice['model']} at rho {advice['rho']:.2f}: train on {counted(advice['tokens'])} tokens{between}; beyond, "
+        f"doubling them gains less than {advice['gain']:g} nats/token."
     )
     return f"{sentence} {advice['note']}" if advice.get("note") else sentence

@@ -1,7 +1,7 @@
 """Every node's JSON as typed Parquet: nodes, metrics, items, curves, costs and failures.
 
-Each column carries its unit and its meaning in the schema's metadata; `docs/formats.md` prints them. Rows are sorted and
-nothing of the time of writing is stored, so that the same results give the same bytes.
+Each column carries its unit and its meaning in the schema's metadata; `docs/formats.md` prints them. Rows are sorted
+and nothing of the time of writing is stored, so that the same results give the same bytes.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from coppice.tree import Node, evaluations, nodes
 
 Row = dict[str, Any]
 
-# What a stage writes for the log logs/<stage>/<path>.log: <folder>/<path>/<file>; and how many parts of <path> follow the
-# node's name.
+# What a stage writes for the log logs/<stage>/<path>.log: <folder>/<path>/<file>; and how many parts of <path> follow
+# the node's name.
 OUTPUTS = {
     "root": ("models", "manifest.json", 0),
     "tokenize": ("tokens", "manifest.json", 1),
@@ -76,7 +76,12 @@ SCHEMAS = {
         ("rho_blocks", _number, "ratio", "The same within the decoder's blocks."),
         ("rho_nonzero", _number, "ratio", "The same over all parameters, zeros counted as removed."),
         ("stored_bytes", _integer, "bytes", "Size of the weight files on disk."),
-        ("stored_bits", _integer, "bits", "Bits of the stored tensors: weights, scales and zero points; zeros cost as much."),
+        (
+            "stored_bits",
+            _integer,
+            "bits",
+            "Bits of the stored tensors: weights, scales and zero points; zeros cost as much.",
+        ),
         ("linear_bits", _integer, "bits", "The same over the linears of the decoder's blocks."),
         ("bits_per_weight", _number, "bits/parameter", "stored_bits / dense_parameters."),
         ("bits_per_linear_weight", _number, "bits/parameter", "linear_bits / linear parameters of the dense model."),
@@ -93,8 +98,8 @@ SCHEMAS = {
             "recovered_share",
             _number,
             "ratio",
-            "(loss_before - loss_after) / (loss_before - dense_loss): 1 is all of the loss that compression cost. Null for "
-            "steps that do not train and where nothing was lost.",
+            "(loss_before - loss_after) / (loss_before - dense_loss): 1 is all of the loss that compression cost. Null "
+            "for steps that do not train and where nothing was lost.",
         ),
         ("wall_seconds", _number, "s", "Time that the step took."),
         ("peak_memory_bytes", _integer, "bytes", "Largest memory that the step held."),
@@ -116,14 +121,19 @@ SCHEMAS = {
         ("details", _text, "JSON", "What else the evaluation says of the measurement: protocol, task, shots, text."),
     ),
     "items": _schema(
-        "One row an answer choice of a benchmark item, or a document of a perplexity, so that two nodes are compared pairwise.",
+        "One row an answer choice of a benchmark item, or a document of a perplexity: two nodes are compared pairwise.",
         "node evaluation task item choice",
         ("node", _text, "", "The node measured."),
         ("evaluation", _text, "", "Name of the evaluation in the study."),
         ("task", _text, "", "Benchmark task, or protocol of perplexity."),
         ("item", _text, "", "The item's identity within the task."),
         ("choice", _integer, "", "Index of the answer choice; 0 for a document."),
-        ("log_likelihood", _number, "nats", "Sum of log probabilities of the choice's, or the document's scored, tokens."),
+        (
+            "log_likelihood",
+            _number,
+            "nats",
+            "Sum of log probabilities of the choice's, or the document's scored, tokens.",
+        ),
         ("length", _integer, "see meaning", "Characters of the choice; tokens scored of a document."),
         ("correct", _flag, "", "Whether the item was answered rightly, the same in all its rows; null for a document."),
     ),
@@ -152,12 +162,12 @@ SCHEMAS = {
         ("simulated", _flag, "", "Whether the number stands for a device or format that did not run here."),
     ),
     "failures": _schema(
-        "One row an output of the study that is missing because its job failed.",
+        "One row an output of the study that is missing because its job failed, or that is broken.",
         "stage log",
-        ("node", _text, "", "The node it belongs to."),
-        ("stage", _text, "", "Command that failed."),
+        ("node", _text, "", "The node it belongs to; null for a law."),
+        ("stage", _text, "", "Command that failed; `tables` where it could not read its output."),
         ("error", _text, "", f"The error's sentence, or `{SILENT}`."),
-        ("log", _text, "", "The job's log, relative to the results folder."),
+        ("log", _text, "", "The job's log, or the broken file, relative to the results folder."),
     ),
 }
 
@@ -169,7 +179,8 @@ def write_tables(study: Study, results: Path, output: Path, partial: bool = Fals
     """Writes one Parquet file a table, each whole or not at all, and returns the tables.
 
     `partial`: results that are missing are left out, broken ones become failures, and the files are dated 1970, so that
-    whoever compares dates takes them for outdated. Otherwise raises UserError, naming the file, at the first such result.
+    whoever compares dates takes them for outdated. Otherwise raises UserError, naming the file, at the first such
+    result.
     """
     rows = collect(study, Path(results), partial)
     tables = {name: _table(rows[name], schema) for name, schema in SCHEMAS.items()}
@@ -209,12 +220,12 @@ def collect(study: Study, results: Path, partial: bool = False) -> dict[str, Any
     metrics: list[Row] = []
     costs = [row for checkpoint in checkpoints.values() for row in _manifest_costs(checkpoint)]
     items: list[pa.Table] = []
-    for name, evaluation in ((name, evaluation) for name in tree for evaluation in evaluations(study, name)):
+    for name, evaluation in [(node, evaluation) for node in tree for evaluation in evaluations(study, node)]:
         folder = results / "evaluations" / name / evaluation
         for measured in read(name, folder / "metrics.json", partial_of(measured_rows, name, evaluation)):
             metrics += measured["metrics"]
             costs += measured["costs"]
-        if (folder / "items.parquet").exists():
+        if study.evaluations[evaluation].kind == "quality":
             items += read(name, folder / "items.parquet", partial_of(item_rows, name, evaluation))
     return {
         "nodes": list(checkpoints.values()),
@@ -321,8 +332,8 @@ def _relate(checkpoints: dict[str, Row], curves: list[Row]) -> None:
 def recovery_losses(validation: list[Row]) -> Row:
     """loss_before, loss_after, dense_loss and recovered_share, nats per token, from a run's validation rows.
 
-    recovered_share = (loss_before - loss_after) / (loss_before - dense_loss); None where nothing had been lost, or where
-    there is no loss from before the first update.
+    recovered_share = (loss_before - loss_after) / (loss_before - dense_loss); None where nothing had been lost, or
+    where there is no loss from before the first update.
     """
     ordered = sorted(validation, key=lambda row: row["tokens"])
     if not ordered:
@@ -346,7 +357,13 @@ def measured_rows(node: str, evaluation: str, path: Path) -> dict[str, list[Row]
 
 
 def _measured_row(node: str, evaluation: str, report: Row, entry: Row, costly: bool) -> Row:
-    row = {"node": node, "evaluation": evaluation, "metric": entry["metric"], "value": entry["value"], "unit": entry["unit"]}
+    row = {
+        "node": node,
+        "evaluation": evaluation,
+        "metric": entry["metric"],
+        "value": entry["value"],
+        "unit": entry["unit"],
+    }
     if costly:
         return row | {
             "device": entry.get("device", report["device"]),
@@ -474,7 +491,12 @@ def describe() -> str:
     sections = []
     for name, schema in SCHEMAS.items():
         metadata = {key.decode(): value.decode() for key, value in schema.metadata.items()}
-        sections += [f"### {name}.parquet", "", f"{metadata['description']} Sorted by {', '.join(metadata['key'].split())}.", ""]
+        sections += [
+            f"### {name}.parquet",
+            "",
+            f"{metadata['description']} Sorted by {', '.join(metadata['key'].split())}.",
+            "",
+        ]
         sections += ["| column | type | unit | meaning |", "|---|---|---|---|"]
         for field in schema:
             unit, text = field.metadata[b"unit"].decode(), field.metadata[b"description"].decode()
@@ -494,7 +516,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--results", required=True, type=Path, help="folder of the study's results")
     parser.add_argument("--output", required=True, type=Path, help="folder of the tables")
     parser.add_argument(
-        "--partial", action="store_true", help="write what there is; the tables are dated 1970, so that they are made again"
+        "--partial",
+        action="store_true",
+        help="write what there is; the tables are dated 1970, so that they are made again",
     )
 
 

@@ -1,8 +1,9 @@
 """Mirrors a study to MLflow: one run a node, and one run for the study itself.
 
-Files are the truth and MLflow shows them: everything here is read from the tables and the checkpoints' folders, by a single
-process that holds a lock. A run bears the fingerprint of what it shows, so that tracking again changes only what changed:
-the run of a node that changed, or that left the study, is moved to MLflow's trash, and one in the trash that fits comes back.
+Files are the truth and MLflow shows them: everything here is read from the tables and the checkpoints' folders, by a
+single process that holds a lock. A run bears the fingerprint of what it shows, so that tracking again changes only what
+changed: the run of a node that changed, or that left the study, is moved to MLflow's trash, and one in the trash that
+fits comes back.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ def track(study: Study, results: Path, uri: str | None) -> dict[str, str]:
         from mlflow.exceptions import MlflowException
 
         try:
-            experiment = _experiment(client, study.study, None if "://" in uri and not uri.startswith(_SQLITE) else results)
+            experiment = _experiment(client, study.study, None if uri.startswith("http") else results)
             return synchronize(client, experiment, mirrors, frozenset(nodes(study)))
         except MlflowException as error:
             raise UserError(f"MLflow at {uri} refused: {' '.join(str(error).split())[:500]}") from error
@@ -106,7 +107,7 @@ def connect(uri: str) -> MlflowClient:
 
 
 def _experiment(client: MlflowClient, name: str, results: Path | None) -> str:
-    """The id of the study's experiment, made or fetched back from the trash; `results` None leaves artifacts to a server."""
+    """The id of the study's experiment, made or fetched from the trash; `results` None leaves artifacts to a server."""
     found = client.get_experiment_by_name(name)
     if found is None:
         location = None if results is None else (results.parent / "mlartifacts").as_uri()
@@ -169,7 +170,9 @@ def _create(client: MlflowClient, experiment: str, mirror: Mirror, parent: str |
     name = mirror.tags["coppice.study"] if mirror.name == STUDY else mirror.name
     run = client.create_run(experiment, start_time=mirror.start, tags=tags, run_name=name).info.run_id
     parameters = [Param(key, str(value)[:_VALUE]) for key, value in mirror.parameters.items()]
-    metrics = [Metric(_key(key), value, mirror.end, step) for key, value, step in mirror.metrics if math.isfinite(value)]
+    metrics = [
+        Metric(_key(key), value, mirror.end, step) for key, value, step in mirror.metrics if math.isfinite(value)
+    ]
     for first in range(0, max(len(parameters), 1), _PARAMETERS):
         client.log_batch(run, params=parameters[first : first + _PARAMETERS])
     for first in range(0, len(metrics), _BATCH):
@@ -257,7 +260,10 @@ def _node_mirror(
     manifest = read_json(folder / "manifest.json")
     end = int((folder / "manifest.json").stat().st_mtime * 1000)
     files = {name: folder / name for name in ("manifest.json", "compression.json", "curve.parquet")}
-    files |= {f"evaluations/{path.name}/metrics.json": path / "metrics.json" for path in _folders(results / "evaluations" / node)}
+    files |= {
+        f"evaluations/{path.name}/metrics.json": path / "metrics.json"
+        for path in _folders(results / "evaluations" / node)
+    }
     if upload:
         files |= {f"weights/{name}": folder / name for name in manifest["files"]}
     return Mirror(
@@ -271,10 +277,12 @@ def _node_mirror(
         end=end,
         files={place: path for place, path in (files | _job_files(results, node)).items() if path.exists()},
         texts={
-            "recipe.json": [{key: step[key] for key in ("step", "method", "family", "seed", "options")} for step in recipe],
+            "recipe.json": [
+                {key: step[key] for key in ("step", "method", "family", "seed", "options")} for step in recipe
+            ],
             "weights.json": {"folder": f"{study.study}/models/{node}", "files": manifest["files"]},
         },
-        datasets=_datasets(results, row, manifest),
+        datasets=_datasets(results, row),
     )
 
 
@@ -322,8 +330,8 @@ def _sizes(row: Row) -> list[tuple[str, float, int]]:
         "nonzero_parameters_m": row["nonzero_parameters"] / 1e6,
         "peak_memory_mb": None if row["peak_memory_bytes"] is None else row["peak_memory_bytes"] / 1e6,
     }
-    same = "bits_per_weight bits_per_linear_weight rho rho_blocks rho_nonzero recovered_share path_recovery_tokens wall_seconds"
-    values |= {name: row[name] for name in same.split()}
+    same = "bits_per_weight bits_per_linear_weight rho rho_blocks rho_nonzero recovered_share path_recovery_tokens"
+    values |= {name: row[name] for name in [*same.split(), "wall_seconds"]}
     return [(name, float(value), 0) for name, value in values.items() if value is not None]
 
 
@@ -353,25 +361,27 @@ def _tags(study: Study, parent: str | None, failed: list[Row]) -> dict[str, str]
 
 
 def _job_files(results: Path, node: str) -> dict[str, Path]:
-    """Logs and benchmarks of the jobs of one node."""
+    """Logs and benchmarks of the jobs of one node, by the paths that they get: <kind>/<stage>[/<rest>].<suffix>."""
     found = {}
     for kind, suffix in (("logs", "log"), ("benchmarks", "jsonl")):
         for stage, (_, _, parts) in OUTPUTS.items():
             folder = results / kind / stage
-            pattern = "*/" * (parts - 1) + f"*.{suffix}"
-            paths = (folder / node).glob(pattern) if parts else [folder / f"{node}.{suffix}"]
-            for path in paths:
-                found["/".join([kind, stage, *path.relative_to(folder / node).parts]) if parts else f"{kind}/{stage}.{suffix}"] = path
+            if parts == 0:
+                found[f"{kind}/{stage}.{suffix}"] = folder / f"{node}.{suffix}"
+                continue
+            for path in (folder / node).glob("*/" * (parts - 1) + f"*.{suffix}"):
+                found[f"{kind}/{stage}/{path.relative_to(folder / node).as_posix()}"] = path
     return found
 
 
-def _datasets(results: Path, row: Row, manifest: dict[str, Any]) -> list[tuple[str, str, str]]:
+def _datasets(results: Path, row: Row) -> list[tuple[str, str, str]]:
     """The token sets that a node was calibrated, trained and measured on: name, fingerprint, use."""
     found = []
     if row["calibration"]:
         found.append((row["calibration"], row["calibration_fingerprint"], "calibration"))
     folder = results / "tokens" / row["model"]
-    uses = {f"recovery.{row['step']}": "recovery", f"validation.{row['step']}": "validation"} if manifest["recovery"] else {}
+    trained = row["family"] == "recover"
+    uses = {f"{use}.{row['step']}": use for use in ("recovery", "validation") if trained}
     uses |= {path.parent.name: "evaluation" for path in folder.glob("evaluation.*/manifest.json")}
     for name, use in uses.items():
         if (folder / name / "manifest.json").exists():
@@ -399,7 +409,9 @@ def _failed_mirror(study: Study, results: Path, node: str, failed: list[Row]) ->
 def _study_mirror(study: Study, results: Path, tables: dict[str, list[Row]]) -> Mirror:
     """The study's own run: tables, laws, report and plots as artifacts, fitted numbers as metrics."""
     patterns = ("study.yaml", "tables/*.parquet", "laws/*/*", "report/*.html", "report/*.svg")
-    files = {path.relative_to(results).as_posix(): path for pattern in patterns for path in sorted(results.glob(pattern))}
+    files = {
+        path.relative_to(results).as_posix(): path for pattern in patterns for path in sorted(results.glob(pattern))
+    }
     metrics = [("nodes", float(len(tables["nodes"])), 0), ("failures", float(len(tables["failures"])), 0)]
     for path in sorted(results.glob("laws/*/fit.json")):
         metrics += _law_metrics(path.parent.name, read_json(path))

@@ -211,7 +211,7 @@ def token_uses(study: Study) -> dict[str, TokenUse]:
             windows = ceil(options.tokens / options.length)
             uses[f"recovery.{name}"] = TokenUse(options.text, "recovery", windows, options.length, True)
             uses[f"validation.{name}"] = TokenUse(
-                options.validation, "evaluation", options.validation_windows, options.length, True
+                options.validation, "validation", options.validation_windows, options.length, True
             )
     for name, evaluation in study.evaluations.items():
         for protocol, body in protocols(evaluation).items():
@@ -224,6 +224,13 @@ def token_uses(study: Study) -> dict[str, TokenUse]:
 def protocols(evaluation: Any) -> dict[str, Any]:
     """The protocols of perplexity of an evaluation; a cost has none."""
     return evaluation.perplexity if evaluation.kind == "quality" else {}
+
+
+def world(study: Study, evaluation: Any) -> str | None:
+    """The built-in text that an evaluation asks about: the one it names, or the study's only one; None when none."""
+    if evaluation.kind != "quality" or not (evaluation.knowledge or "biographies" in evaluation.tasks):
+        return None
+    return evaluation.world or next(name for name, text in study.texts.items() if hasattr(text, "builtin"))
 
 
 def evaluations(study: Study, name: str) -> list[str]:

@@ -18,6 +18,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partialmethod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -135,14 +136,17 @@ def hub_errors(tasks: Sequence[str]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """No progress bars of the data sets' library: logs are read by people."""
+    """Few lines of progress: logs are read by people. Bars move twice a minute; the data sets' library shows none."""
     import datasets
+    from tqdm import tqdm
 
-    shown = datasets.is_progress_bar_enabled()
+    shown, begin = datasets.is_progress_bar_enabled(), tqdm.__init__
     datasets.disable_progress_bars()
+    tqdm.__init__ = partialmethod(begin, mininterval=30)
     try:
         yield
     finally:
+        tqdm.__init__ = begin
         if shown:
             datasets.enable_progress_bars()
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -74,8 +73,6 @@ def evaluate(
     `tokens` names the folder of windows of each protocol of perplexity. Raises UserError where windows are missing or
     stem from another tokenizer, and where a result is not finite.
     """
-    # Logs of hours-long tasks stay short.
-    os.environ.setdefault("TQDM_MININTERVAL", "30")
     from coppice import checkpoint
 
     started = time.monotonic()

@@ -6,7 +6,8 @@ A method is a module (one file under `methods/<family>/`, or one named by anothe
 - `SOURCE`: a `Source`, the paper it follows;
 - `Options(MethodOptions)`: its options, validated when the study is loaded;
 - `NEEDS`: the kinds of statistics it reads ("moments", "blocks", "gradients"), empty when it needs none;
-- `MAKES`: the marks that it leaves on a node ("masked", "factorized", "quantized", "compensated", "smaller");
+- `MAKES`: the marks that it leaves on a node ("masked", "factorized", "quantized", "compensated", "smaller"); where
+  they depend on the parent's, a function `marks(parent) -> marks` beside it says how;
 - `REFUSES`: for each mark of the parent that it cannot work on, the reason as half a sentence;
 
 and the functions of one of three contracts:
@@ -30,7 +31,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from coppice.errors import UserError
 
 if TYPE_CHECKING:
     import torch
@@ -258,12 +261,25 @@ class Method:
     def refuses(self) -> Mapping[str, str]:
         return self.module.REFUSES
 
+    def marks(self, parent: frozenset[str]) -> frozenset[str]:
+        """The marks of a node that this method makes: the parent's and MAKES, or what the module's `marks` says."""
+        own = getattr(self.module, "marks", None)
+        return frozenset(own(parent)) if own else parent | self.makes
+
+    def validated(self, options: Mapping[str, Any]) -> MethodOptions:
+        """The options, checked. Raises UserError with every problem in one sentence."""
+        try:
+            return self.options.model_validate(options)
+        except ValidationError as error:
+            found = [f"{'.'.join(map(str, each['loc'])) or 'options'}: {each['msg']}" for each in error.errors()]
+            raise UserError(f"The options of method {self.name!r} are not valid: {'; '.join(found)}.") from None
+
 
 @cache
 def methods() -> dict[str, Method]:
     """Every registered method by name: the package's own, then those of other packages.
 
-    Raises ValueError when two methods share a name.
+    Raises UserError when two methods share a name.
     """
     found: dict[str, Method] = {}
     for family in FAMILIES:
@@ -279,15 +295,15 @@ def methods() -> dict[str, Method]:
 
 def _register(found: dict[str, Method], method: Method) -> None:
     if method.name in found:
-        raise ValueError(f"Two methods are named {method.name!r}: {found[method.name].file} and {method.file}.")
+        raise UserError(f"Two methods are named {method.name!r}: {found[method.name].file} and {method.file}.")
     found[method.name] = method
 
 
 def method(name: str) -> Method:
-    """The method of that name. Raises ValueError, with the nearest known name, when there is none."""
+    """The method of that name. Raises UserError, with the nearest known name, when there is none."""
     known = methods()
     if name not in known:
-        raise ValueError(f"There is no method {name!r}.{nearest(name, known)}")
+        raise UserError(f"There is no method {name!r}.{nearest(name, known)}")
     return known[name]
 
 

@@ -2,8 +2,8 @@
 
 Liu et al., EoRA: Fine-tuning-free Compensation for Compressed LLM with Eigenspace Low-Rank Approximation (arXiv
 2410.21271), equations 2 to 4. dW = W - W^; H = Q Lambda Q^T; dW Q Lambda^(1/2) = U Sigma V^T;
-second first = U_r Sigma_r V_r^T Lambda^(-1/2) Q^T = U_r U_r^T dW (see `solvers.truncation`), first [r, n], second [m, r];
-y = W^ x + second first x.
+second first = U_r Sigma_r V_r^T Lambda^(-1/2) Q^T = U_r U_r^T dW (see `solvers.truncation`);
+y = W^ x + second first x, first [r, n], second [m, r].
 """
 
 from __future__ import annotations

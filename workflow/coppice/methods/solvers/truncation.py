@@ -7,8 +7,8 @@ For a scaling S [n, n] with S S^T = H = E[x x^T] and M S = U Sigma V^T, the rank
 M_k = U_k Sigma_k V_k^T S^-1 minimises E|(M - M_k) x|^2 = tr((M - M_k) H (M - M_k)^T), whose minimum is
 sum_{i > k} sigma_i^2. S = I gives the plain truncated SVD.
 
-As U_k^T M S = Sigma_k V_k^T, M_k = U_k U_k^T M. This form needs no inverse: it stays exact where H is singular or nearly
-so, and treats inputs that the calibration did not see by the same projection instead of dropping them.
+As U_k^T M S = Sigma_k V_k^T, M_k = U_k U_k^T M. This form needs no inverse: it stays exact where H is singular or
+nearly so, and treats inputs that the calibration did not see by the same projection instead of dropping them.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Truncation:
 
 
 def square_root(moment: Tensor) -> Tensor:
-    """S = Q Lambda^(1/2) [n, n] of H = Q Lambda Q^T [n, n], in float64; eigenvalues that rounding left below 0 count as 0.
+    """S = Q Lambda^(1/2) [n, n] of H = Q Lambda Q^T [n, n], in float64; eigenvalues that rounding left below 0 are 0.
 
     Raises UserError when an eigenvalue is more negative than rounding explains (10 n eps lambda_max, with eps that of
     float32, in which second moments are summed), or when the statistics are unfit (see `moments`).

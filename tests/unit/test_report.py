@@ -1,0 +1,178 @@
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+from fake_results import BUDGETS, fake_study, log, write_results
+
+from coppice import report, tables
+from coppice.errors import UserError
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    folder = write_results(tmp_path / "demo")
+    tables.write_tables(fake_study(), folder, folder / "tables", partial=True)
+    return folder
+
+
+def page_of(results: Path, study=None) -> str:
+    report.write_report(study or fake_study(), results, results / "report")
+    return (results / "report" / "index.html").read_text(encoding="utf-8")
+
+
+def figure(results: Path, name: str) -> ElementTree.Element:
+    return ElementTree.parse(results / "report" / f"{name}.svg").getroot()
+
+
+class Balance(HTMLParser):
+    """Collects text, and fails on tags that do not close."""
+
+    VOID = frozenset({"meta", "br", "!doctype"})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attributes: list) -> None:
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_startendtag(self, tag: str, attributes: list) -> None:
+        """A tag that closes itself."""
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_the_page_stands_alone(results: Path) -> None:
+    page = page_of(results)
+    parser = Balance()
+    parser.feed(page)
+    assert parser.open == []
+    assert not re.search(r"<script|<link|<img|@import|url\(", page)
+    assert set(re.findall(r"https?://[^\"'<\s]+", page)) == {"http://www.w3.org/2000/svg"}
+    for text in (
+        "10 of 12 nodes made from small, medium", "2 nodes failed", "gptq-4", "6.05 \u00b1 0.59", "71%", "0.0400",
+        "0.40% of the loss",
+        "train on 1.4M tokens", "gamma is not identified", "decode_latency, s/token (cpu)",
+        "no such thing", "2.13.0", "shipped",
+    ):  # fmt: skip
+        assert text in parser.text, text
+
+
+def test_frontier(results: Path) -> None:
+    page_of(results)
+    root = figure(results, "frontier")
+    points = [group for group in root.iter(f"{SVG}g") if group.find(f"{SVG}circle") is not None]
+    assert len(points) == 10
+    place = {group.find(f"{SVG}title").text.split(":")[0]: group.find(f"{SVG}circle") for group in points}
+    # Smaller is further left, worse is further up; what was trained on its path is filled.
+    assert float(place["small"].get("cx")) < float(place["medium"].get("cx"))
+    assert float(place["small/laco-25"].get("cy")) < float(place["small"].get("cy"))
+    assert place["small/laco-25/full-1m/gptq-4"].get("fill") != "#fff" == place["small"].get("fill")
+    bold = {text.text for text in root.iter(f"{SVG}text") if text.get("font-weight") == "600" and text.get("stroke")}
+    assert bold == {"laco-25/full-1m/gptq-4", "laco-25/full-1m", "small (dense)", "medium (dense)"}
+    (line,) = (line for line in root.iter(f"{SVG}polyline") if line.get("stroke-dasharray"))
+    corners = [tuple(map(float, point.split(","))) for point in line.get("points").split()]
+    circle = place["small"]
+    assert (float(circle.get("cx")), float(circle.get("cy"))) in corners
+    circle = place["small/wanda-50"]
+    assert (float(circle.get("cx")), float(circle.get("cy"))) not in corners
+
+
+def test_curves_have_the_measured_points_and_the_fitted_law(results: Path) -> None:
+    page_of(results)
+    root = figure(results, "curves")
+    circles = list(root.iter(f"{SVG}circle"))
+    assert len(circles) == 2 * (len(BUDGETS) + 1)  # a rung for each budget, and one loss between
+    assert len([circle for circle in circles if circle.get("r") == "4"]) == 2 * len(BUDGETS)
+    dashed = [line for line in root.iter(f"{SVG}polyline") if line.get("stroke-dasharray")]
+    assert len(dashed) == 2
+    heights = [float(point.split(",")[1]) for point in dashed[0].get("points").split()]
+    assert heights == sorted(heights)  # the law's loss falls with tokens
+    assert "dense" in [text.text for text in root.iter(f"{SVG}text")]
+
+
+def test_the_fitted_line_is_the_law(results: Path) -> None:
+    folder = results / "laws/p2"
+    fit = json.loads((folder / "fit.json").read_text())
+    curves = report._fitted({"p2": folder}, {"p2": fit})
+    tokens, loss = curves["small/laco-25/full-1m"][-1]
+    value = {name: entry["value"] for name, entry in fit["parameters"].items()}
+    size = 0.49  # millions, as the fit's units say
+    excess = value["N_C"] * size ** -value["alpha"] + value["D_C"] * (tokens / 1e6) ** -value["beta"] + value["E"]
+    assert tokens == pytest.approx(1e6)
+    assert loss == pytest.approx(1.8 + size ** -value["delta"] * excess)
+
+
+def test_text_is_escaped(results: Path) -> None:
+    hostile = "</svg><script>alert('x')</script>&"
+    log(results, "compress", "small/broken-9", f"error: {hostile}\n")
+    path = results / "evaluations/small/quality/metrics.json"
+    content = json.loads(path.read_text())
+    content["metrics"][0]["metric"] = f"perplexity_{hostile}"
+    path.write_text(json.dumps(content))
+    path = results / "laws/p2/fit.json"
+    path.write_text(path.read_text().replace("There is one pruning rate", hostile.replace("/", "\\/")))
+    tables.write_tables(fake_study(), results, results / "tables", partial=True)
+    page = page_of(results)
+    assert "<script" not in page
+    assert page.count("&lt;script&gt;") >= 3
+    figure(results, "frontier")
+
+
+def test_a_study_without_results_to_draw(results: Path) -> None:
+    study = fake_study().model_copy(update={"recipes": [], "evaluations": {}, "laws": {}})
+    (results / "laws/p2/fit.json").unlink()
+    tables.write_tables(study, results, results / "tables")
+    page = page_of(results, study)
+    assert "No perplexity was measured." in page
+    assert "No recovery was run." in page
+    assert "2 of 2 nodes" in page
+
+
+def test_a_fit_of_nothing_and_a_single_node(results: Path) -> None:
+    path = results / "laws/p2/fit.json"
+    fit = json.loads(path.read_text())
+    fit["parameters"] = {
+        name: entry | {"value": None, "identified": False} for name, entry in fit["parameters"].items()
+    }
+    fit |= {"metrics": dict.fromkeys(fit["metrics"]), "recommendation": [], "points": 0, "runs": 0}
+    fit["units"] = {name: entry | {"scale": None} for name, entry in fit["units"].items()}
+    path.write_text(json.dumps(fit))
+    study = fake_study()
+    study = study.model_copy(update={"recipes": [], "models": {"small": study.models["small"]}})
+    tables.write_tables(study, results, results / "tables")
+    assert "1 of 1 nodes" in page_of(results, study)
+
+
+def test_same_tables_give_the_same_page(results: Path) -> None:
+    assert page_of(results) == page_of(results)
+
+
+def test_tables_must_be_there(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="does not exist"):
+        report.write_report(fake_study(), tmp_path, tmp_path / "report")
+    assert not (tmp_path / "report").exists()
+
+
+@pytest.mark.parametrize(("low", "high"), [(1.0, 1.0), (1.0, 1.01), (3.9, 4.1), (1e-3, 1e6), (0.49, 0.51)])
+def test_axes_have_a_few_marks_within(low: float, high: float) -> None:
+    for logarithmic in (True, False):
+        scale, ticks = report._axis(low, high, 0, 100, logarithmic)
+        assert len(ticks) <= 10
+        assert all(0 <= scale(tick) <= 100 for tick in ticks)
+        assert 0 < scale(low) <= scale(high) < 100
+        if high < 2:
+            assert len(ticks) >= 2 or logarithmic
