@@ -66,7 +66,7 @@ def options(name, paths):
 
 
 def model_files(wildcards):
-    """The files of a local or shipped model."""
+    """The files of a local or shipped model: its config, its tokenizer and its weights."""
     model = STUDY.models[wildcards.model]
     if isinstance(model, ShippedModel):
         folder = SHIPPED / model.shipped
@@ -74,7 +74,8 @@ def model_files(wildcards):
         folder = Path(model.path)
     else:
         return []
-    return [relpath(folder / "config.json"), *sorted(map(relpath, folder.glob("*.safetensors")))]
+    patterns = ("config.json", "tokenizer.json", "*.safetensors")
+    return sorted(relpath(file) for pattern in patterns for file in folder.glob(pattern))
 
 
 def model_source(wildcards):
@@ -99,7 +100,7 @@ def text_role(wildcards):
 
 
 def text_windows(wildcards):
-    return token_use(wildcards).windows
+    return token_use(wildcards).windows or 0
 
 
 def text_length(wildcards):
@@ -141,8 +142,10 @@ def source_file(method):
 
 
 def compress_input(wildcards):
-    """What a step reads besides the parent: statistics, or the tokens to gather them itself; and what the linears
-    computed before they were compressed, for a step that compensates."""
+    """What a step reads besides the parent.
+
+    Statistics, or the tokens to gather them itself; for a step that compensates, what the linears computed before.
+    """
     node = made_node(wildcards)
     method = tree.method_of(STUDY, node.step)
     calibration = tree.calibration(STUDY, node.step)
@@ -182,8 +185,8 @@ def calibration_tokens(wildcards):
 
 def node_budgets(wildcards):
     """The option of `coppice recover` for the rungs of the ladder that a recovery reaches."""
-    tokens = STUDY.steps[made_node(wildcards).step].options.tokens
-    budgets = [str(budget) for budget in sorted(set(STUDY.budgets)) if budget <= tokens]
+    trained = STUDY.steps[made_node(wildcards).step].options.tokens
+    budgets = [str(budget) for budget in sorted(set(STUDY.budgets)) if budget <= trained]
     return ["--budgets", ",".join(budgets)] if budgets else []
 
 

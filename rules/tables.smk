@@ -33,5 +33,5 @@ rule tables:
     conda:
         "../envs/coppice.yaml"
     shell:
-        "python -m coppice tables --study {input.study} --results $(dirname {input.study}) --output $(dirname {output[0]})"
-        " > {log} 2>&1"
+        "python -m coppice tables --study {input.study} --results $(dirname {input.study})"
+        " --output $(dirname {input.study})/tables > {log} 2>&1"

@@ -28,4 +28,4 @@ rule track:
 
 # Failures become rows of the tables and runs of the tracker; the next run makes the tables anew.
 onerror:
-    shell(partial_results())
+    shell("{command}", command=partial_results())

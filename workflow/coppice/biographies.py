@@ -29,6 +29,8 @@ from functools import cached_property
 from itertools import islice, product
 from typing import TYPE_CHECKING
 
+from coppice.errors import UserError
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
@@ -161,7 +163,7 @@ class Person:
 class World:
     """A population and the sizes of the sets that its names and values are drawn from.
 
-    Raises ValueError where a size lies outside what the word lists offer, or where there are more people than names.
+    Raises UserError where a size lies outside what the word lists offer, or where there are more people than names.
     """
 
     people: int = 1200
@@ -196,7 +198,7 @@ class World:
         for field, (low, high) in limits.items():
             value = getattr(self, field)
             if not low <= value <= high:
-                raise ValueError(f"The world's {field} is {value}; choose a value from {low} to {high}.")
+                raise UserError(f"The world's {field} is {value}; choose a value from {low} to {high}.")
 
     @property
     def names(self) -> int:
@@ -298,10 +300,10 @@ def split_of(text: str) -> str:
 def stream(world: World, split: str, seed: int | str) -> Iterator[str]:
     """Biographies of `split` without end: everyone once in random order, then everyone anew, and so on.
 
-    Raises ValueError for a split that does not exist.
+    Raises UserError for a split that does not exist.
     """
     if split not in SPLITS:
-        raise ValueError(f"There is no split {split!r} of the biographies; choose one of {', '.join(SPLITS)}.")
+        raise UserError(f"There is no split {split!r} of the biographies; choose one of {', '.join(SPLITS)}.")
     generator = random.Random(f"{split} {world.seed} {seed}")
     while True:
         for i in shuffled(generator, world.people):
@@ -330,11 +332,11 @@ def questions(world: World, count: int, seed: int = 0) -> list[dict]:
     An item is {"context": "<name> was born in", "choices": [4 values], "answer": index, "attribute": name}. The
     context holds nothing of the person but the name; wrong choices are other values of the attribute, uniformly drawn.
 
-    Raises ValueError where `count` exceeds the facts of the world.
+    Raises UserError where `count` exceeds the facts of the world.
     """
     facts = world.people * len(ATTRIBUTES)
     if count > facts:
-        raise ValueError(f"{count} questions are asked, but the world has {facts} facts; ask for no more than that.")
+        raise UserError(f"{count} questions are asked, but the world has {facts} facts; ask for no more than that.")
     generator = random.Random(f"questions {world.seed} {seed}")
     items = []
     for fact in shuffled(generator, facts)[:count]:

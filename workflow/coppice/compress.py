@@ -107,7 +107,9 @@ def compress(
         storage = stored_dtype(parent)
         record = compress_layers(model, references, used, options, moments, storage, device)
         achieved = summary(record)
-    tokens_fingerprints = {kind: read["tokens_fingerprint"] for kind, (_, read) in sources.items()}
+    read_from = {kind: read["tokens_fingerprint"] for kind, (_, read) in sources.items()}
+    if tokens is not None:
+        read_from["propagated"] = load_windows(tokens).manifest["fingerprint"]
     manifest = {
         "node": node,
         "parent": parent_manifest["node"],
@@ -119,7 +121,7 @@ def compress(
         "asked": options.model_dump(mode="json"),
         "achieved": achieved,
         "layers": record,
-        "calibration": tokens_fingerprints or None,
+        "calibration": read_from or None,
         "recovery": parent_manifest["recovery"],
         "wall_seconds": time.monotonic() - started,
     }

@@ -212,12 +212,32 @@ def escaped(text: str) -> str:
     return " ".join(text.replace("|", "\\|").split())
 
 
+def environment() -> str:
+    """The conda environment of `--sdm conda`: Python, and every package at the version that the lock names."""
+    locked = (ROOT / "requirements.lock").read_text(encoding="utf-8").splitlines()
+    packages = [f"      - {line}" for line in locked if line and not line.startswith("#")]
+    return "\n".join(
+        [
+            "# Made from requirements.lock by `python -m coppice.documentation`; do not edit.",
+            "channels:",
+            "  - conda-forge",
+            "dependencies:",
+            "  - python=3.11",
+            "  - pip",
+            "  - pip:",
+            *packages,
+            "",
+        ]
+    )
+
+
 def files() -> dict[Path, str]:
     """The generated files and what they hold."""
     return {
         Path("config/schema.json"): json.dumps(schema(), indent=1) + "\n",
         Path("config/README.md"): config_page(),
         Path("docs/methods.md"): methods_page(),
+        Path("envs/coppice.yaml"): environment(),
     }
 
 

@@ -217,8 +217,9 @@ def pretrain(
 ) -> dict:
     """Trains a model and writes it, its tokenizer and `training.json` (the returned record) to the folder `output`.
 
-    Weights are stored in bfloat16, and all that is measured is measured with the stored weights. The file `state`
-    lets a killed training go on where its last segment ended; it is removed at the end.
+    Weights are stored in bfloat16, and all that is measured is measured with the stored weights. An exposure is a
+    biography begun in some window, for each person. The file `state` lets a killed training go on where its last
+    segment ended; it is removed at the end.
     """
     import torch
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import pkgutil
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -105,9 +104,6 @@ class HubModel(Section):
 
     hub: str = Field(description="Name on the hub, as in `organisation/name`.", min_length=1)
     revision: str = Field(description="Commit of the model's repository: 40 hexadecimal digits.")
-    remote_code: bool = Field(
-        default=False, description="Whether the repository's own Python code may run; supported models need none."
-    )
 
     @model_validator(mode="after")
     def _pinned(self) -> HubModel:
@@ -269,7 +265,7 @@ class Protocol(Section):
 
     text: str = Field(description="Name of a text.")
     length: Annotated[int, Field(ge=2)] = Field(default=2048, description="Tokens in a window.")
-    windows: PositiveInt = Field(default=128, description="How many windows.")
+    windows: PositiveInt | None = Field(default=128, description="How many windows; null: all there are.")
     pack: bool = Field(default=True, description="Fill windows with several documents; false gives each its own.")
 
 
@@ -501,7 +497,7 @@ def _references(study: Study) -> Iterator[str]:
     for name, evaluation in study.evaluations.items():
         if isinstance(evaluation, Quality):
             yield from _world_of_evaluation(study, name, evaluation)
-    known_laws = law_names()
+    known_laws = list(laws.names())
     for name, law in study.laws.items():
         if law.law not in known_laws:
             yield _unknown(f"laws.{name}.law", "law", law.law, known_laws)
@@ -541,11 +537,6 @@ def _world_of_evaluation(study: Study, name: str, evaluation: Quality) -> Iterat
     elif asks and evaluation.world is None and len(worlds) != 1:
         known = f"name one of {', '.join(worlds)} as its `world`" if worlds else "describe one under `texts`"
         yield f"evaluations.{name} asks about the biographies of a built-in text; {known}."
-
-
-def law_names() -> list[str]:
-    """The laws that can be fitted: a law is a file of coppice.laws."""
-    return [entry.name for entry in pkgutil.iter_modules(laws.__path__) if entry.name != "fit"]
 
 
 def _sources(study: Study) -> Iterator[str]:

@@ -85,12 +85,11 @@ def recover(
     from coppice.checkpoint import load_model, read_manifest, save_checkpoint, stored_dtype
     from coppice.compress import refuse_impossible
     from coppice.text import load_windows
-    from coppice.tree import marks_after
 
     started = time.monotonic()
     parent_manifest, dense_manifest = read_manifest(parent), read_manifest(dense)
     chosen = method(step["method"])
-    options = chosen.options.model_validate(step["options"])
+    options = chosen.validated(step["options"])
     refuse_impossible(step["name"], chosen, parent_manifest["marks"])
     windows, held_out = load_windows(tokens), load_windows(validation)
     _check_windows(windows, held_out, parent, options)
@@ -138,7 +137,7 @@ def recover(
             "parent": parent_manifest["node"],
             "step": {**step, "family": chosen.family},
             "seed": seed,
-            "marks": sorted(marks_after(chosen, frozenset(parent_manifest["marks"]))),
+            "marks": sorted(chosen.marks(frozenset(parent_manifest["marks"]))),
             **{key: parent_manifest[key] for key in ("source", "dense")},
             "asked": options.model_dump(mode="json"),
             "achieved": {"tokens": planned.tokens(steps.steps)},

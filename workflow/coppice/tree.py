@@ -41,7 +41,7 @@ class TokenUse:
 
     text: str
     role: str
-    windows: int
+    windows: int | None
     length: int
     pack: bool
 

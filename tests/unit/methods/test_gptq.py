@@ -119,6 +119,11 @@ def test_dead_inputs_become_zero(linear, statistics, statistics_with, act_order)
     quantized = compress(linear, statistics_with(moment), Options(bits=3, group_size=8, act_order=act_order))
     assert (dequantize(quantized)[:, 5] == 0).all()
     assert quantized.record["dead_inputs"] == 1
+    alive = linear.weight.clone()
+    alive[:, 5] = 0
+    assert torch.equal(
+        quantized.scale[:, 0], rtn.compress(Linear(alive), None, rtn.Options(bits=3, group_size=8)).scale[:, 0]
+    )
 
 
 def test_fewer_tokens_than_inputs(linear, inputs, statistics_with, loss):

@@ -155,6 +155,11 @@ def test_a_singular_moment_is_damped_and_the_record_says_so(inputs):
     assert inverse_factor(moment, 0.0).record == {"damping_asked": 0.0, "damping": 0.01, "dead_inputs": 0}
 
 
+def test_a_moment_that_is_singular_in_float64_is_damped():
+    powers = torch.tensor([1.0, 1e-20], dtype=torch.float64)
+    assert inverse_factor(powers.diag(), 0.0).damping == 0.01
+
+
 def test_damping_grows_tenfold():
     indefinite = torch.full((4, 4), 1.05, dtype=torch.float64)
     indefinite.fill_diagonal_(1)  # smallest eigenvalue -0.05

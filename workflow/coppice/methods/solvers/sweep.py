@@ -93,7 +93,7 @@ def inverse_factor(moment: Tensor, damping: float) -> InverseFactor:
     power = moment.diagonal().clone()
     dead = power == 0
     mean = power[~dead].mean()
-    # A dead input takes part in no correction; any positive power serves, and this one leaves the mean as it is.
+    # A dead input takes part in no correction: any positive power serves.
     moment.diagonal()[dead] = mean
     used = damping
     while (lower := _cholesky(moment, used * mean)) is None:

@@ -1,0 +1,208 @@
+"""The real Snakefile, planned but not run."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from studies import small_study, tiny_folder
+
+ROOT = Path(__file__).resolve().parents[2]
+PLUGIN = '''"""A method of another package."""
+from pydantic import Field
+from coppice.methods.base import LayerOptions, Masked, Source
+
+FAMILY = "prune"
+SOURCE = Source("title", "identifier", "equation")
+NEEDS = frozenset()
+MAKES = frozenset({"masked"})
+REFUSES = {}
+
+
+class Options(LayerOptions):
+    part: float = Field(default=0.5, description="Part to remove.")
+
+
+def compress(linear, statistics, options):
+    return Masked(linear.weight, linear.weight == linear.weight)
+'''
+
+
+def snakemake(directory: Path, *words: str, environment: dict[str, str] | None = None) -> str:
+    """What Snakemake prints; an AssertionError with it when it fails."""
+    done = finished(directory, *words, environment=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def finished(directory: Path, *words: str, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile"), "--directory", str(directory)]
+    return subprocess.run(
+        [*command, *words], capture_output=True, text=True, check=False, env={**os.environ, **(environment or {})}
+    )
+
+
+def counts(printed: str) -> dict[str, int]:
+    """How many jobs of each rule are planned."""
+    table = printed.partition("Job stats:")[2].partition("total")[0]
+    return {rule: int(count) for rule, count in re.findall(r"^(\w+)\s+(\d+)$", table, re.MULTILINE)}
+
+
+def commands(printed: str, stage: str) -> list[str]:
+    """The shell commands of a stage."""
+    return re.findall(rf"^Shell command: (python -m coppice {stage} .*)$", printed, re.MULTILINE)
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("study")
+    tiny_folder(folder)
+    (folder / "study.yaml").write_text(yaml.safe_dump(small_study()))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def planned(directory) -> str:
+    return snakemake(directory, "--configfile", str(directory / "study.yaml"), "--dry-run", "--printshellcmds")
+
+
+def test_every_shared_job_is_planned_once(planned):
+    assert counts(planned) == {
+        "study": 1,
+        "root": 1,
+        "tokenize": 4,
+        "calibrate": 3,
+        "compress": 7,
+        "recover": 3,
+        "evaluate": 11,
+        "cost": 2,
+        "tables": 1,
+        "fit": 1,
+        "report": 1,
+        "track": 1,
+        "all": 1,
+    }
+
+
+def test_a_command_names_all_that_it_reads(planned):
+    eora = next(line for line in commands(planned, "compress") if "--node tiny/wanda-50/rtn-4/eora-2 " in line)
+    assert "--statistics results/small/statistics/tiny/wanda-50/rtn-4/default/moments" in eora
+    assert "--reference results/small/models/tiny " in eora
+    propagated = next(line for line in commands(planned, "compress") if "--node tiny/shortgpt-1/gptq-4 " in line)
+    assert "--tokens results/small/tokens/tiny/calibration.default" in propagated
+    assert "--statistics" not in propagated
+
+
+def test_seeds_and_budgets_reach_the_training(planned):
+    lines = {re.search(r"--node (\S+)", line)[1]: line for line in commands(planned, "recover")}
+    assert sorted(lines) == ["tiny/shortgpt-1/full-5k", "tiny/shortgpt-1/full-5k@1", "tiny/wanda-50/full-5k"]
+    assert "--seed 1 " in lines["tiny/shortgpt-1/full-5k@1"]
+    assert "--seed 0 " in lines["tiny/shortgpt-1/full-5k"]
+    # 10,000 lies beyond what is trained on.
+    assert all("--budgets 1000 " in line for line in lines.values())
+
+
+def test_a_cost_is_measured_alone(planned):
+    threads = {
+        re.search(r"--threads (\d+)", line)[1] for line in commands(planned, "evaluate") if "--name cost" in line
+    }
+    assert threads == {str(os.cpu_count())}
+
+
+def test_the_world_goes_with_the_evaluation_and_its_nodes_do_not(planned):
+    line = next(line for line in commands(planned, "evaluate") if "--name quality" in line)
+    assert '"world": {"builtin": "biographies", "people": 50' in line
+    assert '"nodes"' not in line
+
+
+def test_one_node_plans_what_it_needs_and_no_more(directory):
+    target = "results/small/models/tiny/wanda-50/full-5k/manifest.json"
+    printed = snakemake(directory, "--configfile", str(directory / "study.yaml"), "--dry-run", target)
+    assert counts(printed) == {"root": 1, "tokenize": 3, "calibrate": 1, "compress": 1, "recover": 1}
+
+
+def test_a_configfile_replaces_the_default_study_and_config_changes_keys(directory, tmp_path):
+    (tmp_path / "config").mkdir()
+    tiny_folder(tmp_path)
+    default = {
+        "study": "default",
+        "models": {"tiny": {"path": "tiny"}},
+        "texts": {"unused": {"builtin": "biographies"}},
+    }
+    (tmp_path / "config" / "config.yaml").write_text(yaml.safe_dump(default))
+    plain = {"study": "own", "models": {"tiny": {"path": "tiny"}}}
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(plain))
+
+    printed = snakemake(tmp_path, "--dry-run", "--printshellcmds", "--config", "seed=5")
+    assert "results/default/models/tiny/manifest.json" in printed
+    assert "--seed 5" in commands(printed, "root")[0]
+
+    target = "results/own/study.yaml"
+    own = ["--configfile", str(tmp_path / "own.yaml"), "--config", "seed=5"]
+    snakemake(tmp_path, *own, "--cores", "1", target)
+    written = yaml.safe_load((tmp_path / target).read_text())
+    assert (written["study"], written["seed"], written["texts"]) == ("own", 5, {})
+    assert "Nothing to be done" in snakemake(tmp_path, *own, "--dry-run", target)
+    (tmp_path / "own.yaml").write_text("# A comment changes nothing.\n" + yaml.safe_dump(plain))
+    assert "Nothing to be done" in snakemake(tmp_path, *own, "--dry-run", target)
+    assert counts(snakemake(tmp_path, *own[:-1], "seed=6", "--dry-run", target)) == {"study": 1}
+
+
+def test_a_broken_study_is_refused_with_its_sentence(directory):
+    done = finished(directory, "--configfile", str(directory / "study.yaml"), "--dry-run", "--config", "sed=1")
+    assert done.returncode != 0
+    assert "There is no key 'sed'. Did you mean 'seed'?" in done.stdout + done.stderr
+
+
+def test_a_changed_method_makes_its_nodes_anew_and_no_others(tmp_path):
+    tiny_folder(tmp_path)
+    (tmp_path / "halving.py").write_text(PLUGIN)
+    information = tmp_path / "halving-1.dist-info"
+    information.mkdir()
+    (information / "METADATA").write_text("Metadata-Version: 2.1\nName: halving\nVersion: 1\n")
+    (information / "entry_points.txt").write_text("[coppice.methods]\nhalving = halving\n")
+    study = small_study()
+    study["steps"] = {"halving": {"method": "halving"}, **study["steps"]}
+    study["recipes"] = [["halving", "rtn-4"], ["wanda-50"]]
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(study))
+    words = ["--configfile", str(tmp_path / "study.yaml"), "--rerun-triggers", "mtime"]
+    environment = {"PYTHONPATH": str(tmp_path)}
+
+    # The first column of the summary are the outputs; they are made by hand, all as old as each other.
+    summary = snakemake(tmp_path, *words, "--summary", environment=environment)
+    outputs = [line.split("\t")[0] for line in summary.splitlines() if line.startswith("results/")]
+    assert "results/small/models/tiny/halving/rtn-4/manifest.json" in outputs
+    now = (tmp_path / "halving.py").stat().st_mtime + 10
+    for output in outputs:
+        (tmp_path / output).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / output).touch()
+        os.utime(tmp_path / output, (now, now))
+    assert "Nothing to be done" in snakemake(tmp_path, *words, "--dry-run", environment=environment)
+
+    (tmp_path / "halving.py").write_text(PLUGIN.replace("0.5", "0.4"))
+    os.utime(tmp_path / "halving.py", (now + 10, now + 10))
+    printed = snakemake(tmp_path, *words, "--dry-run", "--printshellcmds", environment=environment)
+    made = {re.search(r"--node (\S+)", line)[1] for line in commands(printed, "compress")}
+    assert made == {"tiny/halving", "tiny/halving/rtn-4"}
+    assert commands(printed, "calibrate") == commands(printed, "root") == commands(printed, "tokenize") == []
+
+
+def test_the_workflow_is_linted_and_formatted(directory):
+    assert "good condition" in snakemake(directory, "--configfile", str(directory / "study.yaml"), "--lint")
+    files = [str(ROOT / "Snakefile"), str(ROOT / "rules")]
+    formatted = subprocess.run([sys.executable, "-m", "snakefmt", "--check", "-l", "120", *files], check=False)
+    assert formatted.returncode == 0
+
+
+def test_the_snakefile_sets_up_and_rules_are_commands():
+    assert len((ROOT / "Snakefile").read_text().splitlines()) <= 60
+    for file in (ROOT / "rules").glob("*.smk"):
+        text = file.read_text()
+        assert "lambda" not in text
+        assert not re.search(r"^\s+(run|script):", text, re.MULTILINE)
+        assert file.name == "common.smk" or not re.search(r"^def ", text, re.MULTILINE)
