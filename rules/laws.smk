@@ -15,7 +15,9 @@ rule fit:
         tables=rules.tables.output,
         law=law_file,
     output:
-        "<results>/laws/{law}/fit.json",
+        fit="<results>/laws/{law}/fit.json",
+        points="<results>/laws/{law}/points.parquet",
+        figure=report("<results>/laws/{law}/fit.svg", caption="captions/law.rst", category="Laws", subcategory="{law}"),
     log:
         "<logs>/fit/{law}.log",
     benchmark:
@@ -29,4 +31,4 @@ rule fit:
         options=law_options,
     shell:
         "python -m coppice fit --law {params.law} --tables $(dirname {input.tables[0]}) --options {params.options:q}"
-        " --output $(dirname {output}) > {log} 2>&1"
+        " --output $(dirname {output.fit}) > {log} 2>&1"

@@ -11,7 +11,9 @@ rule report:
         laws=fits(),
         study="<results>/study.yaml",
     output:
-        report("<results>/report/index.html", caption="captions/report.rst", category="Study"),
+        page=report("<results>/report/index.html", caption="captions/report.rst", category="Study"),
+        frontier=report("<results>/report/frontier.svg", caption="captions/frontier.rst", category="Figures"),
+        curves=report("<results>/report/curves.svg", caption="captions/curves.rst", category="Figures"),
     log:
         "<logs>/report.log",
     benchmark:
@@ -19,5 +21,5 @@ rule report:
     conda:
         "../envs/coppice.yaml"
     shell:
-        "python -m coppice report --study {input.study} --results $(dirname {input.study}) --output $(dirname {output})"
+        "python -m coppice report --study {input.study} --results $(dirname {input.study}) --output $(dirname {output.page})"
         " > {log} 2>&1"

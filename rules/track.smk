@@ -9,7 +9,7 @@ rule track:
     input:
         tables=rules.tables.output,
         laws=fits(),
-        report=rules.report.output,
+        report=rules.report.output.page,
         study="<results>/study.yaml",
     output:
         "<results>/tracking/runs.json",

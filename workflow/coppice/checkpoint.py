@@ -230,9 +230,7 @@ def sizes(
         module.in_features * module.out_features for module in model.modules() if isinstance(module, layers.Quantized)
     )
     total = packed_weights + sum(tensor.numel() for name, tensor in state.items() if not name.endswith(packed_parts))
-    in_blocks = total - sum(
-        tensor.numel() for name, tensor in state.items() if not name.startswith("model.layers.")
-    )
+    in_blocks = total - sum(tensor.numel() for name, tensor in state.items() if not name.startswith("model.layers."))
     bytes_of = {name: tensor.numel() * tensor.element_size() for name, tensor in state.items()}
     linear_bytes = sum(size for name, size in bytes_of.items() if name.startswith(tuple(linear_prefixes)))
     dense = dense or {"total": total, "blocks": in_blocks, "decoder_linears": linear_weights}

@@ -1,7 +1,7 @@
 """Modules that are heavy to import and not needed to read a study.
 
 The Snakefile asks the registry for every method's options, and must parse in well under a second. A method's file
-therefore names torch through this proxy: `from coppice.lazy import torch`. The real module is imported at the first use.
+therefore names torch through this proxy: `from coppice.lazy import torch`. The real module is imported at first use.
 """
 
 from __future__ import annotations
