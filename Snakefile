@@ -25,7 +25,7 @@ environ["PYTHONPATH"] = f"{PACKAGE}{pathsep}{environ.get('PYTHONPATH', '')}"
 include: "rules/common.smk"
 
 
-STUDY = load_study(config)
+STUDY = checked_study(config)
 NODES = tree.nodes(STUDY)
 USES = tree.token_uses(STUDY)
 RESULTS = f"results/{STUDY.study}"

@@ -5,6 +5,7 @@ from os.path import relpath
 from shlex import join
 
 from coppice import laws, tree
+from coppice.errors import UserError
 from coppice.files import fingerprint
 from coppice.methods.base import KINDS
 from coppice.study import SHIPPED, FileText, LocalModel, ShippedModel, effective, load_study
@@ -239,6 +240,14 @@ def tracking_uri():
 
 
 # Configuration
+
+
+def checked_study(config):
+    """The study of a config; a broken one ends the run with its sentence, and with no line of a traceback."""
+    try:
+        return load_study(config)
+    except UserError as error:
+        raise SystemExit(f"error: {error}") from None
 
 
 def config_files():

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tiny import VOCABULARY, tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -13,7 +14,6 @@ from coppice.calibrate import calibrate
 from coppice.checkpoint import save_checkpoint
 from coppice.compress import compress
 from coppice.text import tokenize
-from tests.tiny import VOCABULARY, tiny_model
 
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
 WORDS = [f"w{index}" for index in range(len(SPECIAL), VOCABULARY)]

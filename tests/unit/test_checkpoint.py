@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from nodes import gather, make, save_root, save_tokenizer, save_windows
 from safetensors.torch import load_file, save_file
+from tiny import ARCHITECTURES, logits, tiny_model, tiny_tokens
 from transformers import AutoModelForCausalLM
 
 from coppice import layers
@@ -16,8 +18,6 @@ from coppice.checkpoint import export_dense, load_model, read_manifest
 from coppice.errors import UserError
 from coppice.files import read_json, write_json
 from coppice.root import import_root
-from tests.nodes import gather, make, save_root, save_tokenizer, save_windows
-from tests.tiny import ARCHITECTURES, logits, tiny_model, tiny_tokens
 
 
 @pytest.fixture(scope="module")

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+from tiny import tiny_model
 from torch import nn
 
 from coppice import layers
-from tests.tiny import tiny_model
 
 
 @pytest.mark.parametrize("bits", range(2, 9))

@@ -124,6 +124,7 @@ def test_a_compensation_needs_something_to_compensate(before):
         ("tiny/shortgpt-1/rtn-4", "tiny/shortgpt-1"),
         ("tiny/wanda-50/full-5k@1/rtn-4@1", "tiny/wanda-50/full-5k@1"),
         ("tiny/full-5k", "tiny/full-5k"),
+        ("tiny/rtn-4/eora-2", "tiny/rtn-4/eora-2"),
     ],
 )
 def test_the_reference_stands_before_the_last_run_of_compressions(parent, reference):

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 TOKENS_IN_A_BATCH = 8192
+MOMENT_FIELDS = ("second_moment", "mean", "absmean", "absmax")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -215,7 +216,8 @@ def gather_block(
     finally:
         for hook in hooks:
             hook.remove()
-    return {name: moment.statistics() for name, moment in moments.items()}, aliases, outputs
+    # Each sum in float64 goes as its statistics come, so that not all of both are held at once.
+    return {name: moments.pop(name).statistics() for name in list(moments)}, aliases, outputs
 
 
 def gather_moments(
@@ -226,16 +228,22 @@ def gather_moments(
     aliases = {}
     for index, block in enumerate(layers.blocks(model)):
         block.to(device)
-        statistics, aliases[str(index)], outputs = gather_block(block, index, batches, device)
-        tensors = {
-            f"{name}.{field}": getattr(entry, field).cpu().contiguous()
-            for name, entry in statistics.items()
-            for field in ("second_moment", "mean", "absmean", "absmax")
-        }
-        save_file(tensors, output / block_file(index))
-        for batch, hidden in zip(batches, outputs, strict=True):
-            batch.hidden = hidden
+        aliases[str(index)] = _write_block_moments(block, index, batches, device, output / block_file(index))
         block.to("cpu")
+    return aliases
+
+
+def _write_block_moments(block: nn.Module, index: int, batches: list[Batch], device: str, path: Path) -> dict[str, str]:
+    """One block's part of `gather_moments`; the batches go on to the block's outputs."""
+    statistics, aliases, outputs = gather_block(block, index, batches, device)
+    tensors = {
+        f"{name}.{field}": getattr(entry, field).cpu().contiguous()
+        for name, entry in statistics.items()
+        for field in MOMENT_FIELDS
+    }
+    save_file(tensors, path)
+    for batch, hidden in zip(batches, outputs, strict=True):
+        batch.hidden = hidden
     return aliases
 
 
@@ -294,13 +302,14 @@ def read_statistics_file(directory: Path, name: str, manifest: dict[str, Any]) -
     return read_tensors(path)
 
 
-def block_statistics(directory: Path, index: int, manifest: dict[str, Any]) -> dict[str, LinearStatistics]:
-    """The moments of one block, by linear; linears that share an input share the tensors."""
+def block_statistics(directory: Path, index: int, manifest: dict[str, Any], device: str) -> dict[str, LinearStatistics]:
+    """The moments of one block on the device, by linear; linears that share an input share the tensors."""
     tensors = read_statistics_file(directory, block_file(index), manifest)
     aliases = manifest["aliases"][str(index)]
-    fields = ("second_moment", "mean", "absmean", "absmax")
     distinct = {
-        name: LinearStatistics(**{field: tensors[f"{name}.{field}"] for field in fields}, tokens=manifest["tokens"])
+        name: LinearStatistics(
+            **{field: tensors[f"{name}.{field}"].to(device) for field in MOMENT_FIELDS}, tokens=manifest["tokens"]
+        )
         for name in set(aliases.values())
     }
     return {name: distinct[first] for name, first in aliases.items()}

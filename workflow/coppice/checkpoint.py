@@ -138,7 +138,7 @@ def fill(model: PreTrainedModel, directory: Path, dtype: torch.dtype | None) -> 
 
 def weight_files(directory: Path) -> list[Path]:
     """The safetensors files of a folder. Raises UserError when there is none."""
-    found = sorted(path for path in Path(directory).glob("*.safetensors") if path.name.startswith("model"))
+    found = sorted(path for path in Path(directory).glob("*.safetensors") if _is_weights(path.name))
     if not found:
         raise UserError(f"{directory} holds no model*.safetensors; other weight formats are not read.")
     return found
@@ -243,7 +243,7 @@ def sizes(
         },
         "dense": dense,
         "dense_parameters": dense["total"],
-        "stored_bytes": sum(entry["bytes"] for name, entry in files.items() if name.endswith(".safetensors")),
+        "stored_bytes": sum(entry["bytes"] for name, entry in files.items() if _is_weights(name)),
         "stored_bits": {"total": 8 * sum(bytes_of.values()), "decoder_linears": 8 * linear_bytes},
         "bits_per_weight": 8 * sum(bytes_of.values()) / dense["total"],
         "bits_per_linear_weight": 8 * linear_bytes / dense["decoder_linears"],
@@ -251,6 +251,10 @@ def sizes(
         "rho_blocks": 1 - in_blocks / dense["blocks"],
         "rho_nonzero": 1 - (total - linear_zeros) / dense["total"],
     }
+
+
+def _is_weights(name: str) -> bool:
+    return name.startswith("model") and name.endswith(".safetensors")
 
 
 def stored_dtype(directory: Path) -> torch.dtype:
@@ -281,7 +285,7 @@ def export_dense(directory: Path, output: Path) -> None:
     source = read_manifest(directory)
     model = load_model(directory, dtype=torch.float32)
     densify(model)
-    kept = ("node", "parent", "step", "seed", "source", "dense")
+    kept = ("node", "parent", "step", "seed", "source", "dense", "recovery")
     manifest = {**{key: source.get(key) for key in kept}, "marks": [], "exported_from": source["fingerprint"]}
     save_checkpoint(model, output, directory, manifest, stored_dtype(directory))
 

@@ -32,18 +32,8 @@ RUNS_MODELS = ("calibrate", "compress", "recover", "evaluate")
 
 def main(words: list[str] | None = None) -> int:
     """Runs one stage. Exit code 0, or 1 after a last line `error: <sentence>`."""
-    words = sys.argv[1:] if words is None else words
-    parser = argparse.ArgumentParser(prog="coppice", description="Compress language models and measure what is left.")
-    stages = parser.add_subparsers(dest="stage", required=True, metavar="STAGE")
-    for stage, (module, description) in STAGES.items():
-        subparser = stages.add_parser(stage, help=description, description=description)
-        if words and words[0] == stage:
-            import_module(module).add_arguments(subparser)
-        if stage in RUNS_MODELS:
-            subparser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads (default: all)")
-            subparser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
-    arguments = parser.parse_args(words)
     try:
+        arguments = parse(sys.argv[1:] if words is None else words)
         if arguments.stage in RUNS_MODELS:
             prepare_device(arguments)
         import_module(STAGES[arguments.stage][0]).run(arguments)
@@ -60,8 +50,27 @@ def main(words: list[str] | None = None) -> int:
     return 0
 
 
+def parse(words: list[str]) -> argparse.Namespace:
+    """The arguments of the stage that the words name; only that stage's module is imported."""
+    parser = argparse.ArgumentParser(prog="coppice", description="Compress language models and measure what is left.")
+    stages = parser.add_subparsers(dest="stage", required=True, metavar="STAGE")
+    for stage, (module, description) in STAGES.items():
+        subparser = stages.add_parser(stage, help=description, description=description)
+        if words and words[0] == stage:
+            import_module(module).add_arguments(subparser)
+        if stage in RUNS_MODELS:
+            subparser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads (default: all)")
+            subparser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    return parser.parse_args(words)
+
+
 def prepare_device(arguments: argparse.Namespace) -> None:
-    """Hands the threads to every library that makes its own, and resolves `auto` to a device."""
+    """Hands the threads to every library that makes its own, and resolves `auto` to a device.
+
+    Raises UserError when there is no such device.
+    """
+    if arguments.threads < 1:
+        raise UserError(f"--threads {arguments.threads} is no number of threads; pass 1 or more.")
     for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ[variable] = str(arguments.threads)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -70,6 +79,11 @@ def prepare_device(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(arguments.threads)
     if arguments.device == "auto":
         arguments.device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=arguments.device)
+    except (RuntimeError, AssertionError) as error:  # the latter where torch was built without CUDA
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise UserError(f"--device {arguments.device} cannot be used ({reason}); pass auto, cpu or cuda.") from error
 
 
 if __name__ == "__main__":

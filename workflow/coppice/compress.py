@@ -40,10 +40,16 @@ from coppice.methods.base import (
     method,
 )
 from coppice.methods.solvers.loss import relative_error
-from coppice.text import check_tokenizer, load_windows
+from coppice.text import Windows, check_tokenizer, load_windows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+MISSING = {
+    "tokens": "the calibration windows for propagate: true; pass their folder with --tokens",
+    "reference": "the checkpoint from before the compression that it makes up for; pass its folder with --reference",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -85,31 +91,43 @@ def compress(
     """Writes the node's checkpoint and returns its manifest.
 
     Raises:
-        UserError: when the parent or the statistics do not fit each other, or the method cannot work on a layer, which
-            the sentence names.
+        UserError: when an input of the method is missing or does not fit the parent, or when the method cannot work on
+            a layer, which the sentence names.
     """
     started = time.monotonic()
     used = method(step["method"])
     options = used.validated(step["options"])
     parent_manifest = read_manifest(parent)
     refuse_impossible(step["name"], used, parent_manifest["marks"])
+    propagates = "moments" in used.needs and options.propagate
+    needs = used.needs - {"moments"} | {"tokens"} if propagates else used.needs
+    if used.family == "compensate":
+        needs |= {"reference"}
+    # Moments, where there are any, also tell the output error of a method that does not need them.
+    readable = needs | {"moments"} if used.contract == "layer" and not propagates else needs
     sources = {}
     for directory in statistics:
         read = calibrate.read_statistics(directory, parent_manifest["fingerprint"])
-        sources[read["kind"]] = (directory, read)
+        if read["kind"] in readable:
+            sources[read["kind"]] = (directory, read)
+    given = {name for name, path in (("tokens", tokens), ("reference", reference)) if path is not None}
+    require_inputs(step["name"], used, needs, given | sources.keys())
+    read_from = {kind: read["tokens_fingerprint"] for kind, (_, read) in sources.items()}
     model = load_model(parent, dtype=computing_dtype(parent, device))
     if used.contract == "structure":
         record = {}
         model, achieved = change_structure(model, used, options, sources)
     else:
-        moments = Propagated(model, parent, tokens, device) if options.propagate else Static(sources.get("moments"))
-        references = load_model(reference, dtype=computing_dtype(reference, device)) if reference else None
-        storage = stored_dtype(parent)
-        record = compress_layers(model, references, used, options, moments, storage, device)
+        if propagates:
+            windows = load_windows(tokens)
+            check_tokenizer(parent, windows)
+            read_from["propagated"] = windows.manifest["fingerprint"]
+            moments: Static | Propagated = Propagated(model, windows, device)
+        else:
+            moments = Static(sources.get("moments"), device)
+        original = load_reference(reference, model, device) if "reference" in needs else None
+        record = compress_layers(model, original, used, options, moments, stored_dtype(parent), device)
         achieved = summary(record)
-    read_from = {kind: read["tokens_fingerprint"] for kind, (_, read) in sources.items()}
-    if tokens is not None:
-        read_from["propagated"] = load_windows(tokens).manifest["fingerprint"]
     manifest = {
         "node": node,
         "parent": parent_manifest["node"],
@@ -131,20 +149,51 @@ def compress(
 
 
 def refuse_impossible(name: str, used: Method, marks: list[str]) -> None:
-    """Raises UserError when the method cannot work on a parent with these marks."""
+    """Raises UserError when the method trains, or cannot work on a parent with these marks."""
+    if used.contract == "training":
+        raise UserError(f"Step {name!r} ({used.name}) trains its parent; make the node with `coppice recover`.")
     for mark in marks:
         if mark in used.refuses:
-            raise UserError(f"Step {name!r} ({used.name}) cannot work on a {mark} node, {used.refuses[mark]}.")
+            reason = used.refuses[mark].removeprefix("because ").rstrip(".")
+            raise UserError(f"Step {name!r} ({used.name}) cannot work on a {mark} node, because {reason}.")
+
+
+def require_inputs(name: str, used: Method, needs: frozenset[str], given: set[str]) -> None:
+    """Raises UserError for an input of the method that was not given: a kind of statistics, tokens or the reference."""
+    for missing in sorted(needs - given):
+        how = MISSING.get(missing) or (
+            f"statistics of the kind {missing!r}, gathered on its parent; make them with "
+            f"`coppice calibrate --kind {missing}` and pass their folder with --statistics"
+        )
+        raise UserError(f"Step {name!r} ({used.name}) needs {how}.")
+
+
+def load_reference(directory: Path, model: PreTrainedModel, device: str) -> PreTrainedModel:
+    """The model from before compression. Raises UserError when its linears are not those of the parent's model."""
+    reference = load_model(directory, dtype=computing_dtype(directory, device))
+    own, before = (
+        {name: (linear.out_features, linear.in_features) for name, linear in layers.linears(each.model.layers).items()}
+        for each in (model, reference)
+    )
+    if own != before:
+        raise UserError(
+            f"The reference {directory} has linears of other shapes than the parent; pass the checkpoint that the "
+            "parent's linears were compressed from."
+        )
+    return reference
 
 
 class Static:
     """The parent's statistics, read one block at a time; none for a method that needs none."""
 
-    def __init__(self, source: tuple[Path, dict[str, Any]] | None) -> None:
-        self.source = source
+    def __init__(self, source: tuple[Path, dict[str, Any]] | None, device: str) -> None:
+        self.source, self.device = source, device
 
     def before(self, index: int, block: nn.Module) -> dict[str, LinearStatistics]:
-        return calibrate.block_statistics(self.source[0], index, self.source[1]) if self.source else {}
+        if self.source is None:
+            return {}
+        directory, manifest = self.source
+        return calibrate.block_statistics(directory, index, manifest, self.device)
 
     def after(self, index: int, block: nn.Module) -> None:
         """Static statistics do not follow the compressed blocks."""
@@ -153,11 +202,7 @@ class Static:
 class Propagated:
     """Statistics gathered behind the blocks already compressed."""
 
-    def __init__(self, model: PreTrainedModel, parent: Path, tokens: Path | None, device: str) -> None:
-        if tokens is None:
-            raise UserError("propagate: true needs the calibration windows; pass --tokens.")
-        windows = load_windows(tokens)
-        check_tokenizer(parent, windows)
+    def __init__(self, model: PreTrainedModel, windows: Windows, device: str) -> None:
         self.device = device
         self.batches = calibrate.embed(model, *calibrate.as_tensors(windows))
 
@@ -180,60 +225,84 @@ def compress_layers(
     storage: torch.dtype,
     device: str,
 ) -> dict[str, Any]:
-    """Replaces the linears of every block, in order; returns the record of each.
-
-    A compensate method sees linears as the architecture names them, with their reference; every other method sees each
-    matrix, also the factors inside a composite.
-    """
+    """Replaces the linears of every block, in order; returns the record of each by its full name."""
     record = {}
     for index, block in enumerate(layers.blocks(model)):
-        block.to(device)
+        original = layers.blocks(reference)[index] if reference is not None else None
+        for module in filter(None, (block, original)):
+            module.to(device)
         statistics = moments.before(index, block)
-        before = layers.linears(layers.blocks(reference)[index].to(device)) if reference else {}
-        for name, module in (layers.linears(block) if reference else layers.leaves(block)).items():
-            linear = Linear(
-                weight=layers.effective_weight(module).float(),
-                mask=layers.mask(module) if isinstance(module, nn.Linear) else None,
-                reference=layers.effective_weight(before[name]).float() if reference else None,
-                storage=storage,
-            )
-            full_name = f"model.layers.{index}.{name}"
-            try:
-                replacement = used.module.compress(linear, statistics.get(name), options)
-            except UserError as error:
-                raise UserError(f"{full_name}: {error}") from error
-            replace(block, name, module, replacement)
-            wanted = linear.weight if linear.reference is None else linear.reference
-            new = layers.effective_weight(block.get_submodule(name)).float()
-            if not torch.isfinite(new).all():
-                raise UserError(f"{full_name}: {used.name} made NaN or infinite weights; check its statistics.")
-            record[full_name] = {**replacement.record, **errors(new - wanted, wanted, statistics.get(name))}
+        record |= compress_block(f"model.layers.{index}", block, original, used, options, statistics, storage)
+        del statistics  # before the next block's come
         moments.after(index, block)
-        block.to("cpu")
+        for module in filter(None, (block, original)):
+            module.to("cpu")
     return record
 
 
-def errors(difference: Tensor, wanted: Tensor, statistics: LinearStatistics | None) -> dict[str, float]:
-    """The layer's relative squared error: weight_error of its weights and, with statistics, error of its outputs."""
-    found = {"weight_error": relative_error(difference, wanted, None)}
+def compress_block(
+    place: str,
+    block: nn.Module,
+    original: nn.Module | None,
+    used: Method,
+    options: MethodOptions,
+    statistics: dict[str, LinearStatistics],
+    storage: torch.dtype,
+) -> dict[str, Any]:
+    """Replaces the linears of the block at `place` in the model; returns the record of each by its full name.
+
+    A compensate method sees linears as the architecture names them, with their reference in the block `original`; every
+    other method sees each matrix, also the factors inside a composite.
+    """
+    record = {}
+    before = layers.linears(original) if original is not None else {}
+    for name, module in (layers.leaves(block) if original is None else layers.linears(block)).items():
+        linear = Linear(
+            weight=layers.effective_weight(module).float(),
+            mask=layers.mask(module) if isinstance(module, nn.Linear) else None,
+            reference=None if original is None else layers.effective_weight(before[name]).float(),
+            storage=storage,
+        )
+        try:
+            replacement = used.module.compress(linear, statistics.get(name), options)
+            replace(block, name, module, replacement, storage)
+            new = layers.effective_weight(block.get_submodule(name)).float()
+            record[f"{place}.{name}"] = {**replacement.record, **errors(new, linear, statistics.get(name))}
+        except UserError as error:
+            raise UserError(f"{place}.{name}: {error}") from error
+    return record
+
+
+def errors(new: Tensor, linear: Linear, statistics: LinearStatistics | None) -> dict[str, float]:
+    """The layer's relative squared error: weight_error of its weights and, with statistics, error of its outputs.
+
+    Against the reference where there is one. Raises UserError when a weight, old or new, is not finite.
+    """
+    wanted = linear.weight if linear.reference is None else linear.reference
+    found = {"weight_error": relative_error(new - wanted, wanted, None)}
     if statistics is not None:
-        found["error"] = relative_error(difference, wanted, statistics.second_moment.to(wanted))
+        found["error"] = relative_error(new - wanted, wanted, statistics.second_moment)
     return found
 
 
-def replace(block: nn.Module, name: str, module: nn.Module, replacement: Replacement) -> None:
-    """Puts what a method returned in the linear's place, in the dtype that the model computes in."""
+def replace(block: nn.Module, name: str, module: nn.Module, replacement: Replacement, storage: torch.dtype) -> None:
+    """Puts what a method returned in the linear's place: values as they will be read back from the checkpoint, in the
+    dtype that the model computes in."""
     dtype = next(tensor.dtype for tensor in module.state_dict().values() if tensor.is_floating_point())
+
+    def stored(values: Tensor) -> Tensor:
+        return values.to(storage).to(dtype)
+
     if isinstance(replacement, Unchanged):
         return
     if isinstance(replacement, Masked):
-        module.weight = nn.Parameter(replacement.weight.to(dtype) * replacement.mask)
+        module.weight = nn.Parameter(stored(replacement.weight) * replacement.mask)
         module.masked = True
         return
     if isinstance(replacement, Quantized):
         new: nn.Module = layers.Quantized.from_codes(
             replacement.codes,
-            replacement.scale.to(dtype),
+            stored(replacement.scale),
             replacement.zero_point,
             replacement.bits,
             replacement.group_size,
@@ -243,13 +312,13 @@ def replace(block: nn.Module, name: str, module: nn.Module, replacement: Replace
     elif isinstance(replacement, Factors):
         rank = len(replacement.first)
         new = layers.LowRank(module.in_features, module.out_features, rank, module.bias is not None, device="meta")
-        new.first.weight = nn.Parameter(replacement.first.to(dtype))
-        new.second.weight = nn.Parameter(replacement.second.to(dtype))
+        new.first.weight = nn.Parameter(stored(replacement.first))
+        new.second.weight = nn.Parameter(stored(replacement.second))
         new.second.bias = module.bias
     elif isinstance(replacement, Compensation):
         new = layers.Compensated(module, len(replacement.first), device="meta")
-        new.compensation.first.weight = nn.Parameter(replacement.first.to(dtype))
-        new.compensation.second.weight = nn.Parameter(replacement.second.to(dtype))
+        new.compensation.first.weight = nn.Parameter(stored(replacement.first))
+        new.compensation.second.weight = nn.Parameter(stored(replacement.second))
     block.set_submodule(name, new)
 
 

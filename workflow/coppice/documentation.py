@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from coppice import study
+from coppice import laws, study
 from coppice.files import atomic_write
 from coppice.methods.base import FAMILIES, LayerOptions, Method, MethodOptions, RecoverOptions, methods
 
@@ -49,7 +49,11 @@ PARTS: tuple[tuple[str, str, tuple[type[BaseModel], ...]], ...] = (
         (study.Recipe,),
     ),
     ("evaluations", "Evaluations by name, of two kinds.", (study.Quality, study.Protocol, study.Cost)),
-    ("laws", "Laws by name.", (study.Law,)),
+    (
+        "laws",
+        "Laws by name. Their options are those below.",
+        (study.Law, *(laws.load(law).Options for law in laws.names())),
+    ),
     ("tracking", "", (study.Tracking,)),
 )
 

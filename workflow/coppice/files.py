@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from coppice.errors import UserError
 
 
@@ -66,8 +68,9 @@ def atomic_directory(directory: Path, last: str = "manifest.json") -> Iterator[P
             target.parent.mkdir(exist_ok=True)
             path.replace(target)
         synchronize(directory)
-    except OSError as error:
-        raise UserError(f"{directory} could not be written: {error.strerror or error}. Nothing was changed.") from error
+    except (OSError, SafetensorError) as error:  # the latter where the disk is full
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{directory} could not be written: {reason}. Nothing was changed.") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

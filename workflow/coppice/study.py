@@ -34,9 +34,9 @@ from pydantic import (
 
 from coppice import laws, tree
 from coppice.biographies import World
-from coppice.errors import UserError
+from coppice.errors import UserError, nearest
 from coppice.files import atomic_write, read_json
-from coppice.methods.base import KINDS, MethodOptions, method, nearest
+from coppice.methods.base import KINDS, MethodOptions, method
 from coppice.text import ROLES, SUFFIXES, UNITS
 
 SHIPPED = Path(__file__).parents[2] / "resources" / "models"
@@ -501,6 +501,11 @@ def _references(study: Study) -> Iterator[str]:
     for name, law in study.laws.items():
         if law.law not in known_laws:
             yield _unknown(f"laws.{name}.law", "law", law.law, known_laws)
+            continue
+        try:
+            laws.validated(law.law, law.options)
+        except UserError as error:
+            yield f"laws.{name}.options: {error}"
 
 
 def _texts_used(study: Study) -> Iterator[tuple[str, str, str]]:

@@ -1,6 +1,6 @@
 """The engine under the laws: bounded least squares from many starts, what the data identify, and held-out error.
 
-A law is a module of this package with SOURCE, UNITS, PARAMETERS, COLUMNS, NEEDS, POINTS, OPTIONS, FORM, RIVALS,
+A law is a module of this package with SOURCE, UNITS, PARAMETERS, COLUMNS, NEEDS, POINTS, Options, FORM, RIVALS,
 HELD_OUT, `predict`, `points`, `units`, `notes` and `recommend`; `p2` shows each. Points are a dict of columns [n], one
 row an observed loss: `run` (str), `tokens`, `loss` (nats per token), and whatever else the law's formula names.
 
@@ -16,14 +16,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from scipy.optimize import least_squares
 
 from coppice.uncertainty import percentile_interval
 
 Points = dict[str, np.ndarray]
 Parameters = dict[str, Any]
-
-OPTIONS = {"bootstrap": 200, "starts": 32, "seed": 0}
 
 _HUBER_DELTA = 1e-3  # Besiroglu et al.
 FEWEST_RUNS = 4
@@ -170,6 +167,9 @@ def _polished(
     form: Form, points: Points, names: tuple[str, ...], fixed: dict[str, float], start: np.ndarray
 ) -> dict[str, float]:
     """The optimum near `start` [p] to rounding, by the trust-region search of Branch, Coleman and Li."""
+    # scipy is slow to import, and reading a study asks a law for its options.
+    from scipy.optimize import least_squares
+
     logarithmic, low, high = _search_space(form, names)
 
     def parameters(searched: np.ndarray) -> dict[str, float]:

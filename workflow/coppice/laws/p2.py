@@ -16,7 +16,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from pydantic import Field
 
+from coppice.laws import LawOptions
 from coppice.laws.fit import Fit, Form, Parameter, Parameters, Points, largest, later_tokens, levels
 
 if TYPE_CHECKING:
@@ -47,7 +49,16 @@ NEEDS = {
 
 POINTS = "they are the validation losses of recoveries, by the chosen method, of models that lost parameters."
 
-OPTIONS = {"method": "full", "gain": 0.01, "nodes": None}
+
+class Options(LawOptions):
+    """What the P2 law is fitted to, and what it recommends."""
+
+    method: str = Field(default="full", description="The recovery method whose runs are the points.")
+    gain: float = Field(
+        default=0.01, gt=0, description="Nats per token: the law recommends the tokens past which doubling gains less."
+    )
+    nodes: list[str] | None = Field(default=None, description="Patterns of the recovery nodes; null: all of them.")
+
 
 _COEFFICIENT = Parameter(bounds=(0, 1e9), start=(0.05, 5))
 _EXPONENT = Parameter(bounds=(0.01, 2), start=(0.1, 1.2), logarithmic=True)

@@ -14,11 +14,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from coppice import laws
-from coppice.errors import UserError
 from coppice.files import atomic_write, write_json
 from coppice.laws.fit import (
     FEWEST_RUNS,
-    OPTIONS,
     Fit,
     Form,
     Points,
@@ -50,7 +48,7 @@ def fit_law(law_name: str, tables_directory: Path, options: dict[str, Any], outp
     Returns what fit.json holds. Raises UserError for a law or an option that does not exist.
     """
     law = laws.load(law_name)
-    options = _complete(law_name, OPTIONS | law.OPTIONS, options)
+    options = laws.validated(law_name, options).model_dump()
     tables = {
         name: pd.read_parquet(Path(tables_directory) / f"{name}.parquet", columns=list(columns))
         for name, columns in law.NEEDS.items()
@@ -69,14 +67,6 @@ def fit_law(law_name: str, tables_directory: Path, options: dict[str, Any], outp
     # Last, since whoever finds fit.json should find the others beside it.
     write_json(output_directory / "fit.json", report)
     return report
-
-
-def _complete(law_name: str, defaults: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
-    """The options over their defaults. Raises UserError for a name that is no option of the law."""
-    for name in options:
-        if name not in defaults:
-            raise UserError(f"Law '{law_name}' has no option '{name}'. Its options are: {', '.join(defaults)}.")
-    return defaults | options
 
 
 def _finite(points: Points) -> tuple[Points, list[str]]:

@@ -20,7 +20,6 @@ and the functions of one of three contracts:
 
 from __future__ import annotations
 
-import difflib
 import pkgutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -33,7 +32,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from coppice.errors import UserError
+from coppice.errors import UserError, nearest
 
 if TYPE_CHECKING:
     import torch
@@ -305,9 +304,3 @@ def method(name: str) -> Method:
     if name not in known:
         raise UserError(f"There is no method {name!r}.{nearest(name, known)}")
     return known[name]
-
-
-def nearest(name: str, known: Mapping[str, Any] | tuple[str, ...] | list[str]) -> str:
-    """' Did you mean ...?' with the nearest known name, or a list of all when none is near."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f" Did you mean {close[0]!r}?" if close else f" Known: {', '.join(sorted(known))}."
