@@ -31,7 +31,7 @@ NODE = "tiny/wanda-50/full"
 # - kill: SIGKILL just before the last of its files is put in its place;
 # - interrupt: SIGINT, as by Ctrl-C, just before the first is;
 # - wait: it waits just before the first is, having made the file <stage>.waits.
-SITECUSTOMIZE = '''
+SITECUSTOMIZE = """
 import os
 import signal
 import sys
@@ -66,7 +66,7 @@ def suffer(stage, faults, replace):
 words = sys.orig_argv
 if "FAULTS" in os.environ and words[1:3] == ["-m", "coppice"]:
     os.replace = suffer(words[3], Path(os.environ["FAULTS"]), os.replace)
-'''
+"""
 
 
 def make_study(folder: Path) -> Path:

@@ -200,8 +200,9 @@ def gather_block(
             if id(x) not in seen:
                 # The tensor is held until the batch ends, so that its id stays its own.
                 seen[id(x)] = (name, x)
-                require_finite(x[kept], f"model.layers.{index}.{name}", "input")
-                moments.setdefault(name, Moments()).add(x[kept])
+                used = x[kept]
+                require_finite(used, f"model.layers.{index}.{name}", "input")
+                moments.setdefault(name, Moments()).add(used)
             aliases[name] = seen[id(x)][0]
 
         return hook

@@ -24,7 +24,7 @@ from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from coppice import layers
+from coppice import __version__, layers
 from coppice.errors import UserError
 from coppice.files import atomic_directory, fingerprint, read_json, sha256, write_json
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 ARCHITECTURES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
-PACKAGES = ("coppice", "torch", "transformers", "safetensors")
+PACKAGES = ("torch", "transformers", "safetensors")
 FORMAT_VERSION = 1
 
 
@@ -270,7 +270,8 @@ def computing_dtype(directory: Path, device: str) -> torch.dtype:
 
 def versions() -> dict[str, str]:
     """The versions of what made a file."""
-    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in PACKAGES}}
+    installed = {name: importlib.metadata.version(name) for name in PACKAGES}
+    return {"python": platform.python_version(), "coppice": __version__, **installed}
 
 
 def peak_memory() -> int:

@@ -96,6 +96,8 @@ def compress(
     """
     started = time.monotonic()
     used = method(step["method"])
+    if used.contract == "training":
+        raise UserError(f"Step {step['name']!r} ({used.name}) trains its parent; make the node with `coppice recover`.")
     options = used.validated(step["options"])
     parent_manifest = read_manifest(parent)
     refuse_impossible(step["name"], used, parent_manifest["marks"])
@@ -149,9 +151,7 @@ def compress(
 
 
 def refuse_impossible(name: str, used: Method, marks: list[str]) -> None:
-    """Raises UserError when the method trains, or cannot work on a parent with these marks."""
-    if used.contract == "training":
-        raise UserError(f"Step {name!r} ({used.name}) trains its parent; make the node with `coppice recover`.")
+    """Raises UserError when the method cannot work on a parent with these marks."""
     for mark in marks:
         if mark in used.refuses:
             reason = used.refuses[mark].removeprefix("because ").rstrip(".")

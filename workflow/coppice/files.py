@@ -21,10 +21,13 @@ from coppice.errors import UserError
 def atomic_write(path: Path) -> Iterator[Path]:
     """A temporary path beside `path`; renamed onto it, after fsync, when the block ends without an error.
 
+    What a killed process left beside `path` is removed: one process at a time writes a file.
     Raises UserError when the disk refuses the write (full, read-only); `path` is then as it was before.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in path.parent.glob(f".{path.name}.*.partial"):
+        leftover.unlink()
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
     os.close(descriptor)
     temporary = Path(name)
@@ -34,8 +37,8 @@ def atomic_write(path: Path) -> Iterator[Path]:
         # mkstemp makes files private; outputs are read by others as any file is.
         temporary.chmod(0o666 & ~_umask())
         temporary.replace(path)
-    except OSError as error:
-        raise UserError(f"{path} could not be written: {error.strerror or error}. Nothing was changed.") from error
+    except (OSError, SafetensorError) as error:  # the latter where the disk is full
+        raise UserError(f"{path} could not be written: {_reason(error)}. Nothing was changed.") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -69,10 +72,13 @@ def atomic_directory(directory: Path, last: str = "manifest.json") -> Iterator[P
             path.replace(target)
         synchronize(directory)
     except (OSError, SafetensorError) as error:  # the latter where the disk is full
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{directory} could not be written: {reason}. Nothing was changed.") from error
+        raise UserError(f"{directory} could not be written: {_reason(error)}. Nothing was changed.") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)
 
 
 def synchronize(path: Path) -> None:

@@ -222,6 +222,7 @@ def pretrain(
     segment ended; it is removed at the end.
     """
     import torch
+    from transformers import LlamaForCausalLM
 
     torch.set_num_threads(threads)
     torch.manual_seed(schedule.seed)
@@ -243,13 +244,15 @@ def pretrain(
     with atomic_directory(output, last="training.json") as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+        # Read again, as the conversion to bfloat16 took the rotary frequencies with it, which are not stored.
+        stored = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
         record = {
             "command": command(plan, output),
             **plan,
             "tokens": progress["step"] * schedule.batch * schedule.window,
             "exposures": progress["documents"] / world.people,
             "train_loss": progress["curve"][-1]["loss"],
-            **measure(model.float(), tokenizer, world, schedule.window),
+            **measure(stored, tokenizer, world, schedule.window),
             "seconds": progress["seconds"],
             "threads": threads,
             "versions": versions(),

@@ -77,3 +77,8 @@ def test_pruned_places_hold_positive_zero(linear):
 def test_scope_does_not_go_with_a_pattern():
     with pytest.raises(ValidationError, match="'scope' goes with 'sparsity'"):
         Options(pattern="2:4", scope="row")
+
+
+def test_a_pattern_is_read_back_with_its_defaults():
+    options = Options(pattern="2:4")
+    assert Options(**options.model_dump(mode="json")) == options

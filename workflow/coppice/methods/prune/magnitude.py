@@ -37,7 +37,8 @@ class Options(SparsityOptions):
 
     @model_validator(mode="after")
     def _scope_without_pattern(self) -> Options:
-        if self.pattern is not None and "scope" in self.model_fields_set:
+        # The default is let through: an effective study writes it out.
+        if self.pattern is not None and self.scope != "layer":
             raise ValueError("'scope' goes with 'sparsity': a pattern compares the inputs of each of its groups")
         return self
 
