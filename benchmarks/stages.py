@@ -133,8 +133,8 @@ def main() -> None:
         again = f"{clock:.1f} s ({processor:.1f} s)"
         print(f"| {stage} {summary}| {again} | {imports / processor:.0%} | {', '.join(heavy)} |", flush=True)
         if stage in LIGHT and clock > 1:
-            slow.append(f"{stage} {clock:.1f} s")
-    print(f"\nJobs that load no model and took more than 1 s: {', '.join(slow) or 'none'}.")
+            slow.append(f"{stage} {again}")
+    print(f"\nJobs that load no model and took more than 1 s by the clock: {', '.join(slow) or 'none'}.")
 
 
 if __name__ == "__main__":

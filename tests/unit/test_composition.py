@@ -151,18 +151,22 @@ def check_node(workshop: Workshop, parent: str, node: str) -> None:
 def check_modules(before: nn.Module, after: nn.Module, manifest: dict[str, Any]) -> None:
     """What was masked stays zero; what was asked for is in every place; marks say what is there."""
     step = base(manifest["step"]["method"])
-    matrices = layers.leaves(layers.blocks(after))
+    # By the name that each had before a compensation came beside it.
+    own = {
+        name.replace(".base", ""): linear
+        for name, linear in layers.leaves(layers.blocks(after)).items()
+        if ".compensation." not in name
+    }
     if method(step).contract == "layer":
         for name, linear in layers.leaves(layers.blocks(before)).items():
             zero = linear.weight == 0
             if zero.any():
-                weight = matrices.get(f"{name}.base", matrices.get(name)).weight
+                weight = own[name].weight
                 assert (weight[zero] == 0).all()
                 assert (weight != 0).any()
         assert {place.removeprefix("model.layers.") for place in manifest["layers"]} <= (
             layers.linears(layers.blocks(before)) | layers.leaves(layers.blocks(before))
         ).keys()
-    own = {name: linear for name, linear in matrices.items() if ".compensation." not in name}
     quantized = [isinstance(linear, layers.Quantized) for linear in own.values()]
     assert all(quantized) if "quantized" in manifest["marks"] else not any(quantized)
     kinds = [type(module) for module in layers.linears(layers.blocks(after)).values()]

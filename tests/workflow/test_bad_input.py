@@ -19,7 +19,7 @@ from tests.nodes import gather, save_root, save_text, save_tokenizer, save_windo
 from tests.tiny import tiny_model
 
 SPLITS = dict.fromkeys(("calibration", "recovery", "validation", "evaluation"), 0.25)
-TRAINING = {"text": "words", "validation": "words", "length": 16, "tokens": 640}
+TRAINING = {"text": "words", "validation": "words", "validation_windows": 8, "length": 16, "tokens": 640}
 
 
 def study() -> dict[str, Any]:
