@@ -10,7 +10,7 @@ demo: .venv/ready
 	@$(BIN)/coppice summary --results results/demo
 
 test: .venv/ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(CORES) --dist loadfile
 
 lint: .venv/ready
 	$(BIN)/ruff check .

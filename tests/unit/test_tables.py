@@ -186,6 +186,13 @@ def test_partial_tables_hold_what_there_is_and_are_outdated(partial: Path) -> No
     assert [(row["node"], row["stage"], row["error"]) for row in failed] == [(None, "fit", "no tables.")]
 
 
+def test_errors_of_an_earlier_run_are_no_failures_of_a_whole_one(results: Path) -> None:
+    log(results, "fit", "p2", "error: no tables.\n")
+    (results / "laws/p2/fit.json").unlink()  # laws are fitted after the tables
+    log(results, "calibrate", "medium/laco-25/default/gradients", "error: of a step that the study had before.\n")
+    assert tables.write_tables(fake_study(), results, results / "tables")["failures"].num_rows == 0
+
+
 def test_command(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tables, "load_study", lambda path: fake_study())
     parser = argparse.ArgumentParser()

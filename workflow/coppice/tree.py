@@ -208,10 +208,11 @@ def token_uses(study: Study) -> dict[str, TokenUse]:
     for name, step in study.steps.items():
         if trains(study, name):
             options = step.options
+            # A padded window holds fewer tokens than its length; the text is then read again.
             windows = ceil(options.tokens / options.length)
-            uses[f"recovery.{name}"] = TokenUse(options.text, "recovery", windows, options.length, True)
+            uses[f"recovery.{name}"] = TokenUse(options.text, "recovery", windows, options.length, options.pack)
             uses[f"validation.{name}"] = TokenUse(
-                options.validation, "validation", options.validation_windows, options.length, True
+                options.validation, "validation", options.validation_windows, options.length, options.pack
             )
     for name, evaluation in study.evaluations.items():
         for protocol, body in protocols(evaluation).items():

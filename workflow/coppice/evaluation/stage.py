@@ -195,7 +195,7 @@ def built_in_world(evaluation: Mapping[str, Any], windows: Any) -> World:
         reason = "its protocols of perplexity are about several worlds" if worlds else "no built-in text is named"
         raise UserError(
             f"The evaluation asks about the built-in world, but {reason}; give it a `world`, as in "
-            "`world: {builtin: biographies, people: 2000}`."
+            "`world: {builtin: biographies, people: 1200}`."
         )
     return text.world(next(iter(worlds.values())))
 

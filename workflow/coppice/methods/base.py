@@ -74,6 +74,9 @@ class RecoverOptions(MethodOptions):
     validation: str = Field(description="The text (by name) whose role validation gives the held-out loss.")
     tokens: int = Field(ge=1, description="Tokens to train on; the last step is taken whole.")
     length: int = Field(default=512, ge=2, description="Tokens in a window, of training and of validation.")
+    pack: bool = Field(
+        default=True, description="Fill windows with several documents; false gives each its own, cut or padded."
+    )
     validation_windows: int = Field(default=64, ge=1, description="Windows that the held-out loss is measured on.")
     batch_size: int = Field(default=32, ge=1, description="Windows a step.")
     micro_batch_size: int | None = Field(
