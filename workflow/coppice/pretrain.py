@@ -139,19 +139,14 @@ def log_likelihood(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, batch: int = 256
 ) -> Callable[[list[tuple[str, str]]], list[float]]:
     """A function from pairs (prefix, continuation) to ln Pr(continuation | `<s>` prefix), summed over its tokens."""
-    import torch
+    from coppice.evaluation.knowledge import continuation_scores
 
-    @torch.no_grad()
     def score(pairs: list[tuple[str, str]]) -> list[float]:
         scores: list[float] = []
         for part in batched(pairs, batch):
             starts = [len(tokens) for tokens in tokenizer([prefix for prefix, _ in part])["input_ids"]]
-            encoded = tokenizer([prefix + rest for prefix, rest in part], padding=True, return_tensors="pt")
-            tokens, mask = encoded["input_ids"], encoded["attention_mask"].bool()
-            logits = model(input_ids=tokens, use_cache=False).logits.double()
-            token_scores = logits.log_softmax(-1)[:, :-1].gather(2, tokens[:, 1:, None])[..., 0]
-            scored = mask[:, 1:] & (torch.arange(1, tokens.shape[1]) >= torch.tensor(starts)[:, None])
-            scores += (token_scores * scored).sum(1).tolist()
+            sequences = tokenizer([prefix + rest for prefix, rest in part])["input_ids"]
+            scores += continuation_scores(model, sequences, starts)
         return scores
 
     return score
