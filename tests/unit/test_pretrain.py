@@ -140,12 +140,11 @@ def test_a_training_may_be_lengthened_until_its_rate_falls(tmp_path: Path, token
     plan = {"world": asdict(WORLD), "architecture": asdict(ARCHITECTURE), "schedule": asdict(SCHEDULE)}
     model = ARCHITECTURE.build(tokenizer, window=64)
     optimizer = torch.optim.AdamW(model.parameters())
-    saved = {"plan": plan, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
     longer = {**plan, "schedule": asdict(replace(SCHEDULE, tokens=10_000))}
     assert SCHEDULE.fall == 2
-    torch.save({**saved, "progress": {"step": 2}}, tmp_path / "state")
+    pretrain.save_state(tmp_path / "state", plan, {"step": 2}, model, optimizer)
     assert pretrain.resume(tmp_path / "state", longer, model, optimizer) == {"step": 2}
-    torch.save({**saved, "progress": {"step": 3}}, tmp_path / "state")
+    pretrain.save_state(tmp_path / "state", plan, {"step": 3}, model, optimizer)
     with pytest.raises(UserError, match="another --tokens;"):
         pretrain.resume(tmp_path / "state", longer, model, optimizer)
 

@@ -188,8 +188,11 @@ def resume(state: Path, plan: dict, model: LlamaForCausalLM, optimizer: torch.op
     other plan as long as, by both, the learning rate had not begun to fall.
     """
     import torch
+    from safetensors import safe_open
 
-    saved = torch.load(state, weights_only=True)
+    with safe_open(state, framework="pt") as file:
+        saved = {key: json.loads(text) for key, text in file.metadata().items()}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     different = [
         flag(group, field)
         for group, options in plan.items()
@@ -202,9 +205,29 @@ def resume(state: Path, plan: dict, model: LlamaForCausalLM, optimizer: torch.op
             f"The training state {state} was made with another {' and '.join(different)}; give the options of "
             "that training, or remove the file to start anew."
         )
-    model.load_state_dict(saved["model"])
-    optimizer.load_state_dict(saved["optimizer"])
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(tensors[f"model.{name}"])
+    moments: dict[int, dict] = {}
+    for name, tensor in tensors.items():
+        if name.startswith("optimizer."):
+            _, place, key = name.split(".")
+            moments.setdefault(int(place), {})[key] = tensor
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
     return saved["progress"]
+
+
+def save_state(
+    state: Path, plan: dict, progress: dict, model: LlamaForCausalLM, optimizer: torch.optim.Optimizer
+) -> None:
+    """Writes what `resume` needs: parameters and moments as tensors, plan and progress as JSON beside them."""
+    from safetensors.torch import save_file
+
+    tensors = {f"model.{name}": parameter.detach() for name, parameter in model.named_parameters()}
+    for place, moments in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{place}.{key}": tensor for key, tensor in moments.items()}
+    with atomic_write(state) as temporary:
+        save_file(tensors, temporary, metadata={"plan": json.dumps(plan), "progress": json.dumps(progress)})
 
 
 def pretrain(
@@ -232,9 +255,7 @@ def pretrain(
         progress = resume(state, plan, model, optimizer)
     while progress["step"] < schedule.steps:
         train_segment(model, optimizer, tokenizer, world, schedule, progress)
-        with atomic_write(state) as temporary:
-            saved = {"plan": plan, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            torch.save({**saved, "progress": progress}, temporary)
+        save_state(state, plan, progress, model, optimizer)
     model.to(torch.bfloat16)
     with atomic_directory(output, last="training.json") as folder:
         model.save_pretrained(folder)
