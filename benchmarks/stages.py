@@ -88,6 +88,7 @@ def job_seconds(command: str) -> tuple[float, float]:
     runs: list[tuple[float, float]] = []
     while len(runs) < 3 and sum(clock for clock, _ in runs) < 5:
         before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+        # Snakemake printed it as a line for the shell, with $(dirname ...) in it; it is run as the rule would run it.
         done = subprocess.run(command, shell=True, env=environment, capture_output=True, text=True, check=False)
         clock, after = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
         if done.returncode:

@@ -88,8 +88,8 @@ def test_marks_gather_along_the_path_and_outlive_recovery():
 
 def test_a_method_may_say_itself_which_marks_it_leaves():
     lora = method("lora")
-    assert tree.marks_after(lora, frozenset({"masked"})) == {"masked", "compensated"}
-    assert tree.marks_after(lora, frozenset({"smaller"})) == {"smaller"}
+    assert lora.marks(frozenset({"masked"})) == {"masked", "compensated"}
+    assert lora.marks(frozenset({"smaller"})) == {"smaller"}
 
 
 def test_a_step_that_its_parent_makes_impossible_is_refused():

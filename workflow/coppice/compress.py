@@ -101,7 +101,7 @@ def compress(
     options = used.validated(step["options"])
     parent_manifest = read_manifest(parent)
     refuse_impossible(step["name"], used, parent_manifest["marks"])
-    propagates = "moments" in used.needs and options.propagate
+    propagates = used.propagates(options)
     needs = used.needs - {"moments"} | {"tokens"} if propagates else used.needs
     if used.family == "compensate":
         needs |= {"reference"}

@@ -114,17 +114,8 @@ def marks(study: Study, name: str) -> frozenset[str]:
     """The marks that the steps of a node's path leave on it."""
     found: frozenset[str] = frozenset()
     for part in name.split("/")[1:]:
-        found = marks_after(method_of(study, part.partition("@")[0]), found)
+        found = method_of(study, part.partition("@")[0]).marks(found)
     return found
-
-
-def marks_after(method: Method, parent: frozenset[str]) -> frozenset[str]:
-    """The marks of a node from those of its parent.
-
-    A method adds what it MAKES, unless its module has a function `marks(parent) -> marks` that says otherwise.
-    """
-    own = getattr(method.module, "marks", None)
-    return frozenset(own(parent)) if own else parent | method.makes
 
 
 def refusals(study: Study) -> list[str]:
@@ -140,7 +131,7 @@ def refusals(study: Study) -> list[str]:
                 reason = _refusal(study, parent, steps[place - 1] if place else None, step, seen[parent])
                 if reason:
                     sentences.setdefault((i, step), f"recipes.{i} ({' > '.join(steps)}): {reason}")
-                seen[name] = marks_after(made, seen[parent])
+                seen[name] = made.marks(seen[parent])
             parent = name
     return list(sentences.values())
 
@@ -185,7 +176,7 @@ def calibration(study: Study, step: str) -> str | None:
 
 def propagates(step: Step) -> bool:
     """Whether a step gathers its moments behind the blocks already compressed, so that it reads tokens itself."""
-    return bool(getattr(step.options, "propagate", False)) and "moments" in method(step.method).needs
+    return method(step.method).propagates(step.options)
 
 
 def kinds(study: Study, step: str) -> list[str]:

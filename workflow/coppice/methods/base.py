@@ -268,6 +268,10 @@ class Method:
         own = getattr(self.module, "marks", None)
         return frozenset(own(parent)) if own else parent | self.makes
 
+    def propagates(self, options: MethodOptions) -> bool:
+        """Whether moments are gathered behind the blocks already compressed, instead of being read."""
+        return "moments" in self.needs and isinstance(options, LayerOptions) and options.propagate
+
     def validated(self, options: Mapping[str, Any]) -> MethodOptions:
         """The options, checked. Raises UserError with every problem in one sentence."""
         try:
