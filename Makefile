@@ -3,7 +3,7 @@ PYTHON ?= python3
 CORES ?= 2
 BIN := .venv/bin
 
-.PHONY: demo test lint ui docs clean
+.PHONY: demo test crosscheck bench-solvers lint ui docs clean
 
 demo: .venv/ready
 	$(BIN)/snakemake --cores $(CORES)
@@ -11,6 +11,12 @@ demo: .venv/ready
 
 test: .venv/ready
 	$(BIN)/python -m pytest -n $(CORES) --dist loadfile
+
+crosscheck: .venv-crosscheck/ready
+	.venv-crosscheck/bin/python -m pytest crosscheck
+
+bench-solvers: .venv-crosscheck/ready
+	.venv-crosscheck/bin/python benchmarks/solvers.py
 
 lint: .venv/ready
 	$(BIN)/ruff check .
@@ -33,3 +39,9 @@ clean:
 	$(BIN)/python -m pip install --quiet --requirement requirements.lock
 	$(BIN)/python -m pip install --quiet --no-deps --editable .
 	touch .venv/ready
+
+.venv-crosscheck/ready: crosscheck/requirements.txt pyproject.toml
+	$(PYTHON) -m venv .venv-crosscheck
+	.venv-crosscheck/bin/python -m pip install --quiet --requirement crosscheck/requirements.txt
+	.venv-crosscheck/bin/python -m pip install --quiet --no-deps --editable .
+	touch .venv-crosscheck/ready

@@ -134,12 +134,12 @@ def node_step(wildcards):
     return json.dumps({"name": name, "method": step.method, "options": step.options.model_dump(mode="json")})
 
 
-def source_file(method):
-    """The file of a method: a changed method makes its nodes anew and no others.
+def source_files(method):
+    """The files of a method and of its solvers: a changed one makes the nodes that rest on it anew and no others.
 
-    It is relative to the working directory, so that a project that moves as a whole stays done.
+    They are relative to the working directory, so that a project that moves as a whole stays done.
     """
-    return relpath(method.file)
+    return [relpath(file) for file in method.files]
 
 
 def compress_input(wildcards):
@@ -151,12 +151,11 @@ def compress_input(wildcards):
     method = tree.method_of(STUDY, node.step)
     calibration = tree.calibration(STUDY, node.step)
     statistics = f"{RESULTS}/statistics/{node.parent}/{calibration}"
-    propagates = tree.propagates(STUDY.steps[node.step])
     return {
         "statistics": [f"{statistics}/{kind}/manifest.json" for kind in tree.kinds(STUDY, node.step)],
-        "tokens": [tokens(node.model, f"calibration.{calibration}")] if propagates else [],
+        "tokens": [tokens(node.model, f"calibration.{calibration}")] if tree.reads_windows(STUDY.steps[node.step]) else [],
         "reference": [checkpoint(tree.reference(STUDY, node.parent))] if method.family == "compensate" else [],
-        "method": source_file(method),
+        "method": source_files(method),
     }
 
 
@@ -176,7 +175,7 @@ def recover_input(wildcards):
         "dense": checkpoint(node.model),
         "tokens": tokens(node.model, f"recovery.{node.step}"),
         "validation": tokens(node.model, f"validation.{node.step}"),
-        "method": source_file(tree.method_of(STUDY, node.step)),
+        "method": source_files(tree.method_of(STUDY, node.step)),
     }
 
 

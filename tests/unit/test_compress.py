@@ -164,7 +164,7 @@ def test_propagation_gathers_behind_the_compressed_blocks(
     for place, weight in expected.items():
         torch.testing.assert_close(layers.effective_weight(found[place]).detach(), weight, rtol=0, atol=1e-4)
     tokens_fingerprint = load_windows(windows).manifest["fingerprint"]
-    assert read_manifest(node)["calibration"] == {"propagated": tokens_fingerprint}
+    assert read_manifest(node)["calibration"] == {"windows": tokens_fingerprint}
     assert read_manifest(static)["calibration"] == {"moments": tokens_fingerprint}
 
 
@@ -294,7 +294,7 @@ def test_a_full_disk_is_one_sentence_and_the_node_stays(
         ("wanda", {"sparsity": 0.5}, r"needs statistics of the kind 'moments'.* `coppice calibrate --kind moments`"),
         ("shortgpt", {"blocks": 1}, "needs statistics of the kind 'blocks'"),
         ("llm-pruner", {"ratio": 0.5}, "needs statistics of the kind 'gradients'"),
-        ("gptq", {"bits": 4, "propagate": True}, "needs the calibration windows for propagate: true; .* --tokens"),
+        ("gptq", {"bits": 4, "propagate": True}, "needs the calibration windows themselves; .* --tokens"),
         ("eora", {"rank": 2}, "needs statistics of the kind 'moments'"),
         ("full", {}, "trains its parent; .* `coppice recover`"),
     ],

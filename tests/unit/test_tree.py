@@ -88,8 +88,9 @@ def test_marks_gather_along_the_path_and_outlive_recovery():
 
 def test_a_method_may_say_itself_which_marks_it_leaves():
     lora = method("lora")
-    assert lora.marks(frozenset({"masked"})) == {"masked", "compensated"}
-    assert lora.marks(frozenset({"smaller"})) == {"smaller"}
+    options = lora.options(text="a", validation="a", tokens=1)
+    assert lora.marks(frozenset({"masked"}), options) == {"masked", "compensated"}
+    assert lora.marks(frozenset({"smaller"}), options) == {"smaller"}
 
 
 def test_a_step_that_its_parent_makes_impossible_is_refused():
@@ -135,13 +136,27 @@ def test_statistics_and_calibrations_of_steps():
     found = study()
     assert (tree.kinds(found, "wanda-50"), tree.calibration(found, "wanda-50")) == (["moments"], "default")
     assert (tree.kinds(found, "shortgpt-1"), tree.calibration(found, "rtn-4")) == (["blocks"], None)
-    assert (tree.kinds(found, "gptq-4"), tree.propagates(found.steps["gptq-4"])) == ([], True)
-    assert not tree.propagates(found.steps["rtn-4"])
+    assert (tree.kinds(found, "gptq-4"), tree.reads_windows(found.steps["gptq-4"])) == ([], True)
+    assert not tree.reads_windows(found.steps["rtn-4"])
 
 
 def test_a_method_without_moments_does_not_propagate():
     steps = {**small_study()["steps"], "rtn-4": {"method": "rtn", "bits": 4, "propagate": True}}
-    assert not tree.propagates(study(steps=steps).steps["rtn-4"])
+    assert not tree.reads_windows(study(steps=steps).steps["rtn-4"])
+
+
+def test_options_add_to_what_a_step_reads():
+    steps = small_study()["steps"]
+    refitted = {"method": "magnitude", "sparsity": 0.5, "refit": True}
+    searched = {"method": "asvd", "keep": 0.5, "search": "strs"}
+    spread = {"method": "gptq", "bits": 4, "propagate": True, "allocation": {"by": "knapsack"}}
+    found = study(steps={**steps, "magnitude-50": refitted, "asvd-50": searched, "gptq-mixed": spread})
+    assert tree.kinds(found, "magnitude-50") == ["moments"]
+    assert not tree.reads_windows(found.steps["magnitude-50"])
+    # Budgets are spread by the parent's moments, and the sweep runs on those behind the compressed blocks.
+    for step in ("asvd-50", "gptq-mixed"):
+        assert tree.kinds(found, step) == ["moments"]
+        assert tree.reads_windows(found.steps[step])
 
 
 def test_token_uses():

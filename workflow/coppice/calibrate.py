@@ -200,7 +200,8 @@ def gather_block(
             if id(x) not in seen:
                 # The tensor is held until the batch ends, so that its id stays its own.
                 seen[id(x)] = (name, x)
-                used = x[kept]
+                # A site of a tensor train sees several vectors of each token.
+                used = x[kept].flatten(0, -2)
                 require_finite(used, f"model.layers.{index}.{name}", "input")
                 moments.setdefault(name, Moments()).add(used)
             aliases[name] = seen[id(x)][0]
@@ -248,22 +249,38 @@ def _write_block_moments(block: nn.Module, index: int, batches: list[Batch], dev
     return aliases
 
 
+def _last(kept: Tensor) -> Tensor:
+    """[w, 1] where the last token of each window stands."""
+    places = torch.arange(kept.shape[1])
+    return torch.where(kept, places, 0).amax(dim=1, keepdim=True)
+
+
 @torch.no_grad()
 def gather_blocks(model: PreTrainedModel, tokens: Tensor, kept: Tensor, device: str, output: Path) -> dict:
-    """Writes `similarity` [blocks]: the mean over tokens of the cosine between a block's input and output."""
+    """Writes how alike a block's input and output are.
+
+    `similarity` [blocks]: the mean over tokens of their cosine; `angular_distance` [blocks]: the mean over windows of
+    arccos(cosine) / pi at the last token.
+    """
     batches = embed(model, tokens, kept)
-    similarity = []
+    similarity, distance = [], []
     for index, block in enumerate(layers.blocks(model)):
         block.to(device)
-        total = 0.0
+        total = angle = 0.0
         for batch in batches:
             hidden = run_block(block, index, batch, device)
-            before, after = batch.hidden[batch.kept].double(), hidden[batch.kept].double()
-            total += nn.functional.cosine_similarity(before, after, dim=-1).sum().item()
+            cosine = nn.functional.cosine_similarity(batch.hidden.double(), hidden.double(), dim=-1)
+            total += cosine[batch.kept].sum().item()
+            angle += torch.arccos(cosine.gather(1, _last(batch.kept)).clamp(-1, 1)).sum().item() / torch.pi
             batch.hidden = hidden
         similarity.append(total / int(kept.sum()))
+        distance.append(angle / len(tokens))
         block.to("cpu")
-    save_file({"similarity": torch.tensor(similarity, dtype=torch.float64)}, output / "blocks.safetensors")
+    found = {"similarity": similarity, "angular_distance": distance}
+    save_file(
+        {name: torch.tensor(values, dtype=torch.float64) for name, values in found.items()},
+        output / "blocks.safetensors",
+    )
     return {}
 
 

@@ -29,7 +29,7 @@ def catalogue() -> dict[str, dict]:
             "contract": method.contract,
             "source": asdict(method.source),
             "options": method.options.model_json_schema(),
-            "needs": sorted(method.needs),
+            "needs": sorted(method.needs()),
             "makes": sorted(method.makes),
             "refuses": dict(method.refuses),
         }

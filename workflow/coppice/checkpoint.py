@@ -36,6 +36,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 PACKAGES = ("torch", "transformers", "safetensors")
 FORMAT_VERSION = 1
+# The fields of a linear on a uniform integer grid in `compression.json`.
+GRID_KEYS = {"type", "bits", "group_size", "symmetric"}
+# The name in `compression.json` of what a model does with its keys and values.
+CACHE = "cache"
 
 
 def architecture(model_type: str) -> tuple[type[PretrainedConfig], type[PreTrainedModel]]:
@@ -101,7 +105,11 @@ def build(directory: Path, config: dict[str, Any], planned: dict[str, dict[str, 
     with torch.device("meta"):
         model = model_class(settings)
     model.model.rotary_emb = type(model.model.rotary_emb)(config=settings)
-    layers.install(model, planned)
+    layers.install(model, {name: entry for name, entry in planned.items() if name != CACHE})
+    if CACHE in planned:
+        from coppice.kv_cache import install_cache
+
+        install_cache(model, {key: value for key, value in planned[CACHE].items() if key != "type"})
     return model.eval()
 
 
@@ -172,6 +180,8 @@ def save_checkpoint(
     """
     with atomic_directory(directory) as temporary:
         planned = layers.plan(model)
+        if hasattr(model.model, "cache_settings"):
+            planned[CACHE] = {"type": "Cache", **model.model.cache_settings}
         tied = model.config.tie_word_embeddings
         state = {
             name: (tensor.to(dtype) if tensor.is_floating_point() else tensor).cpu().contiguous()
@@ -225,11 +235,11 @@ def sizes(
             linear_weights += count
             linear_zeros += int((module.weight == 0).sum())
             linear_prefixes.append(f"model.layers.{name}.")
-    packed_parts = (".weight_packed", ".weight_scale", ".weight_zero_point", ".weight_shape")
-    packed_weights = sum(
-        module.in_features * module.out_features for module in model.modules() if isinstance(module, layers.Quantized)
-    )
-    total = packed_weights + sum(tensor.numel() for name, tensor in state.items() if not name.endswith(packed_parts))
+    packed = {name: module for name, module in model.named_modules() if isinstance(module, layers.PACKED)}
+    packed_weights = sum(module.in_features * module.out_features for module in packed.values())
+    # Of a packed linear, all but the bias stands for its weights.
+    packed_tensors = {f"{name}.{buffer}" for name, module in packed.items() for buffer, _ in module.named_buffers()}
+    total = packed_weights + sum(tensor.numel() for name, tensor in state.items() if name not in packed_tensors)
     in_blocks = total - sum(tensor.numel() for name, tensor in state.items() if not name.startswith("model.layers."))
     bytes_of = {name: tensor.numel() * tensor.element_size() for name, tensor in state.items()}
     linear_bytes = sum(size for name, size in bytes_of.items() if name.startswith(tuple(linear_prefixes)))
@@ -282,8 +292,17 @@ def peak_memory() -> int:
 
 
 def export_dense(directory: Path, output: Path) -> None:
-    """Writes any node as an ordinary dense checkpoint: every replaced linear becomes the matrix that it stands for."""
+    """Writes a node as an ordinary dense checkpoint: every replaced linear becomes the matrix that it stands for.
+
+    Raises UserError for a node that rounds more than its weights, which no dense checkpoint can say.
+    """
     source = read_manifest(directory)
+    for mark, what in (("quantized-inputs", "the inputs of its linears"), ("quantized-cache", "its keys and values")):
+        if mark in source["marks"]:
+            raise UserError(
+                f"The node {source['node']!r} rounds {what} while it runs, which a dense checkpoint cannot hold; "
+                "export the node from before that step."
+            )
     model = load_model(directory, dtype=torch.float32)
     densify(model)
     kept = ("node", "parent", "step", "seed", "source", "dense", "recovery")
@@ -314,10 +333,9 @@ def _write_config(model: PreTrainedModel, planned: dict[str, Any], dtype: torch.
     config.architectures = [type(model).__name__]
     written = config.to_dict()
     written["dtype"] = str(dtype).removeprefix("torch.")
-    kinds = {entry["type"] for entry in planned.values()}
-    if kinds & {"LowRank", "Compensated", "Quantized"}:
+    if any(entry["type"] != "Masked" or "rounded_inputs" in entry for entry in planned.values()):
         grids = quantization_grids(planned)
-        if kinds <= {"Quantized"} and stock_loaders_read(grids):
+        if all(entry.keys() == GRID_KEYS for entry in planned.values()) and stock_loaders_read(grids):
             written["quantization_config"] = _compressed_tensors(grids)
         else:
             written["compression"] = planned
@@ -364,19 +382,31 @@ def _compressed_tensors(grids: dict[tuple[int, int, bool], list[str]]) -> dict[s
 
 
 def _carried_code(model_class: str) -> str:
-    """`layers.py` and a class that installs a checkpoint's modules, for loaders without Coppice."""
+    """`layers.py`, `kv_cache.py` and a class that installs what a checkpoint holds, for loaders without Coppice."""
+    directory = Path(layers.__file__).parent
+    cache = (directory / "kv_cache.py").read_text(encoding="utf-8")
+    # One file cannot begin twice: what the second has at its head, the first has imported.
+    for line in ("from __future__ import annotations\n", "from coppice.layers import pack, unpack\n"):
+        cache = cache.replace(line, "", 1)
     return (
         Path(layers.__file__).read_text(encoding="utf-8")
+        + "\n\n"
+        + cache
         + f'''
 
 from transformers import {model_class} as DenseForCausalLM  # noqa: E402
 
 
 class CompressedForCausalLM(DenseForCausalLM):
-    """The dense architecture, with the modules that config.json names under `compression` in place of its linears."""
+    """The dense architecture with what config.json names under `compression`: modules in place of its linears, and how
+    it keeps keys and values."""
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
-        install(self, config.compression)
+        planned = dict(config.compression)
+        cache = planned.pop("{CACHE}", None)
+        install(self, planned)
+        if cache is not None:
+            install_cache(self, {{key: value for key, value in cache.items() if key != "type"}})
 '''
     )

@@ -11,13 +11,16 @@ import argparse
 import json
 import tempfile
 import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from coppice import calibrate, layers
+from coppice import allocate, calibrate, folding, layers
 from coppice.checkpoint import (
     computing_dtype,
     load_model,
@@ -25,10 +28,15 @@ from coppice.checkpoint import (
     save_checkpoint,
     stored_dtype,
 )
-from coppice.errors import UserError
+from coppice.decoder import WholeDecoder
+from coppice.errors import UserError, nearest
 from coppice.methods.base import (
+    FROM_WINDOWS,
+    Codebook,
     Compensation,
+    Cores,
     Factors,
+    Flattened,
     Linear,
     LinearStatistics,
     Masked,
@@ -36,6 +44,8 @@ from coppice.methods.base import (
     MethodOptions,
     Quantized,
     Replacement,
+    RoundedInputs,
+    Skeleton,
     Unchanged,
     method,
 )
@@ -47,7 +57,7 @@ if TYPE_CHECKING:
 
 
 MISSING = {
-    "tokens": "the calibration windows for propagate: true; pass their folder with --tokens",
+    "tokens": "the calibration windows themselves; pass their folder with --tokens",
     "reference": "the checkpoint from before the compression that it makes up for; pass its folder with --reference",
 }
 
@@ -56,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--node", required=True, help="the node's name in the study")
     parser.add_argument("--parent", required=True, type=Path, help="folder of the parent's checkpoint")
     parser.add_argument("--statistics", type=Path, action="append", default=[], help="folder of one kind (repeatable)")
-    parser.add_argument("--tokens", type=Path, help="folder of the calibration windows; for propagate: true")
+    parser.add_argument("--tokens", type=Path, help="folder of the calibration windows, for steps that read them")
     parser.add_argument("--reference", type=Path, help="checkpoint from before compression; for compensate methods")
     parser.add_argument("--step", required=True, type=json.loads, help='JSON: {"name", "method", "options"}')
     parser.add_argument("--seed", type=int, default=0, help="the study's seed")
@@ -101,41 +111,49 @@ def compress(
     options = used.validated(step["options"])
     parent_manifest = read_manifest(parent)
     refuse_impossible(step["name"], used, parent_manifest["marks"])
-    propagates = used.propagates(options)
-    needs = used.needs - {"moments"} | {"tokens"} if propagates else used.needs
+    needs = used.needs(options)
+    wanted = needs - FROM_WINDOWS | ({"tokens"} if needs & FROM_WINDOWS else set())
     if used.family == "compensate":
-        needs |= {"reference"}
+        wanted |= {"reference"}
     # Moments, where there are any, also tell the output error of a method that does not need them.
-    readable = needs | {"moments"} if used.contract == "layer" and not propagates else needs
+    readable = wanted | {"moments"} if used.contract == "layer" and "behind" not in needs else wanted
     sources = {}
     for directory in statistics:
         read = calibrate.read_statistics(directory, parent_manifest["fingerprint"])
         if read["kind"] in readable:
             sources[read["kind"]] = (directory, read)
     given = {name for name, path in (("tokens", tokens), ("reference", reference)) if path is not None}
-    require_inputs(step["name"], used, needs, given | sources.keys())
+    require_inputs(step["name"], used, wanted, given | sources.keys())
     read_from = {kind: read["tokens_fingerprint"] for kind, (_, read) in sources.items()}
+    windows = None
+    if "tokens" in wanted:
+        windows = load_windows(tokens)
+        check_tokenizer(parent, windows)
+        read_from["windows"] = windows.manifest["fingerprint"]
     model = load_model(parent, dtype=computing_dtype(parent, device))
+    record = {}
     if used.contract == "structure":
-        record = {}
         model, achieved = change_structure(model, used, options, sources)
+    elif used.contract == "rotation":
+        from coppice import rotation
+
+        achieved = rotation.achieved(model, options)
+        model = rotation.rotate(model, used.module, options)
+    elif used.contract == "cache":
+        from coppice import kv_cache
+
+        achieved = used.module.cache(options)
+        kv_cache.install_cache(model, achieved)
     else:
-        if propagates:
-            windows = load_windows(tokens)
-            check_tokenizer(parent, windows)
-            read_from["propagated"] = windows.manifest["fingerprint"]
-            moments: Static | Propagated = Propagated(model, windows, device)
-        else:
-            moments = Static(sources.get("moments"), device)
-        original = load_reference(reference, model, device) if "reference" in needs else None
-        record = compress_layers(model, original, used, options, moments, stored_dtype(parent), device)
-        achieved = summary(record)
+        original = load_reference(reference, model, device) if "reference" in wanted else None
+        walk = Walk(model, original, used, options, Inputs(needs, sources, windows), stored_dtype(parent), seed, device)
+        record, achieved = compress_layers(walk)
     manifest = {
         "node": node,
         "parent": parent_manifest["node"],
         "step": {**step, "family": used.family},
         "seed": seed,
-        "marks": sorted(used.marks(frozenset(parent_manifest["marks"]))),
+        "marks": sorted(used.marks(frozenset(parent_manifest["marks"]), options)),
         "source": parent_manifest["source"],
         "dense": parent_manifest["dense"],
         "asked": options.model_dump(mode="json"),
@@ -183,24 +201,64 @@ def load_reference(directory: Path, model: PreTrainedModel, device: str) -> PreT
     return reference
 
 
-class Static:
-    """The parent's statistics, read one block at a time; none for a method that needs none."""
+@dataclass(frozen=True)
+class Inputs:
+    """What a step reads besides checkpoints: what it needs, folders of statistics by kind, calibration windows."""
 
-    def __init__(self, source: tuple[Path, dict[str, Any]] | None, device: str) -> None:
-        self.source, self.device = source, device
+    needs: frozenset[str]
+    sources: dict[str, tuple[Path, dict[str, Any]]]
+    windows: Windows | None
 
-    def before(self, index: int, block: nn.Module) -> dict[str, LinearStatistics]:
-        if self.source is None:
+
+@dataclass(frozen=True)
+class Walk:
+    """A layer method on its way over the blocks of a model.
+
+    original: the model from before compression, for a compensate method. storage: the type of the checkpoint's numbers.
+    """
+
+    model: PreTrainedModel
+    original: PreTrainedModel | None
+    used: Method
+    options: MethodOptions
+    inputs: Inputs
+    storage: torch.dtype
+    seed: int
+    device: str
+
+    def linears(self, block: nn.Module) -> dict[str, nn.Module]:
+        """What the method sees of a block, by the name within it.
+
+        A compensate method sees linears as the architecture names them; every other method each matrix, also the
+        factors inside a composite.
+        """
+        return layers.leaves(block) if self.original is None else layers.linears(block)
+
+    def chosen(self, name: str) -> bool:
+        """Whether the options let the method work on the linear of that name."""
+        return self.options.linears is None or bool(set(name.split(".")) & set(self.options.linears))
+
+    def linear(self, name: str, module: nn.Module, reference: nn.Module | None = None, **more: Any) -> Linear:
+        """What the method sees of one linear."""
+        return Linear(
+            weight=layers.effective_weight(module).float(),
+            mask=layers.mask(module) if isinstance(module, nn.Linear) else None,
+            reference=None if reference is None else layers.effective_weight(reference).float(),
+            storage=self.storage,
+            name=name,
+            **more,
+        )
+
+    def read(self, index: int) -> dict[str, LinearStatistics]:
+        """The parent's moments of a block by linear; empty where there are none."""
+        if "moments" not in self.inputs.sources:
             return {}
-        directory, manifest = self.source
+        directory, manifest = self.inputs.sources["moments"]
         return calibrate.block_statistics(directory, index, manifest, self.device)
 
-    def after(self, index: int, block: nn.Module) -> None:
-        """Static statistics do not follow the compressed blocks."""
 
-
-class Propagated:
-    """Statistics gathered behind the blocks already compressed."""
+class Behind:
+    """Moments gathered behind the blocks already compressed."""
 
     def __init__(self, model: PreTrainedModel, windows: Windows, device: str) -> None:
         self.device = device
@@ -216,61 +274,148 @@ class Propagated:
 
 
 @torch.no_grad()
-def compress_layers(
-    model: PreTrainedModel,
-    reference: PreTrainedModel | None,
-    used: Method,
-    options: MethodOptions,
-    moments: Static | Propagated,
-    storage: torch.dtype,
-    device: str,
-) -> dict[str, Any]:
-    """Replaces the linears of every block, in order; returns the record of each by its full name."""
+def compress_layers(walk: Walk) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Replaces the linears of every block, in order; returns the record of each by its full name, and what was achieved
+    over all of them."""
+    require_known_linears(walk)
+    planned = plan(walk)
+    options_of, allocation = allocated(walk)
+    behind = Behind(walk.model, walk.inputs.windows, walk.device) if "behind" in walk.inputs.needs else None
     record = {}
-    for index, block in enumerate(layers.blocks(model)):
-        original = layers.blocks(reference)[index] if reference is not None else None
+    for index, block in enumerate(layers.blocks(walk.model)):
+        original = layers.blocks(walk.original)[index] if walk.original is not None else None
         for module in filter(None, (block, original)):
-            module.to(device)
-        statistics = moments.before(index, block)
-        record |= compress_block(f"model.layers.{index}", block, original, used, options, statistics, storage)
-        del statistics  # before the next block's come
-        moments.after(index, block)
+            module.to(walk.device)
+        parents = walk.read(index)
+        followed = behind.before(index, block) if behind is not None else {}
+        record |= compress_block(walk, index, block, original, parents, followed, planned, options_of)
+        del parents, followed  # before the next block's come
+        if behind is not None:
+            behind.after(index, block)
         for module in filter(None, (block, original)):
             module.to("cpu")
-    return record
+    return record, {**summary(record), **allocation}
+
+
+def require_known_linears(walk: Walk) -> None:
+    """Raises UserError for a name in the option `linears` that no linear has."""
+    if walk.options.linears is None:
+        return
+    known = {part for name in walk.linears(layers.blocks(walk.model)) for part in name.split(".")[1:]}
+    for name in walk.options.linears:
+        if name not in known:
+            raise UserError(f"linears: no linear of this model is named {name!r}.{nearest(name, known)}")
+
+
+def plan(walk: Walk) -> dict[str, Any]:
+    """What the method decides from the whole model, by the linears' full names."""
+    if not hasattr(walk.used.module, "plan"):
+        return {}
+    windows, sources = walk.inputs.windows, walk.inputs.sources
+    tokens, kept = (None, None) if windows is None else calibrate.as_tensors(windows)
+    kinds = {kind: read_all(source) for kind, source in sources.items() if kind != "moments"}
+    for parameter in walk.model.parameters():
+        parameter.requires_grad_(False)
+    walk.model.to(walk.device)
+    decoder = WholeDecoder(walk.model, every_linear(walk), walk.linear, walk.read, kinds, tokens, kept, walk.seed)
+    decided = walk.used.module.plan(decoder, walk.options)
+    # The walk takes one block at a time to the device.
+    walk.model.to("cpu")
+    return decided
+
+
+def allocated(walk: Walk) -> tuple[dict[str, MethodOptions], dict[str, Any]]:
+    """The options of each linear where the budget is spread unevenly, by full name, and what that achieves."""
+    if not Method.allocates(walk.options):
+        return {}, {}
+    references = {} if walk.original is None else layers.linears(walk.original.model)
+
+    def entries() -> Iterator[tuple[str, Linear, LinearStatistics]]:
+        read = lru_cache(maxsize=1)(walk.read)
+        for name, module in every_linear(walk).items():
+            _, _, index, inner = name.split(".", 3)
+            reference = references.get(name.removeprefix("model."))
+            # One linear at a time is on the device.
+            for each in filter(None, (module, reference)):
+                each.to(walk.device)
+            yield name, walk.linear(name, module, reference), read(int(index))[inner]
+            for each in filter(None, (module, reference)):
+                each.to("cpu")
+
+    options_of, spread = allocate.allocate(entries(), walk.options)
+    return options_of, {"allocation": spread}
+
+
+def every_linear(walk: Walk) -> dict[str, nn.Module]:
+    """The linears that the method works on by full name, in the model's order."""
+    return {
+        f"model.layers.{index}.{name}": module
+        for index, block in enumerate(layers.blocks(walk.model))
+        for name, module in walk.linears(block).items()
+        if walk.chosen(name)
+    }
 
 
 def compress_block(
-    place: str,
+    walk: Walk,
+    index: int,
     block: nn.Module,
     original: nn.Module | None,
-    used: Method,
-    options: MethodOptions,
-    statistics: dict[str, LinearStatistics],
-    storage: torch.dtype,
+    parents: dict[str, LinearStatistics],
+    behind: dict[str, LinearStatistics],
+    planned: dict[str, Any],
+    options_of: dict[str, MethodOptions],
 ) -> dict[str, Any]:
-    """Replaces the linears of the block at `place` in the model; returns the record of each by its full name.
+    """Replaces the linears of one block; returns the record of each by its full name.
 
-    A compensate method sees linears as the architecture names them, with their reference in the block `original`; every
-    other method sees each matrix, also the factors inside a composite.
+    parents, behind: the moments of the parent and those behind the compressed blocks, by the name within the block; the
+    latter serve alone where the method propagates.
     """
-    record = {}
+    propagates = getattr(walk.options, "propagate", False)
+    statistics = behind if propagates and behind else parents
+    statistics, folded = fold_scales(walk, index, block, statistics)
     before = layers.linears(original) if original is not None else {}
-    for name, module in (layers.leaves(block) if original is None else layers.linears(block)).items():
-        linear = Linear(
-            weight=layers.effective_weight(module).float(),
-            mask=layers.mask(module) if isinstance(module, nn.Linear) else None,
-            reference=None if original is None else layers.effective_weight(before[name]).float(),
-            storage=storage,
-        )
+    record = {}
+    for name, module in walk.linears(block).items():
+        full = f"model.layers.{index}.{name}"
+        if not walk.chosen(name):
+            continue
+        more = {"plan": planned.get(full), "behind": None if propagates else behind.get(name)}
+        linear = walk.linear(full, module, before.get(name), **more)
         try:
-            replacement = used.module.compress(linear, statistics.get(name), options)
-            replace(block, name, module, replacement, storage)
+            replacement = walk.used.module.compress(linear, statistics.get(name), options_of.get(full, walk.options))
+            replace(block, name, module, replacement, walk.storage)
             new = layers.effective_weight(block.get_submodule(name)).float()
-            record[f"{place}.{name}"] = {**replacement.record, **errors(new, linear, statistics.get(name))}
+            found = errors(new, linear, statistics.get(name))
         except UserError as error:
-            raise UserError(f"{place}.{name}: {error}") from error
+            raise UserError(f"{full}: {error}") from error
+        record[full] = {**folded.get(name, {}), **replacement.record, **found}
     return record
+
+
+def fold_scales(
+    walk: Walk, index: int, block: nn.Module, statistics: dict[str, LinearStatistics]
+) -> tuple[dict[str, LinearStatistics], dict[str, dict[str, Any]]]:
+    """Scales the inputs of the block's linears as the method asks; returns the statistics of the scaled inputs and, for
+    each linear that was scaled, the record of it."""
+    if not hasattr(walk.used.module, "scales"):
+        return statistics, {}
+    found, record = dict(statistics), {}
+    for shared in folding.shared_inputs(block, folding.head_dim(walk.model)):
+        names = [name for name in shared.consumers if walk.chosen(name)]
+        if len(names) < len(shared.consumers):
+            continue
+        seen = [walk.linear(f"model.layers.{index}.{name}", block.get_submodule(name)) for name in names]
+        scales = walk.used.module.scales(seen, found[names[0]], walk.options)
+        if scales is None:
+            continue
+        scales = shared.pooled(scales.double())
+        folding.fold(block, shared, scales)
+        # Linears that share an input share the statistics.
+        changed = folding.scaled(found[names[0]], scales.to(found[names[0]].mean.dtype))
+        found |= dict.fromkeys(names, changed)
+        record |= {name: {"scale_ratio": (scales.max() / scales.min()).item()} for name in names}
+    return found, record
 
 
 def errors(new: Tensor, linear: Linear, statistics: LinearStatistics | None) -> dict[str, float]:
@@ -291,14 +436,19 @@ def replace(block: nn.Module, name: str, module: nn.Module, replacement: Replace
     dtype = next(tensor.dtype for tensor in module.state_dict().values() if tensor.is_floating_point())
 
     def stored(values: Tensor) -> Tensor:
-        return values.to(storage).to(dtype)
+        return values.to(storage).to(dtype).contiguous()
 
     if isinstance(replacement, Unchanged):
+        return
+    if isinstance(replacement, RoundedInputs):
+        settings = {"bits": replacement.bits, "symmetric": replacement.symmetric, "clip": replacement.clip}
+        layers.round_inputs(module, settings)
         return
     if isinstance(replacement, Masked):
         module.weight = nn.Parameter(stored(replacement.weight) * replacement.mask)
         module.masked = True
         return
+    shape = (module.in_features, module.out_features)
     if isinstance(replacement, Quantized):
         new: nn.Module = layers.Quantized.from_codes(
             replacement.codes,
@@ -309,17 +459,70 @@ def replace(block: nn.Module, name: str, module: nn.Module, replacement: Replace
             replacement.symmetric,
             module.bias,
         )
+    elif isinstance(replacement, Codebook):
+        new = coded(replacement, module.bias, stored)
+    elif isinstance(replacement, Flattened):
+        new = layers.Flattened.from_codes(
+            replacement.codes,
+            stored(replacement.scale),
+            replacement.source,
+            replacement.piece,
+            stored(torch.tensor([replacement.threshold], device=replacement.codes.device)),
+            replacement.bits,
+            module.in_features,
+            module.bias,
+        )
     elif isinstance(replacement, Factors):
-        rank = len(replacement.first)
-        new = layers.LowRank(module.in_features, module.out_features, rank, module.bias is not None, device="meta")
-        new.first.weight = nn.Parameter(stored(replacement.first))
-        new.second.weight = nn.Parameter(stored(replacement.second))
-        new.second.bias = module.bias
+        first, second = replacement.first, replacement.second
+        rank = len(first) if isinstance(first, Tensor) else len(first.codes)
+        new = layers.LowRank(*shape, rank, module.bias is not None, device="meta")
+        new.first = matrix(first, None, stored)
+        new.second = matrix(second, module.bias, stored)
+    elif isinstance(replacement, Skeleton):
+        new = layers.Skeleton(*shape, len(replacement.link), module.bias is not None, device="meta")
+        new.rows = matrix(replacement.rows, None, stored)
+        new.link = matrix(replacement.link, None, stored)
+        new.columns = matrix(replacement.columns, module.bias, stored)
+    elif isinstance(replacement, Cores):
+        cores = replacement.cores
+        shapes = [[core.shape[axis] for core in cores] for axis in (2, 1, 3)]
+        new = layers.TensorTrain(shapes[0], shapes[1], shapes[2][:-1], device="meta")
+        new.sites = nn.ModuleList(matrix(core.flatten(2).flatten(0, 1), None, stored) for core in cores)
+        new.bias = module.bias
     elif isinstance(replacement, Compensation):
         new = layers.Compensated(module, len(replacement.first), device="meta")
         new.compensation.first.weight = nn.Parameter(stored(replacement.first))
         new.compensation.second.weight = nn.Parameter(stored(replacement.second))
+    if hasattr(module, "rounded_inputs"):
+        for part in layers.leaves(new).values():
+            if not hasattr(part, "rounded_inputs"):
+                layers.round_inputs(part, module.rounded_inputs)
     block.set_submodule(name, new)
+
+
+def matrix(values: Tensor | Codebook, bias: nn.Parameter | None, stored: Callable[[Tensor], Tensor]) -> nn.Linear:
+    """A linear that holds a matrix [m, n], plain or in codes."""
+    if isinstance(values, Codebook):
+        return coded(values, bias, stored)
+    linear = nn.Linear(values.shape[1], values.shape[0], bias is not None, device="meta")
+    linear.weight = nn.Parameter(stored(values))
+    linear.bias = bias
+    return linear
+
+
+def coded(book: Codebook, bias: nn.Parameter | None, stored: Callable[[Tensor], Tensor]) -> layers.Coded:
+    """A linear that holds the matrix of a codebook."""
+    return layers.Coded.from_codes(
+        book.codes,
+        book.table,
+        stored(book.absmax),
+        book.block,
+        book.bits,
+        book.outliers,
+        None if book.outlier_weight is None else stored(book.outlier_weight),
+        book.transposed,
+        bias,
+    )
 
 
 def change_structure(
@@ -329,12 +532,20 @@ def change_structure(
     from coppice import surgery
 
     tensors: dict[str, Tensor] = {}
-    for directory, read in sources.values():
-        for name in read["files"]:
-            tensors |= calibrate.read_statistics_file(directory, name, read)
+    for source in sources.values():
+        tensors |= read_all(source)
     removal = used.module.choose(surgery.structure(model), tensors, options)
     achieved = {**removal.record, **surgery.achieved(model, removal)}
     return surgery.remove(model, removal), achieved
+
+
+def read_all(source: tuple[Path, dict[str, Any]]) -> dict[str, Tensor]:
+    """Every tensor of one folder of statistics."""
+    directory, read = source
+    tensors: dict[str, Tensor] = {}
+    for name in read["files"]:
+        tensors |= calibrate.read_statistics_file(directory, name, read)
+    return tensors
 
 
 def summary(record: dict[str, Any]) -> dict[str, float]:

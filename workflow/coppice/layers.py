@@ -7,10 +7,15 @@ Shapes: m = out_features, n = in_features, k = rank, b = bits, x: [..., n].
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+# Codebooks are stored as whole multiples of this, so that the type of a checkpoint's numbers does not round them.
+TABLE_UNIT = 2.0**-30
 
 
 class LowRank(nn.Module):
@@ -28,6 +33,66 @@ class LowRank(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.second(self.first(x))
+
+
+class Skeleton(nn.Module):
+    """y = columns(link(rows(x))): rows n -> r and columns r -> m hold rows and columns of the weight, link r -> r."""
+
+    def __init__(self, in_features: int, out_features: int, rank: int, bias: bool = False, **factory: Any) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.rows = nn.Linear(in_features, rank, bias=False, **factory)
+        self.link = nn.Linear(rank, rank, bias=False, **factory)
+        self.columns = nn.Linear(rank, out_features, bias=bias, **factory)
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.columns.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.columns(self.link(self.rows(x)))
+
+
+class TensorTrain(nn.Module):
+    """A matrix product operator: site k maps (i_k, bond k) to (bond k-1, o_k), from the last site to the first.
+
+    in_shape: i_1 .. i_K with product n; out_shape: o_1 .. o_K with product m; bonds: the K - 1 inner ones.
+    sites[k].weight: [bond k-1 o_k, i_k bond k].
+    """
+
+    def __init__(
+        self,
+        in_shape: Sequence[int],
+        out_shape: Sequence[int],
+        bonds: Sequence[int],
+        bias: bool = False,
+        **factory: Any,
+    ) -> None:
+        super().__init__()
+        self.in_shape, self.out_shape, self.bonds = tuple(in_shape), tuple(out_shape), tuple(bonds)
+        self.in_features, self.out_features = prod(in_shape), prod(out_shape)
+        ends = (1, *bonds, 1)
+        self.sites = nn.ModuleList(
+            nn.Linear(inputs * ends[k + 1], ends[k] * outputs, bias=False, **factory)
+            for k, (inputs, outputs) in enumerate(zip(in_shape, out_shape, strict=True))
+        )
+        self.bias = nn.Parameter(torch.zeros(self.out_features, **factory)) if bias else None
+
+    def product(self, x: Tensor) -> Tensor:
+        """[..., n] -> [..., m] without the bias."""
+        ends = (1, *self.bonds, 1)
+        before, done = x.shape[:-1], 1
+        for k in reversed(range(len(self.sites))):
+            # [.., i_1 .. i_k-1, (i_k bond), o_k+1 .. o_K], with the middle moved last for the site's product.
+            left = prod(self.in_shape[:k])
+            x = x.reshape(*before, left, self.in_shape[k] * ends[k + 1], done).transpose(-1, -2)
+            x = self.sites[k](x).unflatten(-1, (ends[k], self.out_shape[k])).movedim(-3, -1)
+            done *= self.out_shape[k]
+        return x.reshape(*before, self.out_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.product(x)
+        return y if self.bias is None else y + self.bias
 
 
 class Compensated(nn.Module):
@@ -133,6 +198,224 @@ class Quantized(nn.Linear):
         return f"{self.in_features}, {self.out_features}, bits={self.bits}, group_size={self.group_size}"
 
 
+class Coded(nn.Linear):
+    """A linear whose weight is stored as packed indices into a table, with one scale for each block of weights.
+
+    D = W, or W^T when transposed; the columns of D at `weight_outlier_index` [p] are stored whole in `weight_outliers`
+    [rows, p]; the others, row after row, are absmax[block] table[code]. weight_packed: [words] int32; weight_table:
+    [2^bits] int32 in units of `TABLE_UNIT`; weight_absmax: one for each `block` codes. The product is computed with the
+    dequantized weight.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bits: int,
+        block: int,
+        outliers: int = 0,
+        transposed: bool = False,
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = in_features, out_features
+        self.bits, self.block, self.outliers, self.transposed = bits, block, outliers, transposed
+        rows, columns = (in_features, out_features) if transposed else (out_features, in_features)
+        self.coded_shape = (rows, columns - outliers)
+        count = prod(self.coded_shape)
+
+        def integers(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.int32, device=device)
+
+        self.register_buffer("weight_packed", integers(packed_words(count, bits)))
+        self.register_buffer("weight_table", integers(2**bits))
+        self.register_buffer("weight_absmax", torch.ones(-(-count // block), device=device, dtype=dtype))
+        if outliers:
+            self.register_buffer("weight_outliers", torch.zeros((rows, outliers), device=device, dtype=dtype))
+            self.register_buffer("weight_outlier_index", integers(outliers))
+        self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
+
+    @classmethod
+    def from_codes(
+        cls,
+        codes: Tensor,
+        table: Tensor,
+        absmax: Tensor,
+        block: int,
+        bits: int,
+        outliers: Tensor | None,
+        outlier_weight: Tensor | None,
+        transposed: bool,
+        bias: Tensor | None,
+    ) -> Coded:
+        """Packs what `methods.base.Codebook` describes; absmax and outlier_weight in the type to compute in."""
+        kept = 0 if outliers is None else len(outliers)
+        rows, columns = codes.shape[0], codes.shape[1] + kept
+        shape = (rows, columns) if transposed else (columns, rows)
+        factory = {"device": codes.device, "dtype": absmax.dtype}
+        module = cls(*shape, bits, block, kept, transposed, bias is not None, **factory)
+        module.weight_packed = pack(codes.reshape(1, -1), bits)[0]
+        module.weight_table = torch.round(table.double() / TABLE_UNIT).to(torch.int32).to(codes.device)
+        module.weight_absmax = absmax
+        if kept:
+            module.weight_outliers = outlier_weight
+            module.weight_outlier_index = outliers.to(torch.int32)
+        if bias is not None:
+            module.bias = nn.Parameter(bias)
+        return module
+
+    @property
+    def weight(self) -> Tensor:
+        """The dequantized weight [m, n], in the dtype of the scales."""
+        count = prod(self.coded_shape)
+        codes = unpack(self.weight_packed[None], self.bits, count)[0]
+        table = (self.weight_table.double() * TABLE_UNIT).to(self.weight_absmax.dtype)
+        block = torch.arange(count, device=codes.device) // self.block
+        values = (table[codes] * self.weight_absmax[block]).view(self.coded_shape)
+        if self.outliers:
+            rows, columns = self.coded_shape
+            whole = values.new_empty(rows, columns + self.outliers)
+            index = self.weight_outlier_index.long()
+            rest = torch.ones(columns + self.outliers, dtype=torch.bool, device=index.device)
+            rest[index] = False
+            whole[:, index], whole[:, rest] = self.weight_outliers, values
+            values = whole
+        return values.T if self.transposed else values
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight, self.bias)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, bits={self.bits}, block={self.block}"
+
+
+class Flattened(nn.Linear):
+    """Weights and inputs on one symmetric grid each for the whole tensor, their large channels split into pieces.
+
+    y = W' round(x') with x' [n'] of `flatten_inputs`, rounded to threshold / (2^(bits-1) - 1) and held within the
+    threshold. weight_packed: [m, words] codes stored from 0, zero at 2^(bits-1); weight_scale, weight_threshold: [1];
+    weight_source, weight_piece: [n'] int32 (see `methods.base.Flattened`). Arithmetic is simulated in floats.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bits: int,
+        expanded: int,
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = in_features, out_features
+        self.bits, self.expanded = bits, expanded
+
+        def integers(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.int32, device=device)
+
+        self.register_buffer("weight_packed", integers(out_features, packed_words(expanded, bits)))
+        self.register_buffer("weight_source", integers(expanded))
+        self.register_buffer("weight_piece", integers(expanded))
+        self.register_buffer("weight_scale", torch.ones(1, device=device, dtype=dtype))
+        self.register_buffer("weight_threshold", torch.ones(1, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
+
+    @classmethod
+    def from_codes(
+        cls,
+        codes: Tensor,
+        scale: Tensor,
+        source: Tensor,
+        piece: Tensor,
+        threshold: Tensor,
+        bits: int,
+        in_features: int,
+        bias: Tensor | None,
+    ) -> Flattened:
+        """Packs what `methods.base.Flattened` describes; scale and threshold [1] in the type to compute in."""
+        factory = {"device": codes.device, "dtype": scale.dtype}
+        module = cls(in_features, len(codes), bits, codes.shape[1], bias is not None, **factory)
+        module.weight_packed = pack(codes + 2 ** (bits - 1), bits)
+        module.weight_source, module.weight_piece = source.to(torch.int32), piece.to(torch.int32)
+        module.weight_scale, module.weight_threshold = scale, threshold
+        if bias is not None:
+            module.bias = nn.Parameter(bias)
+        return module
+
+    @property
+    def expanded_weight(self) -> Tensor:
+        """W' [m, n'], in the dtype of the scale."""
+        codes = unpack(self.weight_packed, self.bits, self.expanded) - 2 ** (self.bits - 1)
+        return codes.to(self.weight_scale.dtype) * self.weight_scale
+
+    @property
+    def weight(self) -> Tensor:
+        """[m, n] what the layer multiplies by where no input saturates."""
+        source, expanded = self.weight_source.long(), self.expanded_weight
+        # An input's pieces see the same columns; the parts of a split column add up.
+        pieces = torch.ones(self.in_features, device=source.device, dtype=source.dtype)
+        pieces = pieces.scatter_reduce(0, source, self.weight_piece.long() + 1, "amax")
+        shares = expanded / pieces[source].to(expanded.dtype)
+        return expanded.new_zeros(self.out_features, self.in_features).index_add(1, source, shares)
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = flatten_inputs(x, self.weight_source.long(), self.weight_piece, self.weight_threshold)
+        step = self.weight_threshold / (2 ** (self.bits - 1) - 1)
+        rounded = torch.round(torch.clamp(flat, -self.weight_threshold, self.weight_threshold) / step) * step
+        return nn.functional.linear(flat + (rounded - flat).detach(), self.expanded_weight, self.bias)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, bits={self.bits}, expanded={self.expanded}"
+
+
+def flatten_inputs(x: Tensor, source: Tensor, piece: Tensor, threshold: Tensor) -> Tensor:
+    """[..., n] -> [..., n']: of input source[c] the piece[c]-th stretch of length T; the last one takes the rest.
+
+    The pieces of an input add up to it exactly; piece -1 is the whole input.
+    """
+    chosen = x[..., source]
+    last = torch.zeros(x.shape[-1], device=x.device, dtype=piece.dtype).scatter_reduce(0, source, piece, "amax")[source]
+    low = piece.clamp(min=0).to(x.dtype) * threshold
+    stretch = (chosen.abs() - low).clamp(min=0)
+    stretch = torch.where(piece < last, torch.minimum(stretch, threshold), stretch)
+    return torch.sign(chosen) * stretch
+
+
+def round_tokens(x: Tensor, bits: int, symmetric: bool, clip: float) -> Tensor:
+    """x [..., n] rounded token by token to 2^bits levels over `clip` of its range; gradients pass unchanged.
+
+    Symmetric: s = clip max|x| / (2^(bits-1) - 1), levels -2^(bits-1) .. 2^(bits-1) - 1. Asymmetric: the range from the
+    least to the largest value, widened to hold 0, with an integer zero point.
+    """
+    wide = x.detach().float()
+    if symmetric:
+        low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+        scale = clip * wide.abs().amax(dim=-1, keepdim=True) / high
+        zero = torch.zeros_like(scale)
+    else:
+        low, high = 0, 2**bits - 1
+        least = clip * wide.amin(dim=-1, keepdim=True).clamp(max=0)
+        scale = (clip * wide.amax(dim=-1, keepdim=True).clamp(min=0) - least) / high
+    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+    if not symmetric:
+        zero = torch.round(-least / scale)
+    rounded = scale * ((torch.round(wide / scale) + zero).clamp(low, high) - zero)
+    return x + (rounded.to(x.dtype) - x).detach()
+
+
+def round_inputs(linear: nn.Linear, settings: dict[str, Any]) -> None:
+    """Makes a linear round its inputs token by token from now on: settings of `round_tokens`."""
+    linear.rounded_inputs = settings
+    linear.register_forward_pre_hook(_round_first)
+
+
+def _round_first(linear: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (round_tokens(inputs[0], **linear.rounded_inputs), *inputs[1:])
+
+
 def packed_words(count: int, bits: int) -> int:
     """How many int32 words hold `count` codes of `bits` bits."""
     return -(-count * bits // 32)
@@ -170,7 +453,8 @@ def unpack(words: Tensor, bits: int, columns: int) -> Tensor:
     return codes.flatten(1)[:, :columns]
 
 
-COMPOSITES = (LowRank, Compensated)
+COMPOSITES = (LowRank, Skeleton, TensorTrain, Compensated)
+PACKED = (Quantized, Coded, Flattened)
 
 
 def blocks(model: nn.Module) -> nn.ModuleList:
@@ -197,8 +481,13 @@ def effective_weight(module: nn.Module) -> Tensor:
     """[m, n] the matrix that a linear or composite multiplies by."""
     if isinstance(module, LowRank):
         return effective_weight(module.second) @ effective_weight(module.first)
+    if isinstance(module, Skeleton):
+        return effective_weight(module.columns) @ effective_weight(module.link) @ effective_weight(module.rows)
     if isinstance(module, Compensated):
         return effective_weight(module.base) + effective_weight(module.compensation)
+    if isinstance(module, TensorTrain):
+        weight = module.sites[0].weight
+        return module.product(torch.eye(module.in_features, device=weight.device, dtype=weight.dtype)).T
     return module.weight
 
 
@@ -207,37 +496,65 @@ def mask(linear: nn.Linear) -> Tensor | None:
     return linear.weight != 0 if getattr(linear, "masked", False) else None
 
 
+def describe(module: nn.Module) -> dict[str, Any]:
+    """What `install` needs to know of a module that stands in a linear's place; empty for an ordinary linear."""
+    if isinstance(module, Quantized):
+        return {
+            "type": "Quantized",
+            "bits": module.bits,
+            "group_size": module.group_size,
+            "symmetric": module.symmetric,
+        }
+    if isinstance(module, Coded):
+        fields = {"bits": module.bits, "block": module.block, "outliers": module.outliers}
+        return {"type": "Coded", **fields, "transposed": module.transposed}
+    if isinstance(module, Flattened):
+        return {"type": "Flattened", "bits": module.bits, "expanded": module.expanded}
+    if isinstance(module, Compensated):
+        return {"type": "Compensated", "rank": module.compensation.first.out_features}
+    if isinstance(module, LowRank):
+        return {"type": "LowRank", "rank": module.first.out_features}
+    if isinstance(module, Skeleton):
+        return {"type": "Skeleton", "rank": module.link.out_features}
+    if isinstance(module, TensorTrain):
+        shapes = {"in_shape": module.in_shape, "out_shape": module.out_shape, "bonds": module.bonds}
+        return {"type": "TensorTrain", **{name: list(shape) for name, shape in shapes.items()}}
+    return {"type": "Masked"} if getattr(module, "masked", False) else {}
+
+
 def plan(model: nn.Module) -> dict[str, dict[str, Any]]:
     """What stands at each replaced module, by its name: what `install` needs to build it again."""
     described: dict[str, dict[str, Any]] = {}
     for name, module in model.named_modules():
-        if isinstance(module, Quantized):
-            fields = {"bits": module.bits, "group_size": module.group_size, "symmetric": module.symmetric}
-            described[name] = {"type": "Quantized", **fields}
-        elif isinstance(module, Compensated):
-            described[name] = {"type": "Compensated", "rank": module.compensation.first.out_features}
-        elif isinstance(module, LowRank):
-            described[name] = {"type": "LowRank", "rank": module.first.out_features}
-        elif getattr(module, "masked", False):
-            described[name] = {"type": "Masked"}
+        entry = describe(module)
+        if hasattr(module, "rounded_inputs"):
+            entry = {"type": "Linear", **entry, "rounded_inputs": module.rounded_inputs}
+        if entry:
+            described[name] = entry
     return described
 
 
 def install(model: nn.Module, planned: dict[str, dict[str, Any]]) -> None:
     """Puts the planned modules, without values, in the places of a dense model's linears."""
     for name in sorted(planned, key=lambda name: name.count(".")):
-        entry, old = planned[name], model.get_submodule(name)
-        if entry["type"] == "Masked":
+        entry, old = dict(planned[name]), model.get_submodule(name)
+        kind, rounded = entry.pop("type"), entry.pop("rounded_inputs", None)
+        if kind == "Masked":
             old.masked = True
-            continue
-        if isinstance(old, LowRank):  # the compensation that its Compensated brought along
-            continue
-        factory = {"device": old.weight.device, "dtype": old.weight.dtype}
-        shape, bias = (old.in_features, old.out_features), old.bias is not None
-        if entry["type"] == "Compensated":
-            new: nn.Module = Compensated(old, entry["rank"], **factory)
-        elif entry["type"] == "LowRank":
-            new = LowRank(*shape, entry["rank"], bias, **factory)
-        else:
-            new = Quantized(*shape, entry["bits"], entry["group_size"], entry["symmetric"], bias, **factory)
-        model.set_submodule(name, new)
+        # A Compensated brings the LowRank beside it along.
+        elif kind != "Linear" and not isinstance(old, LowRank):
+            model.set_submodule(name, _build(kind, old, entry))
+        if rounded is not None:
+            round_inputs(model.get_submodule(name), rounded)
+
+
+def _build(kind: str, old: nn.Linear, entry: dict[str, Any]) -> nn.Module:
+    """The module of that type, without values, for the place of a linear."""
+    factory = {"device": old.weight.device, "dtype": old.weight.dtype}
+    if kind == "Compensated":
+        return Compensated(old, **entry, **factory)
+    factory["bias"] = old.bias is not None
+    if kind == "TensorTrain":
+        return TensorTrain(**entry, **factory)
+    made = {"LowRank": LowRank, "Skeleton": Skeleton, "Quantized": Quantized, "Coded": Coded, "Flattened": Flattened}
+    return made[kind](old.in_features, old.out_features, **entry, **factory)

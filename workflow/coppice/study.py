@@ -526,9 +526,9 @@ def _calibration_of_step(study: Study, name: str, step: Step) -> Iterator[str]:
     if step.calibration is not None:
         if step.calibration not in study.calibrations:
             yield _unknown(f"{place}.calibration", "calibration", step.calibration, study.calibrations)
-        elif not method(step.method).needs:
-            yield f"{place}.calibration: {step.method} needs no calibration; leave the key out."
-    elif method(step.method).needs and len(study.calibrations) != 1:
+        elif not method(step.method).needs(step.options):
+            yield f"{place}.calibration: {step.method} with these options needs no calibration; leave the key out."
+    elif method(step.method).needs(step.options) and len(study.calibrations) != 1:
         known = ", ".join(study.calibrations)
         what = f"name one of the study's: {known}" if known else "describe one under `calibrations`"
         yield f"{place}: {step.method} needs a calibration; {what}."

@@ -12,6 +12,7 @@ import resource
 import tempfile
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -120,13 +121,17 @@ def recover(
     model = load_model(parent, device, torch.float32)
     torch.manual_seed(seed)
     model = chosen.module.prepare(model, options)
+    teacher, loss = None, None
+    if hasattr(chosen.module, "loss"):
+        teacher = load_model(dense, device, torch.float32).requires_grad_(False)
+        loss = partial(chosen.module.loss, teacher=teacher, options=options)
     with tempfile.TemporaryDirectory() as folder:
-        progress = train(model, windows, planned, Path(folder))
+        progress = train(model, windows, planned, Path(folder), loss)
     model = chosen.module.finish(model)
     if parent_manifest["fingerprint"] == dense_manifest["fingerprint"]:
         dense_loss = progress.rows[0]["validation_loss"]
     else:
-        dense_loss = planned.validate(load_model(dense, device, torch.float32))
+        dense_loss = planned.validate(teacher or load_model(dense, device, torch.float32))
     print(f"Dense model: held-out loss {dense_loss:.4f}", flush=True)
 
     with tempfile.TemporaryDirectory() as folder:
@@ -137,7 +142,7 @@ def recover(
             "parent": parent_manifest["node"],
             "step": {**step, "family": chosen.family},
             "seed": seed,
-            "marks": sorted(chosen.marks(frozenset(parent_manifest["marks"]))),
+            "marks": sorted(chosen.marks(frozenset(parent_manifest["marks"]), options)),
             **{key: parent_manifest[key] for key in ("source", "dense")},
             "asked": options.model_dump(mode="json"),
             "achieved": {"tokens": planned.tokens(steps.steps)},
@@ -227,7 +232,7 @@ def _recovery(
 
 
 def _write_curve(path: Path, progress: Progress, dense_loss: float) -> None:
-    """One row for each loss measured: nats per token; train_loss is the mean since the row before."""
+    """One row for each loss measured: nats per token. train_loss: the method's own loss since the row before."""
     import pyarrow as pa
     from pyarrow import parquet
 

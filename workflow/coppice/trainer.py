@@ -31,6 +31,8 @@ IGNORED = -100  # label of a position that is no target
 ROWS = 100  # rows of train loss in a curve, about
 MOMENTS = ("exp_avg", "exp_avg_sq")
 STATE_SHARE = 0.05  # largest share of the time spent on saving states
+# Of a model on tokens and labels as `summed_loss` takes them: summed over the targets.
+Loss = Callable[[PreTrainedModel, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -78,12 +80,17 @@ def optimizer(model: nn.Module, options: RecoverOptions) -> torch.optim.AdamW:
     return torch.optim.AdamW([group for group in groups if group["params"]], options.learning_rate, options.betas)
 
 
+def in_precision(device: torch.device, precision: str) -> torch.autocast:
+    """A context whose products are computed in bfloat16 where that is the precision."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
+
+
 def summed_loss(model: PreTrainedModel, tokens: Tensor, labels: Tensor, precision: str) -> Tensor:
     """Negative log-likelihood of the labels in nats, summed in float32. tokens, labels: [b, L]; labels are not shifted.
 
     Padding stands behind a window's tokens and is no target, so that causal attention needs no mask for it.
     """
-    with torch.autocast(tokens.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+    with in_precision(tokens.device, precision):
         logits = model(input_ids=tokens, use_cache=False).logits
     predicted = logits[:, :-1].float().flatten(0, 1)
     return nn.functional.cross_entropy(predicted, labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum")
@@ -130,7 +137,7 @@ def held_out_loss(model: PreTrainedModel, windows: Windows, batch_size: int, pre
 class Progress:
     """How far a run has come. seconds: of training, without held-out losses and saving.
 
-    loss, targets: summed negative log-likelihood and its terms since the last row; rows: the curve so far.
+    loss, targets: the summed loss that is trained and its terms since the last row; rows: the curve so far.
     """
 
     step: int = 0
@@ -309,11 +316,14 @@ def diverged(what: str, loss: float, step: int, run: Run) -> UserError:
 
 
 class RecoveryTrainer(Trainer):
-    """Trainer with the loss of `summed_loss`, which it reports to a journal."""
+    """Trainer with the loss of `summed_loss`, or one that a method brings, which it reports to a journal."""
 
     loss_is_scaled_for_ga = True  # `compute_loss` divides by the targets of the whole step
 
-    def __init__(self, model: PreTrainedModel, windows: Windows, journal: Journal, folder: Path) -> None:
+    def __init__(
+        self, model: PreTrainedModel, windows: Windows, journal: Journal, folder: Path, loss: Loss | None
+    ) -> None:
+        self.own_loss = loss
         self.journal, run, done = journal, journal.run, journal.progress.step
         options, steps = run.options, run.course.steps
         at_once = options.micro_batch_size or options.batch_size
@@ -359,15 +369,21 @@ class RecoveryTrainer(Trainer):
         num_items_in_batch: Tensor | None = None,
     ) -> Tensor:
         """The summed loss of a micro-batch by the targets of the whole step."""
-        loss = summed_loss(model, inputs["input_ids"], inputs["labels"], self.journal.run.precision)
-        self.journal.observe(loss.item(), int((inputs["labels"][:, 1:] != IGNORED).sum()))
+        tokens, labels, precision = inputs["input_ids"], inputs["labels"], self.journal.run.precision
+        if self.own_loss is None:
+            loss = summed_loss(model, tokens, labels, precision)
+        else:
+            with in_precision(tokens.device, precision):
+                loss = self.own_loss(model, tokens, labels)
+        self.journal.observe(loss.item(), int((labels[:, 1:] != IGNORED).sum()))
         return loss / num_items_in_batch
 
 
-def train(model: PreTrainedModel, windows: Windows, run: Run, folder: Path) -> Progress:
+def train(model: PreTrainedModel, windows: Windows, run: Run, folder: Path, loss: Loss | None = None) -> Progress:
     """Trains the model in place, from where the run's state says, and returns the whole curve.
 
-    folder: where the Trainer may write. Raises UserError where the state is another run's and where training diverges.
+    folder: where the Trainer may write. loss: the method's own, `summed_loss` when None. Raises UserError where the
+    state is another run's and where training diverges.
     """
     progress = run.state.progress()
     journal = Journal(run, progress)
@@ -378,7 +394,7 @@ def train(model: PreTrainedModel, windows: Windows, run: Run, folder: Path) -> P
         journal.measure(model)
     if progress.step < run.course.steps:
         use_cache = model.config.use_cache
-        RecoveryTrainer(model, windows, journal, folder).train()
+        RecoveryTrainer(model, windows, journal, folder, loss).train()
         # Trainer switches it off for good; the model that is saved is to generate as its parent does.
         model.config.use_cache = use_cache
     return progress

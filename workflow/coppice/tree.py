@@ -16,7 +16,7 @@ from itertools import product
 from math import ceil
 from typing import TYPE_CHECKING, Any
 
-from coppice.methods.base import Method, method
+from coppice.methods.base import FROM_WINDOWS, Method, method
 
 if TYPE_CHECKING:
     from coppice.study import Recipe, Step, Study
@@ -114,7 +114,8 @@ def marks(study: Study, name: str) -> frozenset[str]:
     """The marks that the steps of a node's path leave on it."""
     found: frozenset[str] = frozenset()
     for part in name.split("/")[1:]:
-        found = method_of(study, part.partition("@")[0]).marks(found)
+        step = part.partition("@")[0]
+        found = method_of(study, step).marks(found, study.steps[step].options)
     return found
 
 
@@ -131,7 +132,7 @@ def refusals(study: Study) -> list[str]:
                 reason = _refusal(study, parent, steps[place - 1] if place else None, step, seen[parent])
                 if reason:
                     sentences.setdefault((i, step), f"recipes.{i} ({' > '.join(steps)}): {reason}")
-                seen[name] = made.marks(seen[parent])
+                seen[name] = made.marks(seen[parent], study.steps[step].options)
             parent = name
     return list(sentences.values())
 
@@ -159,30 +160,40 @@ def compresses_layers(method: Method) -> bool:
 def reference(study: Study, parent: str) -> str:
     """The node that tells a compensate method, which works on `parent`, what the linears computed before.
 
-    The nearest one above the last run of steps that compressed layers; `parent` itself when its step did not.
+    The nearest one above the last run of steps that compressed layers; `parent` itself when there was none. Steps that
+    leave the linears alone, as those of the cache, stand in no one's way.
     """
-    name = parent
-    while (step := step_of(name)) and compresses_layers(method_of(study, step)):
+    name = found = parent
+    while step := step_of(name):
+        made = method_of(study, step)
+        if not (compresses_layers(made) or made.contract == "cache"):
+            break
         name = parent_of(name)
-    return name
+        if compresses_layers(made):
+            found = name
+    return found
 
 
 def calibration(study: Study, step: str) -> str | None:
-    """The calibration of a step: the one it names, or the study's only one; None when its method needs none."""
-    if not method_of(study, step).needs:
+    """The calibration of a step: the one it names, or the study's only one; None when it needs none."""
+    if not needs(study.steps[step]):
         return None
     return study.steps[step].calibration or next(iter(study.calibrations))
 
 
-def propagates(step: Step) -> bool:
-    """Whether a step gathers its moments behind the blocks already compressed, so that it reads tokens itself."""
-    return method(step.method).propagates(step.options)
+def needs(step: Step) -> frozenset[str]:
+    """What a step reads besides its parent."""
+    return method(step.method).needs(step.options)
+
+
+def reads_windows(step: Step) -> bool:
+    """Whether a step reads the calibration windows themselves."""
+    return bool(needs(step) & FROM_WINDOWS)
 
 
 def kinds(study: Study, step: str) -> list[str]:
     """The kinds of statistics that a step reads from its parent."""
-    needs = method_of(study, step).needs
-    return sorted(needs - {"moments"} if propagates(study.steps[step]) else needs)
+    return sorted(needs(study.steps[step]) - FROM_WINDOWS)
 
 
 def trains(study: Study, step: str) -> bool:

@@ -4,12 +4,14 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from coppice.allocate import allocate
 from coppice.methods.base import Linear
 from coppice.methods.compensate.eora import Options, compress
 from coppice.methods.decompose import svd
 from coppice.methods.prune import magnitude
 from coppice.methods.quantize import rtn
 from coppice.methods.solvers.grid import dequantize
+from coppice.methods.solvers.loss import output_power
 from coppice.methods.solvers.truncation import truncate
 
 
@@ -78,3 +80,29 @@ def test_rank_is_at_most_that_of_the_linear(compressed, statistics):
 def test_bad_options(options):
     with pytest.raises(ValidationError):
         Options(**options)
+
+
+def test_ranks_spread_by_water_filling_pay_the_same_and_lose_less(linear, statistics):
+    """Two linears, one rounded far more coarsely than the other: it gets the ranks."""
+    pairs = []
+    for bits in (2, 6):
+        rounded = dequantize(rtn.compress(linear, None, rtn.Options(bits=bits, group_size=8)))
+        pairs.append((f"model.layers.0.bits_{bits}", Linear(rounded, reference=linear.weight), statistics))
+
+    def lost(options_of):
+        return sum(
+            output_power(each.reference - each.weight - added(compress(each, seen, options_of[name])), moment)
+            for name, each, seen in pairs
+        )
+
+    moment = statistics.second_moment
+    spread, record = allocate(pairs, Options(rank=4, allocation={"by": "water-filling", "floor": 0.25}))
+    assert [options.rank for options in spread.values()] == [7, 1]
+    assert record["asked"] == record["achieved"] == pytest.approx(8 * 44 / (2 * 20 * 24))
+    assert lost(spread) < lost({name: Options(rank=4) for name in spread})
+    assert all(options.allocation.by == "uniform" for options in spread.values())
+
+
+def test_other_rules_do_not_spread_ranks():
+    with pytest.raises(ValidationError, match="the allocation 'owl' does not go with this method"):
+        Options(rank=4, allocation={"by": "owl"})

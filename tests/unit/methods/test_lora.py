@@ -43,7 +43,7 @@ def test_registered():
     ],
 )
 def test_marks(parent, marks):
-    assert lora.marks(frozenset(parent)) == marks
+    assert lora.marks(frozenset(parent), lora.Options(text="a", validation="a", tokens=1)) == marks
 
 
 @pytest.mark.parametrize("architecture", ["llama-gqa", "qwen2"])

@@ -74,6 +74,15 @@ def test_pruned_places_hold_positive_zero(linear):
     assert not torch.signbit(prune(negative, sparsity=0.5).weight[~prune(negative, sparsity=0.5).mask]).any()
 
 
+@pytest.mark.parametrize("scope", ["layer", "row"])
+def test_a_refit_gains_on_the_same_mask(linear, statistics, loss, scope):
+    plain = prune(linear, sparsity=0.5, scope=scope)
+    ours = compress(linear, statistics, Options(sparsity=0.5, scope=scope, refit=True))
+    assert torch.equal(ours.mask, plain.mask) and (ours.weight[~ours.mask] == 0).all()
+    assert loss(linear.weight - ours.weight) < loss(linear.weight - plain.weight)
+    assert ours.record["refit_damping"] == 0.001
+
+
 def test_scope_does_not_go_with_a_pattern():
     with pytest.raises(ValidationError, match="'scope' goes with 'sparsity'"):
         Options(pattern="2:4", scope="row")

@@ -5,7 +5,7 @@ import torch
 from pydantic import ValidationError
 
 from coppice.errors import UserError
-from coppice.methods.solvers.mask import SparsityOptions, comparison_group, keep_largest
+from coppice.methods.solvers.mask import SparsityOptions, comparison_group, keep_largest, masked
 
 
 def test_ties_are_broken_by_position_and_the_count_is_exact():
@@ -60,9 +60,35 @@ def test_pattern_must_divide_the_width():
         comparison_group(SparsityOptions(pattern="2:4"), 6, 6)
 
 
+def test_a_refit_reads_moments():
+    assert SparsityOptions(sparsity=0.5).needs == frozenset()
+    assert SparsityOptions(sparsity=0.5, refit=True).needs == {"moments"}
+    assert SparsityOptions(pattern="2:4", refit=True).needs == {"moments"}
+
+
+def test_a_sparsity_can_be_allocated():
+    assert SparsityOptions.BUDGET == "sparsity"
+    assert {"uniform", "sensitivity", "owl", "mosaic", "knapsack"} == SparsityOptions.RULES
+    assert SparsityOptions(sparsity=0.5, allocation={"by": "owl"}).needs == {"moments"}
+
+
+def test_masked_is_what_was_pruned_unless_a_refit_is_asked_for(linear, statistics):
+    mask = linear.weight > 0
+    pruned = linear.weight * mask
+    plain = masked(linear.weight, pruned, mask, None, SparsityOptions(sparsity=0.5))
+    assert plain.weight is pruned and plain.mask is mask
+    assert plain.record == {"sparsity_asked": 0.5, "sparsity": int((~mask).sum()) / 480}
+    options = SparsityOptions(sparsity=0.5, refit=True, refit_damping=0.1)
+    refitted = masked(linear.weight, pruned, mask, statistics, options)
+    assert refitted.record == plain.record | {"refit_damping_asked": 0.1, "refit_damping": 0.1}
+    assert not torch.equal(refitted.weight, pruned) and (refitted.weight[~mask] == 0).all()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"pattern": "2:4", "allocation": {"by": "owl"}}, "'allocation' spreads a 'sparsity' over the linears"),
+        ({"sparsity": 0.5, "refit_damping": 2.0}, "less than or equal to 1"),
         ({"sparsity": 1.0}, "less than 1"),
         ({"sparsity": -0.1}, "greater than or equal to 0"),
         ({}, "exactly one of 'sparsity' and 'pattern'"),

@@ -9,7 +9,10 @@ from pydantic import ValidationError
 from coppice.errors import UserError
 from coppice.methods.base import Linear, Unchanged
 from coppice.methods.prune import wanda
-from coppice.methods.prune.sparsegpt import Options, compress
+from coppice.methods.prune.sparsegpt import Options, compress, marks
+from coppice.methods.quantize import rtn
+from coppice.methods.solvers.grid import dequantize
+from coppice.methods.solvers.refit import refit
 
 
 def test_each_block_hits_the_sparsity_exactly(linear, statistics):
@@ -75,6 +78,71 @@ def test_float32_agrees_with_float64(linear, statistics):
 
 def test_zero_sparsity_changes_nothing(linear, statistics):
     assert isinstance(compress(linear, statistics, Options(sparsity=0)), Unchanged)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("budget", [{"sparsity": 0.5, "block": 12}, {"pattern": "2:4"}])
+def test_joint_zeros_are_exact_and_grids_are_those_of_the_dense_weight(linear, statistics, loss, budget, symmetric):
+    options = Options(**budget, bits=4, group_size=8, symmetric=symmetric)
+    joint = compress(linear, statistics, options)
+    dense = rtn.compress(linear, None, rtn.Options(bits=4, group_size=8, symmetric=symmetric))
+    assert torch.equal(joint.scale, dense.scale) and torch.equal(joint.zero_point, dense.zero_point)
+    at_zero = joint.codes == joint.zero_point[:, joint.group_index.long()]
+    weight = dequantize(joint)
+    assert (weight[at_zero] == 0).all()
+    for part in at_zero.split(12, dim=1):
+        assert int(part.sum()) >= 120
+    if "pattern" in budget:
+        assert (at_zero.view(20, 6, 4).sum(2) >= 2).all()
+    assert joint.record["sparsity"] == 0.5 and joint.record["bits"] == 4 and joint.record["damping"] == 0.01
+    # Against the rounded weights of Wanda's mask, which nothing makes up for.
+    pruned = wanda.compress(linear, statistics, wanda.Options(pattern=budget.get("pattern", "6:12")))
+    assert loss(linear.weight - weight) < loss(linear.weight - dequantize(dense) * pruned.mask)
+
+
+def test_joint_with_nothing_to_prune_under_white_inputs_is_rounding(linear, statistics_with):
+    statistics = statistics_with(torch.eye(24, dtype=torch.float64))
+    joint = compress(linear, statistics, Options(sparsity=0, bits=3, group_size=-1))
+    assert torch.equal(joint.codes, rtn.compress(linear, None, rtn.Options(bits=3, group_size=-1)).codes)
+
+
+def test_joint_keeps_what_is_pruned_and_dead_at_zero(linear, statistics, statistics_with):
+    moment = statistics.second_moment.clone()
+    moment[5], moment[:, 5] = 0, 0
+    kept = torch.ones(20, 24, dtype=torch.bool)
+    kept[:, 20:] = False
+    joint = compress(
+        Linear(linear.weight * kept, kept, storage=torch.float16),
+        statistics_with(moment),
+        Options(sparsity=0.5, bits=4, group_size=8),
+    )
+    weight = dequantize(joint)
+    assert (weight[:, 20:] == 0).all() and (weight[:, 5] == 0).all()
+    assert torch.equal(joint.scale, joint.scale.half().double())
+
+
+def test_the_refit_of_its_mask_is_never_above_the_sweep(linear, statistics, loss):
+    swept = compress(linear, statistics, Options(sparsity=0.6))
+    for damping in (0.0, 0.01, 1.0):
+        found = refit(linear.weight, swept.weight, swept.mask, statistics.second_moment, damping)
+        assert loss(linear.weight - found.weight) < loss(linear.weight - swept.weight)
+
+
+def test_marks_follow_the_options():
+    assert marks(frozenset({"smaller"}), Options(sparsity=0.5)) == {"smaller", "masked"}
+    assert marks(frozenset(), Options(pattern="2:4", bits=4)) == {"masked", "quantized"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"bits": 4, "refit": True}, "'refit' moves the kept weights off the grid"),
+        ({"symmetric": True}, "'symmetric' goes with 'bits'"),
+    ],
+)
+def test_bad_joint_options(options, message):
+    with pytest.raises(ValidationError, match=message):
+        Options(sparsity=0.5, **options)
 
 
 def test_bad_inputs(linear, statistics):

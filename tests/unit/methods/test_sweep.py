@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from coppice.errors import UserError
-from coppice.methods.solvers.grid import Grid, fit_groups, group_of_inputs
+from coppice.methods.solvers.grid import Grid, decode, fit_groups, group_of_inputs
 from coppice.methods.solvers.mask import keep_largest
 from coppice.methods.solvers.sweep import Quantizer, Selection, inverse_factor, sweep
 
@@ -40,16 +40,16 @@ def half_of(width: int) -> Selection:
     return Selection(width, choose)
 
 
-def test_factor_is_the_upper_cholesky_factor_of_the_inverse(factor, statistics):
+def test_factor_is_the_inverse_of_the_upper_cholesky_factor_of_the_inverse(factor, statistics):
     inverse = torch.linalg.inv(damped(statistics.second_moment))
-    torch.testing.assert_close(factor.upper, torch.linalg.cholesky(inverse, upper=True), rtol=1e-8, atol=1e-10)
+    upper = torch.linalg.inv(factor.upper)
+    torch.testing.assert_close(upper, torch.linalg.cholesky(inverse, upper=True), rtol=1e-8, atol=1e-10)
+    assert torch.equal(factor.upper, factor.upper.triu())
 
 
 def test_trailing_blocks_of_the_factor(factor, statistics):
     trailing = factor.upper[9:, 9:]
-    torch.testing.assert_close(
-        trailing.T @ trailing, torch.linalg.inv(damped(statistics.second_moment)[9:, 9:]), rtol=1e-8, atol=1e-10
-    )
+    torch.testing.assert_close(trailing @ trailing.T, damped(statistics.second_moment)[9:, 9:], rtol=1e-12, atol=1e-12)
 
 
 def optimal_brain_sweep(weight, moment, kept):
@@ -67,6 +67,28 @@ def test_equals_the_sweep_by_explicit_inverses(linear, factor, statistics, kept)
     expected = optimal_brain_sweep(linear.weight, damped(statistics.second_moment), kept)
     torch.testing.assert_close(swept.weight, expected, rtol=1e-9, atol=1e-9)
     assert (swept.weight[~kept] == 0).all()
+
+
+@pytest.mark.parametrize("block", [4, 24])
+def test_windows_see_weights_that_all_inputs_to_come_have_corrected(linear, factor, statistics, block):
+    """Masks and grids of windows, against a sweep that corrects every input to come at once."""
+    weight, moment = linear.weight.clone(), damped(statistics.second_moment)
+    kept, scales = torch.ones_like(weight, dtype=torch.bool), []
+    grid, choose = Grid(3, False, torch.float64), half_of(4).choose
+    for j in range(24):
+        inverse = torch.linalg.inv(moment[j:, j:])
+        if j % 4 == 0:
+            pivots = torch.linalg.cholesky(inverse, upper=True).diagonal()[:4]
+            kept[:, j : j + 4] = choose((weight[:, j : j + 4] / pivots).square(), kept[:, j : j + 4])
+        if j % 6 == 0:
+            scale, zero_point = grid.fit(weight[:, j : j + 6] * kept[:, j : j + 6])
+            scales.append(scale)
+        error = weight[:, j] - decode(grid.encode(weight[:, j] * kept[:, j], scale, zero_point), scale, zero_point)
+        weight[:, j:] -= error[:, None] * inverse[0] / inverse[0, 0]
+    swept = sweep(linear.weight, factor, block, selection=half_of(4), quantizer=quantizer(3, 6))
+    assert torch.equal(swept.mask, kept)
+    torch.testing.assert_close(swept.scale, torch.stack(scales, dim=1), rtol=1e-9, atol=0)
+    torch.testing.assert_close(swept.weight, weight, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("block", [1, 5, 8, 24, 128])

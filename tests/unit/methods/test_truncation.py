@@ -1,17 +1,23 @@
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from pydantic import ValidationError
 
 from coppice.errors import UserError
+from coppice.methods.solvers.sweep import inverse_factor
 from coppice.methods.solvers.truncation import (
     RankOptions,
     break_even,
+    cholesky_root,
     chosen_rank,
     square_root,
     stays_dense,
     truncate,
+    truncate_outputs,
 )
 
 
@@ -188,8 +194,75 @@ def test_a_linear_that_stays_dense_says_why():
         ({"keep": 1.1}, "less than or equal to 1"),
         ({"rank": 0}, "greater than or equal to 1"),
         ({"rank": 4, "align": 0}, "greater than or equal to 1"),
+        ({"rank": 4, "allocation": {"by": "sensitivity"}}, "give 'keep' instead of 'rank'"),
     ],
 )
 def test_bad_options(options, message):
     with pytest.raises(ValidationError, match=message):
         RankOptions(**options)
+
+
+def test_diagonal_scaling(linear):
+    scaling = torch.logspace(-1, 1, 24, dtype=torch.float64)
+    short, long = truncate(linear.weight, 7, scaling), truncate(linear.weight, 7, scaling.diag())
+    torch.testing.assert_close(short.second @ short.first, long.second @ long.first, rtol=1e-9, atol=1e-9)
+
+
+def test_smaller_ranks_are_its_first_terms(linear, statistics):
+    scaling = square_root(statistics.second_moment)
+    large, small = truncate(linear.weight, 9, scaling), truncate(linear.weight, 4, scaling)
+    assert torch.equal(large.first[:4], small.first) and torch.equal(large.second[:, :4], small.second)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_by_outputs_is_the_same(linear, inputs, transposed):
+    weight = linear.weight.T.contiguous() if transposed else linear.weight
+    seen = inputs[:, : weight.shape[1]]
+    for tokens in (200, 10):
+        moment = seen[:tokens].T @ seen[:tokens]
+        ours, other = truncate_outputs(weight, 7, moment), truncate(weight, 7, square_root(moment))
+        torch.testing.assert_close(ours.second @ ours.first, other.second @ other.first, rtol=1e-7, atol=1e-7)
+        assert ours.error == pytest.approx(other.error, rel=1e-7)
+    with pytest.raises(UserError, match="weights hold values that are not finite"):
+        truncate_outputs(weight * float("inf"), 7, moment)
+
+
+def test_cholesky_root(statistics, inputs):
+    lower, damping = cholesky_root(statistics.second_moment)
+    assert damping == 0 and not lower.triu(1).any()
+    torch.testing.assert_close(lower @ lower.T, statistics.second_moment, rtol=1e-9, atol=1e-9)
+
+
+def test_cholesky_root_grows_its_damping_tenfold():
+    indefinite = torch.full((4, 4), 1 + 5e-7, dtype=torch.float64)
+    indefinite.fill_diagonal_(1)  # smallest eigenvalue -5e-7
+    lower, damping = cholesky_root(indefinite)
+    assert damping == pytest.approx(1e-6)
+    torch.testing.assert_close(lower @ lower.T, indefinite + damping * torch.eye(4, dtype=torch.float64))
+    with pytest.raises(UserError, match="not positive semidefinite, even when damped"):
+        cholesky_root(torch.tensor([[1.0, 5.0], [5.0, 1.0]]))
+
+
+def test_roots_are_computed_once_for_linears_that_share_an_input(statistics):
+    moment = statistics.second_moment
+    for root in (
+        square_root,
+        lambda moment: cholesky_root(moment)[0],
+        lambda moment: inverse_factor(moment, 0.1).upper,
+    ):
+        first = root(moment)
+        assert root(moment) is first
+        equal = moment.clone()
+        assert root(equal) is not first
+        torch.testing.assert_close(root(equal), first)
+    assert inverse_factor(moment, 0.1) is not inverse_factor(moment, 0.2)
+    assert inverse_factor(moment, 0.2).damping == 0.2
+
+
+def test_a_root_is_given_up_with_its_moment(statistics):
+    moment = statistics.second_moment.clone()
+    root = weakref.ref(square_root(moment))
+    assert root() is not None
+    del moment
+    gc.collect()
+    assert root() is None

@@ -66,6 +66,14 @@ def test_dead_inputs_go_first(linear, statistics, statistics_with):
     assert pruned.record["dead_inputs"] == 2
 
 
+def test_a_refit_gains_on_the_same_mask(linear, statistics, loss):
+    plain = compress(linear, statistics, Options(pattern="2:4"))
+    ours = compress(linear, statistics, Options(pattern="2:4", refit=True))
+    assert torch.equal(ours.mask, plain.mask) and (ours.weight[~ours.mask] == 0).all()
+    assert loss(linear.weight - ours.weight) < loss(linear.weight - plain.weight)
+    assert ours.record["refit_damping"] == 0.001 and ours.record["dead_inputs"] == 0
+
+
 def test_zero_sparsity_changes_nothing(linear, statistics):
     assert isinstance(compress(linear, statistics, Options(sparsity=0)), Unchanged)
 

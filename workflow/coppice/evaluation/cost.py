@@ -101,10 +101,12 @@ def now(model: PreTrainedModel) -> float:
 
 
 def is_simulated(model: PreTrainedModel) -> bool:
-    """Whether some module computes with something else than what it stores."""
-    from coppice.layers import Quantized
+    """Whether some module computes with something else than what it stores, or only as if with few bits."""
+    from coppice.layers import PACKED
 
-    return any(isinstance(module, Quantized) for module in model.modules())
+    return hasattr(model.model, "cache_settings") or any(
+        isinstance(module, PACKED) or hasattr(module, "rounded_inputs") for module in model.modules()
+    )
 
 
 def reset_peak_memory(model: PreTrainedModel) -> None:

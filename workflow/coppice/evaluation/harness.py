@@ -26,6 +26,7 @@ import yaml
 
 from coppice import biographies
 from coppice.errors import UserError
+from coppice.evaluation.batching import sequences_at_once
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -95,7 +96,7 @@ def harness_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) ->
             pretrained=model,
             tokenizer=tokenizer,
             backend="causal",
-            batch_size=BATCH,
+            batch_size=sequences_at_once(model, BATCH),
             max_length=model.config.max_position_embeddings,
         )
     finally:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from coppice import biographies
+from coppice.evaluation.batching import sequences_at_once
 from coppice.lazy import torch
 from coppice.text import beginning_token, load_tokenizer
 
@@ -99,8 +100,9 @@ def log_likelihood(model: PreTrainedModel, directory: Path) -> Callable[[list[Pa
 
     def score(pairs: list[Pair]) -> list[float]:
         scores: list[float] = []
-        for start in range(0, len(pairs), BATCH):
-            batch = pairs[start : start + BATCH]
+        at_once = sequences_at_once(model, BATCH)
+        for start in range(0, len(pairs), at_once):
+            batch = pairs[start : start + at_once]
             prefixes = encode([prefix for prefix, _ in batch])
             scores += continuation_scores(model, encode([a + b for a, b in batch]), [len(ids) for ids in prefixes])
         return scores

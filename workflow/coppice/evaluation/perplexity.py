@@ -18,6 +18,7 @@ import numpy as np
 
 from coppice import uncertainty
 from coppice.errors import UserError
+from coppice.evaluation.batching import sequences_at_once
 from coppice.lazy import torch
 from coppice.text import Windows
 
@@ -92,15 +93,19 @@ def token_log_likelihoods(model: PreTrainedModel, windows: Windows) -> tuple[np.
     """
     tokens = torch.as_tensor(windows.tokens).long()
     kept = torch.as_tensor(windows.documents) >= 0
-    batch = max(1, min(16, LOGITS // (tokens.shape[1] * model.config.vocab_size)))
+    batch = sequences_at_once(model, max(1, min(16, LOGITS // (tokens.shape[1] * model.config.vocab_size))))
     found = []
     with torch.inference_mode():
         for start in range(0, len(tokens), batch):
-            inputs = tokens[start : start + batch].to(model.device)
-            mask = None if kept.all() else kept[start : start + batch].to(model.device)
+            part = kept[start : start + batch]
+            # Padding stands on the right; what all sequences have of it is not computed.
+            length = int(part.sum(1).max())
+            inputs = tokens[start : start + batch, :length].to(model.device)
+            mask = None if part[:, :length].all() else part[:, :length].to(model.device)
             logits = model(input_ids=inputs, attention_mask=mask, use_cache=False).logits[:, :-1]
             losses = torch.nn.functional.cross_entropy(
                 logits.flatten(0, 1).float(), inputs[:, 1:].flatten(), reduction="none"
             )
-            found.append(-losses.view(len(inputs), -1).cpu().double())
+            scored = -losses.view(len(inputs), -1).cpu().double()
+            found.append(torch.nn.functional.pad(scored, (0, tokens.shape[1] - length)))
     return torch.cat(found).numpy(), kept[:, 1:].numpy()

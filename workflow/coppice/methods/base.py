@@ -5,30 +5,43 @@ A method is a module (one file under `methods/<family>/`, or one named by anothe
 
 - `SOURCE`: a `Source`, the paper it follows;
 - `Options(MethodOptions)`: its options, validated when the study is loaded;
-- `NEEDS`: the kinds of statistics it reads ("moments", "blocks", "gradients"), empty when it needs none;
-- `MAKES`: the marks that it leaves on a node ("masked", "factorized", "quantized", "compensated", "smaller"); where
-  they depend on the parent's, a function `marks(parent) -> marks` beside it says how;
+- `NEEDS`: what it reads besides the parent, empty when it needs nothing: statistics gathered on the parent ("moments",
+  "blocks", "gradients"), moments gathered behind the blocks already compressed ("behind"), or the calibration windows
+  themselves ("windows"); options whose `needs` names more add to it;
+- `MAKES`: the marks that it leaves on a node ("masked", "factorized", "quantized", "compensated", "smaller",
+  "rotated", "quantized-inputs", "quantized-cache"); where they depend on the parent's or on the options, a function
+  `marks(parent, options) -> marks` beside it says how;
 - `REFUSES`: for each mark of the parent that it cannot work on, the reason as half a sentence;
 
-and the functions of one of three contracts:
+and the functions of one of these contracts:
 
 - layer method: `compress(linear: Linear, statistics: LinearStatistics | None, options) -> Replacement`, pure, one
-  linear at a time, in the dtype and on the device of `linear.weight`;
+  linear at a time, in the dtype and on the device of `linear.weight`. Two functions may stand beside it:
+  `plan(decoder: Decoder, options) -> dict[name, Any]` decides from the whole model before the walk, and what it returns
+  for a linear reaches `compress` as `linear.plan`;
+  `scales(linears: list[Linear], statistics: LinearStatistics, options) -> Tensor | None` gives factors s [n] for an
+  input that several linears share: their columns are multiplied by s, and whatever makes the input is divided by it,
+  before any of them is compressed;
 - structure method: `choose(structure: Structure, statistics: dict[str, Tensor], options) -> Removal`;
-- training method: `prepare(model, options) -> model` and `finish(model) -> model`.
+- rotation: `rotation(width: int, options) -> Tensor`, an orthogonal [width, width] for a space of that width;
+- cache method: `cache(options) -> dict`, how keys and values are kept, as `kv_cache` reads it;
+- training method: `prepare(model, options) -> model` and `finish(model) -> model`; a function
+  `loss(model, tokens, labels, teacher, options) -> Tensor` beside them takes the place of the cross entropy, with the
+  dense root as teacher.
 """
 
 from __future__ import annotations
 
 import pkgutil
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -40,15 +53,21 @@ if TYPE_CHECKING:
 
 FAMILIES = ("prune", "decompose", "quantize", "compensate", "recover")
 KINDS = ("moments", "blocks", "gradients")
+# What a step can read besides kinds of statistics, both made from the calibration windows.
+FROM_WINDOWS = frozenset({"behind", "windows"})
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a method comes from: the paper's title, its arXiv id (or another identifier) and the equation used."""
+    """Where a method comes from: the paper's title, its arXiv id (or another identifier) and the equation used.
+
+    claim: what its authors, or others in public, report, with model, data and unit; empty where none is attested.
+    """
 
     title: str
     identifier: str
     equation: str
+    claim: str = ""
 
 
 class MethodOptions(BaseModel):
@@ -56,15 +75,114 @@ class MethodOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    @property
+    def needs(self) -> frozenset[str]:
+        """What these options read besides the method's NEEDS."""
+        return frozenset()
+
 
 class LayerOptions(MethodOptions):
     """Options that every layer method has."""
+
+    linears: list[str] | None = Field(
+        default=None,
+        description="Only the linears with one of these names, as in [q_proj, k_proj]; the others stay as they are. "
+        "All of them when left out.",
+    )
 
     propagate: bool = Field(
         default=False,
         description="Gather statistics block by block behind the blocks already compressed, instead of reading the "
         "parent's.",
     )
+
+
+class Allocation(BaseModel):
+    """How a budget is spread over the linears; what it comes to over all of them stays as asked (see `allocate`)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    by: Literal["uniform", "sensitivity", "owl", "mosaic", "svd-llm-v2", "water-filling", "knapsack"] = Field(
+        default="uniform",
+        description="The rule. uniform: every linear gets the same; sensitivity: more where the relative error of the "
+        "outputs at the uniform budget is larger; owl, mosaic: more where weights times inputs have more outliers, by "
+        "block or by projection; svd-llm-v2: less is removed where truncation loses more, within each kind of linear; "
+        "water-filling: the largest singular values of all linears; knapsack: the least summed loss over `levels`.",
+    )
+    floor: float = Field(
+        default=0.5, ge=0, le=1, description="Least share of the uniform budget that any linear gets; 1 is uniform."
+    )
+    spread: float = Field(
+        default=0.08, ge=0, le=0.5, description="owl, mosaic: half the distance of the largest and smallest share."
+    )
+    outlier_factor: float = Field(
+        default=5.0, gt=0, description="owl, mosaic: an outlier is more than this many times the mean."
+    )
+    levels: list[float] | None = Field(
+        default=None,
+        description="knapsack: the budgets to choose from, as the method's own option takes them; when left out, for "
+        "bits the integers from 2 to 8, otherwise 17 around the asked one, down to the floor.",
+    )
+    relative: bool = Field(
+        default=False,
+        description="water-filling, knapsack: count a linear's loss relative to the power of its outputs.",
+    )
+
+    @model_validator(mode="after")
+    def _levels_to_choose_from(self) -> Allocation:
+        if self.levels is None:
+            return self
+        if self.by != "knapsack":
+            raise ValueError(f"'levels' are what a knapsack chooses from, and {self.by!r} does not: leave them out")
+        if not self.levels or len(set(self.levels)) < len(self.levels):
+            raise ValueError(f"the levels {self.levels} are not one or more different budgets")
+        return self
+
+    @model_validator(mode="after")
+    def _relative_losses(self) -> Allocation:
+        if self.relative and self.by not in ("water-filling", "knapsack"):
+            raise ValueError(f"'relative' goes with water-filling and knapsack, not with {self.by!r}: leave it out")
+        return self
+
+
+class BudgetOptions(LayerOptions):
+    """Options of a method that takes a budget: a share of weights to prune or to keep, or bits."""
+
+    # The field that holds the budget ("sparsity", "keep", "bits" or "rank"), and the rules that can spread it.
+    BUDGET: ClassVar[str]
+    RULES: ClassVar[frozenset[str]] = frozenset({"uniform"})
+
+    allocation: Allocation = Field(default=Allocation(), description="How the budget is spread over the linears.")
+
+    @model_validator(mode="after")
+    def _a_rule_for_this_budget(self) -> BudgetOptions:
+        if self.allocation.by not in self.RULES:
+            raise ValueError(
+                f"the allocation {self.allocation.by!r} does not go with this method: choose one of "
+                f"{', '.join(sorted(self.RULES))}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _levels_of_this_budget(self) -> BudgetOptions:
+        for level in self.allocation.levels or ():
+            wrong = _LEVELS[self.BUDGET](level)
+            if wrong:
+                raise ValueError(f"the level {level:g} of the allocation is no budget of this method: {wrong}")
+        return self
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return super().needs | (frozenset() if self.allocation.by == "uniform" else frozenset({"moments"}))
+
+
+# What is wrong with a level of each budget, or None.
+_LEVELS: dict[str, Callable[[float], str | None]] = {
+    "sparsity": lambda level: None if 0 <= level < 1 else "a sparsity is at least 0 and less than 1",
+    "keep": lambda level: None if 0 < level <= 1 else "a share to keep is more than 0 and at most 1",
+    "bits": lambda level: None if level in range(2, 9) else "bits are an integer from 2 to 8",
+    "rank": lambda level: "a rank is spread by water-filling, which has no levels",
+}
 
 
 class RecoverOptions(MethodOptions):
@@ -141,13 +259,53 @@ class Linear:
     weight: [m, n] what the layer computes now. mask: [m, n] bool, True where a weight is kept, or None for a layer that
     is not masked: a method keeps what is pruned at zero. reference: [m, n] what the layer computed before it was
     compressed; given to compensate methods only. storage: the type in which the checkpoint stores the layer's floating
-    point numbers, None for the weight's own: codes are computed against scales as they will be read back.
+    point numbers, None for the weight's own: codes are computed against scales as they will be read back. name: in
+    full, as `model.layers.0.mlp.up_proj`. plan: what the method's `plan` returned for it. behind: its statistics behind
+    the blocks already compressed, for a method that NEEDS them beside the parent's "moments".
     """
 
     weight: Tensor
     mask: Tensor | None = None
     reference: Tensor | None = None
     storage: torch.dtype | None = None
+    name: str = ""
+    plan: Any = None
+    behind: LinearStatistics | None = None
+
+
+class Decoder(Protocol):
+    """A whole decoder and the calibration windows, as the `plan` of a method sees them.
+
+    Linears are named in full and come in the model's order, those that the options leave out not among them. Losses are
+    means over predicted tokens, in nats, in the dtype of the model, and can be differentiated.
+    """
+
+    names: list[str]
+    windows: int
+    head_dim: int
+    seed: int
+
+    def linear(self, name: str) -> Linear: ...
+
+    def statistics(self, name: str) -> LinearStatistics:
+        """The parent's moments; for a method that NEEDS them."""
+
+    def gathered(self, kind: str) -> dict[str, Tensor]:
+        """The tensors of another kind of statistics; for a method that NEEDS it."""
+
+    def logits(self, window: int, outputs: Callable[[str, Tensor], Tensor] | None = None) -> Tensor:
+        """[t - 1, vocabulary] of a window. outputs(name, y) -> what takes the place of the output y [t, m]."""
+
+    def loss(
+        self,
+        windows: Iterable[int] | None = None,
+        weights: Mapping[str, Tensor] | None = None,
+        outputs: Callable[[str, Tensor], Tensor] | None = None,
+    ) -> Tensor:
+        """The mean loss of the windows (all when None), with these weights in place of the linears' own."""
+
+    def gradients(self, batch: int = 1) -> Iterator[dict[str, Tensor]]:
+        """For each `batch` consecutive windows, the gradient of their mean loss by each linear's weight [m, n]."""
 
 
 @dataclass(frozen=True)
@@ -171,11 +329,49 @@ class Masked(Replacement):
 
 
 @dataclass(frozen=True)
+class Codebook(Replacement):
+    """w = absmax[block] table[code], over the weights of the inputs that are not outliers, row after row in blocks.
+
+    codes: [m, n - p] int32 in 0 .. 2^bits - 1; table: [2^bits] values in [-1, 1]; absmax: one for each `block`
+    consecutive codes of the flattened matrix (the last block may be shorter); outliers: [p] int64 inputs, in increasing
+    order, whose columns `outlier_weight` [m, p] are stored as they are. transposed: what is described is W^T.
+    """
+
+    codes: Tensor
+    table: Tensor
+    absmax: Tensor
+    block: int
+    bits: int
+    outliers: Tensor | None = None
+    outlier_weight: Tensor | None = None
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
 class Factors(Replacement):
     """y = second (first x): first [k, n], second [m, k]. The bias stays on the output."""
 
-    first: Tensor
-    second: Tensor
+    first: Tensor | Codebook
+    second: Tensor | Codebook
+
+
+@dataclass(frozen=True)
+class Skeleton(Replacement):
+    """y = columns (link (rows x)): rows [r, n] and columns [m, r] of the weight, link [r, r]."""
+
+    rows: Tensor
+    link: Tensor
+    columns: Tensor
+
+
+@dataclass(frozen=True)
+class Cores(Replacement):
+    """A matrix product operator of K sites: cores[k] is [bond k-1, o_k, i_k, bond k], the outer bonds are 1.
+
+    w[(o_1 .. o_K), (i_1 .. i_K)] = cores[0][0, o_1, i_1, :] cores[1][:, o_2, i_2, :] .. cores[K-1][:, o_K, i_K, 0].
+    """
+
+    cores: tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
@@ -194,6 +390,33 @@ class Quantized(Replacement):
     bits: int
     group_size: int
     symmetric: bool
+
+
+@dataclass(frozen=True)
+class Flattened(Replacement):
+    """Weights and inputs on one symmetric grid each for the whole tensor, their large channels split into pieces.
+
+    Expanded column c comes from input source[c] (int64 [n']), of which it sees piece piece[c] = 0, 1, ..:
+    clip(|x| - piece T, 0, T) with the sign of x, the last piece of an input without its upper bound; piece -1 sees x
+    whole. w[i, j] = scale * sum of codes[i, c] over the columns of a piece. codes: [m, n'] int32 in -(2^(bits-1) - 1)
+    .. 2^(bits-1) - 1; scale: [1]; threshold T. Inputs are rounded to T / (2^(bits-1) - 1) and saturate at T.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    source: Tensor
+    piece: Tensor
+    threshold: float
+    bits: int
+
+
+@dataclass(frozen=True)
+class RoundedInputs(Replacement):
+    """The linear stays; its inputs are rounded token by token to `bits` (`layers.round_tokens`)."""
+
+    bits: int
+    symmetric: bool
+    clip: float
 
 
 @dataclass(frozen=True)
@@ -223,6 +446,16 @@ class Removal:
     record: dict[str, Any] = field(default_factory=dict)
 
 
+# The function that tells each contract.
+CONTRACTS = {
+    "layer": "compress",
+    "structure": "choose",
+    "rotation": "rotation",
+    "cache": "cache",
+    "training": "prepare",
+}
+
+
 @dataclass(frozen=True)
 class Method:
     """A registered method: its module and what the registry reads off it."""
@@ -233,15 +466,20 @@ class Method:
 
     @property
     def contract(self) -> str:
-        """layer, structure or training: which functions the module defines."""
-        for contract, function in (("layer", "compress"), ("structure", "choose"), ("training", "prepare")):
+        """layer, structure, rotation, cache or training: which functions the module defines."""
+        for contract, function in CONTRACTS.items():
             if hasattr(self.module, function):
                 return contract
-        raise TypeError(f"Method {self.name!r} ({self.file}) defines none of compress, choose and prepare.")
+        raise TypeError(f"Method {self.name!r} ({self.file}) defines none of {', '.join(CONTRACTS.values())}.")
 
     @property
     def file(self) -> Path:
         return Path(self.module.__file__)
+
+    @property
+    def files(self) -> list[Path]:
+        """The method's file and those of the solvers that it rests on: with one of them changed, nodes are outdated."""
+        return [self.file, *solver_files(self.file)]
 
     @property
     def source(self) -> Source:
@@ -252,10 +490,6 @@ class Method:
         return self.module.Options
 
     @property
-    def needs(self) -> frozenset[str]:
-        return self.module.NEEDS
-
-    @property
     def makes(self) -> frozenset[str]:
         return self.module.MAKES
 
@@ -263,14 +497,26 @@ class Method:
     def refuses(self) -> Mapping[str, str]:
         return self.module.REFUSES
 
-    def marks(self, parent: frozenset[str]) -> frozenset[str]:
+    def needs(self, options: MethodOptions | None = None) -> frozenset[str]:
+        """What the method reads besides the parent, under these options (None: at least)."""
+        if options is None:
+            return self.module.NEEDS
+        found = self.module.NEEDS | options.needs
+        if getattr(options, "propagate", False) and "moments" in found:
+            # What is allocated or planned for the whole model is read from the parent.
+            behind = found | {"behind"}
+            return behind if self.allocates(options) or hasattr(self.module, "plan") else behind - {"moments"}
+        return found
+
+    @staticmethod
+    def allocates(options: MethodOptions) -> bool:
+        """Whether a budget is spread unevenly over the linears."""
+        return getattr(options, "allocation", None) is not None and options.allocation.by != "uniform"
+
+    def marks(self, parent: frozenset[str], options: MethodOptions) -> frozenset[str]:
         """The marks of a node that this method makes: the parent's and MAKES, or what the module's `marks` says."""
         own = getattr(self.module, "marks", None)
-        return frozenset(own(parent)) if own else parent | self.makes
-
-    def propagates(self, options: MethodOptions) -> bool:
-        """Whether moments are gathered behind the blocks already compressed, instead of being read."""
-        return "moments" in self.needs and isinstance(options, LayerOptions) and options.propagate
+        return frozenset(own(parent, options)) if own else parent | self.makes
 
     def validated(self, options: Mapping[str, Any]) -> MethodOptions:
         """The options, checked. Raises UserError with every problem in one sentence."""
@@ -279,6 +525,21 @@ class Method:
         except ValidationError as error:
             found = [f"{'.'.join(map(str, each['loc'])) or 'options'}: {each['msg']}" for each in error.errors()]
             raise UserError(f"The options of method {self.name!r} are not valid: {'; '.join(found)}.") from None
+
+
+@cache
+def solver_files(file: Path) -> list[Path]:
+    """The files under `methods/solvers` that a file imports, and those that they import, sorted."""
+    found: set[Path] = set()
+    waiting = [file]
+    while waiting:
+        text = waiting.pop().read_text(encoding="utf-8")
+        for name in re.findall(r"^\s*from coppice\.methods\.solvers\.(\w+) import", text, re.MULTILINE):
+            solver = Path(__file__).parent / "solvers" / f"{name}.py"
+            if solver not in found:
+                found.add(solver)
+                waiting.append(solver)
+    return sorted(found)
 
 
 @cache

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from coppice.methods.base import Compensation, LayerOptions, Linear, LinearStatistics, Source
+from coppice.methods.base import BudgetOptions, Compensation, Linear, LinearStatistics, Source
 from coppice.methods.solvers.truncation import square_root, truncate
 
 SOURCE = Source(
@@ -23,7 +23,10 @@ MAKES = frozenset({"compensated"})
 REFUSES = {"compensated": "because the linear has a compensation already; choose a larger rank instead"}
 
 
-class Options(LayerOptions):
+class Options(BudgetOptions):
+    BUDGET = "rank"
+    RULES = frozenset({"uniform", "water-filling"})
+
     rank: int = Field(ge=1, description="Rank of the low-rank path, at most that of the linear.")
 
 

@@ -7,19 +7,26 @@ W = U Sigma V^T; first = Sigma_k^(1/2) V_k^T [k, n], second = U_k Sigma_k^(1/2) 
 from __future__ import annotations
 
 from coppice.methods.base import Factors, Linear, LinearStatistics, Source, Unchanged
-from coppice.methods.solvers.truncation import RankOptions, break_even, chosen_rank, factors, stays_dense, truncate
+from coppice.methods.solvers.truncation import (
+    FACTORS_REFUSE,
+    RankOptions,
+    break_even,
+    chosen_rank,
+    factors,
+    stays_dense,
+    truncate,
+)
 
 SOURCE = Source(
-    "The approximation of one matrix by another of lower rank", "doi 10.1007/BF02288367", "W_k = U_k Sigma_k V_k^T"
+    "The approximation of one matrix by another of lower rank",
+    "doi 10.1007/BF02288367",
+    "W_k = U_k Sigma_k V_k^T",
+    "A baseline: LLaMA-7B with 20 % of its parameters removed has a perplexity of 20061 on WikiText-2 (dense: 5.68), "
+    "as the authors of SVD-LLM report.",
 )
 NEEDS = frozenset()
 MAKES = frozenset({"factorized"})
-REFUSES = {
-    "quantized": "because packed integers have no factors; decompose before quantizing",
-    "factorized": "because a linear that is factors already would be factorized twice; choose a smaller keep instead",
-    "masked": "because factors fill the pruned places again; decompose before pruning",
-    "compensated": "because the compensation was fitted to the weights as they are; decompose before compensating",
-}
+REFUSES = FACTORS_REFUSE
 
 
 class Options(RankOptions):

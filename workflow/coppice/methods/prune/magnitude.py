@@ -15,8 +15,8 @@ from coppice.methods.solvers.mask import (
     SparsityOptions,
     comparison_group,
     keep_largest,
+    masked,
     nothing_to_prune,
-    pruning_record,
 )
 
 SOURCE = Source(
@@ -44,11 +44,15 @@ class Options(SparsityOptions):
 
 
 def compress(linear: Linear, statistics: LinearStatistics | None, options: Options) -> Masked | Unchanged:
-    """Prunes the smallest |W_ij| of each comparison group. Raises UserError when M of N:M does not divide the width."""
+    """Prunes the smallest |W_ij| of each comparison group.
+
+    Raises UserError when M of N:M does not divide the width, or when a refit finds the statistics unfit (see
+    `solvers.damping`).
+    """
     if options.sparsity == 0:
         return nothing_to_prune()
     weight = linear.weight
     width = weight.shape[1]
     size, count = comparison_group(options, weight.numel() if options.scope == "layer" else width, width)
     mask = keep_largest(weight.abs(), size, count, linear.mask)
-    return Masked(weight.masked_fill(~mask, 0), mask, record=pruning_record(options, mask))
+    return masked(weight, weight.masked_fill(~mask, 0), mask, statistics, options)

@@ -3,23 +3,36 @@
 Frantar and Alistarh, SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot (arXiv 2301.00774),
 algorithm 1. Score W_ij^2 / U_jj^2 of the current weights, U^T U = H^-1 (see `solvers.sweep`), compared within each
 block of inputs of all outputs, or within each group of an N:M pattern.
+
+With bits, the same sweep rounds what stays (section 3.5, "joint sparsification and quantization"): grids are fitted to
+the weights before any is pruned, and a pruned weight takes the code of zero.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from coppice.methods.base import Linear, LinearStatistics, Masked, Source, Unchanged
+from coppice.methods.base import Linear, LinearStatistics, Masked, Quantized, Source, Unchanged
+from coppice.methods.solvers.grid import (
+    OptionalGridOptions,
+    fit_groups,
+    grid_record,
+    group_of_inputs,
+    group_width,
+    make_grid,
+)
 from coppice.methods.solvers.mask import (
     SparsityOptions,
     comparison_group,
     keep_largest,
+    masked,
     nothing_to_prune,
     pruning_record,
 )
-from coppice.methods.solvers.sweep import Selection, inverse_factor, sweep
+from coppice.methods.solvers.sweep import Quantizer, Selection, inverse_factor, sweep
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,31 +41,62 @@ SOURCE = Source(
     "SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot", "arXiv 2301.00774", "algorithm 1"
 )
 NEEDS = frozenset({"moments"})
-MAKES = frozenset({"masked"})
+MAKES = frozenset({"masked", "quantized"})
 REFUSES = {
     "quantized": "because packed integers cannot be masked; prune before quantizing",
     "compensated": "because the compensation was fitted to the weights as they are; prune before compensating",
 }
 
 
-class Options(SparsityOptions):
+class Options(SparsityOptions, OptionalGridOptions):
     block: int = Field(default=128, ge=1, description="Inputs whose weights a sparsity compares with each other.")
     damping: float = Field(default=0.01, ge=0, le=1, description="Share of mean(diag H) added to H's diagonal.")
 
+    @model_validator(mode="after")
+    def _refit_without_bits(self) -> Options:
+        if self.refit and self.bits is not None:
+            raise ValueError("'refit' moves the kept weights off the grid of 'bits': give one of them")
+        return self
 
-def compress(linear: Linear, statistics: LinearStatistics, options: Options) -> Masked | Unchanged:
+
+def marks(parent: frozenset[str], options: Options) -> frozenset[str]:
+    """Masked, and quantized where there are bits."""
+    return parent | ({"masked"} if options.bits is None else {"masked", "quantized"})
+
+
+def compress(linear: Linear, statistics: LinearStatistics, options: Options) -> Masked | Quantized | Unchanged:
     """Sweeps the weight, choosing the mask of each block when the sweep reaches it.
 
-    Raises UserError when M of N:M does not divide the width, or when the statistics are unfit (see `solvers.sweep`).
+    Raises UserError when M of N:M does not divide the width, when the group size does not and `indivisible` is "error",
+    or when the statistics are unfit (see `solvers.damping`).
     """
-    if options.sparsity == 0:
+    if options.sparsity == 0 and options.bits is None:
         return nothing_to_prune()
-    width = linear.weight.shape[1]
+    weight = linear.weight
+    inputs = weight.shape[1]
 
     def choose(scores: Tensor, kept: Tensor) -> Tensor:
-        return keep_largest(scores, *comparison_group(options, scores.numel(), width), kept)
+        return keep_largest(scores, *comparison_group(options, scores.numel(), inputs), kept)
 
     selection = Selection(options.block if options.pattern is None else options.kept_of[1], choose)
     factor = inverse_factor(statistics.second_moment, options.damping)
-    swept = sweep(linear.weight, factor, options.block, kept=linear.mask, selection=selection)
-    return Masked(swept.weight, swept.mask, record=pruning_record(options, swept.mask) | factor.record)
+    if options.bits is None:
+        swept = sweep(weight, factor, options.block, kept=linear.mask, selection=selection)
+        replacement = masked(weight, swept.weight, swept.mask, statistics, options)
+        return replace(replacement, record=replacement.record | factor.record)
+    width = group_width(options, inputs)
+    grid = make_grid(linear, options)
+    groups = group_of_inputs(inputs, width, weight.device)
+    parameters = fit_groups(grid, weight.masked_fill(factor.dead, 0), width)
+    quantizer = Quantizer(grid, width, groups, parameters)
+    swept = sweep(weight, factor, options.block, kept=linear.mask, selection=selection, quantizer=quantizer)
+    return Quantized(
+        swept.codes,
+        swept.scale,
+        swept.zero_point,
+        groups,
+        options.bits,
+        width,
+        options.symmetric,
+        record=pruning_record(options, swept.mask) | grid_record(options, width) | factor.record,
+    )

@@ -2,18 +2,20 @@
 
 Sun et al., A Simple and Effective Pruning Approach for Large Language Models (arXiv 2306.11695), equation 1.
 Score |W_ij| |X_j|_2, with |X_j|_2 = sqrt(H_jj) up to a constant, compared within each output's row or within each group
-of an N:M pattern. The weights that stay are not changed.
+of an N:M pattern. The weights that stay are not changed, unless a refit is asked for.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 from coppice.methods.base import Linear, LinearStatistics, Masked, Source, Unchanged
 from coppice.methods.solvers.mask import (
     SparsityOptions,
     comparison_group,
     keep_largest,
+    masked,
     nothing_to_prune,
-    pruning_record,
 )
 from coppice.methods.solvers.moments import input_power
 
@@ -46,5 +48,5 @@ def compress(linear: Linear, statistics: LinearStatistics, options: Options) -> 
     power = input_power(statistics.second_moment)
     scores = weight.abs() * power.sqrt().to(weight.dtype)
     mask = keep_largest(scores, *comparison_group(options, width, width), linear.mask)
-    record = pruning_record(options, mask) | {"dead_inputs": int((power == 0).sum())}
-    return Masked(weight.masked_fill(~mask, 0), mask, record=record)
+    replacement = masked(weight, weight.masked_fill(~mask, 0), mask, statistics, options)
+    return replace(replacement, record=replacement.record | {"dead_inputs": int((power == 0).sum())})

@@ -1,19 +1,13 @@
 """Round to nearest: every weight goes to the closest point of its group's grid.
 
-The baseline of Frantar et al., GPTQ (arXiv 2210.17323), section 4; the grid is `solvers.grid`'s.
+The baseline of Frantar et al., GPTQ (arXiv 2210.17323), section 4; the rounding is `solvers.rounding`'s.
 """
 
 from __future__ import annotations
 
 from coppice.methods.base import Linear, LinearStatistics, Quantized, Source
-from coppice.methods.solvers.grid import (
-    GridOptions,
-    fit_groups,
-    grid_record,
-    group_of_inputs,
-    group_width,
-    make_grid,
-)
+from coppice.methods.solvers.grid import GridOptions
+from coppice.methods.solvers.rounding import round_to_nearest
 
 SOURCE = Source(
     "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers",
@@ -37,18 +31,4 @@ def compress(linear: Linear, statistics: LinearStatistics | None, options: Optio
 
     Raises UserError when the group size does not divide the width and `indivisible` is "error".
     """
-    weight = linear.weight
-    width = group_width(options, weight.shape[1])
-    grid = make_grid(linear, options)
-    scale, zero_point = fit_groups(grid, weight, width)
-    codes = grid.encode(weight.unflatten(1, (-1, width)), scale[:, :, None], zero_point[:, :, None]).flatten(1)
-    return Quantized(
-        codes,
-        scale,
-        zero_point,
-        group_of_inputs(weight.shape[1], width, weight.device),
-        options.bits,
-        width,
-        options.symmetric,
-        record=grid_record(options, width),
-    )
+    return round_to_nearest(linear, options)

@@ -24,7 +24,10 @@ SOURCE = Source(
 )
 NEEDS: frozenset[str] = frozenset()
 MAKES: frozenset[str] = frozenset()
-REFUSES = {"quantized": "because packed integers cannot be trained; use lora"}
+REFUSES = {
+    "quantized": "because packed integers cannot be trained; use lora",
+    "quantized-cache": "because its keys and values are rounded while it runs; train before the step that rounds them",
+}
 
 
 class Options(RecoverOptions):

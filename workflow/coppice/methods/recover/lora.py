@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from coppice.lazy import torch
-from coppice.methods.base import RecoverOptions, Source
+from coppice.methods.base import MethodOptions, RecoverOptions, Source
 
 if TYPE_CHECKING:
     from peft.tuners.lora import Linear as AdaptedLinear
@@ -28,7 +28,12 @@ SOURCE = Source(
 )
 NEEDS: frozenset[str] = frozenset()
 MAKES: frozenset[str] = frozenset()
-REFUSES = {"compensated": "because its linears already have an update beside them; train that one with full"}
+REFUSES = {
+    "compensated": "because its linears already have an update beside them; train that one with full",
+    "quantized-inputs": "because an update merged into the weights would see rounded inputs, and was not trained so; "
+    "use full, or train before the step that rounds them",
+    "quantized-cache": "because its keys and values are rounded while it runs; train before the step that rounds them",
+}
 ADAPTER = "default"
 
 
@@ -40,7 +45,7 @@ class Options(RecoverOptions):
     dropout: float = Field(default=0.0, ge=0, lt=1, description="Share of the update's inputs dropped in training.")
 
 
-def marks(parent: frozenset[str]) -> frozenset[str]:
+def marks(parent: frozenset[str], options: MethodOptions) -> frozenset[str]:
     """Those of the parent; "compensated" as well where updates are kept beside masked or quantized linears."""
     return parent | {"compensated"} if parent & {"masked", "quantized"} else parent
 
@@ -78,12 +83,12 @@ def finish(model: PreTrainedModel) -> PreTrainedModel:
 
 def _settled(adapted: AdaptedLinear) -> nn.Module:
     """What stands in an adapted linear's place after training."""
-    from coppice.layers import Compensated, Quantized
+    from coppice.layers import PACKED, Compensated
 
     base = adapted.get_base_layer()
     first = adapted.lora_A[ADAPTER].weight
     second = adapted.scaling[ADAPTER] * adapted.lora_B[ADAPTER].weight
-    if not isinstance(base, Quantized) and not getattr(base, "masked", False):
+    if not isinstance(base, PACKED) and not getattr(base, "masked", False):
         base.weight += second @ first
         return base
     compensated = Compensated(base, len(first), device=first.device, dtype=first.dtype)

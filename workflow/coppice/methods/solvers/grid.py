@@ -14,22 +14,21 @@ the grid. Source: Frantar et al., GPTQ (arXiv 2210.17323), section 4, "min-max" 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from coppice.errors import UserError
 from coppice.lazy import torch
-from coppice.methods.base import LayerOptions, Linear, Quantized
+from coppice.methods.base import BudgetOptions, LayerOptions, Linear, Quantized
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-class GridOptions(LayerOptions):
-    """The grid on which weights are rounded."""
+class GroupOptions(LayerOptions):
+    """The groups of weights that share a scale, and the kind of grid."""
 
-    bits: int = Field(ge=2, le=8, description="Bits of a code.")
     group_size: int = Field(
         default=128, description="Consecutive inputs that share a scale and a zero point; -1: the whole row."
     )
@@ -45,6 +44,32 @@ class GridOptions(LayerOptions):
         if group_size < 1 and group_size != -1:
             raise ValueError(f"a group size is a positive number of inputs, or -1 for the whole row, not {group_size}")
         return group_size
+
+
+class GridOptions(GroupOptions, BudgetOptions):
+    """The grid on which weights are rounded."""
+
+    BUDGET: ClassVar[str] = "bits"
+    RULES: ClassVar[frozenset[str]] = frozenset({"uniform", "sensitivity", "knapsack"})
+
+    bits: int = Field(ge=2, le=8, description="Bits of a code.")
+
+
+class OptionalGridOptions(GroupOptions):
+    """The grid on which a method that prunes rounds the weights too, where it has bits."""
+
+    bits: int | None = Field(
+        default=None, ge=2, le=8, description="Bits of a code; when left out, weights are not rounded."
+    )
+
+    @model_validator(mode="after")
+    def _grid_with_bits(self) -> OptionalGridOptions:
+        # Defaults are let through: an effective study writes them out.
+        fields = GroupOptions.__annotations__
+        given = [name for name in fields if getattr(self, name) != GroupOptions.model_fields[name].default]
+        if self.bits is None and given:
+            raise ValueError(f"'{given[0]}' goes with 'bits', which says that weights are rounded")
+        return self
 
 
 @dataclass(frozen=True)
@@ -63,12 +88,14 @@ class Grid:
     def high(self) -> int:
         return self.low + 2**self.bits - 1
 
-    def fit(self, values: Tensor) -> tuple[Tensor, Tensor]:
+    def fit(self, values: Tensor, shrink: float = 1.0) -> tuple[Tensor, Tensor]:
         """Scale (in the values' type, rounded to `storage`) and zero point (int32) over the last axis of [..., g].
 
-        A group of zeros gets scale 1.
+        The range is cut at -c and c, c = shrink max|x|. A group of zeros gets scale 1.
         """
         lowest, highest = values.amin(dim=-1).clamp(max=0), values.amax(dim=-1).clamp(min=0)
+        limit = shrink * torch.maximum(-lowest, highest)
+        lowest, highest = torch.maximum(lowest, -limit), torch.minimum(highest, limit)
         span = 2 * torch.maximum(-lowest, highest) if self.symmetric else highest - lowest
         scale = torch.where(span == 0, torch.ones_like(span), span / (2**self.bits - 1))
         # A range below the smallest stored number would round to a scale of zero.
@@ -93,11 +120,11 @@ def dequantize(quantized: Quantized) -> Tensor:
     return decode(quantized.codes, quantized.scale[:, index], quantized.zero_point[:, index])
 
 
-def make_grid(linear: Linear, options: GridOptions) -> Grid:
+def make_grid(linear: Linear, options: GridOptions | OptionalGridOptions) -> Grid:
     return Grid(options.bits, options.symmetric, linear.storage or linear.weight.dtype)
 
 
-def group_width(options: GridOptions, width: int) -> int:
+def group_width(options: GroupOptions, width: int) -> int:
     """Inputs in a group of a linear with `width` inputs.
 
     Raises UserError when the asked size does not divide the width, unless `indivisible` says to take the row.
@@ -125,7 +152,7 @@ def group_of_inputs(inputs: int, width: int, device: torch.device) -> Tensor:
     return torch.arange(inputs, device=device, dtype=torch.int32) // width
 
 
-def grid_record(options: GridOptions, width: int) -> dict[str, Any]:
+def grid_record(options: GridOptions | OptionalGridOptions, width: int) -> dict[str, Any]:
     return {
         "bits": options.bits,
         "symmetric": options.symmetric,

@@ -6,6 +6,7 @@ import math
 from typing import TYPE_CHECKING
 
 from coppice.errors import UserError
+from coppice.lazy import torch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,6 +29,22 @@ def relative_error(difference: Tensor, weight: Tensor, second_moment: Tensor | N
             "values that are not numbers, or overflow."
         )
     return ratio
+
+
+def output_power(weight: Tensor, second_moment: Tensor) -> float:
+    """tr(W H W^T): the mean squared norm of the outputs, at least 0.
+
+    Raises UserError when it is more negative than rounding explains (10 n eps tr(H) |W|^2, with eps that of float32, in
+    which second moments are summed).
+    """
+    power = ((weight @ second_moment.to(weight.dtype)).double() * weight).sum().item()
+    rounding = 10 * len(second_moment) * torch.finfo(torch.float32).eps
+    if power < -rounding * second_moment.diagonal().sum().item() * weight.double().square().sum().item():
+        raise UserError(
+            "The second moment of this layer's inputs is not positive semidefinite (an error of its outputs has a "
+            "negative mean square): the statistics are damaged, so calibrate again."
+        )
+    return max(power, 0.0)
 
 
 def _power(weight: Tensor, second_moment: Tensor | None) -> float:

@@ -12,15 +12,25 @@ from pydantic import Field, field_validator, model_validator
 
 from coppice.errors import UserError
 from coppice.lazy import torch
-from coppice.methods.base import LayerOptions, Unchanged
+from coppice.methods.base import BudgetOptions, LinearStatistics, Masked, Unchanged
 from coppice.methods.solvers.budget import share_of
+from coppice.methods.solvers.refit import refit
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+REFIT_DAMPING = 1e-3
+REFIT_DAMPING_DESCRIPTION = (
+    "Share of mean(diag H) that holds a refit to the weights before it; 0 is plain least squares, which needs more "
+    "tokens than inputs."
+)
 
-class SparsityOptions(LayerOptions):
-    """How many weights to prune: exactly one of sparsity and pattern."""
+
+class PruningOptions(BudgetOptions):
+    """How many weights to prune: at most one of sparsity and pattern."""
+
+    BUDGET = "sparsity"
+    RULES = frozenset({"uniform", "sensitivity", "owl", "mosaic", "knapsack"})
 
     sparsity: float | None = Field(
         default=None, ge=0, lt=1, description="Share of weights to prune in each comparison group; 0 changes nothing."
@@ -41,9 +51,14 @@ class SparsityOptions(LayerOptions):
         return pattern
 
     @model_validator(mode="after")
-    def _one_budget(self) -> SparsityOptions:
-        if (self.sparsity is None) == (self.pattern is None):
+    def _one_budget(self) -> PruningOptions:
+        if self.sparsity is not None and self.pattern is not None:
             raise ValueError("give exactly one of 'sparsity' and 'pattern'")
+        if self.sparsity is None and self.allocation.by != "uniform":
+            raise ValueError(
+                f"'allocation' spreads a 'sparsity' over the linears, and none is given: leave {self.allocation.by!r} "
+                "out, or give 'sparsity'"
+            )
         return self
 
     @property
@@ -53,14 +68,34 @@ class SparsityOptions(LayerOptions):
 
     @property
     def pruned_share(self) -> float:
-        """The share of weights asked to be pruned."""
+        """The share of weights asked to be pruned; where one of sparsity and pattern is given."""
         if self.pattern is None:
             return self.sparsity
         kept, of = self.kept_of
         return 1 - kept / of
 
 
-def comparison_group(options: SparsityOptions, size: int, width: int) -> tuple[int, int]:
+class SparsityOptions(PruningOptions):
+    """How many weights to prune: exactly one of sparsity and pattern; and whether those that stay are refitted."""
+
+    refit: bool = Field(
+        default=False,
+        description="Exact least-squares refit of the kept weights to the calibration inputs on the chosen mask.",
+    )
+    refit_damping: float = Field(default=REFIT_DAMPING, ge=0, le=1, description=REFIT_DAMPING_DESCRIPTION)
+
+    @model_validator(mode="after")
+    def _a_budget(self) -> SparsityOptions:
+        if self.sparsity is None and self.pattern is None:
+            raise ValueError("give exactly one of 'sparsity' and 'pattern'")
+        return self
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return super().needs | ({"moments"} if self.refit else set())
+
+
+def comparison_group(options: PruningOptions, size: int, width: int) -> tuple[int, int]:
     """(weights compared with each other, how many of them to prune) in a linear of `width` inputs.
 
     A pattern N:M compares M consecutive inputs and prunes M - N, whatever `size`; a sparsity s compares `size` weights
@@ -99,7 +134,21 @@ def nothing_to_prune() -> Unchanged:
     return Unchanged(record={"unchanged": "A sparsity of 0 prunes nothing.", "sparsity_asked": 0.0})
 
 
-def pruning_record(options: SparsityOptions, mask: Tensor) -> dict[str, Any]:
+def pruning_record(options: PruningOptions, mask: Tensor) -> dict[str, Any]:
     """What was asked and the share of weights that the mask prunes."""
     pruned = mask.numel() - int(mask.sum())
     return {"sparsity_asked": options.pruned_share, "sparsity": pruned / mask.numel()}
+
+
+def masked(
+    weight: Tensor, pruned: Tensor, mask: Tensor, statistics: LinearStatistics | None, options: SparsityOptions
+) -> Masked:
+    """`pruned` [m, n], zero outside the mask ([m, n] bool), or its refit to W x where the options ask for one.
+
+    weight: [m, n] W before. statistics: read by a refit alone, whose damping is on record.
+    """
+    record = pruning_record(options, mask)
+    if not options.refit:
+        return Masked(pruned, mask, record=record)
+    refitted = refit(weight, pruned, mask, statistics.second_moment, options.refit_damping)
+    return Masked(refitted.weight, mask, record=record | refitted.record)

@@ -6,7 +6,10 @@ rounding. Every solver works on it in float64.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import weakref
+from collections.abc import Callable
+from functools import wraps
+from typing import TYPE_CHECKING, TypeVar
 
 from coppice.errors import UserError
 from coppice.lazy import torch
@@ -14,14 +17,43 @@ from coppice.lazy import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
+Result = TypeVar("Result")
+
+
+def once_for_shared(function: Callable[..., Result]) -> Callable[..., Result]:
+    """function(moment, *rest), computed once while it is called with the same tensor and equal rest.
+
+    Linears that share an input (q, k and v; gate and up) share its second moment. The last result is kept as long as
+    its moment is: it must not be changed in place, nor the moment, and it is given up with the moment's memory.
+    """
+    of, key, result = None, (), None
+
+    def forget(gone: weakref.ref) -> None:
+        nonlocal of, result
+        if gone is of:
+            of = result = None
+
+    @wraps(function)
+    def remembered(moment: Tensor, *rest: object) -> Result:
+        nonlocal of, key, result
+        if of is None or of() is not moment or key != rest:
+            # Two results never take memory at once.
+            of = result = None
+            result = function(moment, *rest)
+            of, key = weakref.ref(moment, forget), rest
+        return result
+
+    return remembered
+
 
 def second_moment(moment: Tensor) -> Tensor:
     """(H + H^T) / 2 in float64, [n, n]. Raises UserError as `input_power` does, or when H has infinite entries."""
     input_power(moment)
-    if not torch.isfinite(moment).all():
+    # NaN is both the least and the greatest.
+    if not torch.isfinite(torch.stack(torch.aminmax(moment))).all():
         raise UserError(_NOT_FINITE)
-    moment = moment.double()
-    return (moment + moment.T) / 2
+    # A transpose laid out anew is added several times faster than one read across.
+    return (moment.T.contiguous().double() + moment).mul_(0.5)
 
 
 def input_power(moment: Tensor) -> Tensor:
@@ -29,19 +61,27 @@ def input_power(moment: Tensor) -> Tensor:
 
     Raises UserError when it is not finite, negative somewhere, or zero everywhere.
     """
-    power = moment.diagonal().double()
-    if not torch.isfinite(power).all():
+    return input_size(moment.diagonal(), "mean square")
+
+
+def input_size(sizes: Tensor, what: str) -> Tensor:
+    """Sizes of the inputs (such as E|x|, called `what` in sentences) in float64, [n].
+
+    Raises UserError when they are not finite, negative somewhere, or zero everywhere.
+    """
+    sizes = sizes.double()
+    if not torch.isfinite(sizes).all():
         raise UserError(_NOT_FINITE)
-    if (power < 0).any():
+    if (sizes < 0).any():
         raise UserError(
-            "The statistics of this layer's inputs hold a negative mean square, so they are damaged: calibrate again."
+            f"The statistics of this layer's inputs hold a negative {what}, so they are damaged: calibrate again."
         )
-    if not power.any():
+    if not sizes.any():
         raise UserError(
             "The statistics of this layer's inputs are zero everywhere, so nothing says which weights matter: "
             "calibrate on text that reaches this layer."
         )
-    return power
+    return sizes
 
 
 _NOT_FINITE = (

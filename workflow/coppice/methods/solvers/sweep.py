@@ -4,10 +4,15 @@ still to come make up for the error.
 Sources: Frantar and Alistarh, SparseGPT (arXiv 2301.00774), algorithm 1; Frantar et al., GPTQ (arXiv 2210.17323),
 algorithm 1 and equations 2 to 4.
 
-With H = E[x x^T] + damping mean(diag H) I and U upper triangular, U^T U = H^-1, input j = 0 .. n-1 in turn:
-q_j = the current w_j with its pruned entries at zero, rounded to the grid; e_j = (w_j - q_j) / U_jj;
-w_k <- w_k - e_j U_jk for k > j. As U[j:, j:]^T U[j:, j:] = (H[j:, j:])^-1, each step is the optimal correction given
-the inputs already settled, and sum_j |e_j|^2 = tr((W - Q) H (W - Q)^T).
+With H = E[x x^T] + damping mean(diag H) I, d_j the change of the weights of input j and R upper triangular, R R^T = H,
+input j = 0 .. n-1 in turn: w_j = its weights + sum_{k<j} d_k R_kj / R_jj, the best correction given the inputs already
+settled; q_j = w_j with its pruned entries at zero, rounded to the grid; d_j = its weights - q_j. With e_j = (w_j - q_j)
+R_jj, sum_j |e_j|^2 = tr((W - Q) H (W - Q)^T).
+
+The papers write the same step as w_k <- w_k - e_j U_jk, U^T U = H^-1; R is the inverse of U, and is had without
+inverting (Chee et al., QuIP, arXiv 2307.13304, prove the two equal). In between they differ: w_k for k > j is here not
+yet the weight that input k would take were all inputs from j on free. What is decided for several inputs at once is
+decided from those weights, w + c with sum_{j<=i<=k} c_i R_ik = sum_{i<j} d_i R_ik.
 """
 
 from __future__ import annotations
@@ -16,20 +21,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from coppice.errors import UserError
 from coppice.lazy import torch
+from coppice.methods.solvers.damping import damp
 from coppice.methods.solvers.grid import Grid, decode
-from coppice.methods.solvers.moments import second_moment
+from coppice.methods.solvers.moments import once_for_shared
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-_LARGEST_DAMPING = 1.0
-
 
 @dataclass(frozen=True)
 class InverseFactor:
-    """upper: [n, n] float64, U with U^T U = (damped H)^-1. dead: [n] bool, inputs that were zero on every token.
+    """upper: [n, n] float64, R with R R^T = damped H: the inverse of the papers' U. Its trailing blocks are those of
+    trailing blocks of H. dead: [n] bool, inputs that were zero on every token.
 
     damping: the share of mean(diag H) that was added; asked: the share that was asked for.
     """
@@ -48,7 +52,7 @@ class InverseFactor:
 class Selection:
     """Chooses what is kept of `width` consecutive inputs when the sweep reaches the first of them.
 
-    choose(scores [m, width], kept [m, width]) -> mask [m, width], with scores w_ij^2 / U_jj^2 of the current weights.
+    choose(scores [m, width], kept [m, width]) -> mask [m, width], with scores (w_ij R_jj)^2 of the current weights.
     """
 
     width: int
@@ -83,40 +87,16 @@ class Swept:
     loss: float
 
 
+@once_for_shared
 def inverse_factor(moment: Tensor, damping: float) -> InverseFactor:
-    """U of the damped second moment [n, n].
+    """R of the damped second moment [n, n]; computed once for linears that share an input (see `moments`).
 
-    Where H + damping mean(diag H) I is not positive definite the damping grows tenfold, to at most 1.
+    Where H + damping mean(diag H) I is not positive definite the damping grows tenfold, to at most 1 (see `damping`).
     Raises UserError when that does not help, or when the statistics are unfit (see `moments`).
     """
-    moment = second_moment(moment)
-    power = moment.diagonal().clone()
-    dead = power == 0
-    mean = power[~dead].mean()
-    # A dead input takes part in no correction: any positive power serves.
-    moment.diagonal()[dead] = mean
-    used = damping
-    while (lower := _cholesky(moment, used * mean)) is None:
-        if used >= _LARGEST_DAMPING:
-            raise UserError(
-                "The second moment of this layer's inputs is not positive semidefinite, even when damped by its mean "
-                "diagonal: the statistics are damaged, so calibrate again."
-            )
-        used = min(10 * max(used, 1e-3), _LARGEST_DAMPING)
-    # With J the reversal, J H J = L L^T makes (J L J)^-1 the upper triangular U: no inverse of H is formed.
-    identity = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
-    upper = torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1)
-    return InverseFactor(upper, dead, used, damping)
-
-
-def _cholesky(moment: Tensor, damping: Tensor) -> Tensor | None:
-    """Lower L with L L^T = J (H + damping I) J, J the reversal; None when that is singular in float64 or indefinite."""
-    damped = moment.flip(0, 1)
-    damped.diagonal().add_(damping)
-    lower, failed = torch.linalg.cholesky_ex(damped)
-    pivots = lower.diagonal().square()
-    floor = len(damped) * torch.finfo(damped.dtype).eps * damped.diagonal().max()
-    return None if failed or pivots.min() <= floor else lower
+    damped = damp(moment, damping)
+    # With J the reversal, J H J = L L^T makes J L J the upper triangular R.
+    return InverseFactor(damped.lower.flip(0, 1), damped.dead, damped.damping, damped.asked)
 
 
 def sweep(
@@ -134,11 +114,10 @@ def sweep(
     of `block` only when the block is done: the result does not depend on it. Weights of dead inputs become zero.
     """
     rows, width = weight.shape
-    upper = factor.upper.to(weight.dtype)
-    pivots = upper.diagonal()
+    pivots = factor.upper.diagonal().to(weight.dtype)
     # Transposed, so that the weights of one input lie together.
     current = weight.masked_fill(factor.dead, 0).T.contiguous()
-    mask = torch.ones_like(current, dtype=torch.bool) if kept is None else kept.T.contiguous()
+    pruned = torch.zeros_like(current, dtype=torch.bool) if kept is None else ~kept.T.contiguous()
     windows = []
     if selection is not None:
         windows.append(selection.width)
@@ -153,36 +132,54 @@ def sweep(
             scales, zero_points = (parameter.T.contiguous() for parameter in quantizer.parameters)
     loss = torch.zeros((), dtype=torch.float64, device=weight.device)
 
+    def before(inputs: slice) -> Tensor:
+        return weight[:, inputs].masked_fill(factor.dead[inputs], 0).T.contiguous()
+
+    def free(window: slice) -> Tensor:
+        """The weights of a window that begins at the current input, were it and all inputs behind it free."""
+        if window.start == 0:
+            return current[window]
+        triangle = (factor.upper[window, window] / factor.upper.diagonal()[window]).to(weight.dtype)
+        original = before(window)
+        due = current[window] - original
+        return original + torch.linalg.solve_triangular(triangle.T, due, upper=False, unitriangular=True)
+
     start = 0
     while start < width:
         stop = _block_end(start, block, width, windows)
-        errors = current.new_empty(stop - start, rows)
+        # R_kj / R_jj of the block's inputs k and all from the block on, j.
+        corrections = (factor.upper[start:stop, start:] / factor.upper.diagonal()[start:]).to(weight.dtype)
+        original = before(slice(start, stop))
+        settled, changes = torch.empty_like(original), torch.empty_like(original)
         for j in range(start, stop):
+            here = j - start
             if selection is not None and j % selection.width == 0:
                 window = slice(j, j + selection.width)
-                scores = (current[window] / pivots[window, None]).square()
-                mask[window] = selection.choose(scores.T, mask[window].T).T
-            settled = current[j].masked_fill(~mask[j], 0)
+                scores = (free(window) * pivots[window, None]).square()
+                pruned[window] = ~selection.choose(scores.T, ~pruned[window].T).T
+            value = current[j].masked_fill(pruned[j], 0)
             if quantizer is not None:
                 group = groups[j]
                 if quantizer.parameters is None and j % quantizer.width == 0:
                     window = slice(j, j + quantizer.width)
                     scales[group], zero_points[group] = quantizer.grid.fit(
-                        current[window].masked_fill(~mask[window], 0).T
+                        free(window).masked_fill(pruned[window], 0).T
                     )
-                codes[j] = quantizer.grid.encode(settled, scales[group], zero_points[group])
-                settled = decode(codes[j], scales[group], zero_points[group])
-            error = (current[j] - settled) / pivots[j]
-            current[j + 1 : stop].addr_(upper[j, j + 1 : stop], error, alpha=-1)
-            current[j] = settled
-            errors[j - start] = error
-        current[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
+                scale, zero_point = scales[group], zero_points[group]
+                codes[j] = quantizer.grid.encode(value, scale, zero_point)
+                value = decode(codes[j], scale, zero_point)
+            settled[here] = value
+            change = torch.sub(original[here], value, out=changes[here])
+            current[j + 1 : stop].addr_(corrections[here, here + 1 : stop - start], change)
+        errors = (current[start:stop] - settled) * pivots[start:stop, None]
         loss += errors.double().square().sum()
+        current[start:stop] = settled
+        current[stop:].addmm_(corrections[:, stop - start :].T, changes)
         start = stop
 
     quantized = (None, None, None) if quantizer is None else (codes, scales, zero_points)
     codes, scale, zero_point = (None if part is None else part.T.contiguous() for part in quantized)
-    return Swept(current.T.contiguous(), mask.T.contiguous(), codes, scale, zero_point, loss.item())
+    return Swept(current.T.contiguous(), ~pruned.T.contiguous(), codes, scale, zero_point, loss.item())
 
 
 def _block_end(start: int, block: int, width: int, windows: list[int]) -> int:

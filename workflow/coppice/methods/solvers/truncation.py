@@ -8,28 +8,42 @@ M_k = U_k Sigma_k V_k^T S^-1 minimises E|(M - M_k) x|^2 = tr((M - M_k) H (M - M_
 sum_{i > k} sigma_i^2. S = I gives the plain truncated SVD.
 
 As U_k^T M S = Sigma_k V_k^T, M_k = U_k U_k^T M. This form needs no inverse: it stays exact where H is singular or
-nearly so, and treats inputs that the calibration did not see by the same projection instead of dropping them.
+nearly so, and treats inputs that the calibration did not see by the same projection instead of dropping them. U_k are
+also the first eigenvectors of M H M^T, the second moment of the outputs.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field, model_validator
 
 from coppice.errors import UserError
 from coppice.lazy import torch
-from coppice.methods.base import Factors, LayerOptions, Unchanged
+from coppice.methods.base import BudgetOptions, Factors, Unchanged
 from coppice.methods.solvers.budget import share_of
-from coppice.methods.solvers.moments import second_moment
+from coppice.methods.solvers.moments import once_for_shared, second_moment
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+# What a method that makes factors cannot work on.
+FACTORS_REFUSE = {
+    "quantized": "because packed integers have no factors; decompose before quantizing",
+    "factorized": "because a linear that is factors already would be factorized twice; choose a smaller keep instead",
+    "masked": "because factors fill the pruned places again; decompose before pruning",
+    "compensated": "because the compensation was fitted to the weights as they are; decompose before compensating",
+}
 
-class RankOptions(LayerOptions):
+_LARGEST_DAMPING = 1.0
+
+
+class RankOptions(BudgetOptions):
     """The rank of the factors: exactly one of keep and rank."""
+
+    BUDGET: ClassVar[str] = "keep"
+    RULES: ClassVar[frozenset[str]] = frozenset({"uniform", "sensitivity", "svd-llm-v2", "water-filling", "knapsack"})
 
     keep: float | None = Field(
         default=None, gt=0, le=1, description="Share of the linear's parameters that its factors have, at most."
@@ -45,6 +59,11 @@ class RankOptions(LayerOptions):
     def _one_budget(self) -> RankOptions:
         if (self.keep is None) == (self.rank is None):
             raise ValueError("give exactly one of 'keep' and 'rank'")
+        if self.rank is not None and self.allocation.by != "uniform":
+            raise ValueError(
+                f"a rank is the same for every linear, and the allocation {self.allocation.by!r} spreads a budget: "
+                "give 'keep' instead of 'rank', or leave the allocation uniform"
+            )
         return self
 
 
@@ -57,11 +76,13 @@ class Truncation:
     error: float
 
 
+@once_for_shared
 def square_root(moment: Tensor) -> Tensor:
     """S = Q Lambda^(1/2) [n, n] of H = Q Lambda Q^T [n, n], in float64; eigenvalues that rounding left below 0 are 0.
 
-    Raises UserError when an eigenvalue is more negative than rounding explains (10 n eps lambda_max, with eps that of
-    float32, in which second moments are summed), or when the statistics are unfit (see `moments`).
+    Computed once for linears that share an input (see `moments`). Raises UserError when an eigenvalue is more negative
+    than rounding explains (10 n eps lambda_max, with eps that of float32, in which second moments are summed), or when
+    the statistics are unfit (see `moments`).
     """
     moment = second_moment(moment)
     values, vectors = torch.linalg.eigh(moment)
@@ -73,30 +94,88 @@ def square_root(moment: Tensor) -> Tensor:
     return vectors * values.clamp(min=0).sqrt()
 
 
-def truncate(matrix: Tensor, rank: int, scaling: Tensor | None) -> Truncation:
-    """The best approximation of M [m, n] of rank k = min(rank, m, n) under the scaling S [n, n] (None: I), in M's type.
+@once_for_shared
+def cholesky_root(moment: Tensor) -> tuple[Tensor, float]:
+    """L [n, n], lower triangular with L L^T = H + damping mean(diag H) I in float64, and the damping.
 
-    The norm of each of the k terms is shared equally between the factors, so that neither overflows a narrow type.
+    The damping is 0 where H [n, n] has such a factor; otherwise it grows tenfold from 1e-8, to at most 1. Computed once
+    for linears that share an input (see `moments`). Raises UserError when damping does not help, or when the statistics
+    are unfit (see `moments`).
+    """
+    moment = second_moment(moment)
+    mean = moment.diagonal().mean()
+    damping = 0.0
+    while True:
+        damped = moment.clone()
+        damped.diagonal().add_(damping * mean)
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not failed:
+            return lower, damping
+        if damping >= _LARGEST_DAMPING:
+            raise UserError(
+                "The second moment of this layer's inputs is not positive semidefinite, even when damped by its mean "
+                "diagonal: the statistics are damaged, so calibrate again."
+            )
+        damping = 10 * damping or 1e-8
+
+
+def truncate(matrix: Tensor, rank: int, scaling: Tensor | None) -> Truncation:
+    """The best approximation of M [m, n] of rank k = min(rank, m, n) under the scaling S, in M's type.
+
+    scaling: S [n, n], the diagonal [n] of a diagonal S, or None for I. The norm of each of the k terms is shared
+    equally between the factors, so that neither overflows a narrow type; the first terms are those of a smaller rank.
     Raises UserError when M holds values that are not finite.
     """
+    _require_finite(matrix)
+    if scaling is None:
+        scaled = matrix
+    elif scaling.dim() == 1:
+        scaled = matrix * scaling.to(matrix.dtype)
+    else:
+        scaled = matrix @ scaling.to(matrix.dtype)
+    left, values, _ = torch.linalg.svd(scaled, full_matrices=False)
+    return _projection(matrix, left[:, :rank], values.double().square())
+
+
+def truncate_outputs(matrix: Tensor, rank: int, moment: Tensor) -> Truncation:
+    """`truncate` under S S^T = H [n, n], by eigenvectors of the smaller of M H M^T [m, m] and H.
+
+    Raises UserError when M holds values that are not finite, or when the statistics are unfit (see `square_root`).
+    """
+    _require_finite(matrix)
+    rows, columns = matrix.shape
+    if rows > columns:
+        return truncate(matrix, rank, square_root(moment))
+    wide = matrix.double()
+    power, vectors = torch.linalg.eigh(wide @ second_moment(moment) @ wide.T)
+    left = vectors.flip(1)[:, :rank].to(matrix.dtype)
+    return _projection(matrix, left, power.flip(0).clamp(min=0))
+
+
+def _require_finite(matrix: Tensor) -> None:
     if not torch.isfinite(matrix).all():
         raise UserError("This layer's weights hold values that are not finite, so they cannot be factorized.")
-    scaled = matrix if scaling is None else matrix @ scaling.to(matrix.dtype)
-    left, values, _ = torch.linalg.svd(scaled, full_matrices=False)
-    left = left[:, :rank]
+
+
+def _projection(matrix: Tensor, left: Tensor, power: Tensor) -> Truncation:
+    """U U^T M for orthonormal U [m, k]; power: the squares of all singular values, from the largest down."""
     images = left.T @ matrix
     roots = images.norm(dim=1, keepdim=True).sqrt()
     first = images / roots.clamp(min=torch.finfo(roots.dtype).tiny)
-    power = values.double().square()
     total = power.sum().item()
-    error = power[rank:].sum().item() / total if total > 0 else 0.0
+    error = power[left.shape[1] :].sum().item() / total if total > 0 else 0.0
     return Truncation(first, left * roots.T, error)
 
 
 def chosen_rank(options: RankOptions, rows: int, columns: int) -> int:
     """The asked rank, or floor(keep m n / (m + n)), rounded down to a multiple of align, at least 1."""
-    rank = options.rank or max(share_of(options.keep, rows * columns / (rows + columns)), 1)
-    return rank // options.align * options.align or rank
+    return aligned(options.rank or share_of(options.keep, rows * columns / (rows + columns)), options.align)
+
+
+def aligned(rank: int, align: int) -> int:
+    """The rank, at least 1, rounded down to a multiple of align; below one multiple it stays as it is."""
+    rank = max(rank, 1)
+    return rank // align * align or rank
 
 
 def break_even(rows: int, columns: int) -> int:
@@ -104,20 +183,27 @@ def break_even(rows: int, columns: int) -> int:
     return rows * columns // (rows + columns)
 
 
-def stays_dense(rank: int, rows: int, columns: int) -> Unchanged:
-    """The linear whose rank reaches break-even."""
+def stays_dense(rank: int, rows: int, columns: int, record: dict[str, Any] | None = None) -> Unchanged:
+    """The linear whose rank reaches break-even; `record` is added to its record."""
     reason = f"Rank {rank} reaches {break_even(rows, columns)}, where factors of {rows} x {columns} save no parameters."
-    return Unchanged(record={"unchanged": reason, "rank_asked": rank, "keep": 1.0})
+    return Unchanged(record={"unchanged": reason, "rank_asked": rank, "keep": 1.0} | (record or {}))
 
 
-def factors(truncation: Truncation, rank_asked: int) -> Factors:
-    """The truncation as a replacement, with its rank, its share of the parameters and its error on record."""
+def factors(truncation: Truncation, rank_asked: int, record: dict[str, Any] | None = None) -> Factors:
+    """The truncation as a replacement, with its rank, its share of the parameters and its error on record.
+
+    `record` is added.
+    """
     first, second = truncation.first, truncation.second
-    rank, (rows, columns) = len(first), (len(second), first.shape[1])
-    record = {
+    return Factors(first, second, record=factors_record(truncation, rank_asked) | (record or {}))
+
+
+def factors_record(truncation: Truncation, rank_asked: int) -> dict[str, Any]:
+    rank, columns = truncation.first.shape
+    rows = len(truncation.second)
+    return {
         "rank_asked": rank_asked,
         "rank": rank,
         "keep": rank * (rows + columns) / (rows * columns),
         "truncation_error": truncation.error,
     }
-    return Factors(first, second, record=record)

@@ -1,0 +1,38 @@
+"""A cache on small grids: keys per channel, values per token.
+
+Liu et al., KIVI: A Tuning-Free Asymmetric 2bit Quantization for KV Cache (arXiv 2402.02750), section 3. A grid of 2^b
+levels from the minimum to the maximum of g consecutive tokens of a key's channel, or of g consecutive channels of a
+value's token; tokens that do not fill a window stay as they are, values too (in the paper the newest values always do).
+The mathematics are `kv_cache`'s, without its low-rank and its sparse part.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field
+
+from coppice.methods.base import Source
+from coppice.methods.solvers.cache import CacheOptions
+
+SOURCE = Source(
+    "KIVI: A Tuning-Free Asymmetric 2bit Quantization for KV Cache",
+    "arXiv 2402.02750",
+    "section 3: scale = (max X - min X) / (2^b - 1), keys per channel, values per token",
+    "With 2 bits, Llama, Falcon and Mistral keep almost the same quality at 2.6 times less peak memory, weights "
+    "included, which allows batches up to 4 times as large.",
+)
+NEEDS = frozenset()
+MAKES = frozenset({"quantized-cache"})
+REFUSES = {"quantized-cache": "because its keys and values are compressed already; choose one way to keep them"}
+
+
+class Options(CacheOptions):
+    window: int = Field(
+        default=64, ge=1, description="Tokens compressed at a time; fewer, the newest, stay in full precision."
+    )
+
+
+def cache(options: Options) -> dict[str, Any]:
+    """Settings for `kv_cache.install_cache`."""
+    return {"bits": options.bits, "group_size": options.group_size, "window": options.window}

@@ -1,0 +1,126 @@
+"""Healing: the small factors of a decomposed model are trained until its blocks do what those of the dense root do.
+
+Park and Moon, CURing: Large Models Compression via CUR Decomposition (arXiv 2501.04211): everything stays but the link
+U of W = C U R. For each token that predicts another,
+
+    loss = c (-log p(x_t+1 | x_<=t)) + (1 - c) 1/L sum_l |h_l,t - h*_l,t|^2 / d
+
+with h_l,t [d] the output of block l of the L, h*_l,t that of the dense root, and c = 0.1.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from coppice.errors import UserError
+from coppice.lazy import torch
+from coppice.methods.base import RecoverOptions, Source
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import Tensor, nn
+    from transformers import PreTrainedModel
+
+SOURCE = Source(
+    title="CURing: Large Models Compression via CUR Decomposition",
+    identifier="arXiv 2501.04211",
+    equation="healing: 0.1 cross-entropy + 0.9 mean squared distance of hidden states",
+)
+NEEDS: frozenset[str] = frozenset()
+MAKES: frozenset[str] = frozenset()
+REFUSES = {
+    "smaller": "because its blocks are no longer those of the dense root, whose outputs they are to match; use full",
+    "rotated": "because its hidden states are rotated against those of the dense root; heal before rotating",
+}
+
+
+class Options(RecoverOptions):
+    """Those of every training method, and what trains towards what."""
+
+    learning_rate: float = Field(default=3e-4, gt=0, description="After warm-up.")
+    parts: Literal["links", "factors"] = Field(
+        default="links",
+        description="What trains. `links`: of linears that are rows, columns and a link the link alone, of others all "
+        "factors. `factors`: all factors.",
+    )
+    cross_entropy: float = Field(
+        default=0.1, ge=0, le=1, description="Weight of the cross-entropy; the distance of hidden states has the rest."
+    )
+
+
+def prepare(model: PreTrainedModel, options: Options) -> PreTrainedModel:
+    """Lets links or factors train and nothing else; pruned entries of masked ones receive no gradient.
+
+    Raises UserError where there are none, or all of them are packed integers.
+    """
+    from coppice.layers import mask
+
+    model.requires_grad_(False)
+    healed = _healed(model, options)
+    if not healed:
+        raise UserError(
+            "There is nothing to heal: no linear of this model consists of factors that can be trained. Heal the node "
+            "of a decompose step before it is quantized, or use full."
+        )
+    for linear in healed:
+        linear.weight.requires_grad_(True)
+        if (kept := mask(linear)) is not None:
+            linear.weight.register_hook(lambda gradient, kept=kept: gradient * kept)
+    return model
+
+
+def loss(model: PreTrainedModel, tokens: Tensor, labels: Tensor, teacher: PreTrainedModel, options: Options) -> Tensor:
+    """The loss above, summed over the targets. tokens, labels: [b, t]; labels are not shifted, negative: no target."""
+    with torch.no_grad(), _block_outputs(teacher) as wanted:
+        teacher(input_ids=tokens, use_cache=False)
+    with _block_outputs(model) as outputs:
+        logits = model(input_ids=tokens, use_cache=False).logits
+    targets = labels[:, 1:]
+    predicts = targets >= 0
+    entropy = torch.nn.functional.cross_entropy(logits[:, :-1][predicts].float(), targets[predicts], reduction="sum")
+    distances = [
+        (ours[:, :-1][predicts].float() - theirs[:, :-1][predicts].float()).square().mean(-1).sum()
+        for ours, theirs in zip(outputs, wanted, strict=True)
+    ]
+    return options.cross_entropy * entropy + (1 - options.cross_entropy) * sum(distances) / len(distances)
+
+
+def finish(model: PreTrainedModel) -> PreTrainedModel:
+    """The model as it is: its factors were trained in place."""
+    return model.requires_grad_(True)
+
+
+def _healed(model: PreTrainedModel, options: Options) -> list[nn.Linear]:
+    """What trains. The low-rank path beside a compensated linear is no factor of it."""
+    from coppice.layers import PACKED, Compensated, LowRank, Skeleton, TensorTrain, leaves
+
+    beside = {id(module.compensation) for module in model.modules() if isinstance(module, Compensated)}
+    found: list[nn.Linear] = []
+    for module in model.modules():
+        if isinstance(module, Skeleton) and options.parts == "links":
+            found.append(module.link)
+        elif isinstance(module, (LowRank, Skeleton, TensorTrain)) and id(module) not in beside:
+            found.extend(leaves(module).values())
+    return [linear for linear in found if not isinstance(linear, PACKED)]
+
+
+@contextmanager
+def _block_outputs(model: PreTrainedModel) -> Iterator[list[Tensor]]:
+    """A list that a forward within fills with each block's output [b, t, d]."""
+    from coppice.layers import blocks
+
+    outputs: list[Tensor] = []
+
+    def note(block: nn.Module, inputs: Any, output: Any) -> None:
+        outputs.append(output[0] if isinstance(output, tuple) else output)
+
+    hooks = [block.register_forward_hook(note) for block in blocks(model)]
+    try:
+        yield outputs
+    finally:
+        for hook in hooks:
+            hook.remove()
