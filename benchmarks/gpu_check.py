@@ -14,7 +14,7 @@ tolerance.
 
 Speed: a Llama of 1.1 billion parameters. `stage` is the seconds of the whole command, files included; `work` those of
 the mathematics alone. FLOPs are counted: forward 2 N T (N weights of the blocks' linears, T tokens), moments 2 n^2 T
-for each distinct input of width n, a sweep of [m, n] 4/3 n^3 in float64 (Cholesky factor and its inverse) and m n^2 in
+for each distinct input of width n, a sweep of [m, n] 1/3 n^3 in float64 (Cholesky factor) and m n^2 in
 float32, training 6 N T with the output layer in N; attention, norms and sorting are left out. `of peak` is the time
 that these FLOPs take at the rates of a large matrix product, measured in the same run, over `work`.
 """
@@ -395,7 +395,7 @@ def speed(folder: Path, size: Size, device: str) -> None:
     counted["float32"] = counted.get("float32", 0) + moments
     row("calibrate moments", whole, sum(spent), counted)
 
-    factors = size.blocks * sum(4 / 3 * n**3 for _, n in size.linears)
+    factors = size.blocks * sum(n**3 / 3 for _, n in size.linears)
     corrections = size.blocks * sum(float(m) * n**2 for m, n in size.linears)
     sweep = {"float64": factors, "float32": corrections}
 

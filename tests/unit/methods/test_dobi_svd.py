@@ -277,7 +277,7 @@ def test_needs():
     ("options", "message"),
     [
         ({"rank": 3}, "give 'keep' instead of 'rank', or set 'learn: false'"),
-        ({"keep": 0.5, "allocation": {"by": "sensitivity"}}, "both choose the ranks"),
+        ({"keep": 0.5, "allocation": {"by": "sensitivity"}}, "does not go with this method"),
         ({"keep": 0.5, "steps": 0}, "greater than or equal to 1"),
         ({"keep": 0.5, "beta": 0}, "greater than 0"),
     ],

@@ -16,7 +16,7 @@ EVERY = torch.ones(20, 12, dtype=torch.bool)
 
 
 def options(**given) -> Options:
-    return Options(**({"tolerance": 1e-7, "sweeps": 100, "refit": False} | given))
+    return Options(**({"tolerance": 1e-7, "iterations": 1000, "refit": False} | given))
 
 
 @pytest.fixture
@@ -118,15 +118,15 @@ def test_the_refit_keeps_the_support_and_lowers_the_error(linear, statistics):
 def test_singular_statistics(linear, statistics_with):
     few = torch.randn(6, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     statistics = statistics_with(few.T @ few / 6)
-    pruned = compress(linear, statistics, options(epsilon=0.2, tolerance=1e-3, sweeps=50, refit=True))
+    pruned = compress(linear, statistics, options(epsilon=0.2, tolerance=1e-3, iterations=1000, refit=True))
     # No more weights than tokens are needed in a row.
     assert (pruned.mask.sum(1) <= 6).all()
     assert error_of(pruned, linear, statistics) <= 0.2
     assert pruned.record["kkt_residual"] < 1e-2
 
 
-def test_sweeps_that_do_not_suffice_are_on_record(linear, statistics):
-    assert compress(linear, statistics, options(epsilon=0.2, sweeps=1)).record["kkt_residual"] > 1e-6
+def test_iterations_that_do_not_suffice_are_on_record(linear, statistics):
+    assert compress(linear, statistics, options(epsilon=0.2, iterations=1)).record["kkt_residual"] > 1e-6
 
 
 def test_what_is_pruned_stays_pruned_and_counts(linear, statistics):

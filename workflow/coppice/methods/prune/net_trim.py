@@ -6,14 +6,17 @@ constraints of a ReLU fall away and the inputs enter by H = E[x x^T] alone. Over
     min |U|_1  subject to  tr((U - W) H (U - W)^T) <= epsilon^2 tr(W H W^T).
 
 With the multiplier lambda of the constraint, one number for the matrix, this is min 1/2 tr((U - W) H (U - W)^T) +
-lambda |U|_1, which falls apart into rows. lambda is found by bisection: the error grows with it, and U is zero from
-max |W H| on. Each problem is solved by coordinate descent over the inputs, for all rows at once: with G = (W - U) H,
+lambda |U|_1, which falls apart into rows. The error grows with lambda, and U is zero from max |W H| on; lambda is found
+by regula falsi on its logarithm, each problem beginning from the solution of the one before. A problem is solved by
+proximal gradient steps with momentum, which a row loses where it points uphill (Beck and Teboulle, FISTA, 2009;
+O'Donoghue and Candes, arXiv 1204.3982), for all rows at once. In units in which every input has the same power, with L
+the largest eigenvalue of D^-1/2 H D^-1/2, D = diag(H), and V the weights ahead of U by its momentum,
 
-    U_ij <- soft(G_ij + H_jj U_ij, lambda) / H_jj,    soft(v, t) = sign(v) max(|v| - t, 0).
+    U_ij <- soft(V_ij + ((W - V) H)_ij / (L H_jj), lambda / (L H_jj)),    soft(v, t) = sign(v) max(|v| - t, 0).
 
-Every few sweeps the weights that are not zero take a Newton step, cut where it lowers a row's objective the most.
-What is left to be done is on record: the largest distance of G / lambda from the subgradients of |U|_1, which are
-sign(U_ij), or [-1, 1] where U_ij = 0. Differs from the paper: coordinate descent instead of ADMM; a sparsity as the
+Between runs of such steps the weights that are not zero take a Newton step, cut where it lowers a row's objective the
+most. What is left to be done is on record: the largest distance of ((W - U) H) / lambda from the subgradients of |U|_1,
+which are sign(U_ij), or [-1, 1] where U_ij = 0. Differs from the paper: these steps instead of ADMM; a sparsity as the
 target, met exactly; and a least-squares refit on the support, which undoes the shrinkage of the 1-norm.
 """
 
@@ -51,13 +54,14 @@ REFUSES = {
     "compensated": "because the compensation was fitted to the weights as they are; prune before compensating",
 }
 
-_BLOCK = 128
-_SWEEPS_BETWEEN = 5
+_STEPS_BETWEEN = 30
 _NEWTON_DAMPING = 1e-9
 _NEWTON_LENGTHS = (1.0, 0.5, 0.25, 0.125)
 _LEAST_MULTIPLIER = 1e-8  # of max |W H|
-_BISECTIONS = 24
-_MISS = 1e-3  # how far below its target the bisection may end, as a share
+_MISS = 1e-3  # how far below its target the search may end, as a share
+_SEARCH_TOLERANCE = 0.03  # of the residual, until lambda is nearly found
+_STRIDE, _SHORT_STRIDE = math.log(4), 0.005  # of log lambda, first steps of a search
+_EVALUATIONS = 16
 
 
 class Options(BudgetOptions):
@@ -77,11 +81,11 @@ class Options(BudgetOptions):
         default=None, ge=0, lt=1, description="Share of the matrix to prune; the error is what results."
     )
     tolerance: float = Field(
-        default=1e-3, gt=0, description="Coordinate descent ends when no weight would move by more, in units of lambda."
+        default=1e-3,
+        gt=0,
+        description="The solver ends when the conditions of optimality hold up to this, in units of lambda.",
     )
-    sweeps: int = Field(
-        default=50, ge=1, description="Sweeps of coordinate descent at most, for each lambda that is tried."
-    )
+    iterations: int = Field(default=1000, ge=1, description="Gradient steps at most, for each lambda that is tried.")
     refit: bool = Field(
         default=True, description="Least-squares refit of the weights that stay; false returns the 1-norm's own."
     )
@@ -101,11 +105,19 @@ class Options(BudgetOptions):
 
 @dataclass(frozen=True)
 class _Solution:
-    """U [m, n] float64 of a multiplier, and the sweeps that it took."""
+    """U [m, n] float64 of a multiplier."""
 
     weight: Tensor
     multiplier: float
-    sweeps: int
+
+
+@dataclass(frozen=True)
+class _Goal:
+    """What grows with lambda, as a function of U, and where it should be: at most `most`, and `least` is enough."""
+
+    measure: Callable[[Tensor], float]
+    least: float
+    most: float
 
 
 def compress(linear: Linear, statistics: LinearStatistics, options: Options) -> Masked | Unchanged:
@@ -123,8 +135,8 @@ def compress(linear: Linear, statistics: LinearStatistics, options: Options) -> 
     weight = linear.weight.double().masked_fill(dead, 0)
     free = torch.ones_like(weight, dtype=torch.bool) if linear.mask is None else linear.mask
     count = 0 if options.sparsity is None else share_of(options.sparsity, weight.numel())
-    measure, target = _target(weight, moment, options, count)
-    solution, sweeps = _bisect(weight, moment, free & ~dead, measure, target, options)
+    problem = _Problem(weight, moment, free & ~dead, options.iterations)
+    solution = _search(problem, _goal(weight, moment, options, count), options.tolerance)
     pruned, mask = solution.weight, solution.weight != 0
     if options.sparsity is not None:
         scores = pruned.abs() * moment.diagonal().sqrt()
@@ -136,7 +148,7 @@ def compress(linear: Linear, statistics: LinearStatistics, options: Options) -> 
         "sparsity": 1 - mask.sum().item() / mask.numel(),
         "multiplier": solution.multiplier,
         "kkt_residual": kkt_residual(solution.weight, weight, moment, free & ~dead, solution.multiplier),
-        "sweeps": sweeps,
+        "iterations": problem.iterations,
         "dead_inputs": int(dead.sum()),
     }
     if options.refit:
@@ -154,9 +166,14 @@ def kkt_residual(solution: Tensor, weight: Tensor, moment: Tensor, free: Tensor,
     """
     if multiplier == 0:
         return 0.0
+    return _residuals(solution, weight, moment, free, multiplier).max().item()
+
+
+def _residuals(solution: Tensor, weight: Tensor, moment: Tensor, free: Tensor, multiplier: float) -> Tensor:
+    """The residual of each row, [m]."""
     slope = (weight - solution) @ moment / multiplier
     violation = torch.where(solution == 0, (slope.abs() - 1).clamp(min=0), (slope - solution.sign()).abs())
-    return violation.masked_fill_(~free, 0).max().item()
+    return violation.masked_fill_(~free, 0).amax(dim=1)
 
 
 def _exact(moment: Tensor) -> Unchanged:
@@ -171,110 +188,158 @@ def _exact(moment: Tensor) -> Unchanged:
     return Unchanged(record={"unchanged": "An epsilon of 0 leaves no weights but these.", "epsilon_asked": 0.0})
 
 
-def _target(weight: Tensor, moment: Tensor, options: Options, count: int) -> tuple[Callable[[Tensor], float], float]:
-    """What grows with lambda, as a function of U, and where it should be: the error, or the number of zeros."""
+def _goal(weight: Tensor, moment: Tensor, options: Options, count: int) -> _Goal:
+    """The error, or the number of zeros."""
     if options.epsilon is None:
-        return lambda solution: float((solution == 0).sum()), float(count)
-    return lambda solution: math.sqrt(relative_error(solution - weight, weight, moment)), options.epsilon
+        return _Goal(lambda solution: float((solution == 0).sum()), count - max(_MISS * count, 1), count)
+    epsilon = options.epsilon
+    return _Goal(
+        lambda solution: math.sqrt(relative_error(solution - weight, weight, moment)), (1 - _MISS) * epsilon, epsilon
+    )
 
 
-def _bisect(
-    weight: Tensor,
-    moment: Tensor,
-    free: Tensor,
-    measure: Callable[[Tensor], float],
-    target: float,
-    options: Options,
-) -> tuple[_Solution, int]:
-    """The solution of the largest lambda found with measure(U) <= target, and the sweeps of the whole search.
-
-    Each lambda begins from the solution of the one before. Ends when the measure is within a thousandth of its target.
-    """
-    best, current, sweeps = _Solution(weight, 0.0, 0), weight, 0
-    if measure(weight) >= (1 - _MISS) * target:
-        return best, sweeps
+def _search(problem: _Problem, goal: _Goal, tolerance: float) -> _Solution:
+    """The solution of the largest lambda found that meets the goal; W itself where that is enough or none is found."""
+    weight, moment, free = problem.weight, problem.moment, problem.free
+    unchanged = _Solution(weight, 0.0)
     largest = (weight @ moment).abs().masked_fill(~free, 0).max().item()
-    low, high = math.log(_LEAST_MULTIPLIER), 0.0
-    for _ in range(_BISECTIONS):
-        middle = (low + high) / 2
-        found = _solve(weight, moment, free, largest * math.exp(middle), current, options)
-        current, sweeps = found.weight, sweeps + found.sweeps
-        reached = measure(current)
-        if reached > target:
-            high = middle
-            continue
-        best, low = found, middle
-        if reached >= (1 - _MISS) * target:
+    if largest == 0 or goal.measure(weight) >= goal.least:
+        return unchanged
+    bounds = _LEAST_MULTIPLIER * largest, largest
+    # Where inputs do not correlate, this lambda prunes half of the weights.
+    half = (weight.abs() * moment.diagonal())[free].median().item()
+    begin = _Solution(weight, min(max(half, bounds[0]), bounds[1]))
+    near = _seek(problem, goal, begin, bounds, _STRIDE, max(tolerance, _SEARCH_TOLERANCE))
+    return _seek(problem, goal, near or begin, bounds, _SHORT_STRIDE, tolerance) or unchanged
+
+
+def _seek(
+    problem: _Problem, goal: _Goal, begin: _Solution, bounds: tuple[float, float], stride: float, tolerance: float
+) -> _Solution | None:
+    """The solution of the largest lambda found that meets the goal, if any does.
+
+    From the lambda of `begin` in strides of log lambda that double. Each begins from the U of the one before.
+    """
+    bracket, found = _Bracket(stride), None
+    position, current = math.log(begin.multiplier), begin.weight
+    for _ in range(_EVALUATIONS):
+        multiplier = math.exp(position)
+        current = problem.solve(multiplier, current, tolerance)
+        reached = goal.measure(current)
+        if reached <= goal.most:
+            found = _Solution(current, multiplier)
+            if reached >= goal.least:
+                break
+        following = bracket.after(position, reached - (goal.least + goal.most) / 2)
+        following = min(max(following, math.log(bounds[0])), math.log(bounds[1]))
+        if following == position:
             break
-    return best, sweeps
+        position = following
+    return found
 
 
-def _solve(
-    weight: Tensor, moment: Tensor, free: Tensor, multiplier: float, start: Tensor, options: Options
-) -> _Solution:
-    """From `start`, until a sweep moves no weight by more than tolerance lambda / H_jj.
+class _Bracket:
+    """Where a growing function is zero: by strides that double, then by regula falsi in the Illinois form."""
 
-    Sweeps settle which weights are zero; every few of them, the others take a Newton step, without which a poorly
-    conditioned H would need thousands.
+    def __init__(self, stride: float) -> None:
+        self.stride = stride
+        self.ends: dict[bool, tuple[float, float]] = {}
+        self.moved: bool | None = None
+
+    def after(self, position: float, value: float) -> float:
+        """The position to try next."""
+        above = value > 0
+        self.ends[above] = position, value
+        if len(self.ends) < 2:
+            stride, self.stride = self.stride, 2 * self.stride
+            return position - stride if above else position + stride
+        if self.moved is above:
+            # The other end stays again: without this it could for ever.
+            stays, height = self.ends[not above]
+            self.ends[not above] = stays, height / 2
+        self.moved = above
+        (low, depth), (high, height) = self.ends[False], self.ends[True]
+        return (low * height - high * depth) / (height - depth)
+
+
+class _Problem:
+    """min 1/2 tr((U - W) H (U - W)^T) + lambda |U|_1 over the free weights, for one lambda after another.
+
+    weight W: [m, n] float64. moment H: [n, n]. free: [m, n] bool, the others stay zero; none of a dead input.
+    most: gradient steps for each lambda; iterations: those taken so far.
     """
-    # Transposed, so that the weights of one input lie together.
-    current = start.T.clone(memory_format=torch.contiguous_format)
-    target, pinned = weight.T, ~free.T
-    sweeps = 0
-    while sweeps < options.sweeps:
-        sweeps += 1
-        if _sweep(current, target, pinned, moment, multiplier) <= options.tolerance * multiplier:
-            break
-        if sweeps % _SWEEPS_BETWEEN == 0:
-            current = _newton(current.T, weight, moment, multiplier).T.contiguous()
-    return _Solution(current.T.contiguous(), multiplier, sweeps)
 
+    def __init__(self, weight: Tensor, moment: Tensor, free: Tensor, most: int) -> None:
+        self.weight, self.moment, self.free, self.most = weight, moment, free, most
+        power = moment.diagonal()
+        # Gradient steps are taken in units in which every input has the same power, which conditions H better.
+        self.power = torch.where(power > 0, power, 1.0)
+        units = self.power.sqrt()
+        units = units * units[:, None]
+        scaled = moment / units
+        self.steps = 1 / (torch.linalg.eigvalsh(scaled)[-1] * self.power)
+        self.damped = damp(scaled, _NEWTON_DAMPING).moment * units
+        self.iterations = 0
 
-def _sweep(current: Tensor, target: Tensor, pinned: Tensor, moment: Tensor, multiplier: float) -> Tensor:
-    """One sweep of coordinate descent over U^T = current [n, m], in place; W^T = target [n, m], pinned: [n, m] bool.
+    def solve(self, multiplier: float, start: Tensor, tolerance: float) -> Tensor:
+        """From `start`, until every row's residual is within the tolerance.
 
-    Returns the largest H_jj |change of U_ij|.
-    """
-    power = moment.diagonal()
-    curvature = torch.where(power > 0, power, 1.0)
-    largest = torch.zeros((), dtype=current.dtype, device=current.device)
-    for begin in range(0, len(current), _BLOCK):
-        block = slice(begin, begin + _BLOCK)
-        slopes = moment[block] @ (target - current)
-        local = moment[block, block]
-        before = current[block].clone()
-        for j in range(len(slopes)):
-            i = begin + j
-            sought = torch.nn.functional.softshrink(slopes[j] + power[i] * current[i], multiplier) / curvature[i]
-            change = (sought - current[i]).masked_fill_(pinned[i], 0)
-            current[i] += change
-            slopes[j + 1 :].addr_(local[j + 1 :, j], change, alpha=-1)
-        moved = (current[block] - before).abs() * power[block, None]
-        largest = torch.maximum(largest, moved.max())
-    return largest
+        Gradient steps settle which weights are zero; between runs of them the others take Newton steps, without which a
+        poorly conditioned H would need thousands. Rows that are done take no more of either.
+        """
+        solution = start.clone()
+        rows = torch.arange(len(solution), device=solution.device)
+        left = self.most
+        while left and len(rows):
+            count = min(left, _STEPS_BETWEEN)
+            left, self.iterations = left - count, self.iterations + count
+            solution[rows] = self._descend(solution[rows], rows, multiplier, count)
+            rows = self._unsolved(solution, rows, multiplier, tolerance)
+            if len(rows):
+                solution[rows] = self._newton(solution[rows], rows, multiplier)
+                rows = self._unsolved(solution, rows, multiplier, tolerance)
+        return solution
 
+    def _unsolved(self, solution: Tensor, rows: Tensor, multiplier: float, tolerance: float) -> Tensor:
+        residuals = _residuals(solution[rows], self.weight[rows], self.moment, self.free[rows], multiplier)
+        return rows[residuals > tolerance]
 
-def _newton(current: Tensor, weight: Tensor, moment: Tensor, multiplier: float) -> Tensor:
-    """U [m, n] after a step towards the least objective on its support with its signs; no row's objective rises.
+    def _descend(self, current: Tensor, rows: Tensor, multiplier: float, count: int) -> Tensor:
+        """Accelerated proximal gradient steps (FISTA); a row whose momentum points uphill loses it."""
+        weight, pinned, thresholds = self.weight[rows], ~self.free[rows], multiplier * self.steps
+        ahead, momentum = current, torch.ones(len(rows), 1, dtype=current.dtype, device=current.device)
+        for _ in range(count):
+            moved = ahead + ((weight - ahead) @ self.moment) * self.steps
+            moved = (moved - moved.clamp(-thresholds, thresholds)).masked_fill_(pinned, 0)
+            change = moved - current
+            uphill = ((ahead - moved) * change * self.power).sum(dim=1, keepdim=True) > 0
+            grown = (1 + (1 + 4 * momentum.square()).sqrt()) / 2
+            ahead = moved + change * torch.where(uphill, 0.0, (momentum - 1) / grown)
+            momentum = torch.where(uphill, 1.0, grown)
+            current = moved
+        return current
 
-    Of some lengths of the step, each row takes the best; weights that would change sign become zero.
-    """
-    signs = current.sign()
-    slope = (weight - current) @ moment - multiplier * signs
-    step = solve_free(slope, current != 0, damp(moment, _NEWTON_DAMPING).moment)
+    def _newton(self, current: Tensor, rows: Tensor, multiplier: float) -> Tensor:
+        """U after a step towards the least objective on its support with its signs; no row's objective rises.
 
-    def objective(solution: Tensor) -> Tensor:
-        difference = solution - weight
-        return ((difference @ moment) * difference).sum(dim=1) / 2 + multiplier * solution.abs().sum(dim=1)
+        Of some lengths of the step, each row takes the best; weights that would change sign become zero.
+        """
+        weight, signs = self.weight[rows], current.sign()
+        slope = (weight - current) @ self.moment - multiplier * signs
+        step = solve_free(slope, current != 0, self.damped)
 
-    # At the length where the first weight of a row reaches zero the objective is below where it was.
-    crossing = torch.where(step * signs < 0, -current / step, torch.inf)
-    first = crossing.amin(dim=1, keepdim=True).clamp(max=1)
-    best, least = current, objective(current)
-    for length in (*_NEWTON_LENGTHS, first):
-        moved = current + length * step
-        moved = torch.where(moved.sign() == signs, moved, 0.0)
-        reached = objective(moved)
-        best = torch.where((reached < least)[:, None], moved, best)
-        least = torch.minimum(reached, least)
-    return best
+        def objective(solution: Tensor) -> Tensor:
+            difference = solution - weight
+            return ((difference @ self.moment) * difference).sum(dim=1) / 2 + multiplier * solution.abs().sum(dim=1)
+
+        # At the length where the first weight of a row reaches zero the objective is below where it was.
+        crossing = torch.where(step * signs < 0, -current / step, torch.inf)
+        first = crossing.amin(dim=1, keepdim=True).clamp(max=1)
+        best, least = current, objective(current)
+        for length in (*_NEWTON_LENGTHS, first):
+            moved = current + length * step
+            moved = torch.where(moved.sign() == signs, moved, 0.0)
+            reached = objective(moved)
+            best = torch.where((reached < least)[:, None], moved, best)
+            least = torch.minimum(reached, least)
+        return best
