@@ -73,27 +73,31 @@ MEBIBYTE = 2**20
 
 
 def layer(size: str, device: str) -> tuple[Tensor, Tensor]:
-    """W [m, n] and H [n, n] of inputs of very different power, correlated in pairs of tokens and channels."""
+    """W [m, n] and H [n, n] of correlated inputs of very different power."""
     import torch
 
     rows, inputs = (int(part) for part in size.split("x"))
     generator = torch.Generator().manual_seed(0)
     activations = torch.randn(inputs // 2, inputs, generator=generator).to(device)
-    activations *= torch.logspace(-0.5, 0.5, inputs, device=device)
+    activations *= torch.logspace(-0.5, 0.5, inputs)[torch.randperm(inputs, generator=generator)].to(device)
     moment = activations.T @ activations / len(activations)
     moment.diagonal().add_(0.1 * moment.diagonal().mean())
     return (torch.randn(rows, inputs, generator=generator) / inputs**0.5).to(device), moment
 
 
-def unit(weight: Tensor, moment: Tensor) -> None:
+def unit(weight: Tensor, moment: Tensor) -> tuple[None, None]:
     import torch
 
     torch.linalg.cholesky(moment.double())
     weight @ moment
+    return None, None
 
 
 def ours(row: str) -> Callable[[Tensor, Tensor], Any]:
-    """The method of a row, as `compress` walks over a layer with it: scales of the inputs first, where it has any."""
+    """The method of a row, as `compress` walks over a layer with it: scales of the inputs first, where it has any.
+
+    Returns the replacement, and the weight and the moment that it replaces.
+    """
     from coppice.methods.base import Linear, LinearStatistics, method
 
     found = method(row.partition(",")[0])
@@ -111,7 +115,7 @@ def ours(row: str) -> Callable[[Tensor, Tensor], Any]:
                 linear = Linear(weight * factors, name="layer")
                 moment = moment / factors[:, None] / factors
                 seen = LinearStatistics(moment, mean, absmean / factors, absmax / factors, 4096)
-        return found.module.compress(linear, seen, options)
+        return found.module.compress(linear, seen, options), (linear.weight, moment)
 
     return run
 
@@ -122,7 +126,7 @@ def libraries() -> dict[str, Callable[[Tensor, Tensor], Any]]:
         from crosscheck import libraries as theirs
     except ImportError:
         return {}
-    return {
+    functions = {
         "wanda": lambda weight, moment: theirs.wanda(weight, moment, 0.5),
         "sparsegpt": lambda weight, moment: theirs.sparsegpt(weight, moment, 0.5),
         "sparsegpt, 2:4": lambda weight, moment: theirs.sparsegpt(weight, moment, 0.5, (2, 4)),
@@ -130,6 +134,7 @@ def libraries() -> dict[str, Callable[[Tensor, Tensor], Any]]:
         "gptq": lambda weight, moment: theirs.gptq(weight, moment, 4, 128, False, False),
         "gptq, act-order": lambda weight, moment: theirs.gptq(weight, moment, 4, 128, False, True),
     }
+    return {row: lambda *layer, function=function: (function(*layer), None) for row, function in functions.items()}
 
 
 def runs(rows: list[str]) -> dict[str, Callable[[Tensor, Tensor], Any]]:
@@ -160,14 +165,18 @@ def rounds(size: str, rows: list[str], arguments: argparse.Namespace) -> tuple[l
 
     The first round prepares kernels and counts for slow runs only, which take no part in the others.
     """
+    from coppice.methods.base import Unchanged
+
     weight, moment = layer(size, arguments.device)
     running, losses, failures = runs(rows), {}, {}
     clock(unit, weight, moment)
     first = {}
     for name, run in running.items():
         try:
-            first[name], result = clock(run, weight, moment)
-            losses[name] = loss(result, weight, moment)
+            first[name], (result, layer_seen) = clock(run, weight, moment)
+            losses[name] = loss(result, *(layer_seen or (weight, moment)))
+            if isinstance(result, Unchanged):
+                failures[name] = result.record["unchanged"]
         except Exception as error:  # a method that fails is a row that says so
             failures[name] = f"{type(error).__name__}: {error}"
     quick = {name: running[name] for name in first if name == UNIT or first[name] <= arguments.patience}
@@ -294,9 +303,7 @@ def _cell(value: float | None, form: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", default=SIZES, metavar="MxN", help="outputs x inputs")
-    parser.add_argument(
-        "--methods", nargs="+", default=list(ROWS), metavar="ROW", help="rows, or methods: all their rows"
-    )
+    parser.add_argument("--methods", nargs="+", default=list(ROWS), metavar="ROW", help="rows, or whole methods")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, help="of the CPU; torch's own number when left out")
     parser.add_argument("--repeats", type=int, default=5, help="rounds")

@@ -93,7 +93,7 @@ REFUSED: list[tuple[dict[str, Any] | Callable[[], dict[str, Any]], str]] = [
     (changed("steps.wanda-50.calibration", "defalt"), "there is no calibration 'defalt'. Did you mean 'default'?"),
     (
         changed("steps.rtn-4.calibration", "default"),
-        "steps.rtn-4.calibration: rtn needs no calibration; leave the key out.",
+        "steps.rtn-4.calibration: rtn with these options needs no calibration; leave the key out.",
     ),
     (
         changed("calibrations.other", {"text": "biographies"}),

@@ -26,7 +26,7 @@ def linear() -> Linear:
 
 @pytest.fixture
 def statistics(inputs, statistics_with):
-    """Of 12 inputs of a condition in which coordinate descent is quick."""
+    """Of 12 inputs of a condition in which the solver is quick."""
     inputs = (inputs / inputs.norm(dim=0))[:, :12]
     inputs = inputs + 0.1 * torch.randn(200, 12, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     return statistics_with(inputs.T @ inputs / 200)
@@ -125,8 +125,13 @@ def test_singular_statistics(linear, statistics_with):
     assert pruned.record["kkt_residual"] < 1e-2
 
 
-def test_iterations_that_do_not_suffice_are_on_record(linear, statistics):
-    assert compress(linear, statistics, options(epsilon=0.2, iterations=1)).record["kkt_residual"] > 1e-6
+def test_poorly_conditioned_inputs(inputs, statistics_with):
+    statistics = statistics_with(inputs.T @ inputs / 200)
+    linear = Linear(torch.randn(20, 24, generator=torch.Generator().manual_seed(1), dtype=torch.float64))
+    for budget in ({"epsilon": 0.05}, {"sparsity": 0.5}):
+        assert compress(linear, statistics, options(**budget, tolerance=1e-3)).record["kkt_residual"] <= 1e-3
+    # What a single step leaves to be done is on record.
+    assert compress(linear, statistics, options(sparsity=0.3, iterations=1)).record["kkt_residual"] > 1e-3
 
 
 def test_what_is_pruned_stays_pruned_and_counts(linear, statistics):

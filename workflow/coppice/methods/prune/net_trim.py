@@ -8,16 +8,16 @@ constraints of a ReLU fall away and the inputs enter by H = E[x x^T] alone. Over
 With the multiplier lambda of the constraint, one number for the matrix, this is min 1/2 tr((U - W) H (U - W)^T) +
 lambda |U|_1, which falls apart into rows. The error grows with lambda, and U is zero from max |W H| on; lambda is found
 by regula falsi on its logarithm, each problem beginning from the solution of the one before. A problem is solved by
-proximal gradient steps with momentum, which a row loses where it points uphill (Beck and Teboulle, FISTA, 2009;
-O'Donoghue and Candes, arXiv 1204.3982), for all rows at once. In units in which every input has the same power, with L
-the largest eigenvalue of D^-1/2 H D^-1/2, D = diag(H), and V the weights ahead of U by its momentum,
+ADMM, the paper's own way, for all rows at once: with D = diag(H), rho a number and Y the scaled dual,
 
-    U_ij <- soft(V_ij + ((W - V) H)_ij / (L H_jj), lambda / (L H_jj)),    soft(v, t) = sign(v) max(|v| - t, 0).
+    V <- W + rho (U - Y - W) D (H + rho D)^-1,    V <- alpha V + (1 - alpha) U,
+    U_ij <- soft(V_ij + Y_ij, lambda / (rho H_jj)),    Y <- Y + V - U,    soft(v, t) = sign(v) max(|v| - t, 0).
 
 Between runs of such steps the weights that are not zero take a Newton step, cut where it lowers a row's objective the
-most. What is left to be done is on record: the largest distance of ((W - U) H) / lambda from the subgradients of |U|_1,
-which are sign(U_ij), or [-1, 1] where U_ij = 0. Differs from the paper: these steps instead of ADMM; a sparsity as the
-target, met exactly; and a least-squares refit on the support, which undoes the shrinkage of the 1-norm.
+most; the dual of the next run is the slope there. What is left to be done is on record: the largest distance of
+((W - U) H) / lambda from the subgradients of |U|_1, which are sign(U_ij), or [-1, 1] where U_ij = 0. Differs from the
+paper: those Newton steps; a sparsity as the target, met exactly; and a least-squares refit on the support, which undoes
+the shrinkage of the 1-norm.
 """
 
 from __future__ import annotations
@@ -54,11 +54,15 @@ REFUSES = {
     "compensated": "because the compensation was fitted to the weights as they are; prune before compensating",
 }
 
-_STEPS_BETWEEN = 30
+_STEPS_BETWEEN = 50
+_RELAXATION = 1.6  # alpha
+_LEAST_PENALTY = 0.03  # rho
+_PENALTY_FACTORS = (1.0, 8.0, 64.0)  # of rho, in turn: where one makes a row slow, another does not
 _NEWTON_DAMPING = 1e-9
 _NEWTON_LENGTHS = (1.0, 0.5, 0.25, 0.125)
 _LEAST_MULTIPLIER = 1e-8  # of max |W H|
-_MISS = 1e-3  # how far below its target the search may end, as a share
+_MISS = 1e-3  # how far below its target the error may end, as a share
+_ZEROS_MISS = 5e-3  # and the number of zeros, to which the smallest weights that are left are added
 _SEARCH_TOLERANCE = 0.03  # of the residual, until lambda is nearly found
 _STRIDE, _SHORT_STRIDE = math.log(4), 0.005  # of log lambda, first steps of a search
 _EVALUATIONS = 16
@@ -85,7 +89,7 @@ class Options(BudgetOptions):
         gt=0,
         description="The solver ends when the conditions of optimality hold up to this, in units of lambda.",
     )
-    iterations: int = Field(default=1000, ge=1, description="Gradient steps at most, for each lambda that is tried.")
+    iterations: int = Field(default=1000, ge=1, description="Steps of ADMM at most, for each lambda that is tried.")
     refit: bool = Field(
         default=True, description="Least-squares refit of the weights that stay; false returns the 1-norm's own."
     )
@@ -191,7 +195,7 @@ def _exact(moment: Tensor) -> Unchanged:
 def _goal(weight: Tensor, moment: Tensor, options: Options, count: int) -> _Goal:
     """The error, or the number of zeros."""
     if options.epsilon is None:
-        return _Goal(lambda solution: float((solution == 0).sum()), count - max(_MISS * count, 1), count)
+        return _Goal(lambda solution: float((solution == 0).sum()), count - max(_ZEROS_MISS * count, 1), count)
     epsilon = options.epsilon
     return _Goal(
         lambda solution: math.sqrt(relative_error(solution - weight, weight, moment)), (1 - _MISS) * epsilon, epsilon
@@ -210,7 +214,9 @@ def _search(problem: _Problem, goal: _Goal, tolerance: float) -> _Solution:
     half = (weight.abs() * moment.diagonal())[free].median().item()
     begin = _Solution(weight, min(max(half, bounds[0]), bounds[1]))
     near = _seek(problem, goal, begin, bounds, _STRIDE, max(tolerance, _SEARCH_TOLERANCE))
-    return _seek(problem, goal, near or begin, bounds, _SHORT_STRIDE, tolerance) or unchanged
+    if near is None:
+        return unchanged
+    return _seek(problem, goal, near, bounds, _SHORT_STRIDE, tolerance) or near
 
 
 def _seek(
@@ -266,34 +272,37 @@ class _Problem:
     """min 1/2 tr((U - W) H (U - W)^T) + lambda |U|_1 over the free weights, for one lambda after another.
 
     weight W: [m, n] float64. moment H: [n, n]. free: [m, n] bool, the others stay zero; none of a dead input.
-    most: gradient steps for each lambda; iterations: those taken so far.
+    most: steps for each lambda; iterations: those taken so far.
     """
 
     def __init__(self, weight: Tensor, moment: Tensor, free: Tensor, most: int) -> None:
         self.weight, self.moment, self.free, self.most = weight, moment, free, most
         power = moment.diagonal()
-        # Gradient steps are taken in units in which every input has the same power, which conditions H better.
-        self.power = torch.where(power > 0, power, 1.0)
-        units = self.power.sqrt()
+        power = torch.where(power > 0, power, 1.0)
+        # Steps are taken in units in which every input has the same power, which conditions H better.
+        units = power.sqrt()
         units = units * units[:, None]
         scaled = moment / units
-        self.steps = 1 / (torch.linalg.eigvalsh(scaled)[-1] * self.power)
+        # Directions of the inputs with much less power than rho converge slowly, those with much more hardly shrink.
+        self.penalty = torch.linalg.eigvalsh(scaled).median().clamp(min=_LEAST_PENALTY) * power
+        self.inverses = [torch.linalg.inv(moment + (factor * self.penalty).diag()) for factor in _PENALTY_FACTORS]
         self.damped = damp(scaled, _NEWTON_DAMPING).moment * units
         self.iterations = 0
 
     def solve(self, multiplier: float, start: Tensor, tolerance: float) -> Tensor:
         """From `start`, until every row's residual is within the tolerance.
 
-        Gradient steps settle which weights are zero; between runs of them the others take Newton steps, without which a
+        Steps of ADMM settle which weights are zero; between runs of them the others take Newton steps, without which a
         poorly conditioned H would need thousands. Rows that are done take no more of either.
         """
         solution = start.clone()
         rows = torch.arange(len(solution), device=solution.device)
-        left = self.most
+        left, turn = self.most, -1
         while left and len(rows):
+            turn = (turn + 1) % len(_PENALTY_FACTORS)
             count = min(left, _STEPS_BETWEEN)
             left, self.iterations = left - count, self.iterations + count
-            solution[rows] = self._descend(solution[rows], rows, multiplier, count)
+            solution[rows] = self._alternate(solution[rows], rows, multiplier, count, turn)
             rows = self._unsolved(solution, rows, multiplier, tolerance)
             if len(rows):
                 solution[rows] = self._newton(solution[rows], rows, multiplier)
@@ -304,19 +313,17 @@ class _Problem:
         residuals = _residuals(solution[rows], self.weight[rows], self.moment, self.free[rows], multiplier)
         return rows[residuals > tolerance]
 
-    def _descend(self, current: Tensor, rows: Tensor, multiplier: float, count: int) -> Tensor:
-        """Accelerated proximal gradient steps (FISTA); a row whose momentum points uphill loses it."""
-        weight, pinned, thresholds = self.weight[rows], ~self.free[rows], multiplier * self.steps
-        ahead, momentum = current, torch.ones(len(rows), 1, dtype=current.dtype, device=current.device)
+    def _alternate(self, current: Tensor, rows: Tensor, multiplier: float, count: int, turn: int) -> Tensor:
+        """Steps of ADMM, with the penalty whose turn it is."""
+        penalty, inverse = _PENALTY_FACTORS[turn] * self.penalty, self.inverses[turn]
+        weight, pinned, thresholds = self.weight[rows], ~self.free[rows], multiplier / penalty
+        slope = (weight - current) @ self.moment
+        dual = torch.where(pinned, slope, slope.clamp(-multiplier, multiplier)) / penalty
         for _ in range(count):
-            moved = ahead + ((weight - ahead) @ self.moment) * self.steps
-            moved = (moved - moved.clamp(-thresholds, thresholds)).masked_fill_(pinned, 0)
-            change = moved - current
-            uphill = ((ahead - moved) * change * self.power).sum(dim=1, keepdim=True) > 0
-            grown = (1 + (1 + 4 * momentum.square()).sqrt()) / 2
-            ahead = moved + change * torch.where(uphill, 0.0, (momentum - 1) / grown)
-            momentum = torch.where(uphill, 1.0, grown)
-            current = moved
+            close = weight + ((current - dual - weight) * penalty) @ inverse
+            sought = _RELAXATION * close + (1 - _RELAXATION) * current + dual
+            current = (sought - sought.clamp(-thresholds, thresholds)).masked_fill_(pinned, 0)
+            dual = sought - current
         return current
 
     def _newton(self, current: Tensor, rows: Tensor, multiplier: float) -> Tensor:

@@ -132,39 +132,30 @@ def sweep(
             scales, zero_points = (parameter.T.contiguous() for parameter in quantizer.parameters)
     loss = torch.zeros((), dtype=torch.float64, device=weight.device)
 
-    def before(inputs: slice) -> Tensor:
-        return weight[:, inputs].masked_fill(factor.dead[inputs], 0).T.contiguous()
-
-    def free(window: slice) -> Tensor:
-        """The weights of a window that begins at the current input, were it and all inputs behind it free."""
-        if window.start == 0:
-            return current[window]
-        triangle = (factor.upper[window, window] / factor.upper.diagonal()[window]).to(weight.dtype)
-        original = before(window)
-        due = current[window] - original
-        return original + torch.linalg.solve_triangular(triangle.T, due, upper=False, unitriangular=True)
-
     start = 0
     while start < width:
         stop = _block_end(start, block, width, windows)
+        # A window that is longer than the block begins with it, and wants the corrections of all its inputs.
+        reach = min(width, max([stop, *(start + window for window in windows)])) if start else stop
         # R_kj / R_jj of the block's inputs k and all from the block on, j.
-        corrections = (factor.upper[start:stop, start:] / factor.upper.diagonal()[start:]).to(weight.dtype)
-        original = before(slice(start, stop))
-        settled, changes = torch.empty_like(original), torch.empty_like(original)
+        corrections = (factor.upper[start:reach, start:] / factor.upper.diagonal()[start:]).to(weight.dtype)
+        original = weight[:, start:reach].masked_fill(factor.dead[start:reach], 0).T.contiguous()
+        settled, changes = current.new_empty(2, stop - start, rows)
         for j in range(start, stop):
             here = j - start
+            # Nothing has corrected the weights that the first window sees.
+            ahead = corrections[here:, here:], original[here:] if j else None, current[j:]
             if selection is not None and j % selection.width == 0:
                 window = slice(j, j + selection.width)
-                scores = (free(window) * pivots[window, None]).square()
+                scores = (_free(*ahead, selection.width) * pivots[window, None]).square()
                 pruned[window] = ~selection.choose(scores.T, ~pruned[window].T).T
             value = current[j].masked_fill(pruned[j], 0)
             if quantizer is not None:
                 group = groups[j]
                 if quantizer.parameters is None and j % quantizer.width == 0:
                     window = slice(j, j + quantizer.width)
-                    scales[group], zero_points[group] = quantizer.grid.fit(
-                        free(window).masked_fill(pruned[window], 0).T
-                    )
+                    fitted = _free(*ahead, quantizer.width).masked_fill(pruned[window], 0)
+                    scales[group], zero_points[group] = quantizer.grid.fit(fitted.T)
                 scale, zero_point = scales[group], zero_points[group]
                 codes[j] = quantizer.grid.encode(value, scale, zero_point)
                 value = decode(codes[j], scale, zero_point)
@@ -174,12 +165,26 @@ def sweep(
         errors = (current[start:stop] - settled) * pivots[start:stop, None]
         loss += errors.double().square().sum()
         current[start:stop] = settled
-        current[stop:].addmm_(corrections[:, stop - start :].T, changes)
+        current[stop:].addmm_(corrections[: stop - start, stop - start :].T, changes)
         start = stop
 
     quantized = (None, None, None) if quantizer is None else (codes, scales, zero_points)
     codes, scale, zero_point = (None if part is None else part.T.contiguous() for part in quantized)
     return Swept(current.T.contiguous(), ~pruned.T.contiguous(), codes, scale, zero_point, loss.item())
+
+
+def _free(corrections: Tensor, original: Tensor | None, current: Tensor, width: int) -> Tensor:
+    """The weights of the next `width` inputs, were they and all behind them free.
+
+    corrections: R_kj / R_jj of the next inputs; original and current: their weights before the sweep and now,
+    None where they are the same.
+    """
+    current = current[:width]
+    if original is None:
+        return current
+    original = original[:width]
+    triangle = corrections[: len(current), : len(current)].T
+    return original + torch.linalg.solve_triangular(triangle, current - original, upper=False, unitriangular=True)
 
 
 def _block_end(start: int, block: int, width: int, windows: list[int]) -> int:
