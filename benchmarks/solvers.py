@@ -70,6 +70,8 @@ ELSEWHERE = {
 UNIT = "Cholesky factor + product"
 SIZES = ("512x512", "1024x4096", "2048x2048")
 MEBIBYTE = 2**20
+# Some methods treat linears by their place in a block.
+NAME = "model.layers.0.mlp.gate_proj"
 
 
 def layer(size: str, device: str) -> tuple[Tensor, Tensor]:
@@ -106,13 +108,13 @@ def ours(row: str) -> Callable[[Tensor, Tensor], Any]:
     def run(weight: Tensor, moment: Tensor) -> Any:
         power = moment.diagonal()
         mean, absmean, absmax = 0 * power, (2 / 3.14159 * power).sqrt(), 4 * power.sqrt()
-        linear, seen = Linear(weight, name="layer"), LinearStatistics(moment, mean, absmean, absmax, 4096)
+        linear, seen = Linear(weight, name=NAME), LinearStatistics(moment, mean, absmean, absmax, 4096)
         if found.family == "compensate":
-            linear = Linear(weight.bfloat16().to(weight.dtype), reference=weight, name="layer")
+            linear = Linear(weight.bfloat16().to(weight.dtype), reference=weight, name=NAME)
         elif hasattr(found.module, "scales"):
             factors = found.module.scales([linear], seen, options)
             if factors is not None:
-                linear = Linear(weight * factors, name="layer")
+                linear = Linear(weight * factors, name=NAME)
                 moment = moment / factors[:, None] / factors
                 seen = LinearStatistics(moment, mean, absmean / factors, absmax / factors, 4096)
         return found.module.compress(linear, seen, options), (linear.weight, moment)

@@ -153,7 +153,9 @@ def compress_input(wildcards):
     statistics = f"{RESULTS}/statistics/{node.parent}/{calibration}"
     return {
         "statistics": [f"{statistics}/{kind}/manifest.json" for kind in tree.kinds(STUDY, node.step)],
-        "tokens": [tokens(node.model, f"calibration.{calibration}")] if tree.reads_windows(STUDY.steps[node.step]) else [],
+        "tokens": (
+            [tokens(node.model, f"calibration.{calibration}")] if tree.reads_windows(STUDY.steps[node.step]) else []
+        ),
         "reference": [checkpoint(tree.reference(STUDY, node.parent))] if method.family == "compensate" else [],
         "method": source_files(method),
     }

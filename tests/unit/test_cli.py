@@ -146,7 +146,7 @@ def test_methods_lists_every_method(capsys: pytest.CaptureFixture[str]) -> None:
         assert (entry["family"], entry["contract"]) == (found.family, found.contract)
         assert entry["source"]["title"] == found.source.title
         assert entry["options"]["properties"].keys() == found.options.model_fields.keys()
-        assert set(entry["needs"]) == found.needs
+        assert set(entry["needs"]) == found.needs()
         assert entry["refuses"] == dict(found.refuses)
     assert main(["methods"]) == 0
     lines = capsys.readouterr().out.splitlines()

@@ -52,7 +52,7 @@ MORE: dict[str, dict[str, Any]] = {
     "coordinate-descent": {"bits": 3, **GRID},
     "flattenquant": {"bits": 8},
     "k-bit": {"bits": 4, "outliers": 0.1},
-    "learned-rounding": {"bits": 3, "steps": 20, **GRID},
+    "learned-rounding": {"bits": 4, "format": "float", "exponent_bits": 2, "steps": 20},
     "qpruner": {"bits_average": 5, "candidates": [4, 8], "search": "knapsack", **GRID},
     "round-inputs": {"bits": 6},
     "rotate": {},

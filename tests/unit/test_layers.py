@@ -67,8 +67,15 @@ def test_a_tensor_train_contracts_its_cores(in_shape, out_shape, bonds) -> None:
         whole = torch.einsum("oib,bpjc->opijc", whole, core).flatten(2, 3).flatten(0, 1)
     weight = whole[:, :, 0]
     torch.testing.assert_close(layers.effective_weight(module), weight)
-    x = torch.randn(2, 5, module.in_features, dtype=torch.float64)
+    # Few vectors go through the sites, many through the matrix; watched sites are always gone through.
+    for vectors in (1, 1000):
+        x = torch.randn(2, vectors, module.in_features, dtype=torch.float64)
+        torch.testing.assert_close(module(x), x @ weight.T + module.bias)
+        torch.testing.assert_close(module.product(x), x @ weight.T)
+    seen = []
+    module.sites[0].register_forward_hook(lambda *parts: seen.append(parts))
     torch.testing.assert_close(module(x), x @ weight.T + module.bias)
+    assert len(seen) == 1
     assert len(layers.leaves(module)) == len(in_shape)
 
 

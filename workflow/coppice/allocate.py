@@ -35,7 +35,7 @@ from typing import Any, Protocol
 
 import numpy
 
-from coppice.errors import UserError
+from coppice.errors import UserError, about
 from coppice.methods.base import Allocation, BudgetOptions, Linear, LinearStatistics
 from coppice.methods.solvers import demand
 from coppice.methods.solvers.budget import share_of
@@ -169,12 +169,10 @@ def survey(
     for _, members in groupby(linears, together):
         entries, scores = [], []
         for name, linear, statistics in members:
-            try:
+            with about(name):
                 entries.append(budget.entry(name, linear, statistics))
                 if rule.by in ("owl", "mosaic"):
                     scores.append(demand.outlier_scores(linear.weight, statistics.second_moment))
-            except UserError as error:
-                raise UserError(f"{name}: {error}") from error
         if scores:
             share = demand.outlier_share(scores, rule.outlier_factor)
             entries = [replace(entry, measure=share) for entry in entries]

@@ -29,7 +29,7 @@ from coppice.checkpoint import (
     stored_dtype,
 )
 from coppice.decoder import WholeDecoder
-from coppice.errors import UserError, nearest
+from coppice.errors import UserError, about, nearest
 from coppice.methods.base import (
     FROM_WINDOWS,
     Codebook,
@@ -138,7 +138,7 @@ def compress(
         from coppice import rotation
 
         achieved = rotation.achieved(model, options)
-        model = rotation.rotate(model, used.module, options)
+        model = rotation.rotate(model.to(device), used.module, options)
     elif used.contract == "cache":
         from coppice import kv_cache
 
@@ -382,13 +382,11 @@ def compress_block(
             continue
         more = {"plan": planned.get(full), "behind": None if propagates else behind.get(name)}
         linear = walk.linear(full, module, before.get(name), **more)
-        try:
+        with about(full):
             replacement = walk.used.module.compress(linear, statistics.get(name), options_of.get(full, walk.options))
             replace(block, name, module, replacement, walk.storage)
             new = layers.effective_weight(block.get_submodule(name)).float()
             found = errors(new, linear, statistics.get(name))
-        except UserError as error:
-            raise UserError(f"{full}: {error}") from error
         record[full] = {**folded.get(name, {}), **replacement.record, **found}
     return record
 
@@ -406,7 +404,8 @@ def fold_scales(
         if len(names) < len(shared.consumers):
             continue
         seen = [walk.linear(f"model.layers.{index}.{name}", block.get_submodule(name)) for name in names]
-        scales = walk.used.module.scales(seen, found[names[0]], walk.options)
+        with about(seen[0].name):
+            scales = walk.used.module.scales(seen, found[names[0]], walk.options)
         if scales is None:
             continue
         scales = shared.pooled(scales.double())
@@ -436,7 +435,8 @@ def replace(block: nn.Module, name: str, module: nn.Module, replacement: Replace
     dtype = next(tensor.dtype for tensor in module.state_dict().values() if tensor.is_floating_point())
 
     def stored(values: Tensor) -> Tensor:
-        return values.to(storage).to(dtype).contiguous()
+        # A copy: what a method returns may be a view of something larger, and would be stored as such.
+        return values.to(storage).to(dtype).clone(memory_format=torch.contiguous_format)
 
     if isinstance(replacement, Unchanged):
         return

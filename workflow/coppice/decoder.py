@@ -93,7 +93,7 @@ class WholeDecoder:
             for name, gradient in zip(weights, found, strict=True):
                 if not torch.isfinite(gradient).all():
                     raise UserError(f"{name}: its gradient is not finite; calibrate in a wider dtype.")
-            yield dict(zip(weights, (gradient.float() for gradient in found), strict=True))
+            yield dict(zip(weights, found, strict=True))
         for weight in weights.values():
             weight.requires_grad_(False)
 

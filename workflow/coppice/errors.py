@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class UserError(ValueError):
     """Something that the user can mend; the command line prints its sentence and exits with 1."""
+
+
+@contextmanager
+def about(name: str) -> Iterator[None]:
+    """Puts the name of what a UserError is about, such as a linear, before its sentence."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from error
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

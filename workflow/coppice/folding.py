@@ -39,11 +39,14 @@ class SharedInput:
     index: Tensor
 
     def pooled(self, scales: Tensor) -> Tensor:
-        """s [n] as the producer can follow it: the geometric mean over the inputs that one of its outputs makes."""
-        sums = torch.zeros(int(self.index.max()) + 1, dtype=scales.dtype, device=scales.device)
-        index = self.index.to(scales.device)
-        counts = torch.zeros_like(sums).index_add(0, index, torch.ones_like(scales))
-        return torch.exp(sums.index_add(0, index, scales.log()) / counts)[index]
+        """s [n] as the producer can follow it: the geometric mean over the inputs that one of its outputs makes.
+
+        Summed on the processor, where the order of the sums is fixed.
+        """
+        logarithms = scales.log().cpu()
+        sums = torch.zeros(int(self.index.max()) + 1, dtype=scales.dtype)
+        counts = sums.index_add(0, self.index, torch.ones_like(logarithms))
+        return torch.exp(sums.index_add(0, self.index, logarithms) / counts)[self.index].to(scales.device)
 
 
 def head_dim(model: PreTrainedModel) -> int:

@@ -57,7 +57,8 @@ class TensorTrain(nn.Module):
     """A matrix product operator: site k maps (i_k, bond k) to (bond k-1, o_k), from the last site to the first.
 
     in_shape: i_1 .. i_K with product n; out_shape: o_1 .. o_K with product m; bonds: the K - 1 inner ones.
-    sites[k].weight: [bond k-1 o_k, i_k bond k].
+    sites[k].weight: [bond k-1 o_k, i_k bond k]. Many vectors at once are multiplied by the matrix that the sites stand
+    for, where putting it together and using it takes fewer multiplications.
     """
 
     def __init__(
@@ -79,7 +80,7 @@ class TensorTrain(nn.Module):
         self.bias = nn.Parameter(torch.zeros(self.out_features, **factory)) if bias else None
 
     def product(self, x: Tensor) -> Tensor:
-        """[..., n] -> [..., m] without the bias."""
+        """[..., n] -> [..., m] without the bias, site after site."""
         ends = (1, *self.bonds, 1)
         before, done = x.shape[:-1], 1
         for k in reversed(range(len(self.sites))):
@@ -90,7 +91,32 @@ class TensorTrain(nn.Module):
             done *= self.out_shape[k]
         return x.reshape(*before, self.out_features)
 
+    def matrix(self, weights: Sequence[Tensor]) -> Tensor:
+        """[m, n]: the weights of the sites, in whatever dtype, contracted with each other."""
+        ends = (1, *self.bonds, 1)
+        whole = weights[0].new_ones(1, 1, 1)  # [outputs, inputs, bond] so far
+        for k, weight in enumerate(weights):
+            core = weight.view(ends[k], self.out_shape[k], self.in_shape[k], ends[k + 1])
+            whole = torch.einsum("oib,bpjc->opijc", whole, core).flatten(2, 3).flatten(0, 1)
+        return whole[:, :, 0]
+
+    def multiplications(self) -> tuple[int, int]:
+        """Those of `product` for one vector, and those of `matrix`."""
+        ends = (1, *self.bonds, 1)
+        product = matrix = 0
+        for k in range(len(self.sites)):
+            pair = self.in_shape[k] * self.out_shape[k] * ends[k] * ends[k + 1]
+            product += prod(self.in_shape[:k]) * prod(self.out_shape[k + 1 :]) * pair
+            matrix += prod(self.in_shape[:k]) * prod(self.out_shape[:k]) * pair
+        return product, matrix
+
     def forward(self, x: Tensor) -> Tensor:
+        product, matrix = self.multiplications()
+        vectors = x.numel() // self.in_features
+        # Whoever watches or rounds the inputs of the sites wants them computed.
+        watched = any(site._forward_pre_hooks or site._forward_hooks for site in self.sites)
+        if not watched and vectors * (product - self.in_features * self.out_features) > matrix:
+            return nn.functional.linear(x, self.matrix([site.weight for site in self.sites]), self.bias)
         y = self.product(x)
         return y if self.bias is None else y + self.bias
 
@@ -268,12 +294,13 @@ class Coded(nn.Linear):
 
     @property
     def weight(self) -> Tensor:
-        """The dequantized weight [m, n], in the dtype of the scales."""
+        """The dequantized weight [m, n], in the dtype of the scales, to which each product is rounded once."""
         count = prod(self.coded_shape)
         codes = unpack(self.weight_packed[None], self.bits, count)[0]
-        table = (self.weight_table.double() * TABLE_UNIT).to(self.weight_absmax.dtype)
+        dtype = self.weight_absmax.dtype
+        table = (self.weight_table.double() * TABLE_UNIT).to(torch.promote_types(dtype, torch.float32))
         block = torch.arange(count, device=codes.device) // self.block
-        values = (table[codes] * self.weight_absmax[block]).view(self.coded_shape)
+        values = (table[codes] * self.weight_absmax[block]).to(dtype).view(self.coded_shape)
         if self.outliers:
             rows, columns = self.coded_shape
             whole = values.new_empty(rows, columns + self.outliers)
@@ -478,17 +505,26 @@ def leaves(module: nn.Module) -> dict[str, nn.Linear]:
 
 
 def effective_weight(module: nn.Module) -> Tensor:
-    """[m, n] the matrix that a linear or composite multiplies by."""
+    """[m, n] the matrix that a linear or composite multiplies by.
+
+    A composite's parts are put together in float32 at least: rounding their product would add an error that the layer
+    does not make.
+    """
     if isinstance(module, LowRank):
-        return effective_weight(module.second) @ effective_weight(module.first)
+        return _wide(module.second) @ _wide(module.first)
     if isinstance(module, Skeleton):
-        return effective_weight(module.columns) @ effective_weight(module.link) @ effective_weight(module.rows)
+        return _wide(module.columns) @ _wide(module.link) @ _wide(module.rows)
     if isinstance(module, Compensated):
-        return effective_weight(module.base) + effective_weight(module.compensation)
+        return _wide(module.base) + _wide(module.compensation)
     if isinstance(module, TensorTrain):
-        weight = module.sites[0].weight
-        return module.product(torch.eye(module.in_features, device=weight.device, dtype=weight.dtype)).T
+        return module.matrix([_wide(site) for site in module.sites])
     return module.weight
+
+
+def _wide(module: nn.Module) -> Tensor:
+    """The effective weight in float32, or in its own type where that is wider."""
+    weight = effective_weight(module)
+    return weight.to(torch.promote_types(weight.dtype, torch.float32))
 
 
 def mask(linear: nn.Linear) -> Tensor | None:

@@ -43,7 +43,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from coppice.errors import UserError, nearest
 
@@ -95,6 +95,13 @@ class LayerOptions(MethodOptions):
         description="Gather statistics block by block behind the blocks already compressed, instead of reading the "
         "parent's.",
     )
+
+    @field_validator("linears")
+    @classmethod
+    def _names_some(cls, linears: list[str] | None) -> list[str] | None:
+        if linears is not None and not linears:
+            raise ValueError("an empty list names no linear: name some, or leave it out for all of them")
+        return linears
 
 
 class Allocation(BaseModel):

@@ -11,7 +11,7 @@ from __future__ import annotations
 from pydantic import Field
 
 from coppice.methods.base import BudgetOptions, Compensation, Linear, LinearStatistics, Source
-from coppice.methods.solvers.truncation import square_root, truncate
+from coppice.methods.solvers.truncation import truncate_outputs
 
 SOURCE = Source(
     "EoRA: Fine-tuning-free Compensation for Compressed LLM with Eigenspace Low-Rank Approximation",
@@ -37,7 +37,7 @@ def compress(linear: Linear, statistics: LinearStatistics, options: Options) -> 
     `solvers.truncation`).
     """
     residual = linear.reference - linear.weight
-    truncation = truncate(residual, options.rank, square_root(statistics.second_moment))
+    truncation = truncate_outputs(residual, options.rank, statistics.second_moment)
     record = {
         "rank_asked": options.rank,
         "rank": len(truncation.first),

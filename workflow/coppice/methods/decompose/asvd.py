@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from coppice.errors import UserError
+from coppice.errors import UserError, about
 from coppice.lazy import torch
 from coppice.methods.base import Decoder, Factors, Linear, LinearStatistics, Source, Unchanged
 from coppice.methods.solvers.budget import share_of
@@ -35,6 +35,7 @@ from coppice.methods.solvers.truncation import (
     break_even,
     chosen_rank,
     factors,
+    require_finite,
     stays_dense,
     truncate,
 )
@@ -152,7 +153,8 @@ def _by_loss(decoder: Decoder, options: Options) -> Iterator[Candidate]:
     for name in decoder.names:
         weight = decoder.linear(name).weight
         ranks = _grid_ranks(options, *weight.shape)
-        truncation = truncate(weight, max(ranks, default=1), scaling(decoder.statistics(name), options))
+        with about(name):
+            truncation = truncate(weight, max(ranks, default=1), scaling(decoder.statistics(name), options))
         for rank in ranks:
             replaced = truncation.second[:, :rank] @ truncation.first[:rank]
             with torch.no_grad():
@@ -164,7 +166,10 @@ def _by_spectrum(decoder: Decoder, options: Options) -> Iterator[Candidate]:
     """Candidates by -sqrt(|W|_F^2 / sigma_1^2) keep^0.1; of a zero matrix, which every rank fits, the first to go."""
     for name in decoder.names:
         weight = decoder.linear(name).weight.double()
-        largest = torch.linalg.matrix_norm(weight, 2).item()
+        with about(name):
+            require_finite(weight)
+        short = weight if weight.shape[0] <= weight.shape[1] else weight.T
+        largest = torch.linalg.eigvalsh(short @ short.T)[-1].clamp(min=0).sqrt().item()
         spread = torch.linalg.matrix_norm(weight).item() / largest if largest > 0 else math.inf
         for rank, keep in _grid_ranks(options, *weight.shape).items():
             yield Candidate(name, rank, -spread * keep**0.1)

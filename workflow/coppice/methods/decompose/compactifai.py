@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
-from coppice.errors import UserError
+from coppice.errors import UserError, about
 from coppice.lazy import torch
 from coppice.methods.base import Cores, Decoder, LayerOptions, Linear, LinearStatistics, Source, Unchanged
 from coppice.methods.solvers.budget import share_of
@@ -246,7 +246,8 @@ def _profile(decoder: Decoder, name: str, dense: float, windows: range, options:
     for bond in sorted(bonds, reverse=True):
         if bond >= break_even(sites):
             continue
-        operator, _ = operator_of(weight, statistics, sites, bond, options)
+        with about(name):
+            operator, _ = operator_of(weight, statistics, sites, bond, options)
         loss = decoder.loss(windows, weights={name: contract(operator.cores)}).item()
         entries.append({"bond": bond, "parameters": sites.parameters(bond), "loss_increase": loss - dense})
     return entries

@@ -23,6 +23,7 @@ from coppice.methods.base import Decoder, LayerOptions, Linear, LinearStatistics
 from coppice.methods.solvers.budget import share_of
 from coppice.methods.solvers.moments import input_power, second_moment
 from coppice.methods.solvers.selection import lowest
+from coppice.methods.solvers.truncation import require_finite
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -114,8 +115,7 @@ def compress(linear: Linear, statistics: LinearStatistics, options: Options) -> 
     rank = chosen_rank(options, *weight.shape)
     if reason := _stays_dense(linear, rank, options):
         return Unchanged(record={"unchanged": reason, "rank_asked": rank, "keep": 1.0})
-    if not torch.isfinite(weight).all():
-        raise UserError("This layer's weights hold values that are not finite, so they cannot be factorized.")
+    require_finite(weight)
     scores = weight.double().abs()
     if options.importance == "wanda":
         scores = scores * input_power(statistics.second_moment).sqrt()

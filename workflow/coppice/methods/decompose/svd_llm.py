@@ -27,9 +27,9 @@ from coppice.methods.solvers.truncation import (
     cholesky_root,
     chosen_rank,
     factors,
-    square_root,
     stays_dense,
     truncate,
+    truncate_outputs,
 )
 
 if TYPE_CHECKING:
@@ -85,9 +85,9 @@ def compress(linear: Linear, statistics: LinearStatistics, options: Options) -> 
     record: dict[str, Any] = {}
     if options.whitening == "cholesky":
         root, record["damping"] = cholesky_root(moment)
+        truncation = truncate(weight, rank, root)
     else:
-        root = square_root(moment)
-    truncation = truncate(weight, rank, root)
+        truncation = truncate_outputs(weight, rank, moment)
     if options.update:
         behind = linear.behind.second_moment
         before = relative_error(weight - truncation.second @ truncation.first, weight, behind)
@@ -110,10 +110,13 @@ def updated(weight: Tensor, truncation: Truncation, moment: Tensor) -> Tensor:
     first, second = truncation.first.double(), truncation.second.double()
     passed = first @ moment
     power = passed @ first.T
-    # Each direction by its own power, which is nothing where it is but the rounding of what cancels in it.
+    # Each direction by its own power, which is nothing where it is but the rounding of what cancels in it, or where its
+    # outputs are lost in the rounding of the strongest direction's factors.
     sizes = power.diagonal()
     terms = (first.abs() @ moment.diagonal().sqrt()).square()
-    inverse = torch.where(sizes > rounding * terms, sizes, torch.inf).rsqrt()
+    outputs = sizes * second.square().sum(dim=0)
+    lost = (len(moment) * torch.finfo(weight.dtype).eps) ** 2 * outputs.max()
+    inverse = torch.where((sizes > rounding * terms) & (outputs > lost), sizes, torch.inf).rsqrt()
     values, vectors = torch.linalg.eigh(inverse[:, None] * power * inverse)
     seen = values > len(moment) * rounding * values[-1].clamp(min=0)
     basis = inverse[:, None] * vectors[:, seen] / values[seen].sqrt()

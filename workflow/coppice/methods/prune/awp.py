@@ -37,6 +37,7 @@ from coppice.methods.solvers.grid import (
     group_width,
     make_grid,
 )
+from coppice.methods.solvers.loss import output_power
 from coppice.methods.solvers.mask import (
     REFIT_DAMPING,
     REFIT_DAMPING_DESCRIPTION,
@@ -138,7 +139,7 @@ def compress(linear: Linear, statistics: LinearStatistics, options: Options) -> 
     """The best T of the iteration. Weights of dead inputs become zero.
 
     Raises UserError when M of N:M does not divide the width, when the group size does not and `indivisible` is "error",
-    or when the statistics are unfit (see `solvers.damping`).
+    or when the statistics are unfit (see `solvers.damping` and `solvers.loss`).
     """
     if options.sparsity == 0 and options.bits is None:
         return nothing_to_prune()
@@ -179,7 +180,7 @@ def _descend(
     ramp = iterations // 2 if joint else 0
     current = weight if ramp else first.weight
     gradient = (weight - current) @ moment
-    best, best_iteration, least = first, 0, _error(weight - first.weight, (weight - first.weight) @ moment)
+    best, best_iteration, least = first, 0, output_power(weight - first.weight, moment)
     done = 0
     for done in range(1, iterations + 1):
         share = min(done / ramp, 1.0) if ramp else 1.0
@@ -188,13 +189,8 @@ def _descend(
         settled = share == 1 and (point.weight - current).norm() <= options.tolerance * point.weight.norm()
         current = point.weight
         gradient = (weight - current) @ moment
-        if share == 1 and (error := _error(weight - current, gradient)) < least:
+        if share == 1 and (error := output_power(weight - current, moment, gradient)) < least:
             best, best_iteration, least = point, done, error
         if settled:
             break
     return best, {"iterations": done, "best_iteration": best_iteration}
-
-
-def _error(difference: Tensor, image: Tensor) -> float:
-    """tr(dW C dW^T), with dW C at hand."""
-    return (difference.double() * image).sum().item()

@@ -33,6 +33,7 @@ from coppice.errors import UserError
 from coppice.lazy import torch
 from coppice.methods.base import Flattened, LayerOptions, Linear, LinearStatistics, Source
 from coppice.methods.solvers.budget import share_of
+from coppice.methods.solvers.codebook import require_finite
 from coppice.methods.solvers.grid import Grid
 from coppice.methods.solvers.loss import relative_error
 from coppice.methods.solvers.moments import input_power, second_moment
@@ -110,9 +111,14 @@ class Rounded:
 
 
 def scales(linears: list[Linear], statistics: LinearStatistics, options: Options) -> Tensor | None:
-    """s [n] of the smoothing, with max|w_j| over all the linears; 1 where an input or its weights are zero."""
+    """s [n] of the smoothing, with max|w_j| over all the linears; 1 where an input or its weights are zero.
+
+    Raises UserError when a weight is not finite, or when the statistics are unfit (see `solvers.moments`).
+    """
     if options.smoothing is None:
         return None
+    for linear in linears:
+        require_finite(linear.weight)
     inputs = _largest_inputs(statistics)
     weights = torch.stack([linear.weight.abs().amax(dim=0).double() for linear in linears]).amax(dim=0)
     factors = inputs.pow(options.smoothing) / weights.pow(1 - options.smoothing)
@@ -127,8 +133,7 @@ def compress(linear: Linear, statistics: LinearStatistics, options: Options) -> 
     `solvers.moments` and, for GPTQ, `solvers.sweep`).
     """
     weight, width = linear.weight, linear.weight.shape[1]
-    if not torch.isfinite(weight).all():
-        raise UserError("This layer's weights hold values that are not finite, so they cannot be put on a grid.")
+    require_finite(weight)
     spare = share_of(options.expansion, width) - width
     largest = _largest_inputs(statistics)
     threshold, input_pieces = split(largest, torch.ones_like(largest), spare, options)

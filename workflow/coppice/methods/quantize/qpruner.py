@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from coppice.errors import UserError
+from coppice.errors import UserError, about
 from coppice.lazy import LazyModule, torch
 from coppice.methods.base import Decoder, Linear, LinearStatistics, Quantized, Source
 from coppice.methods.solvers.budget import share_of
@@ -155,11 +155,9 @@ def _grid(options: Options, bits: int) -> SweptGridOptions:
 def _errors(decoder: Decoder, name: str, options: Options) -> list[float]:
     """tr((W - Q_b) H (W - Q_b)^T) at each candidate b."""
     grid = _grid(options, options.candidates[0])
-    try:
+    with about(name):
         moment = decoder.statistics(name).second_moment
         return rounding_losses(decoder.linear(name), moment, grid, options.candidates)
-    except UserError as error:
-        raise UserError(f"{name}: {error}") from error
 
 
 def output_information(decoder: Decoder, bins: int) -> tuple[list[float], int]:

@@ -21,7 +21,7 @@ from coppice.methods.solvers.grid import GridOptions, dequantize
 from coppice.methods.solvers.loss import output_power
 from coppice.methods.solvers.moments import input_power, second_moment
 from coppice.methods.solvers.rounding import round_to_nearest
-from coppice.methods.solvers.truncation import square_root
+from coppice.methods.solvers.truncation import outputs_spectrum
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,8 +54,8 @@ def truncation_losses(weight: Tensor, moment: Tensor) -> list[float]:
     (see `solvers.truncation`).
     """
     _require_finite(weight)
-    values = torch.linalg.svdvals(weight @ square_root(moment).to(weight.dtype)).double()
-    return torch.nn.functional.pad(values.square().flip(0).cumsum(0), (1, 0)).flip(0).tolist()
+    powers = outputs_spectrum(weight, moment)
+    return torch.nn.functional.pad(powers.flip(0).cumsum(0), (1, 0)).flip(0).tolist()
 
 
 def rounding_losses(linear: Linear, moment: Tensor, options: GridOptions, bits: Sequence[int]) -> list[float]:
@@ -93,4 +93,7 @@ def outlier_share(scores: Sequence[Tensor], factor: float) -> float:
 
 def _require_finite(weight: Tensor) -> None:
     if not torch.isfinite(weight).all():
-        raise UserError("This layer's weights hold values that are not finite, so no budget can be measured on them.")
+        raise UserError(
+            "This layer's weights hold values that are not finite, so no budget can be measured on them: check the "
+            "parent."
+        )

@@ -17,9 +17,12 @@ def relative_error(difference: Tensor, weight: Tensor, second_moment: Tensor | N
 
     difference dW: [m, n], weight minus what stands in its place; weight W: [m, n]; second_moment H: [n, n] E[x x^T], or
     None for H = I, where the ratio is that of squared Frobenius norms. 0 for no difference.
-    Raises UserError when the ratio is not finite.
+    Raises UserError when the ratio is not finite, or when H is not positive semidefinite (see `output_power`).
     """
-    error, scale = _power(difference, second_moment), _power(weight, second_moment)
+    error, scale = (
+        each.double().square().sum().item() if second_moment is None else output_power(each, second_moment)
+        for each in (difference, weight)
+    )
     if error == 0:
         return 0.0
     ratio = error / scale if scale > 0 else math.inf
@@ -31,13 +34,15 @@ def relative_error(difference: Tensor, weight: Tensor, second_moment: Tensor | N
     return ratio
 
 
-def output_power(weight: Tensor, second_moment: Tensor) -> float:
-    """tr(W H W^T): the mean squared norm of the outputs, at least 0.
+def output_power(weight: Tensor, second_moment: Tensor, images: Tensor | None = None) -> float:
+    """tr(W H W^T): the mean squared norm of the outputs, at least 0. images: W H, where it is at hand.
 
     Raises UserError when it is more negative than rounding explains (10 n eps tr(H) |W|^2, with eps that of float32, in
     which second moments are summed).
     """
-    power = ((weight @ second_moment.to(weight.dtype)).double() * weight).sum().item()
+    if images is None:
+        images = weight @ second_moment.to(weight.dtype)
+    power = (images.double() * weight).sum().item()
     rounding = 10 * len(second_moment) * torch.finfo(torch.float32).eps
     if power < -rounding * second_moment.diagonal().sum().item() * weight.double().square().sum().item():
         raise UserError(
@@ -45,9 +50,3 @@ def output_power(weight: Tensor, second_moment: Tensor) -> float:
             "negative mean square): the statistics are damaged, so calibrate again."
         )
     return max(power, 0.0)
-
-
-def _power(weight: Tensor, second_moment: Tensor | None) -> float:
-    """tr(W H W^T), never below 0, where rounding alone could put it."""
-    images = weight if second_moment is None else weight @ second_moment.to(weight.dtype)
-    return max((images.double() * weight).sum().item(), 0.0)

@@ -8,10 +8,11 @@ E|(w - w_hat)^T x|^2 is least over the free weights at w_hat_R = w_R + d_R with
 A refit of what a mask keeps is the case e_E = w_E. Begun from any w_hat that is zero on E, with its error e on every
 place, the same minimum is reached by d_R = H_RR^-1 (H e)_R; a damped H_RR then minimises
 E|(w - w_hat - d)^T x|^2 + damping mean(diag H) |d|^2, which never ends above the error that it began with.
- Source: Hassibi and Stork, Second order derivatives for network
-pruning: Optimal Brain Surgeon (NIPS 1992), equation 5, for several weights at once; it is the least-squares problem of
-each row on the inputs that it keeps. Rows differ in R, so that each has a system of its own: they are solved in batches
-of rows with about as many free places, padded with rows and columns of the identity.
+
+Source: Hassibi and Stork, Second order derivatives for network pruning: Optimal Brain Surgeon (NIPS 1992), equation 5,
+for several weights at once; it is the least-squares problem of each row on the inputs that it keeps. Rows differ in R,
+so that each has a system of its own: they are solved in batches of rows with about as many free places, padded with
+rows and columns of the identity.
 """
 
 from __future__ import annotations

@@ -143,8 +143,9 @@ def sweep(
         settled, changes = current.new_empty(2, stop - start, rows)
         for j in range(start, stop):
             here = j - start
-            # Nothing has corrected the weights that the first window sees.
-            ahead = corrections[here:, here:], original[here:] if j else None, current[j:]
+            if any(j % each == 0 for each in windows):
+                # Nothing has corrected the weights that the first window sees.
+                ahead = corrections[here:, here:], original[here:] if j else None, current[j:]
             if selection is not None and j % selection.width == 0:
                 window = slice(j, j + selection.width)
                 scores = (_free(*ahead, selection.width) * pivots[window, None]).square()

@@ -14,8 +14,8 @@ from itertools import pairwise
 from math import prod
 from typing import TYPE_CHECKING
 
-from coppice.errors import UserError
 from coppice.lazy import torch
+from coppice.methods.solvers.truncation import require_finite
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -101,8 +101,7 @@ def decompose(matrix: Tensor, sites: Sites, bond: int) -> TensorTrain:
 
     Each cut keeps min(bond, what its unfolding has). Raises UserError when M holds values that are not finite.
     """
-    if not torch.isfinite(matrix).all():
-        raise UserError("This layer's weights hold values that are not finite, so they cannot be factorized.")
+    require_finite(matrix)
     count = len(sites.outputs)
     pairs = [axis for site in range(count) for axis in (site, count + site)]
     rest = matrix.reshape(*sites.outputs, *sites.inputs).permute(pairs).reshape(1, -1)

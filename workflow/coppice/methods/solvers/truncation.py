@@ -86,11 +86,7 @@ def square_root(moment: Tensor) -> Tensor:
     """
     moment = second_moment(moment)
     values, vectors = torch.linalg.eigh(moment)
-    if values[0] < -10 * len(values) * torch.finfo(torch.float32).eps * values[-1]:
-        raise UserError(
-            "The second moment of this layer's inputs is not positive semidefinite (its smallest eigenvalue is "
-            f"{values[0]:.3g}, its largest {values[-1]:.3g}): the statistics are damaged, so calibrate again."
-        )
+    _require_semidefinite(values, "inputs", values[-1])
     return vectors * values.clamp(min=0).sqrt()
 
 
@@ -126,7 +122,7 @@ def truncate(matrix: Tensor, rank: int, scaling: Tensor | None) -> Truncation:
     equally between the factors, so that neither overflows a narrow type; the first terms are those of a smaller rank.
     Raises UserError when M holds values that are not finite.
     """
-    _require_finite(matrix)
+    require_finite(matrix)
     if scaling is None:
         scaled = matrix
     elif scaling.dim() == 1:
@@ -142,29 +138,67 @@ def truncate_outputs(matrix: Tensor, rank: int, moment: Tensor) -> Truncation:
 
     Raises UserError when M holds values that are not finite, or when the statistics are unfit (see `square_root`).
     """
-    _require_finite(matrix)
+    require_finite(matrix)
     rows, columns = matrix.shape
     if rows > columns:
         return truncate(matrix, rank, square_root(moment))
-    wide = matrix.double()
-    power, vectors = torch.linalg.eigh(wide @ second_moment(moment) @ wide.T)
+    power, vectors = torch.linalg.eigh(outputs_moment(matrix, moment))
+    _require_semidefinite(power, "outputs", _largest_power(matrix, moment))
     left = vectors.flip(1)[:, :rank].to(matrix.dtype)
     return _projection(matrix, left, power.flip(0).clamp(min=0))
 
 
-def _require_finite(matrix: Tensor) -> None:
+def outputs_spectrum(matrix: Tensor, moment: Tensor) -> Tensor:
+    """sigma_1^2, sigma_2^2, .. [min(m, n)] of M S with S S^T = H [n, n], in float64.
+
+    Raises UserError when M holds values that are not finite, or when the statistics are unfit (see `square_root`).
+    """
+    require_finite(matrix)
+    rows, columns = matrix.shape
+    if rows > columns:
+        return torch.linalg.svdvals(matrix @ square_root(moment).to(matrix.dtype)).double().square()
+    power = torch.linalg.eigvalsh(outputs_moment(matrix, moment))
+    _require_semidefinite(power, "outputs", _largest_power(matrix, moment))
+    return power.flip(0).clamp(min=0)
+
+
+def outputs_moment(matrix: Tensor, moment: Tensor) -> Tensor:
+    """M H M^T [m, m] in float64: the second moment of the outputs."""
+    wide = matrix.double()
+    return wide @ second_moment(moment) @ wide.T
+
+
+def _largest_power(matrix: Tensor, moment: Tensor) -> Tensor:
+    """tr(H) |M|_F^2: no eigenvalue of M H M^T is larger, whatever the signs of those of H."""
+    return moment.diagonal().double().sum() * matrix.double().square().sum()
+
+
+def _require_semidefinite(values: Tensor, what: str, largest: Tensor) -> None:
+    """Raises UserError when one of the eigenvalues, in rising order, is more negative than rounding explains."""
+    if values[0] < -10 * len(values) * torch.finfo(torch.float32).eps * largest:
+        raise UserError(
+            f"The second moment of this layer's {what} is not positive semidefinite (its smallest eigenvalue is "
+            f"{values[0]:.3g}, its largest {values[-1]:.3g}): the statistics are damaged, so calibrate again."
+        )
+
+
+def require_finite(matrix: Tensor) -> None:
+    """Raises UserError when an entry is not finite."""
     if not torch.isfinite(matrix).all():
-        raise UserError("This layer's weights hold values that are not finite, so they cannot be factorized.")
+        raise UserError(
+            "This layer's weights hold values that are not finite, so they cannot be factorized: check the parent."
+        )
 
 
 def _projection(matrix: Tensor, left: Tensor, power: Tensor) -> Truncation:
     """U U^T M for orthonormal U [m, k]; power: the squares of all singular values, from the largest down."""
     images = left.T @ matrix
-    roots = images.norm(dim=1, keepdim=True).sqrt()
-    first = images / roots.clamp(min=torch.finfo(roots.dtype).tiny)
+    # In float64, where no square leaves the range of numbers.
+    roots = images.double().norm(dim=1, keepdim=True).sqrt()
+    first = (images / roots.clamp(min=torch.finfo(roots.dtype).tiny)).to(matrix.dtype)
     total = power.sum().item()
     error = power[left.shape[1] :].sum().item() / total if total > 0 else 0.0
-    return Truncation(first, left * roots.T, error)
+    return Truncation(first, (left * roots.T).to(matrix.dtype), error)
 
 
 def chosen_rank(options: RankOptions, rows: int, columns: int) -> int:
