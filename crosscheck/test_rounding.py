@@ -7,7 +7,7 @@ import torch
 
 from coppice.methods.quantize import gptq, rtn
 from coppice.methods.solvers.grid import Grid, dequantize, fit_groups, group_of_inputs
-from coppice.methods.solvers.sweep import Quantizer, inverse_factor, sweep
+from coppice.methods.solvers.sweep import Quantizer, cholesky_factor, sweep
 from crosscheck import libraries
 
 GROUPS = (32, -1)
@@ -58,7 +58,7 @@ def _groups_of_the_original_weights(weight, moment, bits, group_size, symmetric)
     grid = Grid(bits, symmetric, torch.float32)
     groups = group_of_inputs(weight.shape[1], group_size, weight.device)
     quantizer = Quantizer(grid, group_size, groups, fit_groups(grid, weight, group_size))
-    swept = sweep(weight, inverse_factor(moment, 0.01), 128, quantizer=quantizer)
+    swept = sweep(weight, cholesky_factor(moment, 0.01), 128, quantizer=quantizer)
     return swept.codes, swept.scale, swept.weight
 
 

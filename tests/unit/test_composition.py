@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from nodes import gather, make, save_root, save_windows
+from rows import ROWS
 from safetensors.torch import load_file
 from studies import tiny_folder
 from tiny import logits, tiny_tokens
@@ -23,47 +24,15 @@ from coppice.files import read_json
 from coppice.methods.base import method, methods
 from coppice.study import Study
 
-GRID = {"group_size": 16, "indivisible": "row"}
+ALL: dict[str, dict[str, Any]] = {name: options[0] for name, options in ROWS.items()}
 # Each method twice in a row is another budget on what is left, so a method that removes units is asked for shares.
-STEPS: dict[str, dict[str, Any]] = {
-    "shortgpt": {"ratio": 0.5},
-    "llm-pruner": {"ratio": 0.25},
-    "magnitude": {"sparsity": 0.5},
-    "wanda": {"pattern": "2:4"},
-    "sparsegpt": {"sparsity": 0.5},
-    "svd": {"keep": 0.6, "align": 4},
-    "svd-llm": {"keep": 0.6, "align": 4},
-    "rtn": {"bits": 4, **GRID},
-    "gptq": {"bits": 3, "symmetric": True, **GRID},
-    "eora": {"rank": 2},
-}
-# Made after one step of each kind and before two; not every pair of them says something new.
-MORE: dict[str, dict[str, Any]] = {
-    "awp": {"sparsity": 0.5, "iterations": 20},
-    "net-trim": {"sparsity": 0.4},
-    "obert": {"sparsity": 0.5, "block": 16},
-    "obr": {"sparsity": 0.5, "bits": 4, **GRID},
-    "asvd": {"keep": 0.6, "search": "strs", "search_windows": 2},
-    "fwsvd": {"keep": 0.6},
-    "dobi-svd": {"keep": 0.6, "steps": 4},
-    "curing": {"rank": 8, "linears": ["q_proj", "gate_proj", "up_proj"]},
-    "compactifai": {"keep": 0.6},
-    "awq": {"bits": 4, **GRID},
-    "coordinate-descent": {"bits": 3, **GRID},
-    "flattenquant": {"bits": 8},
-    "k-bit": {"bits": 4, "outliers": 0.1},
-    "learned-rounding": {"bits": 4, "format": "float", "exponent_bits": 2, "steps": 20},
-    "qpruner": {"bits_average": 5, "candidates": [4, 8], "search": "knapsack", **GRID},
-    "round-inputs": {"bits": 6},
-    "rotate": {},
-    "kv-cache": {"bits": 4, "group_size": 4, "window": 4},
-    "gear": {"bits": 4, "group_size": 4, "buffer": 4, "rank": 2, "decode_rank": 1},
-}
-ALL = STEPS | MORE
-PAIRS = [(first, f"{second}-again") for first, second in product(STEPS, STEPS)]
+BASIC = ("shortgpt", "llm-pruner", "magnitude", "wanda", "sparsegpt", "svd", "svd-llm", "rtn", "gptq", "eora")
+# Of the others, each is made after one step of each kind and before two; not every pair of them says something new.
+OTHERS = [name for name in ALL if name not in BASIC]
+PAIRS = [(first, f"{second}-again") for first, second in product(BASIC, BASIC)]
 BESIDE = [
     steps
-    for name in MORE
+    for name in OTHERS
     for steps in (
         *((before, name) for before in ("wanda", "svd-llm", "gptq", "eora", "llm-pruner")),
         (name, f"{name}-again"),

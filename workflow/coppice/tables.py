@@ -62,7 +62,13 @@ SCHEMAS = {
         ("method", _text, "", "Method of the last step; null for a dense model."),
         ("family", _text, "", "Family of that method: prune, decompose, quantize, compensate or recover."),
         ("options", _text, "JSON", "All options of the last step, defaults included; null for a dense model."),
-        ("marks", pa.list_(_text), "", "What the node is: masked, factorized, quantized, compensated, smaller, rotated, quantized-inputs, quantized-cache."),
+        (
+            "marks",
+            pa.list_(_text),
+            "",
+            "What the node is: masked, factorized, quantized, compensated, smaller, rotated, quantized-inputs, "
+            "quantized-cache.",
+        ),
         ("seed", _integer, "", "Seed of the step."),
         ("source_kind", _text, "", "Where the dense model came from: shipped, path or hub."),
         ("source", _text, "", "Its name, folder or hub repository."),

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from rows import ROWS
 from tiny import tiny_model
 from torch import Tensor, nn
 
@@ -33,56 +34,8 @@ from coppice.methods.base import (
 )
 
 NAME = "model.layers.0.mlp.gate_proj"
-ROW = {"group_size": -1}
-
-# Options of every layer method, one row for each way through it.
-ROWS: dict[str, list[dict[str, Any]]] = {
-    "magnitude": [{"sparsity": 0.5}, {"pattern": "2:4"}, {"sparsity": 0.5, "scope": "row", "refit": True}],
-    "wanda": [{"sparsity": 0.5}, {"pattern": "2:4"}, {"sparsity": 0.5, "refit": True}],
-    "sparsegpt": [{"sparsity": 0.5, "block": 8}, {"pattern": "2:4"}, {"sparsity": 0.5, "bits": 4, **ROW}],
-    "awp": [
-        {"sparsity": 0.5, "iterations": 20},
-        {"sparsity": 0.5, "iterations": 20, "step": "spectral"},
-        {"bits": 4, "iterations": 3, **ROW},
-        {"sparsity": 0.5, "bits": 4, "iterations": 4, **ROW},
-    ],
-    "net-trim": [{"epsilon": 0.3, "iterations": 20}, {"sparsity": 0.5, "iterations": 20}],
-    "obert": [
-        {"sparsity": 0.5, "block": 8},
-        {"sparsity": 0.5, "block": 8, "unit": 4, "update": "joint", "scope": "layer"},
-    ],
-    "obr": [{"sparsity": 0.5}, {"sparsity": 0.5, "bits": 4, **ROW}, {"sparsity": 0.5, "bits": 4, "form": "rtn", **ROW}],
-    "svd": [{"rank": 3}],
-    "asvd": [
-        {"keep": 0.6},
-        {"rank": 3, "statistic": "absmax", "alpha": 1},
-        {"keep": 0.6, "search": "strs", "grid": [0.4]},
-        {"keep": 0.6, "search": "spectrum"},
-    ],
-    "svd-llm": [{"rank": 5}, {"rank": 3, "whitening": "cholesky"}, {"rank": 3, "update": True}],
-    "fwsvd": [{"rank": 3}],
-    "dobi-svd": [{"keep": 0.6, "steps": 2}, {"keep": 0.6, "remap": False, "learn": False}],
-    "curing": [{"keep": 0.8}, {"rank": 3, "link": "data"}, {"rank": 3, "importance": "weight"}],
-    "compactifai": [
-        {"keep": 0.6},
-        {"bond": 2, "sites": 3, "scaling": "absmean"},
-        {"keep": 0.6, "profile": [0.1, 0.2, 0.3], "scaling": "absmean"},
-    ],
-    "rtn": [{"bits": 4, **ROW}, {"bits": 2, "symmetric": True, **ROW}],
-    "gptq": [{"bits": 4, **ROW}, {"bits": 3, "act_order": True, "symmetric": True, "block": 4, **ROW}],
-    "coordinate-descent": [{"bits": 3, **ROW}, {"bits": 3, "start": "gptq", "block": 4, **ROW}],
-    "awq": [{"bits": 4, **ROW}, {"bits": 4, "duo_scaling": True, "clip": False, **ROW}],
-    "flattenquant": [{"bits": 8}, {"solver": "gptq", "smoothing": 1, "fence": 0}],
-    "k-bit": [{"bits": 4}, {"bits": 3, "type": "quantile"}, {"bits": 4, "type": "normal", "outliers": 0.3}],
-    "learned-rounding": [{"bits": 3, "steps": 5, **ROW}, {"bits": 4, "format": "float", "steps": 5}],
-    "qpruner": [
-        {"bits_average": 5, **ROW},
-        {"bits_average": 5, "search": "knapsack", "quantizer": "gptq", **ROW},
-    ],
-    "round-inputs": [{"bits": 8}],
-    "eora": [{"rank": 2}],
-}
-LABELS = {f"{name}-{index}": (name, options) for name, rows in ROWS.items() for index, options in enumerate(rows)}
+LAYER_ROWS = {name: rows for name, rows in ROWS.items() if method(name).contract == "layer"}
+LABELS = {f"{name}-{index}": (name, options) for name, rows in LAYER_ROWS.items() for index, options in enumerate(rows)}
 # They need moments for what other options do with them, and look at none themselves.
 BLIND = {"qpruner-0", "curing-2"}
 # Weights of inputs that were never seen become zero.
@@ -305,7 +258,7 @@ def one_thread() -> Iterator[None]:
 
 
 def test_every_layer_method_has_a_row() -> None:
-    assert set(ROWS) == {name for name, used in methods().items() if used.contract == "layer"}
+    assert set(ROWS) == {name for name, used in methods().items() if used.contract != "training"}
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "float64"])
@@ -318,7 +271,10 @@ def test_a_sane_result_or_a_sentence(label: str, dtype: torch.dtype) -> None:
             continue
         try:
             check(label, name, situation, dtype)
-        except Exception as problem:  # Every situation is tried; what went wrong is told below.
+        except (
+            Exception,
+            pytest.fail.Exception,
+        ) as problem:  # Every situation is tried; what went wrong is told below.
             problems[name] = f"{type(problem).__name__}: {problem}"
     assert not problems
 
@@ -456,8 +412,8 @@ REFUSED = [
     ("qpruner", {"bits_average": 5, "candidates": [1, 8]}),
     *((name, {"sparsity": 0.5, "bits": 1}) for name in ("sparsegpt", "awp", "obr")),
     ("rtn", {"bits": 4, "group_size": 0}),
-    *((name, rows[0] | {"linears": []}) for name, rows in ROWS.items()),
-    *((name, rows[0] | {"no_such_option": 1}) for name, rows in ROWS.items()),
+    *((name, rows[0] | {"linears": []}) for name, rows in LAYER_ROWS.items()),
+    *((name, rows[0] | {"no_such_option": 1}) for name, rows in LAYER_ROWS.items()),
 ]
 
 
@@ -488,7 +444,7 @@ def test_an_unknown_method_is_refused_with_the_nearest() -> None:
 RULES = [
     *(("wanda", {"sparsity": 0.5}, by) for by in ("sensitivity", "owl", "mosaic", "knapsack")),
     *(("svd-llm", {"keep": 0.6}, by) for by in ("sensitivity", "svd-llm-v2", "water-filling", "knapsack")),
-    *(("rtn", {"bits": 4, **ROW}, by) for by in ("sensitivity", "knapsack")),
+    *(("rtn", {"bits": 4, "group_size": -1}, by) for by in ("sensitivity", "knapsack")),
     ("eora", {"rank": 2}, "water-filling"),
 ]
 
@@ -500,7 +456,10 @@ def test_an_allocation_is_within_its_budget_or_names_the_linear(name: str, given
     for label, situation in SITUATIONS.items():
         try:
             check_allocation(options, situation, torch.float32)
-        except Exception as problem:  # Every situation is tried; what went wrong is told below.
+        except (
+            Exception,
+            pytest.fail.Exception,
+        ) as problem:  # Every situation is tried; what went wrong is told below.
             problems[label] = f"{type(problem).__name__}: {problem}"
     assert not problems
 
@@ -553,7 +512,7 @@ def walk() -> Callable[..., driver.Walk]:
     return make
 
 
-@pytest.mark.parametrize("given", [("awq", {"bits": 4, **ROW}), ("flattenquant", {})])
+@pytest.mark.parametrize("given", [("awq", {"bits": 4, "group_size": -1}), ("flattenquant", {})])
 def test_scales_of_damaged_statistics_name_the_layer(walk: Callable[..., driver.Walk], given: Any) -> None:
     walked = walk(*given)
     block = layers.blocks(walked.model)[0]

@@ -6,7 +6,7 @@ import torch
 from coppice.errors import UserError
 from coppice.methods.solvers.grid import Grid, decode, fit_groups, group_of_inputs
 from coppice.methods.solvers.mask import keep_largest
-from coppice.methods.solvers.sweep import Quantizer, Selection, inverse_factor, sweep
+from coppice.methods.solvers.sweep import Quantizer, Selection, cholesky_factor, sweep
 
 
 def damped(moment: torch.Tensor, damping: float = 0.01) -> torch.Tensor:
@@ -19,7 +19,7 @@ def power(difference: torch.Tensor, moment: torch.Tensor) -> float:
 
 @pytest.fixture
 def factor(statistics):
-    return inverse_factor(statistics.second_moment, 0.01)
+    return cholesky_factor(statistics.second_moment, 0.01)
 
 
 @pytest.fixture
@@ -151,41 +151,41 @@ def test_dead_inputs_become_zero_and_disturb_nothing(linear, statistics, kept):
     moment = statistics.second_moment.clone()
     moment[dead] = 0
     moment[:, dead] = 0
-    factor = inverse_factor(moment, 0.01)
+    factor = cholesky_factor(moment, 0.01)
     assert factor.record == {"damping_asked": 0.01, "damping": 0.01, "dead_inputs": 2}
     swept = sweep(linear.weight, factor, 8, kept=kept)
     assert (swept.weight[:, dead] == 0).all()
-    alone = sweep(linear.weight[:, alive], inverse_factor(moment[alive][:, alive], 0.01), 8, kept=kept[:, alive])
+    alone = sweep(linear.weight[:, alive], cholesky_factor(moment[alive][:, alive], 0.01), 8, kept=kept[:, alive])
     torch.testing.assert_close(swept.weight[:, alive], alone.weight, rtol=1e-9, atol=1e-9)
 
 
 def test_scale_of_the_moment_does_not_matter(linear, statistics, kept):
-    one = sweep(linear.weight, inverse_factor(statistics.second_moment, 0.01), 8, kept=kept)
-    other = sweep(linear.weight, inverse_factor(1e6 * statistics.second_moment, 0.01), 8, kept=kept)
+    one = sweep(linear.weight, cholesky_factor(statistics.second_moment, 0.01), 8, kept=kept)
+    other = sweep(linear.weight, cholesky_factor(1e6 * statistics.second_moment, 0.01), 8, kept=kept)
     torch.testing.assert_close(other.weight, one.weight, rtol=1e-9, atol=1e-9)
 
 
 def test_fewer_tokens_than_inputs(linear, inputs, kept):
     moment = inputs[:10].T @ inputs[:10] / 10
-    factor = inverse_factor(moment, 0.01)
+    factor = cholesky_factor(moment, 0.01)
     assert factor.damping == 0.01
     assert torch.isfinite(sweep(linear.weight, factor, 8, kept=kept).weight).all()
 
 
 def test_a_singular_moment_is_damped_and_the_record_says_so(inputs):
     moment = inputs[:10].T @ inputs[:10] / 10
-    assert inverse_factor(moment, 0.0).record == {"damping_asked": 0.0, "damping": 0.01, "dead_inputs": 0}
+    assert cholesky_factor(moment, 0.0).record == {"damping_asked": 0.0, "damping": 0.01, "dead_inputs": 0}
 
 
 def test_a_moment_that_is_singular_in_float64_is_damped():
     powers = torch.tensor([1.0, 1e-20], dtype=torch.float64)
-    assert inverse_factor(powers.diag(), 0.0).damping == 0.01
+    assert cholesky_factor(powers.diag(), 0.0).damping == 0.01
 
 
 def test_damping_grows_tenfold():
     indefinite = torch.full((4, 4), 1.05, dtype=torch.float64)
     indefinite.fill_diagonal_(1)  # smallest eigenvalue -0.05
-    assert inverse_factor(indefinite, 0.01).damping == pytest.approx(0.1)
+    assert cholesky_factor(indefinite, 0.01).damping == pytest.approx(0.1)
 
 
 def test_unfit_moments(statistics):
@@ -193,12 +193,12 @@ def test_unfit_moments(statistics):
     indefinite = moment.diagonal().diag() * 1.0
     indefinite[0, 1] = indefinite[1, 0] = 1e6
     with pytest.raises(UserError, match="not positive semidefinite, even when damped"):
-        inverse_factor(indefinite, 0.01)
+        cholesky_factor(indefinite, 0.01)
     damaged = moment.clone()
     damaged[0, 1] = float("nan")
     with pytest.raises(UserError, match="hold values that are not finite"):
-        inverse_factor(damaged, 0.01)
+        cholesky_factor(damaged, 0.01)
     with pytest.raises(UserError, match="zero everywhere"):
-        inverse_factor(torch.zeros_like(moment), 0.01)
+        cholesky_factor(torch.zeros_like(moment), 0.01)
     with pytest.raises(UserError, match="negative mean square"):
-        inverse_factor(-moment, 0.01)
+        cholesky_factor(-moment, 0.01)

@@ -8,7 +8,7 @@ import torch
 from pydantic import ValidationError
 
 from coppice.errors import UserError
-from coppice.methods.solvers.sweep import inverse_factor
+from coppice.methods.solvers.sweep import cholesky_factor
 from coppice.methods.solvers.truncation import (
     RankOptions,
     break_even,
@@ -248,15 +248,15 @@ def test_roots_are_computed_once_for_linears_that_share_an_input(statistics):
     for root in (
         square_root,
         lambda moment: cholesky_root(moment)[0],
-        lambda moment: inverse_factor(moment, 0.1).upper,
+        lambda moment: cholesky_factor(moment, 0.1).upper,
     ):
         first = root(moment)
         assert root(moment) is first
         equal = moment.clone()
         assert root(equal) is not first
         torch.testing.assert_close(root(equal), first)
-    assert inverse_factor(moment, 0.1) is not inverse_factor(moment, 0.2)
-    assert inverse_factor(moment, 0.2).damping == 0.2
+    assert cholesky_factor(moment, 0.1) is not cholesky_factor(moment, 0.2)
+    assert cholesky_factor(moment, 0.2).damping == 0.2
 
 
 def test_a_root_is_given_up_with_its_moment(statistics):

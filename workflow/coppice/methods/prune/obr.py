@@ -46,7 +46,7 @@ from coppice.methods.solvers.mask import (
 )
 from coppice.methods.solvers.moments import input_power
 from coppice.methods.solvers.refit import compensate
-from coppice.methods.solvers.sweep import InverseFactor, Quantizer, inverse_factor, sweep
+from coppice.methods.solvers.sweep import CholeskyFactor, Quantizer, cholesky_factor, sweep
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -110,7 +110,7 @@ def compress(linear: Linear, statistics: LinearStatistics, options: Options) -> 
     """
     if options.bits is None and options.pruned_share == 0:
         return nothing_to_prune()
-    factor = inverse_factor(statistics.second_moment, options.damping)
+    factor = cholesky_factor(statistics.second_moment, options.damping)
     moment = damp(statistics.second_moment, factor.damping).moment
     weight = linear.weight.masked_fill(factor.dead, 0)
     mask = _wanda(weight, statistics.second_moment, linear.mask, options)
@@ -139,7 +139,7 @@ def _quantize(
     restored: Tensor,
     mask: Tensor,
     moment: Tensor,
-    factor: InverseFactor,
+    factor: CholeskyFactor,
     options: Options,
     record: dict,
 ) -> Quantized:
@@ -159,7 +159,7 @@ def _quantize(
     elif split < inputs:
         codes[:, split:] = sweep(
             restored[:, split:],
-            InverseFactor(factor.upper[split:, split:], factor.dead[split:], factor.damping, factor.asked),
+            CholeskyFactor(factor.upper[split:, split:], factor.dead[split:], factor.damping, factor.asked),
             options.block,
             kept=mask[:, split:],
             quantizer=Quantizer(grid, width, groups[split:], (scale, zero_point)),

@@ -32,7 +32,7 @@ from coppice.methods.solvers.mask import (
     nothing_to_prune,
     pruning_record,
 )
-from coppice.methods.solvers.sweep import Quantizer, Selection, inverse_factor, sweep
+from coppice.methods.solvers.sweep import Quantizer, Selection, cholesky_factor, sweep
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -79,7 +79,7 @@ def compress(linear: Linear, statistics: LinearStatistics, options: Options) -> 
         return keep_largest(scores, *comparison_group(options, scores.numel(), inputs), kept)
 
     selection = Selection(options.block if options.pattern is None else options.kept_of[1], choose)
-    factor = inverse_factor(statistics.second_moment, options.damping)
+    factor = cholesky_factor(statistics.second_moment, options.damping)
     if options.bits is None:
         swept = sweep(weight, factor, options.block, kept=linear.mask, selection=selection)
         replacement = masked(weight, swept.weight, swept.mask, statistics, options)

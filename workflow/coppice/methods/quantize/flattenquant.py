@@ -37,7 +37,7 @@ from coppice.methods.solvers.codebook import require_finite
 from coppice.methods.solvers.grid import Grid
 from coppice.methods.solvers.loss import relative_error
 from coppice.methods.solvers.moments import input_power, second_moment
-from coppice.methods.solvers.sweep import Quantizer, inverse_factor, sweep
+from coppice.methods.solvers.sweep import Quantizer, cholesky_factor, sweep
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -245,7 +245,7 @@ def _round(
         counts, groups = weight_pieces.unique(return_inverse=True)
         shape = (len(weight), len(counts))
         parameters = scale.expand(shape), (counts * top).to(torch.int32).expand(shape)
-        factor = inverse_factor(moment, options.damping)
+        factor = cholesky_factor(moment, options.damping)
         swept = sweep(
             weight, factor, options.block, kept=linear.mask, quantizer=Quantizer(grid, len(groups), groups, parameters)
         )

@@ -78,7 +78,10 @@ class Options(LayerOptions):
         default=64, description="Consecutive weights that share a scale, at least 32; -1: the whole matrix."
     )
     outliers: float = Field(
-        default=0.0, ge=0, lt=1, description="Share of the inputs whose weights stay as they are (proxy quantization)."
+        default=0.0,
+        ge=0,
+        le=0.5,
+        description="Share of the inputs whose weights stay as they are (proxy quantization).",
     )
 
     @model_validator(mode="after")

@@ -21,7 +21,7 @@ from coppice.methods.solvers.grid import (
     make_grid,
 )
 from coppice.methods.solvers.moments import input_power
-from coppice.methods.solvers.sweep import Quantizer, inverse_factor, sweep
+from coppice.methods.solvers.sweep import Quantizer, cholesky_factor, sweep
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -84,7 +84,7 @@ def sweep_to_grid(linear: Linear, moment: Tensor, options: SweptGridOptions) -> 
         order = torch.sort(power, descending=True, stable=True).indices
         parameters = fit_groups(grid, weight.masked_fill(power == 0, 0), width)
     # The moment itself where it is not permuted: linears that share it share its factor.
-    factor = inverse_factor(moment[order][:, order] if options.act_order else moment, options.damping)
+    factor = cholesky_factor(moment[order][:, order] if options.act_order else moment, options.damping)
     swept = sweep(
         weight[:, order],
         factor,

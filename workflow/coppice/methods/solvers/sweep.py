@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class InverseFactor:
+class CholeskyFactor:
     """upper: [n, n] float64, R with R R^T = damped H: the inverse of the papers' U. Its trailing blocks are those of
     trailing blocks of H. dead: [n] bool, inputs that were zero on every token.
 
@@ -88,7 +88,7 @@ class Swept:
 
 
 @once_for_shared
-def inverse_factor(moment: Tensor, damping: float) -> InverseFactor:
+def cholesky_factor(moment: Tensor, damping: float) -> CholeskyFactor:
     """R of the damped second moment [n, n]; computed once for linears that share an input (see `moments`).
 
     Where H + damping mean(diag H) I is not positive definite the damping grows tenfold, to at most 1 (see `damping`).
@@ -96,12 +96,12 @@ def inverse_factor(moment: Tensor, damping: float) -> InverseFactor:
     """
     damped = damp(moment, damping)
     # With J the reversal, J H J = L L^T makes J L J the upper triangular R.
-    return InverseFactor(damped.lower.flip(0, 1), damped.dead, damped.damping, damped.asked)
+    return CholeskyFactor(damped.lower.flip(0, 1), damped.dead, damped.damping, damped.asked)
 
 
 def sweep(
     weight: Tensor,
-    factor: InverseFactor,
+    factor: CholeskyFactor,
     block: int,
     *,
     kept: Tensor | None = None,
