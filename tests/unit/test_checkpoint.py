@@ -36,10 +36,19 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "factorized": make(base / "factorized", root, "svd-llm", [moments], keep=0.6),
     }
     quantized_moments = gather(nodes["symmetric"], windows, "moments", base / "quantized-moments")
+    spread = {"by": "water-filling", "floor": 0.25}
     nodes["compensated"] = make(
-        base / "compensated", nodes["symmetric"], "eora", [quantized_moments], rank=2, reference=root
+        base / "compensated", nodes["symmetric"], "eora", [quantized_moments], rank=3, allocation=spread, reference=root
     )
     nodes["factors-quantized"] = make(base / "factors-quantized", nodes["factorized"], "rtn", bits=8, group_size=-1)
+    nodes["codebook"] = make(base / "codebook", root, "k-bit", bits=4, outliers=0.1)
+    nodes["remapped"] = make(base / "remapped", root, "dobi-svd", [moments], keep=0.5, learn=False)
+    nodes["skeleton"] = make(base / "skeleton", root, "curing", [moments], rank=4)
+    nodes["sites"] = make(base / "sites", root, "compactifai", keep=0.5, sites=3)
+    nodes["flattened"] = make(base / "flattened", root, "flattenquant", [moments], bits=8)
+    nodes["inputs"] = make(base / "inputs", nodes["symmetric"], "round-inputs", bits=6)
+    nodes["cache"] = make(base / "cache", nodes["inputs"], "gear", bits=4, group_size=4, buffer=4)
+    nodes["rotated"] = make(base / "rotated", root, "rotate")
     return nodes
 
 
@@ -56,19 +65,32 @@ def test_a_root_of_every_architecture_comes_back(tmp_path: Path, architecture: s
     assert (manifest["rho"], manifest["bits_per_weight"]) == (0, 32)
 
 
-@pytest.mark.parametrize("node", ["masked", "symmetric", "asymmetric"])
+@pytest.mark.parametrize("node", ["masked", "symmetric", "asymmetric", "rotated"])
 def test_stock_loaders_read_masked_and_quantized_nodes(folders: dict[str, Path], node: str) -> None:
     tokens = tiny_tokens()
     stock = AutoModelForCausalLM.from_pretrained(folders[node], dtype=torch.float32)
     ours = logits(load_model(folders[node]), tokens)
     assert torch.allclose(logits(stock, tokens), ours, atol=1e-5)
-    assert not torch.allclose(ours, logits(load_model(folders["root"]), tokens), atol=1e-2)
+    changed = not torch.allclose(ours, logits(load_model(folders["root"]), tokens), atol=1e-2)
+    # A rotation changes every weight and no output.
+    assert changed == (node != "rotated")
 
 
-@pytest.mark.parametrize("node", ["factorized", "compensated", "factors-quantized"])
-def test_a_process_without_coppice_reads_factors_by_the_code_they_carry(
-    folders: dict[str, Path], node: str, tmp_path: Path
-) -> None:
+CARRYING = (
+    "factorized",
+    "compensated",
+    "factors-quantized",
+    "codebook",
+    "remapped",
+    "skeleton",
+    "sites",
+    "flattened",
+    "inputs",
+    "cache",
+)
+
+
+def test_a_process_without_coppice_reads_nodes_by_the_code_they_carry(folders: dict[str, Path], tmp_path: Path) -> None:
     tokens = tiny_tokens()
     save_file({"tokens": tokens}, tmp_path / "tokens.safetensors")
     script = f"""
@@ -76,15 +98,21 @@ import sys; sys.modules["coppice"] = None
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained({str(folders[node])!r}, dtype=torch.float32, trust_remote_code=True).eval()
 tokens = load_file("tokens.safetensors")["tokens"]
-with torch.no_grad():
-    save_file({{"logits": model(tokens).logits}}, "logits.safetensors")
+found = {{}}
+for node, folder in { ({node: str(folders[node]) for node in CARRYING})!r}.items():
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=True).eval()
+    with torch.no_grad():
+        found[node] = model(tokens).logits
+save_file(found, "logits.safetensors")
 """
     environment = {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1", "PATH": ""}
-    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True, env=environment, capture_output=True)
-    theirs = load_file(tmp_path / "logits.safetensors")["logits"]
-    assert torch.allclose(theirs, logits(load_model(folders[node]), tokens), atol=1e-5)
+    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True, env=environment)
+    theirs, dense = load_file(tmp_path / "logits.safetensors"), logits(load_model(folders["root"]), tokens)
+    for node in CARRYING:
+        ours = logits(load_model(folders[node]), tokens)
+        assert torch.allclose(theirs[node], ours, atol=1e-5), node
+        assert not torch.allclose(ours, dense, atol=1e-3), node
 
 
 @pytest.mark.parametrize(
@@ -125,6 +153,9 @@ def test_the_adapter_of_a_compensated_node_gives_its_logits_through_peft(folders
     exported = folders["symmetric"].with_name("symmetric-dense")
     export_dense(folders["symmetric"], exported)
     parent = AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32)
+    written = read_json(folders["compensated"] / "adapter" / "adapter_config.json")
+    assert written["rank_pattern"] == written["alpha_pattern"]
+    assert len(set(written["rank_pattern"].values())) > 1
     adapted = PeftModel.from_pretrained(parent, folders["compensated"] / "adapter").eval()
     tokens = tiny_tokens()
     assert torch.allclose(logits(adapted, tokens), logits(load_model(folders["compensated"]), tokens), atol=1e-4)
