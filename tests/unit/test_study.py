@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,9 +12,11 @@ import yaml
 from studies import small_study, tiny_folder
 
 from coppice import study as study_module
+from coppice import tree
 from coppice.errors import UserError
 from coppice.study import effective, load_study
 
+ROOT = Path(__file__).parents[2]
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 
 
@@ -225,3 +228,9 @@ def test_the_command_writes_what_later_files_and_keys_changed(tmp_path, capsys):
     assert capsys.readouterr().out == ""
     with pytest.raises(UserError, match=r"study\.yaml: There is no key 'sed'"):
         command("study.yaml", "--config", '{"sed": 7}')
+
+
+@pytest.mark.parametrize("example", sorted((ROOT / "config" / "examples").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_examples_are_sound(example, shared_data, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert len(tree.nodes(load_study(yaml.safe_load(example.read_text(encoding="utf-8"))))) > 1
