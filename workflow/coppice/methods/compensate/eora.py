@@ -17,6 +17,8 @@ SOURCE = Source(
     "EoRA: Fine-tuning-free Compensation for Compressed LLM with Eigenspace Low-Rank Approximation",
     "arXiv 2410.21271",
     "equations 2 to 4",
+    claim="LLaMA-3-8B on WikiText-2 (dense 6.13), rank 128: perplexity 11.07 instead of 12.32 beside 2:4 by "
+    "SparseGPT, 6.80 instead of 7.00 beside GPTQ at 4 bits, 10.06 instead of 15.64 at 3.",
 )
 NEEDS = frozenset({"moments"})
 MAKES = frozenset({"compensated"})

@@ -20,7 +20,11 @@ from coppice.methods.solvers.mask import (
 )
 
 SOURCE = Source(
-    "Learning both Weights and Connections for Efficient Neural Networks", "arXiv 1506.02626", "section 3: |W_ij|"
+    "Learning both Weights and Connections for Efficient Neural Networks",
+    "arXiv 1506.02626",
+    "section 3: |W_ij|",
+    claim="LLaMA-2-7B on WikiText-2 (windows of 4096; dense 5.12): perplexity 14.89 at 50 %, 16.48 at 4:8 and "
+    "54.59 at 2:4, as the authors of Wanda report.",
 )
 NEEDS = frozenset()
 MAKES = frozenset({"masked"})

@@ -38,7 +38,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SOURCE = Source(
-    "SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot", "arXiv 2301.00774", "algorithm 1"
+    "SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot",
+    "arXiv 2301.00774",
+    "algorithm 1",
+    claim="LLaMA-2-7B on WikiText-2 (windows of 4096; dense 5.12): perplexity 6.51 at 50 %, 8.12 at 4:8 and "
+    "10.17 at 2:4, as the authors of Wanda report.",
 )
 NEEDS = frozenset({"moments"})
 MAKES = frozenset({"masked", "quantized"})

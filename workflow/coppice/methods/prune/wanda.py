@@ -23,6 +23,8 @@ SOURCE = Source(
     "A Simple and Effective Pruning Approach for Large Language Models",
     "arXiv 2306.11695",
     "equation 1: |W_ij| |X_j|_2",
+    claim="LLaMA-2-7B on WikiText-2 (windows of 4096; dense 5.12): perplexity 6.42 at 50 %, 7.97 at 4:8 and "
+    "11.02 at 2:4.",
 )
 NEEDS = frozenset({"moments"})
 MAKES = frozenset({"masked"})

@@ -13,6 +13,8 @@ SOURCE = Source(
     "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers",
     "arXiv 2210.17323",
     "algorithm 1",
+    claim="LLaMA-7B on WikiText-2 (windows of 2048; dense 5.68): perplexity 6.09 at 4 bits and 8.07 at 3; 6.61 "
+    "at 3 bits in groups of 128.",
 )
 NEEDS = frozenset({"moments"})
 MAKES = frozenset({"quantized"})

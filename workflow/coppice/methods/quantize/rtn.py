@@ -13,6 +13,7 @@ SOURCE = Source(
     "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers",
     "arXiv 2210.17323",
     "section 4, the baseline: q = clip(round(w / s) + z)",
+    claim="LLaMA-7B on WikiText-2 (windows of 2048; dense 5.68): perplexity 6.29 at 4 bits and 25.54 at 3.",
 )
 NEEDS = frozenset()
 MAKES = frozenset({"quantized"})
