@@ -4,10 +4,10 @@ import dataclasses
 
 import pytest
 import torch
-from decoded import dequantize
 
 from coppice.errors import UserError
 from coppice.methods.solvers.codebook import (
+    dequantize,
     dynamic_table,
     encode,
     float_table,

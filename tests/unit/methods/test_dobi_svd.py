@@ -5,14 +5,13 @@ import math
 
 import pytest
 import torch
-from decoded import dequantize
 from pydantic import ValidationError
 
 from coppice.errors import UserError
 from coppice.methods.base import Linear, Unchanged
 from coppice.methods.decompose import svd_llm
 from coppice.methods.decompose.dobi_svd import Course, Options, compress, learn, marks, objective, plan, soft_truncation
-from coppice.methods.solvers.codebook import dynamic_table
+from coppice.methods.solvers.codebook import dequantize, dynamic_table
 from coppice.methods.solvers.ranks import PlannedRank, RankBudget
 
 

@@ -4,7 +4,6 @@ import dataclasses
 
 import pytest
 import torch
-from decoded import dequantize
 from pydantic import ValidationError
 
 from coppice.errors import UserError

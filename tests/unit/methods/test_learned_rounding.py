@@ -4,7 +4,6 @@ import dataclasses
 
 import pytest
 import torch
-from decoded import dequantize
 from pydantic import ValidationError
 
 from coppice.errors import UserError
@@ -18,7 +17,7 @@ SHORT = {"steps": 150, "learning_rate": 0.1}
 
 
 def values_of(found: Quantized | Codebook) -> torch.Tensor:
-    return grid.dequantize(found) if isinstance(found, Quantized) else dequantize(found)
+    return grid.dequantize(found) if isinstance(found, Quantized) else codebook.dequantize(found)
 
 
 @pytest.fixture

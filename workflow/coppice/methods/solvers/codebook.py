@@ -142,3 +142,17 @@ def quantize_blocks(
     divisor = torch.where(absmax == 0, torch.inf, absmax)
     codes = encode(blocks / divisor[:, None], table).flatten()[:count].view_as(coded)
     return Codebook(codes, table.to(weight), absmax, width, bits, outliers, outlier_weight)
+
+
+def dequantize(codebook: Codebook) -> Tensor:
+    """[m, n] the weights that the codes stand for, in the scales' type."""
+    shape = codebook.codes.shape
+    block = torch.arange(codebook.codes.numel(), device=codebook.codes.device).view(shape) // codebook.block
+    values = codebook.table[codebook.codes.long()] * codebook.absmax[block]
+    if codebook.outliers is not None:
+        whole = values.new_empty(shape[0], shape[1] + len(codebook.outliers))
+        kept = torch.ones(whole.shape[1], dtype=torch.bool, device=values.device)
+        kept[codebook.outliers] = False
+        whole[:, kept], whole[:, codebook.outliers] = values, codebook.outlier_weight
+        values = whole
+    return values.T if codebook.transposed else values
