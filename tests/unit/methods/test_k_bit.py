@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from coppice.errors import UserError
 from coppice.methods.base import Linear
 from coppice.methods.quantize.k_bit import Options, Proxy, compress, plan, writers
+from coppice.methods.solvers.codebook import dequantize
 
 BLOCK = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"]
 BLOCK += ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
