@@ -13,17 +13,15 @@ from typing import Any
 from coppice.files import atomic_write, read_json
 from coppice.study import Study, load_study
 from coppice.summary import (
-    counted,
-    held_out_sentence,
     interval,
     measured,
-    number,
     perplexities,
     recommendation_sentence,
     scores,
 )
 from coppice.tables import SCHEMAS, Row, front, read_table
 from coppice.tree import nodes
+from coppice.wording import counted, held_out_sentence, number
 
 # Okabe and Ito's colours, which colour-blind readers tell apart.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#6b6b6b")
@@ -398,6 +396,7 @@ def _page(
         )),
         *((f"Law: {name}", _law(fit)) for name, fit in fits.items()),
         ("Costs", _costs_table(tables["costs"])),
+        ("Roofline", _roofline_table(tables["costs"])),
         ("Failures", _failures_table(tables["failures"])),
         ("Provenance", _provenance(study, rows)),
     ]  # fmt: skip
@@ -532,6 +531,31 @@ def _costs_table(costs: list[Row]) -> str:
 
     ordered = sorted({row["node"] for row in shown}, key=lambda name: name.split("/"))
     return _table(titles, [[node, *(cell(node, device, metric) for device, metric, *_ in columns)] for node in ordered])
+
+
+def _roofline_table(costs: list[Row]) -> str:
+    """Milliseconds that a token takes: as measured, and at least on each device of the roofline."""
+    shown = [row for row in costs if row["metric"] == "decode_latency"]
+    predicted = [row for row in shown if row["evaluation"] is None]
+    if not predicted:
+        return _note("No times were predicted.")
+    columns = sorted({(row["evaluation"] is None, row["evaluation"] or "", row["device"]) for row in shown})
+    cells = {(row["node"], row["evaluation"] or "", row["device"]): 1000 * row["value"] for row in shown}
+    titles = ["node"] + [
+        f"{evaluation}: {device}" if evaluation else device.removesuffix(" (roofline)")
+        for _, evaluation, device in columns
+    ]
+    ordered = sorted({row["node"] for row in shown}, key=lambda name: name.split("/"))
+    table = [[node, *(number(cells.get((node, *column[1:]))) for column in columns)] for node in ordered]
+    devices: dict[str, set[str]] = {}
+    for row in predicted:
+        devices.setdefault(json.loads(row["details"])["source"], set()).add(row["device"].removesuffix(" (roofline)"))
+    sources = "; ".join(f"{', '.join(sorted(names))}: {source}" for source, names in sorted(devices.items()))
+    return _table(titles, table) + _note(
+        "Milliseconds a token after the prompt. Columns of an evaluation are measured; the others are lower bounds, from "
+        "what a node stores and the device's bandwidth and peak. They suppose kernels for the stored format: where "
+        f"integers are packed, this software computes in floats. {sources}."
+    )
 
 
 def _failures_table(failures: list[Row]) -> str:

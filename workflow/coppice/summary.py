@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import textwrap
 from pathlib import Path
 from typing import Any
 
 from coppice.files import read_json
 from coppice.tables import Row, read_table
 from coppice.uncertainty import mean_interval
-
-WIDTH = 120
-_NODE = 42  # columns for a node's name
+from coppice.wording import aligned, counted, held_out_sentence, number, wrapped
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,7 +26,7 @@ def summary(results: Path) -> str:
     tables = {name: read_table(results / "tables", name).to_pylist() for name in ("nodes", "metrics", "failures")}
     lines = [_heading(results, tables), "", *_node_lines(tables["nodes"], tables["metrics"])]
     for row in tables["failures"]:
-        lines += ["", *_wrapped(f"FAILED {row['node'] or row['stage']}: {row['error']} (log: {results / row['log']})")]
+        lines += ["", *wrapped(f"FAILED {row['node'] or row['stage']}: {row['error']} (log: {results / row['log']})")]
     for path in sorted(results.glob("laws/*/fit.json")):
         lines += ["", *law_lines(path.parent.name, read_json(path))]
     report = results / "report" / "index.html"
@@ -78,28 +75,6 @@ def measured(row: Row | None, digits: int = 3) -> str:
     return value if ends is None else f"{value} +- {number((ends[1] - ends[0]) / 2, 2)}"
 
 
-def number(value: float | None, digits: int = 3) -> str:
-    """A number to so many significant digits, without an exponent where it is readable so; blank for None."""
-    if value is None:
-        return ""
-    if value == 0:
-        return "0"
-    if 1e-3 <= abs(value) < 1e6:
-        text = f"{value:#.{digits}g}"
-        return f"{value:.0f}" if "e" in text else text.removesuffix(".")
-    return f"{value:.{digits - 1}e}"
-
-
-def counted(tokens: float | None) -> str:
-    """A count in thousands, millions or billions: 1.4M."""
-    if tokens is None:
-        return "unbounded"
-    for scale, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if tokens >= scale:
-            return f"{tokens / scale:.3g}{letter}"
-    return f"{tokens:.3g}"
-
-
 def _node_lines(nodes: list[Row], metrics: list[Row]) -> list[str]:
     """The tree of nodes as a table: size, bits, the first perplexity, the first score, what recovery won back."""
     perplexity, score = (pairs[0] if pairs else None for pairs in (perplexities(metrics), scores(metrics)))
@@ -117,33 +92,12 @@ def _node_lines(nodes: list[Row], metrics: list[Row]) -> list[str]:
         measurements = [measured(cells.get((node["node"], *pair))) for pair in (perplexity, score) if pair]
         share = "" if node["recovered_share"] is None else f"{node['recovered_share']:.0%}"
         size = number(node["stored_bytes"] / 1e6)
-        table.append([_shortened(name, _NODE), size, f"{node['bits_per_weight']:.2f}", *measurements, share])
-    lines = _aligned(table)
+        table.append([name, size, f"{node['bits_per_weight']:.2f}", *measurements, share])
+    lines = aligned(table)
     if any(node["recovered_share"] is not None for node in nodes):
         note = "recovered: share won back of the validation loss that compression cost; +- is half a 95% interval."
         lines += ["", note]
     return lines
-
-
-def _shortened(text: str, length: int) -> str:
-    return text if len(text) <= length else f"{text[: length - 3]}..."
-
-
-def _aligned(table: list[list[str]]) -> list[str]:
-    """Rows as text: the first column to the left, the others to the right; too wide a column is cut."""
-    table = [[_shortened(cell, _NODE if place == 0 else 20) for place, cell in enumerate(row)] for row in table]
-    widths = [max(len(cell) for cell in column) for column in zip(*table, strict=True)]
-    return [
-        "  ".join(
-            cell.ljust(width) if place == 0 else cell.rjust(width)
-            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in table
-    ]
-
-
-def _wrapped(text: str, indent: str = "") -> list[str]:
-    return textwrap.wrap(text, WIDTH, initial_indent=indent, subsequent_indent=indent + "  ", break_on_hyphens=False)
 
 
 def law_lines(name: str, fit: dict[str, Any]) -> list[str]:
@@ -152,29 +106,21 @@ def law_lines(name: str, fit: dict[str, Any]) -> list[str]:
     quality = "" if r2 is None else f", R2 {r2:.4f}, rmse {number(metrics['rmse'])} nats/token"
     lines = [
         f"Law {name}: {fit['points']} points of {fit['runs']} runs{quality}",
-        *_wrapped(fit["source"]["equation"], "  "),
+        *wrapped(fit["source"]["equation"], "  "),
     ]
     known = {key: value for key, value in fit["parameters"].items() if value["identified"]}
     for key, value in known.items():
         between = "" if value["low"] is None else f"   [{number(value['low'])}, {number(value['high'])}]"
         lines.append(f"  {key:<8}{number(value['value']):>10}{between}")
     if unknown := [key for key in fit["parameters"] if key not in known]:
-        lines += _wrapped(f"Not identified by these points: {', '.join(unknown)}.", "  ")
+        lines += wrapped(f"Not identified by these points: {', '.join(unknown)}.", "  ")
     for test, errors in fit["held_out"].items():
-        lines += _wrapped(f"Held out, {test.replace('_', ' ')}: {held_out_sentence(errors[fit['law']])}", "  ")
+        lines += wrapped(f"Held out, {test.replace('_', ' ')}: {held_out_sentence(errors[fit['law']])}", "  ")
     for advice in fit["recommendation"]:
-        lines += _wrapped(recommendation_sentence(advice), "  ")
+        lines += wrapped(recommendation_sentence(advice), "  ")
     for note in fit["notes"]:
-        lines += _wrapped(note, "  ")
+        lines += wrapped(note, "  ")
     return lines
-
-
-def held_out_sentence(error: dict[str, Any]) -> str:
-    """A held-out error, or why there is none."""
-    if "reason" in error:
-        return error["reason"]
-    between = "" if error.get("low") is None else f" [{number(error['low'])}, {number(error['high'])}]"
-    return f"rmse {number(error['rmse'])}{between} nats/token, {error['relative']:.2%} of the loss."
 
 
 def recommendation_sentence(advice: dict[str, Any]) -> str:

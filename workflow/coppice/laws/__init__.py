@@ -1,18 +1,26 @@
-"""Laws: one file a law, found by name; `fit` is the engine, `stage` the command."""
+"""Laws: one file a law, found by name.
+
+`fit` is the engine; `quality` and `recoveries` find points in the tables; `stage` is the command.
+"""
 
 from __future__ import annotations
 
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from importlib import import_module
-from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from coppice.errors import UserError, nearest
 
-_OTHERS = ("fit", "stage")
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from coppice.laws.fit import Fit, Form, HoldOut, Parameters, Points
+
+_OTHERS = ("fit", "quality", "recoveries", "stage")
 
 
 class LawOptions(BaseModel):
@@ -23,23 +31,95 @@ class LawOptions(BaseModel):
     starts: int = Field(default=32, ge=1, description="How many points the search begins from.")
     bootstrap: int = Field(default=200, ge=0, description="How many resamples of the runs the intervals come from.")
     seed: int = Field(default=0, ge=0, description="Of the starts and the resamples.")
+    residuals: Literal["absolute", "logarithmic"] = Field(
+        default="absolute", description="What is small where the law is right: y' - y, or ln y' - ln y."
+    )
+    huber: float | None = Field(
+        default=None,
+        gt=0,
+        description="Residuals beyond this count by their size and no longer by their square (Huber's loss); null: "
+        "least squares.",
+    )
+    profile: list[str] = Field(
+        default=[], description="Parameters whose profile is computed: the best objective at each of their values."
+    )
+    tolerance: float = Field(
+        default=0.1,
+        gt=0,
+        description="The largest held-out error, as a part of the value, with which the law recommends anything.",
+    )
+    file: str | None = Field(
+        default=None,
+        description="A file of points (.parquet, .jsonl or .csv) in the place of the study's tables, relative to the "
+        "working directory.",
+    )
+    columns: dict[str, str] = Field(
+        default={}, description="Column of the points -> column of `file`, where their names differ."
+    )
+
+
+def _no_scales(points: Points) -> dict[str, float]:
+    return {}
+
+
+def _no_notes(points: Points) -> list[str]:
+    return []
+
+
+def _no_advice(
+    fit: Fit, samples: Parameters, points: Points, scales: dict[str, float], options: dict[str, Any]
+) -> tuple[list[dict[str, Any]], list[str]]:
+    return [], []
+
+
+@dataclass(frozen=True)
+class Law:
+    """What a law's file says of itself: `LAW`.
+
+    source: title, arxiv, equation; units: of each number among the columns; columns: of the points, with their types,
+    `run` (str: what is drawn again by the bootstrap) among them; needs: the columns that it reads of each table;
+    points_are: a sentence that says which rows of a study are points; options: its type of options;
+    points(tables, options) finds them. axis: the column on the horizontal axis of the figure, and its label.
+
+    A parametric law has a `form`, and may have rival forms, held-out tests, scales (column -> the unit that it is
+    divided by before the fit), notes on the points (sentences), and recommendations (entries and sentences) from
+    (fit, samples [k, 1] of the parameters, points in scaled units, scales, options). A law that no single formula
+    says has `report(points, options)`, which gives what fit.json says, in its place.
+    """
+
+    source: dict[str, str]
+    units: dict[str, str]
+    columns: dict[str, type]
+    needs: dict[str, tuple[str, ...]]
+    points_are: str
+    options: type[LawOptions]
+    points: Callable[[dict[str, pd.DataFrame], dict[str, Any]], Points]
+    axis: tuple[str, str]
+    form: Form | None = None
+    rivals: dict[str, Form] = field(default_factory=dict)
+    held_out: dict[str, HoldOut] = field(default_factory=dict)
+    scales: Callable[[Points], dict[str, float]] = _no_scales
+    notes: Callable[[Points], list[str]] = _no_notes
+    recommend: Callable[..., tuple[list[dict[str, Any]], list[str]]] = _no_advice
+    report: Callable[[Points, dict[str, Any]], dict[str, Any]] | None = None
 
 
 def names() -> tuple[str, ...]:
     """Names of the laws in this package, in alphabetical order."""
-    return tuple(sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name not in _OTHERS))
+    found = (module.name.replace("_", "-") for module in pkgutil.iter_modules(__path__) if module.name not in _OTHERS)
+    return tuple(sorted(found))
 
 
-def load(name: str) -> ModuleType:
-    """The law's module. Raises UserError where there is no law of that name."""
+def load(name: str) -> Law:
+    """The law of that name. Raises UserError where there is none."""
     if name not in names():
-        raise UserError(f"There is no law named '{name}'. The laws are: {', '.join(names())}.")
-    return import_module(f"{__name__}.{name}")
+        raise UserError(f"There is no law named '{name}'.{nearest(name, names())} The laws are: {', '.join(names())}.")
+    return import_module(f"{__name__}.{name.replace('-', '_')}").LAW
 
 
 def validated(name: str, options: Mapping[str, Any]) -> LawOptions:
     """A law's options, checked. Raises UserError with every problem in one sentence."""
-    known = load(name).Options
+    known = load(name).options
     unknown = [
         f"there is no option {key!r}.{nearest(key, known.model_fields)}"
         for key in options

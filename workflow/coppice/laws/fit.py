@@ -1,19 +1,23 @@
-"""The engine under the laws: bounded least squares from many starts, what the data identify, and held-out error.
+"""The engine under the laws: bounded fits from many starts, what the data identify, uncertainty, and held-out error.
 
-A law is a module of this package with SOURCE, UNITS, PARAMETERS, COLUMNS, NEEDS, POINTS, Options, FORM, RIVALS,
-HELD_OUT, `predict`, `points`, `units`, `notes` and `recommend`; `p2` shows each. Points are a dict of columns [n], one
-row an observed loss: `run` (str), `tokens`, `loss` (nats per token), and whatever else the law's formula names.
+A law's file says what it is by a `Law` (see `coppice.laws`). Points are a dict of columns [n], one row an observation:
+`run` (str), what the law predicts (its form's `target`), and whatever else its formula names.
 
-Sources: P2 Law: Scaling Law for Post-Training After Model Pruning (arXiv 2411.10272) for the metrics and the held-out
-protocols; Chinchilla Scaling: A Replication Attempt (arXiv 2404.10102) for the many starts, the bootstrap and the test
-of convergence by the gradient.
+What is minimised is the sum over points of Huber's loss of the residuals r, or of r^2 / 2 where there is no delta:
+
+    h(r) = r^2 / 2 for |r| <= delta, delta (|r| - delta / 2) beyond;    r = y' - y, or ln y' - ln y
+
+Sources: Chinchilla Scaling: A Replication Attempt (arXiv 2404.10102) for the objective (a sum, never a mean), the many
+starts, the bootstrap and the test of convergence by the gradient; P2 Law: Scaling Law for Post-Training After Model
+Pruning (arXiv 2411.10272) for the metrics and the held-out protocols.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -21,16 +25,20 @@ from coppice.uncertainty import percentile_interval
 
 Points = dict[str, np.ndarray]
 Parameters = dict[str, Any]
+# The points that a test holds out: a mask [n], or masks [folds, n] of which each is held out in turn; or the sentence
+# that says why it cannot.
+HoldOut = Callable[[Points], np.ndarray | str]
 
-_HUBER_DELTA = 1e-3  # Besiroglu et al.
 FEWEST_RUNS = 4
+_HUBER_DELTA = 1e-3  # of the metric: Besiroglu et al.
 _HELD_OUT_STARTS = 8
 _RANK_TOLERANCE = 1e-6
 _ZERO_COLUMN = 1e-8  # a parameter of a term that the search has left at its bound of 0
 _GRADIENT_TOLERANCE = 1e-5
 _SEARCH_TOLERANCE = 1e-4
-_SAME_OPTIMUM = 1e-7  # of the size of the losses
-_EXACT = 1e-10  # residuals below this part of the losses are rounding
+_SAME_OPTIMUM = 1e-7  # of the size of the targets
+_EXACT = 1e-10  # residuals below this part of the targets are rounding
+_ROWS_AT_ONCE = 128  # searches that share an array; results do not depend on the number of threads
 
 
 @dataclass(frozen=True)
@@ -43,22 +51,39 @@ class Parameter:
 
 
 @dataclass(frozen=True)
+class Objective:
+    """What a residual is (y' - y, or ln y' - ln y), and the delta past which Huber's loss is linear (None: never)."""
+
+    residuals: Literal["absolute", "logarithmic"] = "absolute"
+    huber: float | None = None
+
+
+def nothing_fixed(points: Points) -> tuple[dict[str, float], list[str]]:
+    """The `reduce` of a form that any points identify."""
+    return {}, []
+
+
+@dataclass(frozen=True)
 class Form:
     """A formula to fit.
 
-    `predict(parameters, points)` gives the loss [n]; it broadcasts over parameters of shape [..., 1] and is analytic,
-    since it is differentiated by a complex step. `reduce(points)` gives the parameters that the design of the points
-    cannot tell, with the value each is fixed at, and the sentences that say so.
+    `predict(parameters, points)` gives the target [n]; it broadcasts over parameters of shape [..., 1] and is analytic,
+    since it is differentiated by a complex step, unless `slopes(parameters, points)` gives d predict / d theta by the
+    name of each parameter. `reduce(points)` gives the parameters that the design of the points cannot tell, with the
+    value each is fixed at, and the sentences that say so. `target` is the column that is predicted.
     """
 
     parameters: dict[str, Parameter]
     predict: Callable[[Parameters, Points], np.ndarray]
-    reduce: Callable[[Points], tuple[dict[str, float], list[str]]]
+    reduce: Callable[[Points], tuple[dict[str, float], list[str]]] = nothing_fixed
+    target: str = "loss"
+    objective: Objective = Objective()
+    slopes: Callable[[Parameters, Points], Mapping[str, np.ndarray]] | None = None
 
 
 @dataclass(frozen=True)
 class Fit:
-    """An optimum of the squared residuals.
+    """An optimum of the objective.
 
     `fixed` are the parameters that were not fitted; `unidentified` those that were, but that the points cannot tell;
     `starts` [m, p] the parameters of every start that ended as low as the best, in the order of `parameters`.
@@ -79,7 +104,7 @@ class Fit:
 
 def count(points: Points) -> int:
     """Number of points."""
-    return len(points["loss"])
+    return len(points["run"])
 
 
 def select(points: Points, rows: np.ndarray) -> Points:
@@ -96,170 +121,71 @@ def levels(values: np.ndarray, gap: float = 0.05) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(distinct[1:] > distinct[:-1] * (1 + gap))])[inverse]
 
 
-# Least squares
+def columns(form: Form, samples: np.ndarray) -> Parameters:
+    """Parameters of shape [k, 1] from `samples` [k, p], to predict for all samples at once."""
+    return {name: samples[:, [place]] for place, name in enumerate(form.parameters)}
+
+
+# The objective
+
+
+def residuals(form: Form, parameters: Parameters, points: Points) -> np.ndarray:
+    """r [n], or [m, n] with parameters [m, 1]; infinite where a logarithm has no value."""
+    predicted, observed = form.predict(parameters, points), points[form.target]
+    if form.objective.residuals == "absolute":
+        return predicted - observed
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(predicted > 0, np.log(predicted) - np.log(observed), np.inf)
+
+
+def objective(form: Form, parameters: Parameters, points: Points) -> np.ndarray:
+    """Sum over points of the loss of the residuals: a number, or [m] with parameters [m, 1]."""
+    return np.sum(_penalty(form.objective, residuals(form, parameters, points)), axis=-1)
+
+
+def _penalty(objective: Objective, residual: np.ndarray) -> np.ndarray:
+    """h(r)."""
+    if objective.huber is None:
+        return residual**2 / 2
+    size = np.abs(residual)
+    return np.where(size <= objective.huber, residual**2 / 2, objective.huber * (size - objective.huber / 2))
+
+
+def _pull(objective: Objective, residual: np.ndarray) -> np.ndarray:
+    """h'(r): the residual, cut at delta."""
+    return residual if objective.huber is None else np.clip(residual, -objective.huber, objective.huber)
+
+
+def _size(form: Form, points: Points) -> np.ndarray:
+    """The size of what residuals are residuals of [n]: the target, or 1 where they are logarithmic."""
+    observed = points[form.target]
+    return np.ones_like(observed) if form.objective.residuals == "logarithmic" else observed
+
+
+# Slopes
 
 
 def jacobian(form: Form, parameters: dict[str, float], points: Points, names: tuple[str, ...]) -> np.ndarray:
-    """d predict / d theta [n, k] of the named parameters, exact to rounding."""
+    """d residual / d theta [n, k] of the named parameters, exact to rounding."""
     return _slopes(form, np.array([list(parameters.values())]), points, names)[0].T
 
 
-def unidentified(columns: np.ndarray, names: tuple[str, ...]) -> tuple[str, ...]:
-    """Names of the parameters that have a part in the null space of the Jacobian `columns` [n, k].
-
-    Columns are scaled to length 1, save those below 1e-8 of the longest, which count as 0; singular values below 1e-6
-    of the largest span the null space. A parameter is identified where its axis is orthogonal to that space.
-    """
-    lengths = np.linalg.norm(columns, axis=0)
-    scaled = np.where(lengths > _ZERO_COLUMN * lengths.max(), columns / np.where(lengths > 0, lengths, 1), 0)
-    values, axes = np.linalg.svd(scaled, full_matrices=True)[1:]
-    rank = int(np.sum(values > _RANK_TOLERANCE * values.max(initial=0)))
-    share = np.linalg.norm(axes[rank:], axis=0)
-    return tuple(name for name, part in zip(names, share, strict=True) if part > 1e-4)
-
-
-def least_squares_fit(
-    form: Form, points: Points, starts: int = 32, seed: int = 0, fixed: dict[str, float] | None = None
-) -> Fit:
-    """Minimum over theta of sum (predict(theta) - loss)^2 within the bounds, from `starts` Latin-hypercube starts.
-
-    `fixed` replaces what the form's `reduce` would fix. Works with any number of points above zero: what they do not
-    identify is named in `unidentified`.
-    """
-    reduced, notes = form.reduce(points) if fixed is None else (fixed, [])
-    names = tuple(name for name in form.parameters if name not in reduced)
-    ends = descend(form, points, names, reduced, _starts(form, names, starts, seed))
-    scores = np.sqrt(np.mean(_residuals(form, columns(form, ends), points) ** 2, axis=1))
-    near = ends[scores <= scores.min() + _SAME_OPTIMUM * _root_mean_square(points["loss"])]
-    best = _polished(form, points, names, reduced, ends[np.argmin(scores)])
-    # At one of several optima a term can have vanished, and its parameters with it.
-    unknown = {name for end in near for name in unidentified(_searched_jacobian(form, end, points, names), names)}
-    return Fit(
-        parameters=best,
-        fixed=reduced,
-        unidentified=tuple(name for name in names if name in unknown),
-        converged=gradient_ratio(form, best, points, names) <= _GRADIENT_TOLERANCE,
-        starts=near,
-        notes=notes,
-    )
-
-
-def gradient_ratio(form: Form, parameters: dict[str, float], points: Points, names: tuple[str, ...]) -> float:
-    """How far from stationary the parameters are: 0 at an optimum, without unit, at most 1.
-
-    max_k |J_k| |theta_k - clip(theta_k - J_k . r / |J_k|^2)| / |r|: the cosine between the residuals r and the column
-    J_k, save that a parameter at its bound is not asked to cross it. 0 where the residuals are rounding.
-    """
-    residuals = _residuals(form, parameters, points)
-    size = np.linalg.norm(residuals)
-    if size <= _EXACT * np.linalg.norm(points["loss"]):
-        return 0.0
-    columns = jacobian(form, parameters, points, names)
-    lengths = np.linalg.norm(columns, axis=0)
-    values = np.array([parameters[name] for name in names])
-    low, high = np.array([form.parameters[name].bounds for name in names]).T
-    squares = np.where(lengths > 0, lengths, 1) ** 2
-    moved = np.clip(values - columns.T @ residuals / squares, low, high)
-    return float(np.max(lengths * np.abs(moved - values)) / size)
-
-
-def _polished(
-    form: Form, points: Points, names: tuple[str, ...], fixed: dict[str, float], start: np.ndarray
-) -> dict[str, float]:
-    """The optimum near `start` [p] to rounding, by the trust-region search of Branch, Coleman and Li."""
-    # scipy is slow to import, and reading a study asks a law for its options.
-    from scipy.optimize import least_squares
-
-    logarithmic, low, high = _search_space(form, names)
-
-    def parameters(searched: np.ndarray) -> dict[str, float]:
-        return dict(zip(form.parameters, _completed(form, names, fixed, searched[None])[0].tolist(), strict=True))
-
-    def slopes(searched: np.ndarray) -> np.ndarray:
-        return _searched_jacobian(form, _completed(form, names, fixed, searched[None])[0], points, names)
-
-    result = least_squares(
-        lambda searched: _residuals(form, parameters(searched), points),
-        np.clip(_searched(start[_places(form, names)], logarithmic), low, high),
-        slopes,
-        bounds=(low, high),
-        method="trf",
-        x_scale="jac",
-        ftol=1e-15,
-        xtol=1e-15,
-        gtol=1e-15,
-        max_nfev=200,
-    )
-    return parameters(result.x)
-
-
-def descend(
-    form: Form,
-    points: Points,
-    names: tuple[str, ...],
-    fixed: dict[str, float],
-    starts: np.ndarray,
-    weights: np.ndarray | None = None,
-    rounds: int = 100,
-) -> np.ndarray:
-    """Least squares from many starts, or under many weights, at once: parameters [m, p] from `starts` [m, p].
-
-    Projected Levenberg-Marquardt: theta <- clip(theta - (A + lambda diag A)^-1 g), A = J^T W J, g = J^T W r, over the
-    parameters that no bound holds back; lambda falls where a step lowers r^T W r and grows where it does not. A row
-    ends where max_k |g_k| / sqrt(A_kk r^T W r) <= 1e-4, or r is rounding, or no step lowers it. W is the diagonal of
-    `weights` [m, n].
-    """
-    logarithmic, low, high = _search_space(form, names)
-    weights = np.ones((len(starts), count(points))) if weights is None else weights
-    searched = np.clip(_searched(starts[:, _places(form, names)], logarithmic), low, high)
-    damping = np.full(len(starts), 1e-3)
-    rounding = _EXACT**2 * weights @ points["loss"] ** 2
-    active = np.arange(len(starts))
-
-    def costs(at: np.ndarray) -> np.ndarray:
-        values = _completed(form, names, fixed, at)
-        return np.sum(weights[active] * _residuals(form, columns(form, values), points) ** 2, axis=1)
-
-    for _ in range(rounds):
-        here = searched[active]
-        cost = costs(here)
-        gradient, curvature = _normal_equations(form, points, names, fixed, here, weights[active])
-        diagonal = np.einsum("mkk->mk", curvature).copy()
-        held = ((here <= low) & (gradient >= 0)) | ((here >= high) & (gradient <= 0)) | (diagonal <= 0)
-        gradient[held], diagonal[held] = 0, 1
-        steepness = np.max(np.abs(gradient) / np.sqrt(diagonal), axis=1)
-        going = (steepness > _SEARCH_TOLERANCE * np.sqrt(cost)) & (cost > rounding[active]) & (damping[active] < 1e8)
-        if not going.any():
-            break
-        curvature *= ~(held[:, :, None] | held[:, None, :])
-        curvature += (diagonal * np.where(held, 1, damping[active][:, None]))[:, :, None] * np.eye(len(names))
-        trial = np.clip(here - np.linalg.solve(curvature, gradient[..., None])[..., 0], low, high)
-        lower = costs(trial) < cost
-        searched[active] = np.where((lower & going)[:, None], trial, here)
-        # The floor keeps the matrix regular where parameters are not identified.
-        damping[active] = np.maximum(damping[active] * np.where(lower, 0.2, 4), 1e-10)
-        active = active[going]
-    return _completed(form, names, fixed, searched)
-
-
-def _normal_equations(
-    form: Form,
-    points: Points,
-    names: tuple[str, ...],
-    fixed: dict[str, float],
-    searched: np.ndarray,
-    weights: np.ndarray,
-) -> tuple[np.ndarray, np.ndarray]:
-    """J^T W r [m, k] and J^T W J [m, k, k] in search coordinates, at `searched` [m, k] under `weights` [m, n]."""
-    values = _completed(form, names, fixed, searched)
-    residuals = _residuals(form, columns(form, values), points)
-    slopes = _searched_slopes(form, values, points, names)
-    weighted = slopes * weights[:, None, :]
-    return np.einsum("mkn,mn->mk", weighted, residuals), weighted @ slopes.transpose(0, 2, 1)
-
-
 def _slopes(form: Form, values: np.ndarray, points: Points, names: tuple[str, ...]) -> np.ndarray:
-    """The transposed Jacobians [m, k, n] of the named parameters at `values` [m, p]: Im f(theta + i h) / h."""
+    """The transposed Jacobians of the residuals [m, k, n] of the named parameters at `values` [m, p]."""
+    at = columns(form, values)
+    if form.slopes is None:
+        found = _complex_step(form, values, points, names)
+    else:
+        given = form.slopes(at, points)
+        shape = (len(values), count(points))
+        found = np.stack([np.broadcast_to(given[name], shape) for name in names], axis=1)
+    if form.objective.residuals == "logarithmic":
+        found = found / form.predict(at, points)[:, None, :]
+    return found
+
+
+def _complex_step(form: Form, values: np.ndarray, points: Points, names: tuple[str, ...]) -> np.ndarray:
+    """d predict / d theta [m, k, n] = Im f(theta + i h) / h."""
     step = 1e-30
     stepped: Parameters = {}
     for place, name in enumerate(form.parameters):
@@ -275,9 +201,15 @@ def _places(form: Form, names: tuple[str, ...]) -> list[int]:
 
 def _search_space(form: Form, names: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Which named parameters are searched by their logarithm [k], and the bounds [k] in search coordinates."""
-    logarithmic = np.array([form.parameters[name].logarithmic for name in names])
-    low, high = _searched(np.array([form.parameters[name].bounds for name in names]).T, logarithmic)
+    logarithmic = np.array([form.parameters[name].logarithmic for name in names], bool)
+    bounds = np.array([form.parameters[name].bounds for name in names], float).reshape(-1, 2)
+    low, high = _searched(bounds.T, logarithmic)
     return logarithmic, low, high
+
+
+def _searched(values: np.ndarray, logarithmic: np.ndarray) -> np.ndarray:
+    """Search coordinates of parameter values: their logarithm where `logarithmic`."""
+    return np.where(logarithmic, np.log(np.where(logarithmic, values, 1)), values)
 
 
 def _completed(form: Form, names: tuple[str, ...], fixed: dict[str, float], searched: np.ndarray) -> np.ndarray:
@@ -292,13 +224,8 @@ def _completed(form: Form, names: tuple[str, ...], fixed: dict[str, float], sear
     return values
 
 
-def _searched(values: np.ndarray, logarithmic: np.ndarray) -> np.ndarray:
-    """Search coordinates of parameter values: their logarithm where `logarithmic`."""
-    return np.where(logarithmic, np.log(np.where(logarithmic, values, 1)), values)
-
-
 def _searched_slopes(form: Form, values: np.ndarray, points: Points, names: tuple[str, ...]) -> np.ndarray:
-    """The transposed Jacobians [m, k, n] in search coordinates at `values` [m, p]: d f / d log theta = theta f'."""
+    """The transposed Jacobians [m, k, n] in search coordinates at `values` [m, p]: d r / d log theta = theta r'."""
     logarithmic, _, _ = _search_space(form, names)
     stretch = np.where(logarithmic, values[:, _places(form, names)], 1)
     return _slopes(form, values, points, names) * stretch[..., None]
@@ -309,20 +236,235 @@ def _searched_jacobian(form: Form, values: np.ndarray, points: Points, names: tu
     return _searched_slopes(form, values[None], points, names)[0].T
 
 
-def _starts(form: Form, names: tuple[str, ...], number: int, seed: int) -> np.ndarray:
-    """A Latin hypercube of `number` starts over the parameters' start ranges: [number, p]; those not named are 1."""
+# The search
+
+
+def fit_form(form: Form, points: Points, starts: int = 32, seed: int = 0, fixed: dict[str, float] | None = None) -> Fit:
+    """The minimum of the objective within the bounds, from `starts` Latin-hypercube starts.
+
+    `fixed` replaces what the form's `reduce` would fix. Works with any number of points above zero: what they do not
+    identify is named in `unidentified`.
+    """
+    reduced, notes = form.reduce(points) if fixed is None else (fixed, [])
+    names = tuple(name for name in form.parameters if name not in reduced)
+    ends = descend(form, points, names, reduced, _starts(form, reduced, starts, seed))
+    scores = np.sqrt(2 * objective(form, columns(form, ends), points) / count(points))
+    near = ends[scores <= np.min(scores) + _SAME_OPTIMUM * _root_mean_square(_size(form, points))]
+    best = _polished(form, points, names, reduced, ends[np.argmin(scores)])
+    # At one of several optima a term can have vanished, and its parameters with it.
+    unknown = {name for end in near for name in unidentified(_searched_jacobian(form, end, points, names), names)}
+    return Fit(
+        parameters=best,
+        fixed=reduced,
+        unidentified=tuple(name for name in names if name in unknown),
+        converged=gradient_ratio(form, best, points, names) <= _GRADIENT_TOLERANCE,
+        starts=near,
+        notes=notes,
+    )
+
+
+def unidentified(columns: np.ndarray, names: tuple[str, ...]) -> tuple[str, ...]:
+    """Names of the parameters that have a part in the null space of the Jacobian `columns` [n, k].
+
+    Columns are scaled to length 1, save those below 1e-8 of the longest, which count as 0; singular values below 1e-6
+    of the largest span the null space. A parameter is identified where its axis is orthogonal to that space.
+    """
+    if not names:
+        return ()
+    lengths = np.linalg.norm(columns, axis=0)
+    scaled = np.where(lengths > _ZERO_COLUMN * lengths.max(), columns / np.where(lengths > 0, lengths, 1), 0)
+    values, axes = np.linalg.svd(scaled, full_matrices=True)[1:]
+    rank = int(np.sum(values > _RANK_TOLERANCE * values.max(initial=0)))
+    share = np.linalg.norm(axes[rank:], axis=0)
+    return tuple(name for name, part in zip(names, share, strict=True) if part > 1e-4)
+
+
+def gradient_ratio(form: Form, parameters: dict[str, float], points: Points, names: tuple[str, ...]) -> float:
+    """How far from stationary the parameters are: 0 at an optimum, without unit, at most 1.
+
+    max_k |J_k| |theta_k - clip(theta_k - J_k . h'(r) / |J_k|^2)| / |h'(r)|: the cosine between the pull h'(r) of the
+    residuals and the column J_k, save that a parameter at its bound is not asked to cross it. 0 where the residuals
+    are rounding. It does not depend on the scale of the objective, so that a search which ended because a mean is
+    small is found out.
+    """
+    found = residuals(form, parameters, points)
+    if np.linalg.norm(found) <= _EXACT * np.linalg.norm(_size(form, points)) or not names:
+        return 0.0
+    pull = _pull(form.objective, found)
+    slopes = jacobian(form, parameters, points, names)
+    lengths = np.linalg.norm(slopes, axis=0)
+    values = np.array([parameters[name] for name in names])
+    low, high = np.array([form.parameters[name].bounds for name in names]).T
+    squares = np.where(lengths > 0, lengths, 1) ** 2
+    moved = np.clip(values - slopes.T @ pull / squares, low, high)
+    return float(np.max(lengths * np.abs(moved - values)) / np.linalg.norm(pull))
+
+
+def _polished(
+    form: Form, points: Points, names: tuple[str, ...], fixed: dict[str, float], start: np.ndarray
+) -> dict[str, float]:
+    """The optimum near `start` [p] to rounding."""
+    if form.objective.huber is None and names:
+        start = _trust_region(form, points, names, fixed, start)
+    ends = descend(form, points, names, fixed, start[None], rounds=1000, tolerance=1e-9)
+    return dict(zip(form.parameters, ends[0].tolist(), strict=True))
+
+
+def _trust_region(
+    form: Form, points: Points, names: tuple[str, ...], fixed: dict[str, float], start: np.ndarray
+) -> np.ndarray:
+    """The least squares [p] near `start` [p], by the trust-region search of Branch, Coleman and Li."""
+    # scipy is slow to import, and reading a study asks a law for its options.
+    from scipy.optimize import least_squares
+
+    logarithmic, low, high = _search_space(form, names)
+
+    def values(searched: np.ndarray) -> np.ndarray:
+        return _completed(form, names, fixed, searched[None])
+
+    result = least_squares(
+        lambda searched: residuals(form, columns(form, values(searched)), points)[0],
+        np.clip(_searched(start[_places(form, names)], logarithmic), low, high),
+        lambda searched: _searched_jacobian(form, values(searched)[0], points, names),
+        bounds=(low, high),
+        method="trf",
+        x_scale="jac",
+        ftol=1e-15,
+        xtol=1e-15,
+        gtol=1e-15,
+        max_nfev=200,
+    )
+    return values(result.x)[0]
+
+
+def descend(
+    form: Form,
+    points: Points,
+    names: tuple[str, ...],
+    fixed: dict[str, float],
+    starts: np.ndarray,
+    weights: np.ndarray | None = None,
+    rounds: int = 100,
+    tolerance: float = _SEARCH_TOLERANCE,
+    threads: int = 1,
+    progress: Callable[[int], Any] | None = None,
+) -> np.ndarray:
+    """The objective's minima from many starts, or under many weights, at once: parameters [m, p] from `starts` [m, p].
+
+    Projected Levenberg-Marquardt: theta <- clip(theta - (A + lambda diag A)^-1 g), g = J^T W h'(r), A = J^T W C J, over
+    the parameters that no bound holds back. C is 1 where |r| <= delta and mu delta / |r| beyond: mu = 0 is Newton's
+    curvature of Huber's loss, mu = 1 that of the parabola which bounds it from above. lambda and mu fall where a step
+    lowers the objective and grow where it does not. A row ends where max_k |g_k| / sqrt(A_kk h'^T W h') <= tolerance,
+    with A for C = 1, or r is rounding, or no step lowers it. W is the diagonal of `weights` [m, n]. `progress` is told
+    how many rows have ended.
+    """
+    weights = np.ones((len(starts), count(points))) if weights is None else weights
+    pieces = [slice(first, first + _ROWS_AT_ONCE) for first in range(0, len(starts), _ROWS_AT_ONCE)]
+
+    def descended(piece: slice) -> np.ndarray:
+        found = _descended(form, points, names, fixed, starts[piece], weights[piece], rounds, tolerance)
+        if progress:
+            progress(len(found))
+        return found
+
+    if not names or not pieces:
+        return starts
+    with ThreadPoolExecutor(threads) as pool:
+        return np.concatenate(list(pool.map(descended, pieces)))
+
+
+def _descended(
+    form: Form,
+    points: Points,
+    names: tuple[str, ...],
+    fixed: dict[str, float],
+    starts: np.ndarray,
+    weights: np.ndarray,
+    rounds: int,
+    tolerance: float,
+) -> np.ndarray:
+    logarithmic, low, high = _search_space(form, names)
+    searched = np.clip(_searched(starts[:, _places(form, names)], logarithmic), low, high)
+    damping = np.ones(len(starts))
+    rounding = _EXACT**2 * weights @ _size(form, points) ** 2
+    active = np.arange(len(starts))
+
+    def costs(at: np.ndarray) -> np.ndarray:
+        found = residuals(form, columns(form, _completed(form, names, fixed, at)), points)
+        with np.errstate(invalid="ignore"):
+            return np.nan_to_num(
+                np.sum(weights[active] * _penalty(form.objective, found), axis=1), nan=np.inf, posinf=np.inf
+            )
+
+    # A start without a finite objective goes nowhere.
+    active = active[np.isfinite(costs(searched))]
+    for _ in range(rounds):
+        here = searched[active]
+        cost = costs(here)
+        gradient, curvature, squares, pulled = _normal_equations(
+            form, points, names, fixed, here, weights[active], np.minimum(damping[active], 1)
+        )
+        held = ((here <= low) & (gradient >= 0)) | ((here >= high) & (gradient <= 0)) | (squares <= 0)
+        gradient[held] = 0
+        steepness = np.max(np.abs(gradient) / np.sqrt(np.where(held, 1, squares)), axis=1)
+        going = (steepness > tolerance * np.sqrt(pulled)) & (2 * cost > rounding[active]) & (damping[active] < 1e11)
+        if not going.any():
+            break
+        diagonal = np.where(held, 1, np.maximum(np.einsum("mkk->mk", curvature), 1e-6 * squares))
+        curvature *= ~(held[:, :, None] | held[:, None, :])
+        curvature += (diagonal * np.where(held, 1, 1e-3 * damping[active][:, None]))[:, :, None] * np.eye(len(names))
+        trial = np.clip(here - np.linalg.solve(curvature, gradient[..., None])[..., 0], low, high)
+        lower = costs(trial) < cost
+        searched[active] = np.where((lower & going)[:, None], trial, here)
+        # The floor keeps the matrix regular where parameters are not identified.
+        damping[active] = np.maximum(damping[active] * np.where(lower, 0.2, 4), 1e-7)
+        active = active[going]
+    return _completed(form, names, fixed, searched)
+
+
+def _normal_equations(
+    form: Form,
+    points: Points,
+    names: tuple[str, ...],
+    fixed: dict[str, float],
+    searched: np.ndarray,
+    weights: np.ndarray,
+    blend: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """What a step at `searched` [m, k] needs, with mu = `blend` [m].
+
+    J^T W h' [m, k], J^T W C J [m, k, k], the diagonal of J^T W J [m, k], and h'^T W h' [m].
+    """
+    values = _completed(form, names, fixed, searched)
+    found = residuals(form, columns(form, values), points)
+    slopes = _searched_slopes(form, values, points, names)
+    pull = _pull(form.objective, found)
+    bent = weights
+    if form.objective.huber is not None:
+        size = np.abs(found)
+        bent = weights * np.where(
+            size <= form.objective.huber, 1, blend[:, None] * form.objective.huber / np.maximum(size, 1e-300)
+        )
+    return (
+        np.einsum("mkn,mn->mk", slopes, weights * pull),
+        (slopes * bent[:, None, :]) @ slopes.transpose(0, 2, 1),
+        np.einsum("mkn,mkn,mn->mk", slopes, slopes, weights),
+        np.sum(weights * pull**2, axis=1),
+    )
+
+
+def _starts(form: Form, fixed: dict[str, float], number: int, seed: int) -> np.ndarray:
+    """A Latin hypercube of `number` starts over the free parameters' start ranges: [number, p], the others as fixed."""
     generator = np.random.default_rng(seed)
-    starts = np.ones((number, len(form.parameters)))
+    starts = np.empty((number, len(form.parameters)))
     for place, (name, parameter) in enumerate(form.parameters.items()):
-        if name in names:
+        if name in fixed:
+            starts[:, place] = fixed[name]
+        else:
             part = (generator.permutation(number) + generator.random(number)) / number
             low, high = parameter.start
             starts[:, place] = low * (high / low) ** part if parameter.logarithmic else low + part * (high - low)
     return starts
-
-
-def _residuals(form: Form, parameters: Parameters, points: Points) -> np.ndarray:
-    return form.predict(parameters, points) - points["loss"]
 
 
 def _root_mean_square(values: np.ndarray) -> float:
@@ -339,6 +481,8 @@ def bootstrap(
     resamples: int,
     seed: int,
     fitted: np.ndarray | None = None,
+    threads: int = 1,
+    progress: Callable[[int], Any] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Refits to runs drawn with replacement: parameters [draws, p], and how often each point was drawn [draws, n].
 
@@ -348,52 +492,103 @@ def bootstrap(
     four runs, or no more fitted points than free parameters.
     """
     fitted = np.ones(count(points), bool) if fitted is None else fitted
+    weights = drawn_runs(points, {"": (form, fit)}, resamples, seed, fitted)
+    return refitted(form, points, fit, weights, fitted, threads, progress), weights
+
+
+def drawn_runs(
+    points: Points, fits: Mapping[str, tuple[Form, Fit]], resamples: int, seed: int, fitted: np.ndarray
+) -> np.ndarray:
+    """How often each point was drawn [draws, n], under the conditions of `bootstrap` for every one of the fits."""
     runs, member = np.unique(points["run"], return_inverse=True)
-    if len(runs) < FEWEST_RUNS or fitted.sum() <= len(fit.free):
-        return np.empty((0, len(fit.parameters))), np.empty((0, count(points)))
-    generator = np.random.default_rng(seed)
+    most = max(len(fit.free) for _, fit in fits.values())
+    if len(runs) < FEWEST_RUNS or fitted.sum() <= most:
+        return np.empty((0, count(points)))
     seen = select(points, fitted)
-    columns = _searched_jacobian(form, np.array(list(fit.parameters.values())), seen, fit.free)
-    unknown = len(unidentified(columns, fit.free))
-    counts = []
-    while len(counts) < resamples:
+    slopes = [
+        (_searched_jacobian(form, np.array(list(fit.parameters.values())), seen, fit.free), fit.free)
+        for form, fit in fits.values()
+    ]
+    unknown = [len(unidentified(*each)) for each in slopes]
+    generator = np.random.default_rng(seed)
+    counts: list[np.ndarray] = []
+    for _ in range(100 * resamples):
+        if len(counts) == resamples:
+            break
         drawn = np.bincount(generator.integers(len(runs), size=len(runs)), minlength=len(runs))[member]
-        lost = len(unidentified(columns[drawn[fitted] > 0], fit.free)) > unknown
+        there = drawn[fitted] > 0
+        lost = any(
+            len(unidentified(rows[there], names)) > known for (rows, names), known in zip(slopes, unknown, strict=True)
+        )
         if not lost and (fitted.all() or drawn[~fitted].any()):
             counts.append(drawn)
-    weights = np.array(counts, float).reshape(-1, count(points))
-    starts = np.tile(list(fit.parameters.values()), (resamples, 1))
-    return descend(form, seen, fit.free, fit.fixed, starts, weights[:, fitted]), weights
+    # Where hardly a draw identifies the parameters, the few that do are no sample of anything.
+    return np.array(counts if len(counts) == resamples else [], float).reshape(-1, count(points))
+
+
+def refitted(
+    form: Form,
+    points: Points,
+    fit: Fit,
+    weights: np.ndarray,
+    fitted: np.ndarray,
+    threads: int = 1,
+    progress: Callable[[int], Any] | None = None,
+) -> np.ndarray:
+    """Parameters [draws, p] of refits to the fitted points under `weights` [draws, n], each from the fit's optimum."""
+    starts = np.tile(list(fit.parameters.values()), (len(weights), 1))
+    seen = select(points, fitted)
+    return descend(form, seen, fit.free, fit.fixed, starts, weights[:, fitted], threads=threads, progress=progress)
+
+
+def profile(form: Form, points: Points, fit: Fit, name: str, values: np.ndarray) -> np.ndarray:
+    """The lowest objective [v] where parameter `name` is held at each of `values` [v], found from the optimum outward.
+
+    A flat profile is a parameter that the points hardly tell.
+    """
+    best = np.array(list(fit.parameters.values()))
+    names = tuple(other for other in fit.free if other != name)
+    found = np.empty(len(values))
+    after = values >= fit.parameters[name]
+    for side in (np.flatnonzero(after), np.flatnonzero(~after)[::-1]):
+        start = best
+        for place in side:
+            fixed = fit.fixed | {name: float(values[place])}
+            start = descend(form, points, names, fixed, start[None], rounds=400, tolerance=1e-6)[0]
+            found[place] = objective(form, columns(form, start[None]), points)[0]
+    return found
 
 
 # Metrics
 
 
-def metrics(points: Points, predicted: np.ndarray) -> dict[str, float | None]:
-    """Goodness of `predicted` [n] losses, nats per token.
+def metrics(points: Points, predicted: np.ndarray, target: str = "loss") -> dict[str, float | None]:
+    """Goodness of `predicted` [n], in the unit of the target.
 
-    R^2 = 1 - sum (L - L')^2 / sum (L - mean L)^2 (None where all losses are equal); Huber: the mean over points of
-    r^2 / 2 within delta = 1e-3 and delta (|r| - delta / 2) outside; ASD and its unit-free variant; rmse.
+    R^2 = 1 - sum (L - L')^2 / sum (L - mean L)^2 (None where all targets are equal); Huber: the mean over points of
+    r^2 / 2 within delta = 1e-3 and delta (|r| - delta / 2) outside; rmse; and for losses along runs ASD and its
+    unit-free variant.
     """
-    residuals = predicted - points["loss"]
-    size = np.abs(residuals)
-    huber = np.where(size <= _HUBER_DELTA, size**2 / 2, _HUBER_DELTA * (size - _HUBER_DELTA / 2))
-    variation = np.sum((points["loss"] - points["loss"].mean()) ** 2)
-    difference, relative = average_slope_difference(points, predicted)
-    return {
-        "r2": float(1 - np.sum(residuals**2) / variation) if variation > 0 else None,
-        "huber": float(huber.mean()),
-        "asd": difference,
-        "asd_relative": relative,
-        "rmse": _root_mean_square(residuals),
+    observed = points[target]
+    difference = predicted - observed
+    variation = np.sum((observed - observed.mean()) ** 2)
+    found: dict[str, float | None] = {
+        "r2": float(1 - np.sum(difference**2) / variation) if variation > 0 else None,
+        "huber": float(_penalty(Objective(huber=_HUBER_DELTA), difference).mean()),
+        "rmse": _root_mean_square(difference),
     }
+    if "tokens" in points:
+        found["asd"], found["asd_relative"] = average_slope_difference(points, predicted, target)
+    return found
 
 
-def average_slope_difference(points: Points, predicted: np.ndarray) -> tuple[float | None, float | None]:
+def average_slope_difference(
+    points: Points, predicted: np.ndarray, target: str = "loss"
+) -> tuple[float | None, float | None]:
     """ASD (arXiv 2411.10272): mean over runs of mean_i |s_i - s'_i|, and that over the mean over runs of mean_i |s_i|.
 
     s_i = (L_{i+1} - L_i) / (D_{i+1} - D_i) over consecutive checkpoints of a run, s'_i the same of the predictions; the
-    unit is nats per token over the unit of `tokens`. The paper's formula was not readable: this is the one that
+    unit is that of the target over the unit of `tokens`. The paper's formula was not readable: this is the one that
     fits its name. None where no run has two token counts, and for the variant where all slopes are zero.
     """
     differences, slopes = [], []
@@ -401,7 +596,7 @@ def average_slope_difference(points: Points, predicted: np.ndarray) -> tuple[flo
         rows = np.flatnonzero(points["run"] == run)
         tokens, first = np.unique(points["tokens"][rows], return_index=True)
         if len(tokens) > 1:
-            observed = np.diff(points["loss"][rows][first]) / np.diff(tokens)
+            observed = np.diff(points[target][rows][first]) / np.diff(tokens)
             fitted = np.diff(predicted[rows][first]) / np.diff(tokens)
             differences.append(np.mean(np.abs(observed - fitted)))
             slopes.append(np.mean(np.abs(observed)))
@@ -411,7 +606,7 @@ def average_slope_difference(points: Points, predicted: np.ndarray) -> tuple[flo
     return difference, difference / slope if slope > 0 else None
 
 
-# Held-out tests: each gives the mask of the points to hold out, or the sentence that says why it cannot.
+# Held-out tests: each gives the points to hold out, or the sentence that says why it cannot.
 
 
 def later_tokens(points: Points) -> np.ndarray | str:
@@ -433,37 +628,120 @@ def largest(points: Points, column: str, name: str) -> np.ndarray | str:
     return level == level.max()
 
 
-def held_out_error(
-    form: Form, points: Points, held_out: np.ndarray | str, options: dict[str, Any]
-) -> dict[str, float | str | None]:
-    """Error on the points at `held_out` of the form fitted to the others.
+def highest_of_each(points: Points, column: str, name: str, by: str) -> np.ndarray | str:
+    """Holds out the largest level of `column` of each group of `by` that has two; two levels must remain in all."""
+    held_out = np.zeros(count(points), bool)
+    for group in np.unique(points[by]):
+        rows = np.flatnonzero(points[by] == group)
+        level = levels(points[column][rows])
+        held_out[rows[level == level.max()]] = level.max() > 0
+    if not held_out.any() or levels(points[column][~held_out]).max() < 1:
+        return f"This test needs three {name}s, two to fit and one to predict, and the points have fewer."
+    return held_out
 
-    rmse (nats per token) with its bootstrap interval by runs, the fit repeated in each draw; relative = the mean of
-    |L' - L| / L; `unidentified` names what the fitted points could not tell, where the error hangs on the start.
-    {"reason": sentence} where the test cannot be made.
+
+def leave_one_out(points: Points, column: str, name: str) -> np.ndarray | str:
+    """Holds out each value of `column` in turn: masks [values, n]; two must remain."""
+    values = np.unique(points[column])
+    if len(values) < 3:
+        return f"This test needs three {name}s, two to fit and one to predict, and the points have {len(values)}."
+    return points[column] == values[:, None]
+
+
+def held_out_error(form: Form, points: Points, held_out: np.ndarray | str, options: dict[str, Any]) -> dict[str, Any]:
+    """Error of one form in one test; see `held_out_test`."""
+    return held_out_test({"form": form}, points, held_out, options)[0]["form"]
+
+
+def held_out_test(
+    forms: dict[str, Form], points: Points, held_out: np.ndarray | str, options: dict[str, Any]
+) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
+    """Errors on the points at `held_out` of the forms fitted to the others, and the forms ranked by them.
+
+    Each error: rmse (unit of the target) with its bootstrap interval by runs, the fit repeated in each draw;
+    relative = the mean of |y' - y| / |y|; naive = the rmse of the mean of the targets fitted; `unidentified` names what
+    the fitted points could not tell, where the error hangs on the start. {"reason": sentence} where the test cannot
+    be made. Each rank, best first: form, rmse, `behind` = by how much its rmse is above the best one's, with the
+    interval of that difference over draws that both share, and `first` = the part of the draws in which it is lowest.
     """
     if isinstance(held_out, str):
-        return {"reason": held_out}
+        return {name: {"reason": held_out} for name in forms}, []
+    folds = [_fold(forms, points, fold, options) for fold in np.atleast_2d(held_out)]
+    errors: dict[str, dict[str, Any]] = {}
+    draws: dict[str, np.ndarray] = {}
+    for name in forms:
+        reasons = [fold[name]["reason"] for fold in folds if "reason" in fold[name]]
+        if reasons:
+            errors[name] = {"reason": reasons[0]}
+            continue
+        squares = np.concatenate([fold[name]["difference"] ** 2 for fold in folds])
+        draws[name] = np.sqrt(
+            sum(fold[name]["drawn"] for fold in folds) / sum(fold[name]["drawn_count"] for fold in folds)
+        )
+        low, high = percentile_interval(draws[name]) if len(draws[name]) else (None, None)
+        errors[name] = {
+            "rmse": float(np.sqrt(squares.mean())),
+            "relative": float(np.mean(np.concatenate([fold[name]["relative"] for fold in folds]))),
+            "low": low,
+            "high": high,
+            "naive": float(np.sqrt(np.mean(np.concatenate([fold[name]["naive"] for fold in folds]) ** 2))),
+            "unidentified": sorted({lost for fold in folds for lost in fold[name]["unidentified"]}),
+        }
+    return errors, _ranking(errors, draws)
+
+
+def _fold(
+    forms: dict[str, Form], points: Points, held_out: np.ndarray, options: dict[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """One fold of a test: each form's differences on the held-out points, and their squares summed in each draw."""
     seen, unseen = select(points, ~held_out), select(points, held_out)
-    fit = least_squares_fit(form, seen, min(options["starts"], _HELD_OUT_STARTS), options["seed"])
-    if count(seen) <= len(fit.free):
-        free = len(fit.free)
-        return {"reason": f"The {count(seen)} points left to fit are too few for the {free} parameters of this law."}
-    errors = _residuals(form, fit.parameters, unseen)
-    samples, counts = bootstrap(form, points, fit, options["bootstrap"], options["seed"], ~held_out)
-    low, high = None, None
-    if len(samples):
-        squares = _residuals(form, columns(form, samples), unseen) ** 2
-        low, high = percentile_interval(np.sqrt(np.average(squares, axis=1, weights=counts[:, held_out])))
-    return {
-        "rmse": _root_mean_square(errors),
-        "relative": float(np.mean(np.abs(errors) / unseen["loss"])),
-        "low": low,
-        "high": high,
-        "unidentified": list(fit.unidentified),
-    }
+    starts = min(options["starts"], _HELD_OUT_STARTS)
+    fits = {name: (form, fit_form(form, seen, starts, options["seed"])) for name, form in forms.items()}
+    rich = {name: pair for name, pair in fits.items() if count(seen) > len(pair[1].free)}
+    weights = (
+        drawn_runs(points, rich, options["bootstrap"], options["seed"], ~held_out)
+        if rich
+        else np.empty((0, count(points)))
+    )
+    found: dict[str, dict[str, Any]] = {}
+    for name, (form, fit) in fits.items():
+        if name not in rich:
+            reason = f"The {count(seen)} points left to fit are too few for the {len(fit.free)} parameters of this law."
+            found[name] = {"reason": reason}
+            continue
+        observed = unseen[form.target]
+        difference = form.predict(fit.parameters, unseen) - observed
+        samples = refitted(form, points, fit, weights, ~held_out, options.get("threads", 1))
+        squares = (form.predict(columns(form, samples), unseen) - observed) ** 2
+        found[name] = {
+            "difference": difference,
+            "relative": np.abs(difference) / np.abs(observed),
+            "naive": seen[form.target].mean() - observed,
+            "drawn": np.sum(squares * weights[:, held_out], axis=1),
+            "drawn_count": weights[:, held_out].sum(axis=1),
+            "unidentified": fit.unidentified,
+        }
+    return found
 
 
-def columns(form: Form, samples: np.ndarray) -> Parameters:
-    """Parameters of shape [k, 1] from `samples` [k, p], to predict for all samples at once."""
-    return {name: samples[:, [place]] for place, name in enumerate(form.parameters)}
+def _ranking(errors: dict[str, dict[str, Any]], draws: dict[str, np.ndarray]) -> list[dict[str, Any]]:
+    """The forms whose error is known, from the lowest, each with how far it is behind."""
+    order = sorted(draws, key=lambda name: errors[name]["rmse"])
+    if not order:
+        return []
+    drawn = np.array([draws[name] for name in order])
+    lowest = np.bincount(drawn.argmin(axis=0), minlength=len(order)) if drawn.shape[1] else None
+    ranking = []
+    for place, name in enumerate(order):
+        between = percentile_interval(draws[name] - draws[order[0]]) if drawn.shape[1] else (None, None)
+        ranking.append(
+            {
+                "form": name,
+                "rmse": errors[name]["rmse"],
+                "behind": errors[name]["rmse"] - errors[order[0]]["rmse"],
+                "low": between[0],
+                "high": between[1],
+                "first": None if lowest is None else float(lowest[place] / drawn.shape[1]),
+            }
+        )
+    return ranking

@@ -11,15 +11,26 @@ N_C, alpha and E enter only through N_C / N0^alpha + E, one number a size, so th
 
 from __future__ import annotations
 
-from fnmatch import fnmatchcase
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from pydantic import Field
 
-from coppice.laws import LawOptions
-from coppice.laws.fit import Fit, Form, Parameter, Parameters, Points, largest, later_tokens, levels
+from coppice.laws import Law
+from coppice.laws.fit import (
+    Fit,
+    Form,
+    Parameter,
+    Parameters,
+    Points,
+    highest_of_each,
+    largest,
+    later_tokens,
+    levels,
+)
+from coppice.laws.recoveries import CURVES, RecoveryOptions, recoveries
+from coppice.wording import counted
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -29,8 +40,6 @@ SOURCE = {
     "arxiv": "2411.10272",
     "equation": "L = L0 + rho^-gamma N0^-delta (N_C / N0^alpha + D_C / D^beta + E)",
 }
-
-UNITS = {"loss": "nats per token", "dense_parameters": "parameters", "tokens": "tokens"}
 
 COLUMNS = {
     "run": str,
@@ -42,22 +51,18 @@ COLUMNS = {
     "dense_loss": float,
 }
 
-NEEDS = {
-    "nodes": ("node", "parent", "model", "method", "family", "parameters", "rho"),
-    "curves": ("node", "tokens", "split", "loss", "dense_loss"),
-}
 
-POINTS = "they are the validation losses of recoveries, by the chosen method, of models that lost parameters."
-
-
-class Options(LawOptions):
+class Options(RecoveryOptions):
     """What the P2 law is fitted to, and what it recommends."""
 
-    method: str = Field(default="full", description="The recovery method whose runs are the points.")
+    ratio: Literal["rho", "rho_blocks", "rho_nonzero"] = Field(
+        default="rho",
+        description="The column of the table `nodes` that is rho: of all parameters, of those of the blocks, or with "
+        "zeros counted as removed, as for masks.",
+    )
     gain: float = Field(
         default=0.01, gt=0, description="Nats per token: the law recommends the tokens past which doubling gains less."
     )
-    nodes: list[str] | None = Field(default=None, description="Patterns of the recovery nodes; null: all of them.")
 
 
 _COEFFICIENT = Parameter(bounds=(0, 1e9), start=(0.05, 5))
@@ -170,58 +175,32 @@ RIVALS = {
 HELD_OUT = {
     "later_tokens": later_tokens,
     "larger_model": partial(largest, column="dense_parameters", name="dense size"),
-    "higher_ratio": partial(largest, column="rho", name="pruning rate"),
+    "higher_ratio": partial(highest_of_each, column="rho", name="pruning rate", by="model"),
 }
 
 
 def points(tables: dict[str, pd.DataFrame], options: dict[str, Any]) -> Points:
-    """The points of the law: one row a validation loss of a recovery run after its first tokens (at D = 0 it diverges).
+    """The points of the law: the losses of `recoveries` whose parent lost parameters (rho > 0).
 
-    A run is a node of family "recover" and method options["method"], whose name matches one of the glob patterns
-    options["nodes"] (None: all), and whose parent has lost parameters (rho > 0) and was not recovered before, since D
-    counts from the pruned model. dense_parameters and tokens are numbers of parameters and tokens, not yet in units.
+    dense_parameters and tokens are numbers of parameters and tokens, not yet in units.
     """
-    nodes = tables["nodes"].set_index("node")
-    runs = [
-        node
-        for node, row in nodes.iterrows()
-        if row["family"] == "recover"
-        and row["method"] == options["method"]
-        and _matches(node, options["nodes"])
-        and nodes.at[row["parent"], "rho"] > 0
-        and not _was_recovered(nodes, row["parent"])
-    ]
-    curves = tables["curves"]
-    rows = curves[(curves["split"] == "validation") & (curves["tokens"] > 0) & curves["node"].isin(runs)]
-    rows = rows.sort_values(["node", "tokens"])
-    run = nodes.loc[rows["node"]]
+    rows = recoveries(tables, options)
+    rows = rows[rows[f"parent.{options['ratio']}"] > 0]
     return {
-        "run": rows["node"].to_numpy(dtype=str),
-        "model": run["model"].to_numpy(dtype=str),
-        "dense_parameters": nodes.loc[run["model"], "parameters"].to_numpy(dtype=float),
-        "rho": nodes.loc[run["parent"], "rho"].to_numpy(dtype=float),
+        "run": rows["run"].to_numpy(dtype=str),
+        "model": rows["model"].to_numpy(dtype=str),
+        "dense_parameters": rows["dense.parameters"].to_numpy(dtype=float),
+        "rho": rows[f"parent.{options['ratio']}"].to_numpy(dtype=float),
         "tokens": rows["tokens"].to_numpy(dtype=float),
         "loss": rows["loss"].to_numpy(dtype=float),
         "dense_loss": rows["dense_loss"].to_numpy(dtype=float),
     }
 
 
-def _matches(node: str, patterns: list[str] | None) -> bool:
-    return patterns is None or any(fnmatchcase(node, pattern) for pattern in patterns)
-
-
-def _was_recovered(nodes: pd.DataFrame, node: str) -> bool:
-    while node in nodes.index:
-        if nodes.at[node, "family"] == "recover":
-            return True
-        node = nodes.at[node, "parent"]
-    return False
-
-
-def units(points: Points) -> dict[str, float]:
+def scales(points: Points) -> dict[str, float]:
     """Units of N0 and D: for each the largest power of a thousand that the largest value reaches."""
-    scales = 1000.0 ** np.arange(6)
-    return {column: float(scales[scales <= points[column].max()][-1]) for column in ("dense_parameters", "tokens")}
+    powers = 1000.0 ** np.arange(6)
+    return {column: float(powers[powers <= points[column].max()][-1]) for column in ("dense_parameters", "tokens")}
 
 
 def notes(points: Points) -> list[str]:
@@ -236,7 +215,7 @@ def notes(points: Points) -> list[str]:
 
 
 def recommend(
-    fit: Fit, samples: Parameters, points: Points, units: dict[str, float], options: dict[str, Any]
+    fit: Fit, samples: Parameters, points: Points, scales: dict[str, float], options: dict[str, Any]
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """For each model and rho the tokens D past which another doubling gains less than options["gain"] nats per token.
 
@@ -251,31 +230,42 @@ def recommend(
         np.column_stack([model, points["rho"]]), axis=0, return_index=True, return_inverse=True
     )
     where = {name: column[first] for name, column in points.items()}
-    scale = units["tokens"]
-    tokens = _tokens_for_gain(fit.parameters, where, options["gain"]) * scale
-    drawn = _tokens_for_gain(samples, where, options["gain"]) * scale
+    tokens = tokens_for_gain(fit.parameters, where, options["gain"]) * scales["tokens"]
+    drawn = tokens_for_gain(samples, where, options["gain"]) * scales["tokens"]
     # Interpolation between two infinite draws would be no number.
     low, high = (
         np.quantile(drawn, [0.025, 0.975], axis=0, method="nearest") if len(drawn) else np.full((2, len(cases)), np.nan)
     )
-    return [
+    measured = [points["tokens"][case == row] * scales["tokens"] for row in range(len(cases))]
+    entries = [
         {
             "model": str(where["model"][row]),
-            "dense_parameters": float(where["dense_parameters"][row] * units["dense_parameters"]),
+            "dense_parameters": float(where["dense_parameters"][row] * scales["dense_parameters"]),
             "rho": float(where["rho"][row]),
             "gain": options["gain"],
             "tokens": _finite(tokens[row]),
             "low": _finite(low[row]),
             "high": _finite(high[row]),
-            "smallest_tokens": float(points["tokens"][case == row].min() * scale),
-            "largest_tokens": float(points["tokens"][case == row].max() * scale),
-            "note": _range_note(tokens[row], points["tokens"][case == row] * scale),
+            "smallest_tokens": float(measured[row].min()),
+            "largest_tokens": float(measured[row].max()),
+            "note": _range_note(tokens[row], measured[row]),
         }
         for row in range(len(cases))
-    ], []
+    ]
+    return [entry | {"sentence": _sentence(entry, bool(len(drawn)))} for entry in entries], []
 
 
-def _tokens_for_gain(parameters: Parameters, points: Points, gain: float) -> np.ndarray:
+def _sentence(entry: dict[str, Any], drawn: bool) -> str:
+    """A recommended number of recovery tokens, with its interval and its caveat."""
+    between = f" [{counted(entry['low'])}, {counted(entry['high'])}]" if drawn else ""
+    sentence = (
+        f"{entry['model']} at rho {entry['rho']:.2f}: train on {counted(entry['tokens'])} tokens{between}; beyond, "
+        f"doubling them gains less than {entry['gain']:g} nats/token."
+    )
+    return f"{sentence} {entry['note']}" if entry["note"] else sentence
+
+
+def tokens_for_gain(parameters: Parameters, points: Points, gain: float) -> np.ndarray:
     """D = (rho^-gamma N0^-delta D_C (1 - 2^-beta) / gain)^(1 / beta), in the fit's unit of tokens."""
     beta = parameters["beta"]
     first = _factor(parameters, points) * parameters["D_C"] * (1 - 2.0**-beta)
@@ -294,3 +284,24 @@ def _range_note(tokens: float, measured: np.ndarray) -> str | None:
     if tokens < measured.min():
         return "This lies before the first token count measured: every doubling measured gains less."
     return None
+
+
+LAW = Law(
+    source=SOURCE,
+    units={"loss": "nats per token", "dense_parameters": "parameters", "tokens": "tokens"},
+    columns=COLUMNS,
+    needs={
+        "nodes": ("node", "parent", "model", "method", "family", "parameters", "rho", "rho_blocks", "rho_nonzero"),
+        "curves": CURVES,
+    },
+    points_are="they are the validation losses of recoveries, by the chosen method, of models that lost parameters.",
+    options=Options,
+    points=points,
+    axis=("tokens", "recovery tokens"),
+    form=FORM,
+    rivals=RIVALS,
+    held_out=HELD_OUT,
+    scales=scales,
+    notes=notes,
+    recommend=recommend,
+)

@@ -1,0 +1,67 @@
+"""Numbers, lines and tables as people read them in a terminal."""
+
+from __future__ import annotations
+
+import textwrap
+from typing import Any
+
+WIDTH = 120
+_FIRST = 42  # columns of a table's first column at most
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """A number to so many significant digits, without an exponent where it is readable so; blank for None."""
+    if value is None:
+        return ""
+    if value == 0:
+        return "0"
+    if 1e-3 <= abs(value) < 1e6:
+        text = f"{value:#.{digits}g}"
+        return f"{value:.0f}" if "e" in text else text.removesuffix(".")
+    return f"{value:.{digits - 1}e}"
+
+
+def counted(tokens: float | None) -> str:
+    """A count in thousands, millions or billions: 1.4M."""
+    if tokens is None:
+        return "unbounded"
+    for scale, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if tokens >= scale:
+            return f"{tokens / scale:.3g}{letter}"
+    return f"{tokens:.3g}"
+
+
+def listed(names: tuple[str, ...] | list[str]) -> str:
+    """Names joined by commas, the last by `and`."""
+    return ", ".join(names[:-1]) + " and " + names[-1] if len(names) > 1 else names[0]
+
+
+def shortened(text: str, length: int) -> str:
+    """The text, cut to so many characters."""
+    return text if len(text) <= length else f"{text[: length - 3]}..."
+
+
+def aligned(table: list[list[str]]) -> list[str]:
+    """Rows as text: the first column to the left, the others to the right; too wide a column is cut."""
+    table = [[shortened(cell, _FIRST if place == 0 else 20) for place, cell in enumerate(row)] for row in table]
+    widths = [max(len(cell) for cell in column) for column in zip(*table, strict=True)]
+    return [
+        "  ".join(
+            cell.ljust(width) if place == 0 else cell.rjust(width)
+            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in table
+    ]
+
+
+def wrapped(text: str, indent: str = "") -> list[str]:
+    """The text as lines within the width; all but the first are set in."""
+    return textwrap.wrap(text, WIDTH, initial_indent=indent, subsequent_indent=indent + "  ", break_on_hyphens=False)
+
+
+def held_out_sentence(error: dict[str, Any]) -> str:
+    """A held-out error, or why there is none."""
+    if "reason" in error:
+        return error["reason"]
+    between = "" if error.get("low") is None else f" [{number(error['low'])}, {number(error['high'])}]"
+    return f"rmse {number(error['rmse'])}{between} nats/token, {error['relative']:.2%} of the loss."
