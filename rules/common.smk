@@ -1,6 +1,7 @@
 """Functions that the rules share: names as patterns, names as paths, and what a node is made from."""
 
 import json
+from math import inf
 from os.path import relpath
 from shlex import join
 
@@ -186,8 +187,10 @@ def calibration_tokens(wildcards):
 
 
 def node_budgets(wildcards):
-    """The option of `coppice recover` for the rungs of the ladder that a recovery reaches."""
-    trained = STUDY.steps[made_node(wildcards).step].options.tokens
+    """The option of `coppice recover` for the rungs of the ladder that a recovery may reach."""
+    step = made_node(wildcards).step
+    # A method that says itself how many tokens it trains on may train on more.
+    trained = inf if hasattr(tree.method_of(STUDY, step).module, "tokens") else STUDY.steps[step].options.tokens
     budgets = [str(budget) for budget in sorted(set(STUDY.budgets)) if budget <= trained]
     return ["--budgets", ",".join(budgets)] if budgets else []
 
@@ -206,6 +209,11 @@ def evaluation_options(wildcards):
     world = tree.world(STUDY, evaluation)
     described = {"world": STUDY.texts[world].model_dump(mode="json")} if world else {}
     return json.dumps({**evaluation.model_dump(mode="json", exclude={"nodes", "world"}), **described})
+
+
+def twin_checkpoint(wildcards):
+    """The node that was made alike but with the study's seed."""
+    return checkpoint(tree.twin(wildcards.node))
 
 
 def evaluation_tokens(wildcards):
@@ -228,8 +236,11 @@ def law_name(wildcards):
     return STUDY.laws[wildcards.law].law
 
 
-def law_file(wildcards):
-    return relpath(Path(laws.__file__).parent / f"{law_name(wildcards).replace('-', '_')}.py")
+def law_files(wildcards):
+    """The law's own file, and the file of points in the place of the tables where its options name one."""
+    own = relpath(Path(laws.__file__).parent / f"{law_name(wildcards).replace('-', '_')}.py")
+    points = STUDY.laws[wildcards.law].options.get("file")
+    return [own, points] if points else [own]
 
 
 def law_options(wildcards):

@@ -25,6 +25,31 @@ rule evaluate:
         " --output $(dirname {output}) > {log} 2>&1"
 
 
+rule connectivity:
+    input:
+        model="<results>/models/{node}/manifest.json",
+        other=twin_checkpoint,
+        tokens=evaluation_tokens,
+    output:
+        "<results>/evaluations/{node}/{evaluation}/metrics.json",
+    log:
+        "<logs>/evaluate/{node}/{evaluation}.log",
+    benchmark:
+        "<benchmarks>/evaluate/{node}/{evaluation}.jsonl"
+    wildcard_constraints:
+        evaluation=evaluation_pattern("connectivity"),
+    conda:
+        "../envs/coppice.yaml"
+    threads: 1
+    params:
+        evaluation=evaluation_options,
+        protocols=protocol_sources,
+    shell:
+        "python -m coppice evaluate --node {wildcards.node} --model $(dirname {input.model})"
+        " --other $(dirname {input.other}) --name {wildcards.evaluation} --evaluation {params.evaluation:q}"
+        " {params.protocols} --threads {threads} --output $(dirname {output}) > {log} 2>&1"
+
+
 rule cost:
     input:
         model="<results>/models/{node}/manifest.json",

@@ -13,10 +13,11 @@ rule laws:
 rule fit:
     input:
         tables=rules.tables.output,
-        law=law_file,
+        law=law_files,
     output:
         fit="<results>/laws/{law}/fit.json",
         points="<results>/laws/{law}/points.parquet",
+        samples="<results>/laws/{law}/samples.parquet",
         figure=report("<results>/laws/{law}/fit.svg", caption="captions/law.rst", category="Laws", subcategory="{law}"),
     log:
         "<logs>/fit/{law}.log",
@@ -26,9 +27,10 @@ rule fit:
         law=alternation(STUDY.laws),
     conda:
         "../envs/coppice.yaml"
+    threads: 2
     params:
         law=law_name,
         options=law_options,
     shell:
         "python -m coppice fit --law {params.law} --tables $(dirname {input.tables[0]}) --options {params.options:q}"
-        " --output $(dirname {output.fit}) > {log} 2>&1"
+        " --threads {threads} --output $(dirname {output.fit}) > {log} 2>&1"

@@ -1,6 +1,6 @@
 """All results of the study as Parquet, and the targets up to there."""
 
-TABLES = ["nodes", "metrics", "items", "curves", "costs", "failures"]
+TABLES = ["nodes", "metrics", "items", "curves", "costs", "comparisons", "signals", "failures"]
 
 
 localrules:

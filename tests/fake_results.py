@@ -95,7 +95,22 @@ def _node(results: Path, node: str, dense: int) -> None:
     linears, blocks = int(total * 0.7), int(total * 0.75)
     folder = results / "models" / node
     _write(folder / "model.safetensors", f"weights of {node}")
-    _write(folder / "config.json", "{}")
+    config = {
+        "dtype": "float32",
+        "hidden_size": 64,
+        "intermediate_size": 96 if "laco" in node else 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 100,
+        "max_position_embeddings": 2048,
+    }
+    _write(folder / "config.json", json.dumps(config))
+    grid = {"type": "Quantized", "bits": 4, "group_size": 32, "symmetric": True}
+    _write(
+        folder / "compression.json",
+        json.dumps({"model.layers.0.mlp.up_proj": grid} if "gptq" in node else {}),
+    )
     manifest = {
         "format_version": 1,
         "node": node,
@@ -172,14 +187,17 @@ def _quality(folder: Path, node: str, perplexity: float) -> None:
     }
     _write(folder / "metrics.json", json.dumps(report))
     rows = [(item, choice) for item in range(3) for choice in range(2)]
+    documents = list(range(10, 26))
     columns = {
-        "node": [node] * 6,
-        "task": ["biographies"] * 6,
-        "item": [str(item) for item, _ in rows],
-        "choice": [choice for _, choice in rows],
-        "log_likelihood": [-1.5 - item - choice for item, choice in rows],
-        "length": [7] * 6,
-        "correct": [item != 1 for item, _ in rows],
+        "node": [node] * 22,
+        "task": ["biographies"] * 6 + ["stories"] * 16,
+        "item": [str(item) for item, _ in rows] + [str(item) for item in range(16)],
+        "choice": [choice for _, choice in rows] + [0] * 16,
+        "log_likelihood": [-1.5 - item - choice for item, choice in rows]
+        + [-tokens * math.log(perplexity) for tokens in documents],
+        "length": [7] * 6 + documents,
+        "correct": [item != 1 for item, _ in rows] + [None] * 16,
+        "answer": [(choice == 0) == (item != 1) for item, choice in rows] + [None] * 16,
     }
     pq.write_table(pa.table(columns), folder / "items.parquet")
 
@@ -194,7 +212,7 @@ def _law(folder: Path) -> None:
     def parameter(value: float, low: float | None, high: float | None, identified: bool = True) -> dict[str, Any]:
         return {"value": value, "low": low, "high": high, "identified": identified, "spread": 0.0}
 
-    fit = {
+    fit: dict[str, Any] = {
         "law": "p2",
         "source": {"title": "P2 Law", "arxiv": "2411.10272", "equation": "L = L0 + rho^-gamma ..."},
         "units": {"tokens": {"unit": "tokens", "scale": 1e6}, "dense_parameters": {"unit": "parameters", "scale": 1e6}},
@@ -222,9 +240,12 @@ def _law(folder: Path) -> None:
                 "model": "small", "dense_parameters": 490_000.0, "rho": 0.2, "gain": 0.01, "tokens": 1.4e6,
                 "low": 9e5, "high": 2e6, "smallest_tokens": 5e4, "largest_tokens": 1e6,
                 "note": "This lies beyond the largest count.",
+                "sentence": "small at rho 0.20: train on 1.4M tokens [900k, 2M]; beyond, doubling them gains less.",
             }
         ],
         "notes": ["There is one pruning rate, so gamma is not identified."],
+        "options": {"gain": 0.01},
+        "passes": {"ok": True, "reasons": []},
         "converged": True,
         "starts_within_tolerance": 12,
     }  # fmt: skip
@@ -255,6 +276,9 @@ def _law(folder: Path) -> None:
             for column, value in zip(points.values(), row, strict=True):
                 column.append(value)
     pq.write_table(pa.table(points), folder / "points.parquet")
+    drawn = {name: [entry["value"]] * 8 for name, entry in fit["parameters"].items()}
+    drawn |= {"D_C": [0.04, 0.06] * 4, "E": [0.08, 0.08, 0.12, 0.12] * 2, "beta": [0.45] * 4 + [0.55] * 4}
+    pq.write_table(pa.table(drawn), folder / "samples.parquet")
     _write(folder / "fit.svg", '<svg xmlns="http://www.w3.org/2000/svg"/>')
 
 

@@ -66,7 +66,7 @@ def test_the_page_stands_alone(results: Path) -> None:
         "10 of 12 nodes made from small, medium", "2 nodes failed", "gptq-4", "6.05 \u00b1 0.59", "71%", "0.0400",
         "0.40% of the loss",
         "train on 1.4M tokens", "gamma is not identified", "decode_latency, s/token (cpu)",
-        "no such thing", "2.13.0", "shipped",
+        "no such thing", "2.13.0", "shipped", "pairs compared; Holm's adjustment", "0.749 \u00b1 0.039 ~",
     ):  # fmt: skip
         assert text in parser.text, text
 
@@ -149,12 +149,50 @@ def test_a_fit_of_nothing_and_a_single_node(results: Path) -> None:
         name: entry | {"value": None, "identified": False} for name, entry in fit["parameters"].items()
     }
     fit |= {"metrics": dict.fromkeys(fit["metrics"]), "recommendation": [], "points": 0, "runs": 0}
+    fit["passes"] = {"ok": False, "reasons": ["No held-out test of it could be made."]}
     fit["units"] = {name: entry | {"scale": None} for name, entry in fit["units"].items()}
     path.write_text(json.dumps(fit))
     study = fake_study()
     study = study.model_copy(update={"recipes": [], "models": {"small": study.models["small"]}})
     tables.write_tables(study, results, results / "tables")
     assert "1 of 1 nodes" in page_of(results, study)
+
+
+def test_lower_bounds_stand_beside_measured_times(results: Path) -> None:
+    section = page_of(results).partition("<h2>Roofline</h2>")[2].partition("<h2>")[0]
+    header, *rows = re.findall("<tr.*?</tr>", section, flags=re.DOTALL)
+    titles = re.findall(r"<th.*?>(.*?)</th>", header)
+    assert titles[:2] == ["node", "cost: cpu"]
+    assert {"H200", "A6000"} <= set(titles[2:])
+    cells = {row[0]: row[1:] for row in (re.findall(r"<td.*?>(.*?)</td>", row) for row in rows)}
+    assert cells["small"][0] == "11.0"
+    assert cells["medium"][0] == ""
+    assert all(cells["medium"][1:])
+    assert "H200: vendor figure, as recalled" in section
+
+
+def decisions(page: str) -> str:
+    return page.partition("<h2>Decisions</h2>")[2].partition("<h2>")[0]
+
+
+def test_decisions_show_the_held_out_error_of_their_law(results: Path) -> None:
+    section = decisions(page_of(results))
+    assert "train on 1.4M tokens [900k, 2M]" in section
+    assert section.count("Held-out error of law p2, later tokens: rmse 0.0120 [0.0100, 0.0200]") == 2
+    assert "<td class=text>small/laco-25/full-1m/gptq-4</td>" in section
+    assert "The predicted loss of small/laco-25 after 1M tokens" in section
+    assert [f"{place}. " in section for place in (1, 2, 3, 4)] == [True, True, True, False]
+
+
+def test_a_law_that_fails_its_test_recommends_nothing(results: Path) -> None:
+    path = results / "laws/p2/fit.json"
+    fit = json.loads(path.read_text())
+    fit["passes"] = {"ok": False, "reasons": ["Its error in the held-out test 'later tokens' is 12.0%."]}
+    path.write_text(json.dumps(fit))
+    page = page_of(results)
+    assert "fails its own test. Its error in the held-out test" in decisions(page)
+    assert "train on" not in page
+    assert "Best at each size" in page
 
 
 def test_same_tables_give_the_same_page(results: Path) -> None:

@@ -144,7 +144,18 @@ REFUSED: list[tuple[dict[str, Any] | Callable[[], dict[str, Any]], str]] = [
     (changed("recipes", [{"seeds": [1]}]), "recipes.0: a recipe needs exactly one of the keys steps and product."),
     (changed("recipes", ["rtn-4"]), 'recipes.0 is "rtn-4"; it should be a mapping of keys to values.'),
     # Evaluations and laws
-    (changed("evaluations.cost.kind", "costs"), "evaluations.cost: its kind must be one of quality, cost."),
+    (
+        changed("evaluations.cost.kind", "costs"),
+        "evaluations.cost: its kind must be one of quality, cost, connectivity.",
+    ),
+    (
+        changed("evaluations.basin", {"kind": "connectivity", "perplexity": {}}),
+        "evaluations.basin: perplexity names 0 protocols; a connectivity has one.",
+    ),
+    (
+        changed("evaluations.basin", {"kind": "connectivity", "perplexity": {"own": {"text": "bio"}}}),
+        "evaluations.basin.perplexity.own.text: there is no text 'bio'.",
+    ),
     (changed("evaluations.cost.repeats", 0), "evaluations.cost.repeats is 0; it should be greater than 0."),
     (changed("evaluations.quality.shot", 0), "evaluations.quality: there is no key 'shot'. Did you mean 'shots'?"),
     (changed("evaluations.quality.world", "bio"), "evaluations.quality.world: there is no built-in text 'bio'."),
@@ -152,7 +163,16 @@ REFUSED: list[tuple[dict[str, Any] | Callable[[], dict[str, Any]], str]] = [
         changed("texts.others", {"builtin": "biographies", "people": 60}),
         "evaluations.quality asks about the biographies of a built-in text; name one of biographies, others as",
     ),
+    (
+        changed("evaluations.quality.intrinsic", {"protocol": "won"}),
+        "there is no 'won' under `perplexity`. Did you mean 'own'?",
+    ),
+    (
+        changed("evaluations.quality.intrinsic", {"protocol": "own", "length": 33}),
+        "evaluations.quality: `intrinsic` asks for texts of 33 tokens, but the windows of the protocol 'own' have 32",
+    ),
     (changed("evaluations.quality.task_path", "tasks"), "evaluations.quality.task_path: tasks is no folder"),
+    (changed("roofline", {"devices": ["H2000"]}), "roofline.devices.0 is \"H2000\"; it should be 'H200', "),
     (changed("laws.p2.law", "p3"), "laws.p2.law: there is no law 'p3'. Did you mean 'p2'?"),
 ]
 

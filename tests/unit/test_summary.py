@@ -42,8 +42,17 @@ def test_summary(results: Path) -> None:
     assert "Not identified by these points: N_C, alpha, gamma." in text
     assert "Held out, later tokens: rmse 0.0120 [0.0100, 0.0200] nats/token, 0.40% of the loss." in text
     assert "small at rho 0.20: train on 1.4M tokens [900k, 2M]" in text
+    # Accuracies that are all equal are told from no other; losses that differ in every document are.
+    assert line_of(text, "wanda-50").endswith("7.55 +- 0.74  0.749 +- 0.039 ~")
+    assert "~" not in line_of(text, "small")
+    assert "46 pairs compared; Holm's adjustment within each of 3 measures." in " ".join(text.split())
     assert "report/index.html" in text
     assert "make ui" in text
+    # By hand: of the perplexities e^loss (1 + 0.35 i mod 0.8), none as small is below that of laco-25/full-1m/gptq-4.
+    assert "Best at each size: perplexity_stories (quality)" in text
+    assert line_of(text, "small/laco-25/full-1m/gptq-4").split()[-2:] == ["100%", "1"]
+    assert "The predicted loss of small/laco-25 after 1M tokens has a standard deviation of" in text
+    assert "  1. " in text
 
 
 def test_a_study_without_laws_and_evaluations(results: Path) -> None:
@@ -67,10 +76,13 @@ def test_a_fit_of_nothing(results: Path) -> None:
         "runs": 0,
         "recommendation": [],
         "notes": ["There are no points to fit."],
+        "passes": {"ok": False, "reasons": ["No held-out test of it could be made."]},
     }
     path.write_text(json.dumps(fit))
     text = summary.summary(results)
     assert "There are no points to fit." in text
+    assert "Nothing is recommended from law p2, which fails its own test. No held-out test of it" in text
+    assert "Next run" not in text
     assert "Held out, later tokens: There are no points." in text
 
 
@@ -90,7 +102,7 @@ def test_long_names_stay_within_the_width(results: Path) -> None:
         }
         for name in (f"perplexity_{'p' * 60}", f"{'t' * 60}_acc")
     ]
-    assert max(len(line) for line in summary._node_lines(rows, metrics)) <= 120
+    assert max(len(line) for line in summary._node_lines(rows, metrics, [])) <= 120
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -17,6 +18,7 @@ from fake_results import fake_study, log, write_results
 
 from coppice import tables
 from coppice.errors import UserError
+from coppice.study import Roofline
 
 ROOT = Path(__file__).parents[2]
 
@@ -30,6 +32,8 @@ def results(tmp_path: Path) -> Path:
         node.mkdir()
         broken = json.loads(whole.read_text()) | {"node": f"{model}/broken-9"}
         (node / "manifest.json").write_text(json.dumps(broken))
+        for file in ("config.json", "compression.json"):
+            shutil.copy(whole.with_name(file), node / file)
         for evaluation in (folder / "evaluations" / model / "wanda-50").iterdir():
             shutil.copytree(evaluation, folder / "evaluations" / model / "broken-9" / evaluation.name)
     return folder
@@ -48,7 +52,8 @@ def read(folder: Path, name: str) -> pd.DataFrame:
 def test_whole_results(results: Path) -> None:
     written = tables.write_tables(fake_study(), results, results / "tables")
     assert {name: len(table) for name, table in written.items()} == {
-        "nodes": 12, "metrics": 24, "items": 72, "curves": 22, "costs": 66, "failures": 0,
+        "nodes": 12, "metrics": 24, "items": 264, "curves": 22, "costs": 330, "comparisons": 90, "signals": 2,
+        "failures": 0,
     }  # fmt: skip
     nodes = read(results, "nodes").set_index("node")
     row = nodes.loc["small/laco-25/full-1m"]
@@ -68,7 +73,8 @@ def test_whole_results(results: Path) -> None:
     curves = read(results, "curves")
     assert set(curves[curves["tokens"] == 0]["split"]) == {"validation"}
     costs = read(results, "costs")
-    assert set(costs[costs["metric"] == "decode_latency"]["device"]) == {"cpu"}
+    decode = costs[costs["metric"] == "decode_latency"]
+    assert set(decode[decode["evaluation"].notna()]["device"]) == {"cpu"}
 
 
 @pytest.mark.parametrize(
@@ -88,6 +94,32 @@ def test_recovered_share_needs_the_loss_before() -> None:
     assert tables.recovery_losses([])["loss_after"] is None
 
 
+def test_every_node_has_lower_bounds_of_its_times(results: Path) -> None:
+    tables.write_tables(fake_study(), results, results / "tables")
+    costs = read(results, "costs")
+    bounds = costs[costs["evaluation"].isna() & costs["simulated"]]
+    assert set(bounds["node"]) == set(read(results, "nodes")["node"])
+    decode = bounds[bounds["metric"] == "decode_latency"].set_index(["device", "node"])["value"]
+    assert len(decode.loc["H200 (roofline)"]) == 12
+    on_h200 = decode.loc["H200 (roofline)"]
+    assert on_h200["small/laco-25/full-1m/gptq-4"] < on_h200["small/laco-25"] < on_h200["small"]
+    assert on_h200["small/wanda-50"] == on_h200["small"], "zeros that are stored save nothing"
+    cache = bounds[bounds["metric"] == "kv_cache_bytes"].set_index("node")["value"]
+    assert cache["small"] == 2 * 2 * 2 * 16 * (1024 + 128) * 4
+    details = json.loads(bounds[bounds["device"] == "H200 (roofline)"]["details"].iloc[0])
+    assert details == {"batch": 1, "generate": 128, "prompt": 1024, "source": "vendor figure, as recalled"}
+
+
+def test_lower_bounds_are_those_that_the_study_asks_for(results: Path) -> None:
+    asked = Roofline(devices=["A6000"], batch=2, prompt=8, generate=0)
+    costs = tables.collect(fake_study().model_copy(update={"roofline": asked}), results)["costs"]
+    found = {(row.get("device"), row["metric"]) for row in costs if row["node"] == "small" and row["simulated"]}
+    latencies = {"prefill_latency", "decode_latency", "generation_latency"}
+    assert found == {("A6000 (roofline)", metric) for metric in latencies} | {(None, "kv_cache_bytes")}
+    none = tables.collect(fake_study().model_copy(update={"roofline": None}), results)["costs"]
+    assert not any(row["simulated"] for row in none)
+
+
 def test_same_results_give_the_same_bytes(results: Path) -> None:
     tables.write_tables(fake_study(), results, results / "tables")
     first = {path.name: path.read_bytes() for path in (results / "tables").iterdir()}
@@ -97,7 +129,7 @@ def test_same_results_give_the_same_bytes(results: Path) -> None:
     )
     tables.write_tables(reordered, results, results / "again")
     assert {path.name: path.read_bytes() for path in (results / "again").iterdir()} == first
-    assert len(first) == 6
+    assert len(first) == len(tables.SCHEMAS) == 8
 
 
 def test_every_reader_reads_every_table(results: Path) -> None:
@@ -123,7 +155,7 @@ def test_nodes_outside_the_study_are_left_out(results: Path) -> None:
     smaller = study.model_copy(update={"recipes": study.recipes[:1]})
     written = tables.write_tables(smaller, results, results / "tables")
     assert written["nodes"]["node"].to_pylist() == ["medium", "medium/wanda-50", "small", "small/wanda-50"]
-    for name in ("metrics", "items", "costs"):
+    for name in ("metrics", "items", "costs", "comparisons"):
         assert set(written[name]["node"].to_pylist()) <= set(written["nodes"]["node"].to_pylist())
     assert len(written["curves"]) == 0
 
@@ -139,6 +171,7 @@ def test_a_missing_result_is_named(partial: Path) -> None:
     [
         ("models/small/wanda-50/manifest.json", b'{"node": ', "not valid JSON"),
         ("models/small/wanda-50/manifest.json", b"{}", "lacks 'step'"),
+        ("models/small/wanda-50/config.json", b"{}", "config.json lacks 'hidden_size'"),
         ("evaluations/small/quality/metrics.json", b'{"metrics": []}', "lacks 'kind'"),
         ("evaluations/small/quality/items.parquet", b"PAR1", "not a whole Parquet file"),
         ("models/small/laco-25/full-1m/curve.parquet", b"", "not a whole Parquet file"),
@@ -160,6 +193,31 @@ def test_missing_items_are_named(results: Path) -> None:
     (results / "evaluations/small/quality/items.parquet").unlink()
     with pytest.raises(UserError, match=r"small/quality/items\.parquet does not exist"):
         tables.write_tables(fake_study(), results, results / "tables")
+
+
+def test_items_of_an_older_format_are_named(results: Path) -> None:
+    path = results / "evaluations/small/quality/items.parquet"
+    pq.write_table(pq.read_table(path).drop_columns("answer"), path)
+    with pytest.raises(UserError, match=r"items\.parquet has no column 'answer'; remove it and run again"):
+        tables.write_tables(fake_study(), results, results / "tables")
+
+
+def test_pairs_of_nodes_are_compared(results: Path) -> None:
+    tables.write_tables(fake_study(), results, results / "tables")
+    comparisons = read(results, "comparisons")
+    assert set(comparisons["measure"]) == {"accuracy", "log_probability", "loss"}
+    row = comparisons.query("node == 'small/wanda-50' and relation == 'parent' and measure == 'loss'").iloc[0]
+    # By hand: every document's perplexity is 1.35 times that of the dense model; of each model 5 pairs with the dense
+    # one, 2 more with a parent and 4 more with the next better one.
+    assert row["difference"] == pytest.approx(math.log(1.35))
+    assert (row["task"], row["n"], row["family"], row["distinguishable"]) == ("stories", 16, 22, True)
+    assert pd.isna(row["flip_rate"])
+    answered = comparisons.query("measure == 'accuracy'")
+    assert (answered["difference"] == 0).all()
+    assert not answered["distinguishable"].any()
+    signals = read(results, "signals").set_index("group")
+    assert signals.loc["small/laco-25/full-1m", "mean"] == 1
+    assert set(signals["metric"]) == {"validation_loss_monotonicity"}
 
 
 def test_partial_tables_hold_what_there_is_and_are_outdated(partial: Path) -> None:

@@ -283,6 +283,56 @@ def interrupted(place: Path, output: Path, monkeypatch, **options) -> Path:
     return output.parent / f"{output.name}-state" / "state.safetensors"
 
 
+LADDER = {"budgets": tuple(range(64, 641, 64)), "warmup": 0}
+
+
+@pytest.fixture
+def lawful(monkeypatch):
+    """Held-out losses 2 + 3 / sqrt(x) after x tokens, so that at x the rest gains 3 / sqrt(x) - 3 / sqrt(640)."""
+
+    def measure(journal, model):
+        journal.add_row(2 + 3 / np.sqrt(max(journal.run.tokens(journal.progress.step), 1)))
+
+    monkeypatch.setattr(trainer.Journal, "measure", measure)
+
+
+@pytest.fixture(scope="module")
+def eight_steps(place, tmp_path_factory) -> str:
+    """Fingerprint of the weights after eight steps, 512 tokens."""
+    output = tmp_path_factory.mktemp("eight") / "node"
+    return recover(place, output, tokens=512, warmup=0)["fingerprint"]
+
+
+@pytest.mark.parametrize(
+    ("gain", "steps"),
+    # 0.0231 nats are left after seven steps, 0.0140 after eight; the asymptotes of levels 3 to 5 are the first to tell.
+    [(0.02, 8), (10.0, 5), (1e-9, 10)],
+)
+def test_a_run_whose_rest_pays_too_little_ends_early(place, lawful, eight_steps, tmp_path, gain, steps):
+    manifest = recover(place, tmp_path / "node", stop_gain=gain, **LADDER)
+    recovery = manifest["recovery"]
+    assert (recovery["stopped_early"], recovery["steps"], recovery["tokens"]) == (steps < 10, steps, 64 * steps)
+    assert recovery["tokens_asked"] == 640
+    assert recovery["epochs"] == pytest.approx(4 * steps / 24)
+    assert manifest["achieved"] == {"tokens": 64 * steps}
+    assert [row["tokens"] for row in curve(tmp_path / "node")] == [64 * step for step in range(steps + 1)]
+    assert (manifest["fingerprint"] == eight_steps) == (steps == 8)
+
+
+def test_an_interrupted_run_ends_early_where_an_undisturbed_one_does(place, lawful, eight_steps, tmp_path, monkeypatch):
+    arguments = {"stop_gain": 0.02, **LADDER}
+    interrupted(place, tmp_path / "node", monkeypatch, **arguments)
+    with monkeypatch.context() as patch:
+        patch.setattr("coppice.checkpoint.save_checkpoint", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            recover(place, tmp_path / "node", **arguments)
+    # The state after the stop says that nothing is left to train.
+    monkeypatch.setattr(trainer.RecoveryTrainer, "train", None)
+    manifest = recover(place, tmp_path / "node", **arguments)
+    assert manifest["recovery"]["stopped_early"]
+    assert manifest["fingerprint"] == eight_steps
+
+
 def test_state_of_another_run_is_refused_and_the_difference_named(place, tmp_path, monkeypatch):
     state = interrupted(place, tmp_path / "node", monkeypatch)
     with pytest.raises(UserError, match=r"options.learning_rate \(was 0.01, is 0.02\).*remove .*state.safetensors"):
@@ -335,6 +385,26 @@ def test_lora_over_a_masked_parent_leaves_its_weights_alone(place, tmp_path):
     assert not torch.equal(blocks(model)[0].mlp.up_proj.weight, blocks(parent)[0].mlp.up_proj.weight)
     loss = trainer.held_out_loss(model, load_windows(place / "validation"), 8, "float32")
     assert curve(tmp_path / "node")[-1]["validation_loss"] == pytest.approx(loss, rel=1e-5)
+
+
+def test_scratch_forgets_the_weights_and_trains_for_as_much_computation(place, tmp_path):
+    manifest = recover(place, tmp_path / "masked", method="scratch", equal="flops", tokens=300)
+    parent = read_manifest(place / "masked")
+    asked = -(-300 * parent["dense_parameters"] // parent["parameters"]["nonzero"])
+    assert asked > 300
+    recovery = manifest["recovery"]
+    # Steps are of 64 tokens.
+    assert (recovery["tokens_asked"], recovery["tokens"]) == (asked, -(-asked // 64) * 64)
+    assert recovery["tokens"] == recovery["tokens_total"] == manifest["achieved"]["tokens"] == 64 * recovery["steps"]
+    assert curve(tmp_path / "masked")[-1]["tokens"] == recovery["tokens"]
+    assert manifest["parameters"] == parent["parameters"]
+    # Of the dense root itself, the loss before training is that of the new weights, and the dense loss is the root's.
+    dense = recover(place, tmp_path / "dense", parent="dense", method="scratch", equal="flops", tokens=300)
+    assert dense["recovery"]["tokens_asked"] == 300
+    rows = [curve(tmp_path / name)[0] for name in ("dense", "masked")]
+    assert rows[0]["dense_loss"] == pytest.approx(rows[1]["dense_loss"])
+    assert rows[0]["validation_loss"] == pytest.approx(np.log(VOCABULARY), rel=0.02)
+    assert abs(rows[0]["dense_loss"] - rows[0]["validation_loss"]) > 0.1
 
 
 def test_weights_are_trained_in_float32_and_stored_in_the_parents_dtype(place, tmp_path):
@@ -465,6 +535,8 @@ class TestLearningRate:
         ({"tokens": 0}, "tokens"),
         ({"schedule": "linear"}, "schedule"),
         ({"dropout": 1}, "dropout"),
+        ({"stop_gain": 0.0}, "stop_gain"),
+        ({"stop_gain": 0.01, "schedule": "cosine"}, "stop_gain is set with the schedule 'cosine'"),
     ],
 )
 def test_options_are_validated(options, sentence):

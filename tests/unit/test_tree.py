@@ -174,3 +174,28 @@ def test_evaluations_of_a_node_and_their_world():
     assert tree.evaluations(found, "tiny/wanda-50/rtn-4") == ["quality", "cost"]
     assert tree.world(found, found.evaluations["quality"]) == "biographies"
     assert tree.world(found, found.evaluations["cost"]) is None
+
+
+def with_basin(nodes=("*",), **changes):
+    basin = {"kind": "connectivity", "perplexity": {"own": {"text": "biographies"}}, "nodes": list(nodes)}
+    return study(evaluations={"basin": basin}, **changes)
+
+
+def test_a_connectivity_measures_nodes_of_another_seed_that_can_be_interpolated():
+    found = with_basin()
+    measured = [name for name in tree.nodes(found) if tree.evaluations(found, name)]
+    # Below it lies a quantized node of the same seed.
+    assert measured == ["tiny/shortgpt-1/full-5k@1"]
+    assert tree.twin(measured[0]) == "tiny/shortgpt-1/full-5k"
+    assert tree.twin("tiny/full-5k@12/wanda-50@12") == "tiny/full-5k/wanda-50"
+    assert tree.token_uses(found)["evaluation.basin.own"].role == "evaluation"
+    assert tree.world(found, found.evaluations["basin"]) is None
+
+
+def test_a_connectivity_without_a_node_or_without_its_twin_is_refused():
+    with pytest.raises(UserError, match=r"evaluations.basin: no node that matches its `nodes` was trained with"):
+        with_basin(["tiny/wanda-50*"])
+    lonely = {"steps": ["wanda-50", "full-5k"], "seeds": [1, 2]}
+    with pytest.raises(UserError, match=r"'tiny/wanda-50/full-5k@1' has no twin 'tiny/wanda-50/full-5k' .*seed, 0, to"):
+        with_basin(recipes=[lonely])
+    assert with_basin(recipes=[{**lonely, "seeds": [0, 1]}])

@@ -120,6 +120,25 @@ def test_the_world_goes_with_the_evaluation_and_its_nodes_do_not(planned):
     assert '"nodes"' not in line
 
 
+def test_a_connectivity_reads_a_node_and_its_twin(directory):
+    study = small_study()
+    protocol = {"own": {"text": "biographies", "length": 32, "windows": 4}}
+    study["evaluations"] = {"basin": {"kind": "connectivity", "perplexity": protocol, "points": 5}}
+    (directory / "basin.yaml").write_text(yaml.safe_dump(study))
+    target = "results/small/evaluations/tiny/shortgpt-1/full-5k@1/basin/metrics.json"
+    words = ["--configfile", str(directory / "basin.yaml"), "--dry-run", "--printshellcmds"]
+    printed = snakemake(directory, *words, target)
+    made = {"root": 1, "tokenize": 4, "calibrate": 1, "compress": 1, "recover": 2, "connectivity": 1}
+    assert counts(printed) == made
+    [line] = commands(printed, "evaluate")
+    assert "--model $(dirname results/small/models/tiny/shortgpt-1/full-5k@1/manifest.json)" in line
+    assert "--other $(dirname results/small/models/tiny/shortgpt-1/full-5k/manifest.json)" in line
+    assert "--tokens own=results/small/tokens/tiny/evaluation.basin.own" in line
+    assert '"points": 5' in line
+    # No other node is measured: the quantized ones below cannot be interpolated.
+    assert counts(snakemake(directory, *words))["connectivity"] == 1
+
+
 def test_one_node_plans_what_it_needs_and_no_more(directory):
     target = "results/small/models/tiny/wanda-50/full-5k/manifest.json"
     printed = snakemake(directory, "--configfile", str(directory / "study.yaml"), "--dry-run", target)

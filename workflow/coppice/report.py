@@ -10,14 +10,16 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from coppice.decisions import Answer, overview
 from coppice.files import atomic_write, read_json
 from coppice.study import Study, load_study
 from coppice.summary import (
+    comparisons_note,
     interval,
     measured,
     perplexities,
-    recommendation_sentence,
     scores,
+    undistinguished,
 )
 from coppice.tables import SCHEMAS, Row, front, read_table
 from coppice.tree import nodes
@@ -64,7 +66,7 @@ def write_report(study: Study, results: Path, output: Path) -> None:
     fits = {name: read_json(folder / "fit.json") for name, folder in laws.items()}
     frontier = frontier_figure(tables["nodes"], tables["metrics"])
     curves = curves_figure(tables["nodes"], tables["curves"], _fitted(laws, fits))
-    page = _page(study, tables, fits, frontier, curves)
+    page = _page(study, tables, fits, overview(results, tables), frontier, curves)
     for name, text in (("frontier.svg", frontier), ("curves.svg", curves), ("index.html", page)):
         with atomic_write(output / name) as temporary:
             temporary.write_text(text, encoding="utf-8")
@@ -261,7 +263,7 @@ def _predicted(fit: dict[str, Any], parameters: dict[str, float], path: Path) ->
 
     law = laws.load(fit["law"])
     table = pq.read_table(path)
-    if not {"run", "tokens"} <= set(table.column_names):
+    if law.form is None or not {"run", "tokens", "dense_loss"} <= set(table.column_names):
         return {}
     found = {}
     columns = {name: np.asarray(table[name].to_pylist()) for name in table.column_names}
@@ -273,7 +275,7 @@ def _predicted(fit: dict[str, Any], parameters: dict[str, float], path: Path) ->
             "tokens": tokens
         }
         scaled = {name: column / scales[name] if name in scales else column for name, column in points.items()}
-        loss = law.predict(parameters, scaled)
+        loss = law.form.predict(parameters, scaled)
         found[str(run_name)] = [(float(at), float(value)) for at, value in zip(tokens, loss, strict=True)]
     return found
 
@@ -382,7 +384,12 @@ def _svg(body: list[str], height: int) -> str:
 
 
 def _page(
-    study: Study, tables: dict[str, list[Row]], fits: dict[str, dict[str, Any]], frontier: str, curves: str
+    study: Study,
+    tables: dict[str, list[Row]],
+    fits: dict[str, dict[str, Any]],
+    answers: list[Answer],
+    frontier: str,
+    curves: str,
 ) -> str:
     rows, metrics = tables["nodes"], tables["metrics"]
     sections = [
@@ -390,11 +397,12 @@ def _page(
             "Bold: nodes that no other beats in both size and perplexity, which the dashed line joins. Filled points "
             "were recovered on their path. Bars are 95% intervals. Point at a node to read its name."
         )),
-        ("Nodes", _nodes_table(rows, metrics)),
+        ("Nodes", _nodes_table(rows, metrics, tables["comparisons"])),
         ("Recovery", curves + _note(
             "Large points lie on the study's ladder of budgets; grey lines are the dense models' losses."
         )),
         *((f"Law: {name}", _law(fit)) for name, fit in fits.items()),
+        ("Decisions", _decisions(answers)),
         ("Costs", _costs_table(tables["costs"])),
         ("Roofline", _roofline_table(tables["costs"])),
         ("Failures", _failures_table(tables["failures"])),
@@ -438,9 +446,10 @@ def _table(titles: list[str], rows: Iterable[list[str]], texts: int = 1, best: f
     return f"<div class=wide><table><thead><tr>{cells(titles, 'th')}</tr></thead>\n<tbody>{body}</tbody></table></div>"
 
 
-def _nodes_table(rows: list[Row], metrics: list[Row]) -> str:
+def _nodes_table(rows: list[Row], metrics: list[Row], comparisons: list[Row]) -> str:
     pairs = perplexities(metrics) + scores(metrics)
     cells = {(row["node"], row["evaluation"], row["metric"]): row for row in metrics}
+    alike = undistinguished(comparisons)
     several = len({evaluation for evaluation, _ in pairs}) > 1
     titles = ["node", "state", "MB", "bits/weight", "removed"]
     titles += [f"{evaluation}: {metric}" if several else metric for evaluation, metric in pairs]
@@ -455,15 +464,20 @@ def _nodes_table(rows: list[Row], metrics: list[Row]) -> str:
                 number(row["stored_bytes"] / 1e6),
                 f"{row['bits_per_weight']:.2f}",
                 f"{row['rho']:.1%}",
-                *(measured(cells.get((row["node"], *pair))).replace("+-", "\u00b1") for pair in pairs),
+                *(
+                    measured(cells.get((row["node"], *pair))).replace("+-", "\u00b1")
+                    + (" ~" if (row["node"], *pair) in alike else "")
+                    for pair in pairs
+                ),
                 "" if row["recovery_tokens"] is None else counted(row["recovery_tokens"]),
                 share,
                 "" if row["wall_seconds"] is None else f"{row['wall_seconds'] / 60:.1f}",
             ]
         )
+    marks = f" {comparisons_note(comparisons)}" if alike else ""
     note = _note(
         "removed: part of all parameters that is gone; zeros of a mask stay stored. recovered: share of the "
-        "validation loss that compression cost and recovery won back. \u00b1 is half a 95% interval."
+        "validation loss that compression cost and recovery won back. \u00b1 is half a 95% interval." + marks
     )
     return _table(titles, table, texts=2) + note
 
@@ -499,12 +513,20 @@ def _law(fit: dict[str, Any]) -> str:
     ]
     if tests:
         parts += ["<h3>Held-out error</h3>", _table(["test", "law", "error"], tests, texts=3)]
-    advice = [recommendation_sentence(entry) for entry in fit["recommendation"]]
-    if advice:
-        parts += ["<h3>Recommended training</h3>", _list(advice)]
     if fit["notes"]:
         parts += ["<h3>What the fit cannot say</h3>", _list(fit["notes"])]
     return "\n".join(parts)
+
+
+def _decisions(answers: list[Answer]) -> str:
+    """What the laws and the measurements advise, each with what it rests on."""
+    parts = []
+    for answer in answers:
+        parts += [f"<h3>{escape(answer['title'])}</h3>", _list(answer["sentences"]) if answer["sentences"] else ""]
+        if "table" in answer:
+            titles, *rows = answer["table"]
+            parts.append(_table(titles, rows))
+    return "\n".join(parts) or _note("No law was fitted, and no perplexity was measured.")
 
 
 def _list(sentences: list[str]) -> str:
@@ -552,8 +574,8 @@ def _roofline_table(costs: list[Row]) -> str:
         devices.setdefault(json.loads(row["details"])["source"], set()).add(row["device"].removesuffix(" (roofline)"))
     sources = "; ".join(f"{', '.join(sorted(names))}: {source}" for source, names in sorted(devices.items()))
     return _table(titles, table) + _note(
-        "Milliseconds a token after the prompt. Columns of an evaluation are measured; the others are lower bounds, from "
-        "what a node stores and the device's bandwidth and peak. They suppose kernels for the stored format: where "
+        "Milliseconds a token after the prompt. Columns of an evaluation are measured; others are lower bounds from "
+        "what a node stores and a device's bandwidth and peak. They suppose kernels for the stored format: where "
         f"integers are packed, this software computes in floats. {sources}."
     )
 

@@ -35,6 +35,7 @@ from pydantic import (
 from coppice import laws, tree
 from coppice.biographies import World
 from coppice.errors import UserError, nearest
+from coppice.evaluation.roofline import DEVICES
 from coppice.files import atomic_write, read_json
 from coppice.methods.base import KINDS, MethodOptions, method
 from coppice.text import ROLES, SUFFIXES, UNITS
@@ -272,6 +273,16 @@ class Protocol(Section):
 _NODES = Field(default=["*"], description="Patterns of the nodes that are measured; * stands for anything.")
 
 
+class Intrinsic(Section):
+    """How much of their space a node's last hidden states fill, over texts cut to one length."""
+
+    protocol: str = Field(description="Protocol of perplexity of the same evaluation, whose windows are the texts.")
+    length: Annotated[int, Field(ge=2)] = Field(
+        default=32, description="Tokens of a text: the first of each window; the metrics depend on it."
+    )
+    windows: PositiveInt = Field(default=64, description="How many windows at most.")
+
+
 class Quality(Section):
     """What a node knows and can do."""
 
@@ -289,7 +300,28 @@ class Quality(Section):
         description="Name of the built-in text that `knowledge` and the task `biographies` ask about; may be left out "
         "when the study has one only.",
     )
+    intrinsic: Intrinsic | None = Field(
+        default=None, description="Matrix entropy, effective rank and matrix nuclear norm of hidden states; null: none."
+    )
     nodes: list[str] = _NODES
+
+    @model_validator(mode="after")
+    def _texts_of_intrinsic_metrics(self) -> Quality:
+        if self.intrinsic is None:
+            return self
+        name, length = self.intrinsic.protocol, self.intrinsic.length
+        if name not in self.perplexity:
+            near = nearest(name, self.perplexity) if self.perplexity else " There are none yet."
+            raise ValueError(
+                f"`intrinsic` reads the windows of a protocol of perplexity, and there is no {name!r} under "
+                f"`perplexity`.{near}"
+            )
+        if length > self.perplexity[name].length:
+            raise ValueError(
+                f"`intrinsic` asks for texts of {length} tokens, but the windows of the protocol {name!r} have "
+                f"{self.perplexity[name].length}; shorten its `length`."
+            )
+        return self
 
 
 class Cost(Section):
@@ -304,14 +336,49 @@ class Cost(Section):
     nodes: list[str] = _NODES
 
 
+class Connectivity(Section):
+    """Whether a node and its twin, trained with the study's seed, are linearly connected and compute the same."""
+
+    kind: Literal["connectivity"] = Field(description="`connectivity`.")
+    perplexity: dict[str, Protocol] = Field(
+        description="The protocol, by its name, whose windows loss and error are measured on; one."
+    )
+    points: Annotated[int, Field(ge=3)] = Field(
+        default=11, description="Points of the straight path between the two, ends included."
+    )
+    barrier: float = Field(
+        default=0.01,
+        ge=0,
+        description="Error by which the path may rise over the mean of its ends without parting them.",
+    )
+    similarity: float = Field(
+        default=0.9, ge=0, le=1, description="CKA of the logits from which on the outputs of the two count as similar."
+    )
+    nodes: list[str] = Field(
+        default=["*"],
+        description="Patterns of the nodes that are measured; * stands for anything. Of the nodes that match, those "
+        "trained with another seed than the study's are measured, and of these no quantized ones.",
+    )
+
+    @model_validator(mode="after")
+    def _one_protocol(self) -> Connectivity:
+        if len(self.perplexity) != 1:
+            raise ValueError(f"perplexity names {len(self.perplexity)} protocols; a connectivity has one.")
+        return self
+
+
 def _kind(value: Any) -> str:
     return f"<{value.get('kind') if isinstance(value, Mapping) else getattr(value, 'kind', None)}>"
 
 
 Evaluation = Annotated[
-    Annotated[Quality, Tag("<quality>")] | Annotated[Cost, Tag("<cost>")],
+    Annotated[Quality, Tag("<quality>")]
+    | Annotated[Cost, Tag("<cost>")]
+    | Annotated[Connectivity, Tag("<connectivity>")],
     Discriminator(
-        _kind, custom_error_type="alternatives", custom_error_message="Its kind must be one of quality, cost."
+        _kind,
+        custom_error_type="alternatives",
+        custom_error_message="Its kind must be one of quality, cost, connectivity.",
     ),
 ]
 
@@ -321,6 +388,24 @@ class Law(Section):
 
     law: str = Field(description="Name of a law.")
     options: dict[str, Any] = Field(default={}, description="The law's options.")
+
+
+class Roofline(Section):
+    """What nodes could run at: times that the devices' bandwidths and peaks allow at best, from shapes and bytes."""
+
+    devices: list[Literal[tuple(DEVICES)]] = Field(
+        default=list(DEVICES),
+        description="Devices. The figures of the H200 are its vendor's, as recalled; check them before you rely on them.",
+        min_length=1,
+    )
+    batch: PositiveInt = Field(default=1, description="Sequences at once.")
+    prompt: PositiveInt = Field(
+        default=1024, description="Tokens read; shortened with `generate` where both exceed the model's context."
+    )
+    generate: NonNegativeInt = Field(default=128, description="Tokens written.")
+    sparse_kernels: bool = Field(
+        default=False, description="Suppose a kernel that makes use of masks of the pattern 2:4."
+    )
 
 
 class Tracking(Section):
@@ -359,6 +444,9 @@ class Study(Section):
     )
     evaluations: dict[str, Evaluation] = Field(default={}, description="Evaluations by name.")
     laws: dict[str, Law] = Field(default={}, description="Laws by name.")
+    roofline: Roofline | None = Field(
+        default=Roofline(), description="Lower bounds of times on devices, for every node; null: none."
+    )
     tracking: Tracking = Field(default=Tracking(), description="Where results are mirrored to.")
 
 
@@ -378,7 +466,7 @@ def load_study(source: Path | str | Mapping[str, Any], where: str | None = None)
     except ValidationError as error:
         _refuse(where, [_sentence(details) for details in error.errors()])
     _refuse(where, [*_references(study), *_sources(study)])
-    _refuse(where, tree.refusals(study))
+    _refuse(where, [*tree.refusals(study), *tree.without_twins(study)])
     return study
 
 
@@ -503,9 +591,12 @@ def _references(study: Study) -> Iterator[str]:
             yield _unknown(f"laws.{name}.law", "law", law.law, known_laws)
             continue
         try:
-            laws.validated(law.law, law.options)
+            options = laws.validated(law.law, law.options)
         except UserError as error:
             yield f"laws.{name}.options: {error}"
+            continue
+        if options.file is not None and not Path(options.file).is_file():
+            yield f"laws.{name}.options.file: {options.file} does not exist (looked in {Path.cwd()})."
 
 
 def _texts_used(study: Study) -> Iterator[tuple[str, str, str]]:
@@ -517,7 +608,7 @@ def _texts_used(study: Study) -> Iterator[tuple[str, str, str]]:
             yield f"steps.{name}.text", step.options.text, "recovery"
             yield f"steps.{name}.validation", step.options.validation, "validation"
     for name, evaluation in study.evaluations.items():
-        for protocol, body in evaluation.perplexity.items() if isinstance(evaluation, Quality) else ():
+        for protocol, body in tree.protocols(evaluation).items():
             yield f"evaluations.{name}.perplexity.{protocol}.text", body.text, "evaluation"
 
 

@@ -6,10 +6,11 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from coppice.decisions import answer_lines, overview, refusal
 from coppice.files import read_json
 from coppice.tables import Row, read_table
 from coppice.uncertainty import mean_interval
-from coppice.wording import aligned, counted, held_out_sentence, number, wrapped
+from coppice.wording import aligned, held_out_sentence, number, wrapped
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,12 +24,14 @@ def run(arguments: argparse.Namespace) -> None:
 def summary(results: Path) -> str:
     """The results as plain text of at most 120 columns. Raises UserError when the tables are missing."""
     results = Path(results)
-    tables = {name: read_table(results / "tables", name).to_pylist() for name in ("nodes", "metrics", "failures")}
-    lines = [_heading(results, tables), "", *_node_lines(tables["nodes"], tables["metrics"])]
+    wanted = ("nodes", "metrics", "comparisons", "failures")
+    tables = {name: read_table(results / "tables", name).to_pylist() for name in wanted}
+    lines = [_heading(results, tables), "", *_node_lines(tables["nodes"], tables["metrics"], tables["comparisons"])]
     for row in tables["failures"]:
         lines += ["", *wrapped(f"FAILED {row['node'] or row['stage']}: {row['error']} (log: {results / row['log']})")]
     for path in sorted(results.glob("laws/*/fit.json")):
         lines += ["", *law_lines(path.parent.name, read_json(path))]
+    lines += decision_lines(results, tables)
     report = results / "report" / "index.html"
     lines += [
         "",
@@ -75,10 +78,30 @@ def measured(row: Row | None, digits: int = 3) -> str:
     return value if ends is None else f"{value} +- {number((ends[1] - ends[0]) / 2, 2)}"
 
 
-def _node_lines(nodes: list[Row], metrics: list[Row]) -> list[str]:
+def undistinguished(comparisons: list[Row]) -> set[tuple[str, str, str]]:
+    """(node, evaluation, metric) where a node is not told apart from the next better one of its dense model."""
+    metric = {"accuracy": "{}_acc", "loss": "perplexity_{}"}
+    return {
+        (row["node"], row["evaluation"], metric[row["measure"]].format(row["task"]))
+        for row in comparisons
+        if row["relation"] == "next" and row["measure"] in metric and not row["distinguishable"]
+    }
+
+
+def comparisons_note(comparisons: list[Row]) -> str:
+    """What the mark of `undistinguished` means, and how many pairs were compared."""
+    families = {(row["evaluation"], row["task"], row["measure"]): row["family"] for row in comparisons}
+    return (
+        "~ is not told apart from the next better node of its dense model, by a paired bootstrap of the items at 5%: "
+        f"{sum(families.values())} pairs compared; Holm's adjustment within each of {len(families)} measures."
+    )
+
+
+def _node_lines(nodes: list[Row], metrics: list[Row], comparisons: list[Row]) -> list[str]:
     """The tree of nodes as a table: size, bits, the first perplexity, the first score, what recovery won back."""
     perplexity, score = (pairs[0] if pairs else None for pairs in (perplexities(metrics), scores(metrics)))
     cells = {(row["node"], row["evaluation"], row["metric"]): row for row in metrics}
+    alike = undistinguished(comparisons)
     titles = [
         "node",
         "MB",
@@ -89,15 +112,20 @@ def _node_lines(nodes: list[Row], metrics: list[Row]) -> list[str]:
     table = [titles]
     for node in sorted(nodes, key=lambda row: row["node"].split("/")):
         name = "  " * node["depth"] + node["node"].rpartition("/")[2]
-        measurements = [measured(cells.get((node["node"], *pair))) for pair in (perplexity, score) if pair]
+        measurements = [
+            measured(cells.get((node["node"], *pair))) + (" ~" if (node["node"], *pair) in alike else "")
+            for pair in (perplexity, score)
+            if pair
+        ]
         share = "" if node["recovered_share"] is None else f"{node['recovered_share']:.0%}"
         size = number(node["stored_bytes"] / 1e6)
         table.append([name, size, f"{node['bits_per_weight']:.2f}", *measurements, share])
-    lines = aligned(table)
+    notes = []
     if any(node["recovered_share"] is not None for node in nodes):
-        note = "recovered: share won back of the validation loss that compression cost; +- is half a 95% interval."
-        lines += ["", note]
-    return lines
+        notes += ["recovered: share won back of the validation loss that compression cost; +- is half a 95% interval."]
+    if alike:
+        notes += wrapped(comparisons_note(comparisons))
+    return aligned(table) + ([""] if notes else []) + notes
 
 
 def law_lines(name: str, fit: dict[str, Any]) -> list[str]:
@@ -116,18 +144,18 @@ def law_lines(name: str, fit: dict[str, Any]) -> list[str]:
         lines += wrapped(f"Not identified by these points: {', '.join(unknown)}.", "  ")
     for test, errors in fit["held_out"].items():
         lines += wrapped(f"Held out, {test.replace('_', ' ')}: {held_out_sentence(errors[fit['law']])}", "  ")
-    for advice in fit["recommendation"]:
-        lines += wrapped(recommendation_sentence(advice), "  ")
+    reason = refusal(name, fit)
+    for sentence in [entry["sentence"] for entry in fit["recommendation"]] if reason is None else [reason]:
+        lines += wrapped(sentence, "  ")
     for note in fit["notes"]:
         lines += wrapped(note, "  ")
     return lines
 
 
-def recommendation_sentence(advice: dict[str, Any]) -> str:
-    """A recommended number of recovery tokens, with its interval and its caveat."""
-    between = "" if advice.get("low") is None else f" [{counted(advice['low'])}, {counted(advice['high'])}]"
-    sentence = (
-        f"{advice['model']} at rho {advice['rho']:.2f}: train on {counted(advice['tokens'])} tokens{between}; beyond, "
-        f"doubling them gains less than {advice['gain']:g} nats/token."
-    )
-    return f"{sentence} {advice['note']}" if advice.get("note") else sentence
+def decision_lines(results: Path, tables: dict[str, list[Row]]) -> list[str]:
+    """The best nodes by size, and the next run; what laws recommend stands with them, the rest in `recommend`."""
+    answers = [answer for answer in overview(results, tables, top=1) if "recommendation" not in answer]
+    lines = []
+    for answer in answers:
+        lines += ["", *answer_lines(answer if "law" in answer else answer | {"sentences": []})]
+    return lines

@@ -1,4 +1,4 @@
-"""Every node's JSON as typed Parquet: nodes, metrics, items, curves, costs and failures.
+"""Every node's JSON as typed Parquet: nodes, metrics, items, curves, costs, comparisons, signals, failures.
 
 Each column carries its unit and its meaning in the schema's metadata; `docs/formats.md` prints them. Rows are sorted
 and nothing of the time of writing is stored, so that the same results give the same bytes.
@@ -18,10 +18,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from coppice.comparisons import compare, signals
 from coppice.errors import UserError
+from coppice.evaluation import roofline
 from coppice.files import atomic_write, read_json
 from coppice.study import Study, load_study
-from coppice.tree import Node, evaluations, nodes
+from coppice.tree import Node, evaluations, nodes, protocols
 
 Row = dict[str, Any]
 
@@ -142,6 +144,7 @@ SCHEMAS = {
         ),
         ("length", _integer, "see meaning", "Characters of the choice; tokens scored of a document."),
         ("correct", _flag, "", "Whether the item was answered rightly, the same in all its rows; null for a document."),
+        ("answer", _flag, "", "Whether the choice is the right one; null where `correct` is."),
     ),
     "curves": _schema(
         "One row a loss along a recovery run.",
@@ -156,16 +159,88 @@ SCHEMAS = {
         ("budget", _flag, "", "Whether the row lies on the study's ladder of budgets."),
     ),
     "costs": _schema(
-        "One row a cost of a node: what its files weigh and what running it takes.",
+        "One row a cost of a node: what its files weigh, what running it takes, and what a device's bandwidth and peak "
+        "allow at best (the roofline, a lower bound of times).",
         "node evaluation device metric",
         ("node", _text, "", "The node measured."),
-        ("evaluation", _text, "", "Name of the evaluation; null for what the manifest says."),
-        ("device", _text, "", "Device that the node ran on; null for what the manifest says."),
+        ("evaluation", _text, "", "Name of the evaluation; null for what the checkpoint's files say."),
+        (
+            "device",
+            _text,
+            "",
+            "Device that the node ran on, or `<device> (roofline)` for a lower bound; null for what depends on none.",
+        ),
         ("metric", _text, "", "What was measured."),
         ("value", _number, "see unit", "The measurement."),
         ("spread", _number, "see unit", "Spread over repeats; null where nothing was repeated."),
         ("unit", _text, "", "Unit of value and spread."),
         ("simulated", _flag, "", "Whether the number stands for a device or format that did not run here."),
+        ("details", _text, "JSON", "Sequences and tokens behind the number, and where a device's figures are from."),
+    ),
+    "comparisons": _schema(
+        "One row a pair of nodes on a measure: over the items that both were measured on, in pairs. A pair that was "
+        "measured on different items has no row.",
+        "evaluation task measure node relation",
+        ("node", _text, "", "The node compared."),
+        ("other", _text, "", "The node that it is compared with."),
+        (
+            "relation",
+            _text,
+            "",
+            "What the other node is: `dense` (its dense model), `parent`, or `next` (of the nodes of the same dense "
+            "model the next better one on this measure).",
+        ),
+        ("evaluation", _text, "", "Name of the evaluation in the study."),
+        ("task", _text, "", "Benchmark task, or protocol of perplexity."),
+        (
+            "measure",
+            _text,
+            "",
+            "`accuracy` of a task, `log_probability` of its right choices (mean), or `loss` of a protocol.",
+        ),
+        ("difference", _number, "see unit", "The node's measure less the other's."),
+        ("stderr", _number, "see unit", "Its standard error: standard deviation over paired resamples of the items."),
+        ("low", _number, "see unit", "Lower end of its 95% interval: percentile of those resamples."),
+        ("high", _number, "see unit", "Upper end of that interval."),
+        ("n", _integer, "items", "Items shared: questions, documents, or windows of a text that is one document."),
+        ("p_value", _number, "probability", "Of no difference, two-sided, by those resamples."),
+        ("p_adjusted", _number, "probability", "The same, by Holm's method for all pairs in the family."),
+        ("family", _integer, "pairs", "Different pairs compared on this evaluation, task and measure."),
+        ("mcnemar_p", _number, "probability", "McNemar's exact p value of the flips, not adjusted; null for others."),
+        ("right_to_wrong", _integer, "items", "Items that the other node answers rightly and this one wrongly."),
+        ("wrong_to_right", _integer, "items", "Items that this node answers rightly and the other one wrongly."),
+        ("flip_rate", _number, "ratio", "Part of the items that are one of the two."),
+        (
+            "distinguishable",
+            _flag,
+            "",
+            "Whether p_adjusted < 0.05; and, where both were made with several seeds, whether the difference is more "
+            "than 2 sqrt(variance over seeds of the one + of the other).",
+        ),
+        ("unit", _text, "", "Unit of difference, stderr, low and high."),
+    ),
+    "signals": _schema(
+        "One row a metric of nodes that differ in the seed of their recovery only, two or more; and one of each "
+        "recovery's monotonicity.",
+        "group evaluation metric",
+        ("group", _text, "", "Path of the nodes without their seeds."),
+        ("evaluation", _text, "", "Name of the evaluation in the study; null for what recovery curves tell."),
+        (
+            "metric",
+            _text,
+            "",
+            "Metric of the evaluation; or of the curves `validation_loss` (at the end), "
+            "`validation_loss_seed_deviation` (standard deviation over seeds, averaged over the curve) or "
+            "`validation_loss_monotonicity` (Kendall's tau of the negative loss with the tokens; 1: it only falls).",
+        ),
+        ("mean", _number, "see unit", "Mean over seeds."),
+        ("std", _number, "see unit", "Standard deviation over seeds; null for a single seed."),
+        ("low", _number, "see unit", "Lower end of the 95% interval of std, for normal draws (chi-square)."),
+        ("high", _number, "see unit", "Upper end of that interval."),
+        ("seeds", _integer, "seeds", "Number of seeds."),
+        ("snr", _number, "ratio", "Signal-to-noise ratio: mean / std; null where the seeds do not differ."),
+        ("item_stderr", _number, "see unit", "Mean of the nodes' own standard errors, over items."),
+        ("unit", _text, "", "Unit of mean, std, low, high and item_stderr."),
     ),
     "failures": _schema(
         "One row an output of the study that is missing because its job failed, or that is broken.",
@@ -225,6 +300,9 @@ def collect(study: Study, results: Path, partial: bool = False) -> dict[str, Any
     _relate(checkpoints, curves)
     metrics: list[Row] = []
     costs = [row for checkpoint in checkpoints.values() for row in _manifest_costs(checkpoint)]
+    for name in checkpoints if study.roofline else ():
+        for rows in read(name, results / "models" / name / "config.json", partial_of(roofline_rows, study, name)):
+            costs += rows
     items: list[pa.Table] = []
     for name, evaluation in [(node, evaluation) for node in tree for evaluation in evaluations(study, node)]:
         folder = results / "evaluations" / name / evaluation
@@ -233,12 +311,15 @@ def collect(study: Study, results: Path, partial: bool = False) -> dict[str, Any
             costs += measured["costs"]
         if study.evaluations[evaluation].kind == "quality":
             items += read(name, folder / "items.parquet", partial_of(item_rows, name, evaluation))
+    asked = {name: protocols(evaluation) for name, evaluation in study.evaluations.items()}
     return {
         "nodes": list(checkpoints.values()),
         "metrics": metrics,
         "items": items,
         "curves": curves,
         "costs": costs,
+        "comparisons": compare(checkpoints.values(), items, asked),
+        "signals": signals(metrics, curves),
         # Where nothing is missing, a log that ends in an error is an earlier run's.
         "failures": broken + failures(results, study, tree) if partial else [],
     }
@@ -376,6 +457,7 @@ def _measured_row(node: str, evaluation: str, report: Row, entry: Row, costly: b
             "device": entry.get("device", report["device"]),
             "spread": entry.get("spread"),
             "simulated": entry.get("simulated", False),
+            "details": _json(entry["settings"]) if "settings" in entry else None,
         }
     known = {"metric", "value", "unit", "stderr", "low", "high", "n"}
     details = {key: value for key, value in entry.items() if key not in known and value is not None}
@@ -400,6 +482,24 @@ def _manifest_costs(checkpoint: Row) -> list[Row]:
         }
         for metric in _MANIFEST_COSTS
     ]
+
+
+def roofline_rows(study: Study, node: str, path: Path) -> list[Row]:
+    """The rows of costs that follow from a checkpoint's config.json, which is at `path`, and its compression.json."""
+    settings = study.roofline.model_dump()
+    sparse = settings.pop("sparse_kernels") and is_two_to_four(study, node)
+    config, planned = read_json(path), read_json(path.with_name("compression.json"))
+    try:
+        model = roofline.model_of_node(config, planned, sparse)
+        return roofline.rows(node, model, config["max_position_embeddings"], **settings)
+    except (KeyError, TypeError) as error:
+        raise _incomplete(path, error) from error
+
+
+def is_two_to_four(study: Study, node: str) -> bool:
+    """Whether a step of the node's path masks by the pattern 2:4."""
+    steps = [study.steps[part.partition("@")[0]] for part in node.split("/")[1:]]
+    return any(step.options.model_dump().get("pattern") == "2:4" for step in steps)
 
 
 def item_rows(node: str, evaluation: str, path: Path) -> pa.Table:

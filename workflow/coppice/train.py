@@ -102,7 +102,8 @@ def recover(
     precision = _precision(options, device)
     at_once = options.micro_batch_size or options.batch_size
     identity = _identity(chosen, options, parent_manifest, dense_manifest, windows, held_out, budgets, seed)
-    steps = course((windows.documents >= 0).sum(axis=1), options.batch_size, options.tokens, seed)
+    asked = chosen.module.tokens(options, parent_manifest) if hasattr(chosen.module, "tokens") else options.tokens
+    steps = course((windows.documents >= 0).sum(axis=1), options.batch_size, asked, seed)
     planned = Run(
         options=options,
         course=steps,
@@ -128,10 +129,7 @@ def recover(
     with tempfile.TemporaryDirectory() as folder:
         progress = train(model, windows, planned, Path(folder), loss)
     model = chosen.module.finish(model)
-    if parent_manifest["fingerprint"] == dense_manifest["fingerprint"]:
-        dense_loss = progress.rows[0]["validation_loss"]
-    else:
-        dense_loss = planned.validate(teacher or load_model(dense, device, torch.float32))
+    dense_loss = planned.validate(teacher or load_model(dense, device, torch.float32))
     print(f"Dense model: held-out loss {dense_loss:.4f}", flush=True)
 
     with tempfile.TemporaryDirectory() as folder:
@@ -145,10 +143,10 @@ def recover(
             "marks": sorted(chosen.marks(frozenset(parent_manifest["marks"]), options)),
             **{key: parent_manifest[key] for key in ("source", "dense")},
             "asked": options.model_dump(mode="json"),
-            "achieved": {"tokens": planned.tokens(steps.steps)},
+            "achieved": {"tokens": planned.tokens(progress.step)},
             "layers": {},
             "calibration": None,
-            "recovery": _recovery(planned, progress, chosen, windows, parent_manifest),
+            "recovery": _recovery(planned, progress, chosen, windows, parent_manifest, asked),
             "wall_seconds": time.monotonic() - started,
             "peak_memory_bytes": _peak_memory(device),
         }
@@ -198,8 +196,11 @@ def _identity(
 ) -> dict[str, Any]:
     """All that the result of a run depends on, flat, so that a difference can be named."""
     from coppice import trainer
+    from coppice.laws import learning_curve
 
     code = {"stage": sha256(Path(__file__)), "trainer": sha256(Path(trainer.__file__)), "method": sha256(chosen.file)}
+    if options.stop_gain is not None:
+        code["law"] = sha256(Path(learning_curve.__file__))
     return {
         "method": chosen.name,
         **{f"options.{key}": value for key, value in options.model_dump(mode="json").items()},
@@ -214,7 +215,7 @@ def _identity(
 
 
 def _recovery(
-    planned: Run, progress: Progress, chosen: Method, windows: Windows, parent: Mapping[str, Any]
+    planned: Run, progress: Progress, chosen: Method, windows: Windows, parent: Mapping[str, Any], asked: int
 ) -> dict[str, Any]:
     """The manifest's record of training. tokens_total: with those of the recoveries before on the path."""
     tokens = planned.tokens(progress.step)
@@ -222,10 +223,11 @@ def _recovery(
     return {
         "method": chosen.name,
         "tokens": tokens,
-        "tokens_asked": planned.options.tokens,
+        "tokens_asked": asked,
         "tokens_total": before + tokens,
         "steps": progress.step,
-        "epochs": planned.course.order.size / len(windows.tokens),
+        "stopped_early": progress.step < planned.course.steps,
+        "epochs": planned.course.order[: progress.step].size / len(windows.tokens),
         "seconds": progress.seconds,
         "precision": planned.precision,
     }

@@ -24,6 +24,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from coppice.errors import UserError
 from coppice.files import atomic_write
+from coppice.laws.learning_curve import pays_too_little
 from coppice.methods.base import RecoverOptions
 from coppice.text import Windows
 
@@ -234,6 +235,19 @@ class Run:
         """Whether a budget of the ladder is met by the end of this step, and was not before."""
         return any(self.tokens(step - 1) < budget <= self.tokens(step) for budget in self.budgets)
 
+    def ends_early(self, rows: list[dict[str, Any]]) -> bool:
+        """Whether the curve so far says that the rest of the tokens gains at most options.stop_gain.
+
+        A function of the held-out losses alone, so that a resumed run stops where an undisturbed one does.
+        """
+        measured = [row for row in rows if row["tokens"] and row["validation_loss"] is not None]
+        if self.options.stop_gain is None or not measured:
+            return False
+        tokens, losses = ([row[key] for row in measured] for key in ("tokens", "validation_loss"))
+        return pays_too_little(
+            np.array(tokens, float), np.array(losses), self.tokens(self.course.steps), self.options.stop_gain
+        )
+
 
 class Journal(TrainerCallback):
     """Keeps a run's curve, measures it at the budgets, and saves its state."""
@@ -303,6 +317,9 @@ class Journal(TrainerCallback):
             self.run.state.save(model, optimizer, progress)
             self.saved_at = time.monotonic()
             self.save_seconds = self.saved_at - now
+        if measured and progress.step < steps and self.run.ends_early(progress.rows):
+            control.should_training_stop = True
+            print(f"Ending early: the rest would gain at most {self.run.options.stop_gain:g} nats/token.", flush=True)
         self.clock = time.monotonic()
 
 
@@ -392,7 +409,7 @@ def train(model: PreTrainedModel, windows: Windows, run: Run, folder: Path, loss
         print(f"Going on after step {progress.step} ({run.tokens(progress.step):,} tokens).", flush=True)
     else:
         journal.measure(model)
-    if progress.step < run.course.steps:
+    if progress.step < run.course.steps and not run.ends_early(progress.rows):
         use_cache = model.config.use_cache
         RecoveryTrainer(model, windows, journal, folder, loss).train()
         # Trainer switches it off for good; the model that is saved is to generate as its parent does.

@@ -9,6 +9,7 @@ Functions of a validated `study.Study`; a node may be given by its name alone, b
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -226,7 +227,7 @@ def token_uses(study: Study) -> dict[str, TokenUse]:
 
 def protocols(evaluation: Any) -> dict[str, Any]:
     """The protocols of perplexity of an evaluation; a cost has none."""
-    return evaluation.perplexity if evaluation.kind == "quality" else {}
+    return getattr(evaluation, "perplexity", {})
 
 
 def world(study: Study, evaluation: Any) -> str | None:
@@ -237,12 +238,45 @@ def world(study: Study, evaluation: Any) -> str | None:
 
 
 def evaluations(study: Study, name: str) -> list[str]:
-    """The evaluations whose patterns match a node."""
+    """The evaluations that measure a node: their patterns match it, and a connectivity can interpolate its weights."""
     return [
         evaluation
         for evaluation, body in study.evaluations.items()
         if any(fnmatchcase(name, pattern) for pattern in body.nodes)
+        and (body.kind != "connectivity" or _has_other_seed(study, name))
     ]
+
+
+def _has_other_seed(study: Study, name: str) -> bool:
+    """Whether a node was trained with another seed than the study's and holds no packed integers."""
+    return twin(name) != name and "quantized" not in marks(study, name)
+
+
+def twin(name: str) -> str:
+    """The node that was made alike but with the study's seed: the path without its seeds."""
+    return re.sub(r"@\d+", "", name)
+
+
+def without_twins(study: Study) -> list[str]:
+    """A sentence for every connectivity that measures nothing, or a node that there is no twin of."""
+    found = nodes(study)
+    sentences = []
+    for name, body in study.evaluations.items():
+        if body.kind != "connectivity":
+            continue
+        measured = [node for node in found if name in evaluations(study, node)]
+        if not measured:
+            sentences.append(
+                f"evaluations.{name}: no node that matches its `nodes` was trained with another seed than the study's, "
+                f"{study.seed}, and holds weights that can be interpolated; give a recipe several `seeds`."
+            )
+        lonely = [node for node in measured if twin(node) not in found]
+        if lonely:
+            sentences.append(
+                f"evaluations.{name}: the node {lonely[0]!r} has no twin {twin(lonely[0])!r} to be compared with; add "
+                f"the study's seed, {study.seed}, to the `seeds` of its recipe."
+            )
+    return sentences
 
 
 def drawing(study: Study) -> str:

@@ -1,11 +1,14 @@
-"""Intervals of measured means and ratios, and paired comparisons of two nodes.
+"""Intervals of measured means and ratios, paired comparisons of nodes, and what training with another seed changes.
 
 Sources: Madaan et al., Quantifying Variance in Evaluation Benchmarks (arXiv 2406.10229), for the interval over
-items; lm-evaluation-harness for the standard error of a mean (sample standard deviation over sqrt(n)).
+items, the variance over seeds, the signal-to-noise ratio and the monotonicity; lm-evaluation-harness for the standard
+error of a mean (sample standard deviation over sqrt(n)); McNemar (Psychometrika 12, 1947) for paired right and wrong
+answers; Holm (Scandinavian Journal of Statistics 6, 1979) for many tests at once.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -22,6 +25,17 @@ class PairedDifference:
     stderr: float
     low: float
     high: float
+
+
+@dataclass(frozen=True)
+class PairedBootstrap:
+    """Of each pair [pairs]: the difference, its standard error and 95% interval, in the items' unit; its p value."""
+
+    difference: np.ndarray
+    stderr: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+    p_value: np.ndarray
 
 
 def mean_stderr(values: np.ndarray) -> float:
@@ -56,8 +70,9 @@ def resampled_sums(columns: np.ndarray, resamples: int, seed: int) -> np.ndarray
     for start in range(0, resamples, step):
         chunk = sums[start : start + step]
         drawn = generator.integers(rows, size=(len(chunk), rows), dtype=np.int32)
-        for column in range(columns.shape[1]):
-            chunk[:, column] = columns[:, column][drawn].sum(axis=1)
+        first = rows * np.arange(len(chunk))[:, None]
+        counts = np.bincount((drawn + first).ravel(), minlength=chunk.shape[0] * rows).reshape(drawn.shape)
+        np.matmul(counts.astype(float), columns, out=chunk)
     return sums
 
 
@@ -123,3 +138,101 @@ def paired_difference(first: np.ndarray, second: np.ndarray, level: float = 0.95
     mean, stderr = float(differences.mean()), mean_stderr(differences)
     low, high = mean_interval(mean, stderr, level)
     return PairedDifference(mean, stderr, low, high)
+
+
+def paired_bootstrap(
+    differences: np.ndarray, weights: np.ndarray, resamples: int = 2000, seed: int = 0
+) -> PairedBootstrap:
+    """Tests of sum d / sum w = 0 for many pairs of nodes over the same items, by one bootstrap of the items.
+
+    `differences` [n, pairs] holds an item's score of one node less the other's, `weights` [n] what the sum is divided
+    by: ones for a mean, the tokens of a document for nats per token.
+
+    With k the smaller number of the B resamples on either side of zero, p = 2 (k + 1) / (B + 1). Where k = 0, which B
+    resamples cannot resolve, the normal tail of the bootstrap's standard error takes over if it is smaller. A test that
+    gives each of m nonzero differences a random sign cannot tell more than 2^(1 - m), so p is never below that.
+    """
+    columns = np.column_stack([differences, weights]).astype(float)
+    sums = resampled_sums(columns, resamples, seed)
+    samples = sums[:, :-1] / sums[:, -1:]
+    difference = columns[:, :-1].sum(axis=0) / columns[:, -1].sum()
+    stderr = samples.std(axis=0, ddof=1)
+    low, high = np.quantile(samples, [0.025, 0.975], axis=0)
+    crossing = np.minimum((samples <= 0).sum(axis=0), (samples >= 0).sum(axis=0))
+    p_value = 2 * (crossing + 1) / (resamples + 1)
+    unresolved = crossing == 0
+    p_value[unresolved] = np.minimum(p_value, normal_tails(difference, stderr))[unresolved]
+    signs = 2.0 ** (1 - np.count_nonzero(columns[:, :-1], axis=0))
+    return PairedBootstrap(difference, stderr, low, high, np.clip(p_value, signs, 1.0))
+
+
+def normal_tails(differences: np.ndarray, stderrs: np.ndarray) -> np.ndarray:
+    """2 (1 - Phi(|d| / se)) of each difference [k]; 0 where d is without error, 1 where it is 0."""
+    return np.array([
+        1.0 if d == 0 else math.erfc(abs(d) / se / math.sqrt(2)) if se > 0 else 0.0
+        for d, se in zip(differences, stderrs, strict=True)
+    ])  # fmt: skip
+
+
+def flip_table(before: np.ndarray, after: np.ndarray) -> np.ndarray:
+    """Items by whether they were right before and after: counts [2, 2], where [1, 0] is right, then wrong.
+
+    The share of flips is ([1, 0] + [0, 1]) / n.
+    """
+    pairs = 2 * np.asarray(before, int) + np.asarray(after, int)
+    return np.bincount(pairs, minlength=4).reshape(2, 2)
+
+
+def mcnemar(right_to_wrong: int, wrong_to_right: int) -> float:
+    """McNemar's exact p value, two-sided: of m items that flipped, each had an even chance of either direction.
+
+    p = min(1, 2 sum_{i <= k} C(m, i) / 2^m), k the smaller count.
+    """
+    flips, fewer = right_to_wrong + wrong_to_right, min(right_to_wrong, wrong_to_right)
+    drawn = np.arange(1, fewer + 1)
+    # ln C(m, i) as a running sum, because C(m, i) itself is beyond floats where many items flipped.
+    log_terms = np.concatenate([[0.0], np.cumsum(np.log((flips - drawn + 1) / drawn))])
+    return float(min(1.0, 2 * np.exp(np.logaddexp.reduce(log_terms) - flips * math.log(2))))
+
+
+def holm(p_values: np.ndarray) -> np.ndarray:
+    """p values [m] adjusted for m tests at once: the largest (m - j + 1) p_(j) up to each one's rank, at most 1.
+
+    Refusing those below alpha makes any false refusal among the m at most alpha likely, however they depend.
+    """
+    p_values = np.asarray(p_values, float)
+    order = np.argsort(p_values, kind="stable")
+    steps = np.maximum.accumulate(p_values[order] * np.arange(len(p_values), 0, -1))
+    adjusted = np.empty_like(p_values)
+    adjusted[order] = np.minimum(steps, 1.0)
+    return adjusted
+
+
+def seed_deviation(scores: np.ndarray) -> float:
+    """E(S, M) of `scores` [seeds >= 2, checkpoints]: standard deviation over seeds, averaged over checkpoints."""
+    return float(np.std(scores, axis=0, ddof=1).mean())
+
+
+def signal_to_noise(scores: np.ndarray) -> float | None:
+    """Mean over standard deviation of `scores` [seeds >= 2]; None where the seeds do not differ."""
+    deviation = np.std(scores, ddof=1)
+    return float(np.mean(scores) / deviation) if deviation > 0 else None
+
+
+def deviation_interval(deviation: float, count: int, level: float = 0.95) -> tuple[float, float]:
+    """Interval of a standard deviation s of `count` normal draws: s sqrt((count - 1) / chi2), at both quantiles."""
+    from scipy.special import gammaincinv
+
+    freedom = count - 1
+    quantiles = 2 * gammaincinv(freedom / 2, [(1 + level) / 2, (1 - level) / 2])
+    low, high = deviation * np.sqrt(freedom / quantiles)
+    return float(low), float(high)
+
+
+def monotonicity(values: np.ndarray) -> float:
+    """Kendall's tau-b of `values` [n] with their index: 1 if they only rise, -1 if they only fall, 0 if constant."""
+    values = np.asarray(values, float)
+    earlier, later = np.triu_indices(len(values), k=1)
+    signs = np.sign(values[later] - values[earlier])
+    untied = np.count_nonzero(signs)
+    return float(signs.sum() / math.sqrt(len(signs) * untied)) if untied else 0.0

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from itertools import islice
 
+import numpy as np
 import pytest
 import torch
 
@@ -126,3 +127,22 @@ def test_public_items_pass_through(stories, shared_data, tmp_path):
     metrics, found = harness.measure(*stories, ["openbook"], task_path=tmp_path, limit=6)
     assert by_name(metrics)["openbook_acc"]["n"] == 6
     assert len(found) == sum(len(item["choices"]) for item in items[:6])
+
+
+def test_the_probabilities_behind_an_accuracy_are_measured(model, tokenizer):
+    world = text.world(WORLD)
+    metrics, items = harness.measure(model, tokenizer, ["biographies"], limit=20, world=world)
+    found = by_name(metrics)
+    answers = [question["answer"] for question in biographies.questions(world, 20)]
+    assert [row["choice"] for row in items if row["answer"]] == answers
+    scores = np.array([row["log_likelihood"] for row in items]).reshape(20, 4)
+    lengths = np.array([row["length"] for row in items]).reshape(20, 4)
+    expected = harness.choice_scores(scores, lengths, np.array(answers))
+    for metric in ("acc", "acc_norm", "log_probability", "choice_probability", "brier"):
+        assert found[f"biographies_{metric}"]["value"] == pytest.approx(expected[metric].mean())
+        assert found[f"biographies_{metric}"]["n"] == 20
+    shares = np.exp(scores) / np.exp(scores).sum(axis=1, keepdims=True)
+    assert expected["choice_probability"] == pytest.approx(shares[np.arange(20), answers])
+    row = found["biographies_log_probability"]
+    assert row["stderr"] == pytest.approx(scores[np.arange(20), answers].std(ddof=1) / 20**0.5)
+    assert (row["unit"], row["shots"]) == ("nats", 0)

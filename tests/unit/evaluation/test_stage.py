@@ -42,7 +42,7 @@ def test_quality_is_written_with_its_items(checkpoint, tokens, tmp_path):
     names = [metric["metric"] for metric in report["metrics"]]
     assert names == ["loss_people", "perplexity_people", "biographies_acc", "biographies_acc_norm"]
     assert report["versions"]["lm-eval"]
-    assert items.column_names == ["node", "task", "item", "choice", "log_likelihood", "length", "correct"]
+    assert items.column_names == ["node", "task", "item", "choice", "log_likelihood", "length", "correct", "answer"]
     assert set(items["task"].to_pylist()) == {"people", "biographies"}
     assert set(items["node"].to_pylist()) == {"tiny"}
 

@@ -6,7 +6,9 @@ built-in `biographies`. Of n choices with log-likelihoods l_i = ln p(choice_i | 
     acc      = share of items where argmax_i l_i is the right choice,
     acc_norm = share of items where argmax_i l_i / c_i is,
 
-with the standard error of a mean. The choices' log-likelihoods are kept, so that two nodes are compared item by item.
+with the standard error of a mean. The choices' log-likelihoods are kept, so that two nodes are compared item by item,
+and the steps from the model's probabilities to an accuracy are measured too, because each loses some of what
+compression changes smoothly (Schaeffer et al., arXiv 2406.04391; `choice_scores`).
 """
 
 from __future__ import annotations
@@ -19,14 +21,17 @@ import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partialmethod
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import yaml
 
 from coppice import biographies
 from coppice.errors import UserError
 from coppice.evaluation.batching import sequences_at_once
+from coppice.uncertainty import mean_stderr
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -37,6 +42,7 @@ QUESTIONS = 1000  # asked of the built-in world when there is no limit
 BATCH = 32  # sequences at once: fixed, as sums of floats depend on it
 RESAMPLES = 1000  # for the standard errors that have no closed form
 UNITS = {"acc": "accuracy", "acc_norm": "accuracy", "acc_bytes": "accuracy", "exact_match": "accuracy"}
+CONTINUOUS = {"log_probability": "nats", "choice_probability": "probability", "brier": "squared error"}
 
 
 def measure(
@@ -75,7 +81,8 @@ def measure(
             results = evaluator.evaluate(
                 harness_model(model, tokenizer), loaded, limit=limit, bootstrap_iters=RESAMPLES, log_samples=True
             )
-    return metric_rows(results), item_rows(results["samples"])
+    items = item_rows(results["samples"], loaded["tasks"])
+    return metric_rows(results) + continuous_rows(items, results), items
 
 
 def set_shots(task: Any, shots: int | None, seed: int) -> None:
@@ -193,11 +200,7 @@ def metric_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     found = []
     for task, values in results["results"].items():
         counts = results["n-samples"].get(task, {})
-        details = {
-            "task": task,
-            "shots": results["n-shot"].get(task),
-            "version": results["versions"].get(task),
-        }
+        details = _details(task, results)
         for key, value in values.items():
             metric, _, filtered = key.partition(",")
             if not filtered or metric.endswith("_stderr") or not isinstance(value, int | float):
@@ -217,29 +220,115 @@ def metric_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     return found
 
 
-def item_rows(samples: Mapping[str, list[Mapping[str, Any]]]) -> list[dict[str, Any]]:
-    """One row a choice of each item: its log-likelihood (nats), its length (characters, as acc_norm divides by) and
-    whether the item was answered rightly (the same in all rows of an item).
+def _details(task: str, results: Mapping[str, Any]) -> dict[str, Any]:
+    return {"task": task, "shots": results["n-shot"].get(task), "version": results["versions"].get(task)}
+
+
+def continuous_rows(items: list[dict[str, Any]], results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Means over the items of each multiple-choice task of what is continuous in `choice_scores`.
+
+    Items without exactly one right choice are left out.
+    """
+    found = []
+    for task, rows in groupby(items, key=lambda row: row["task"]):
+        scores = []
+        for _, choices in groupby(rows, key=lambda row: row["item"]):
+            log_likelihoods, lengths, answers = zip(
+                *((row["log_likelihood"], row["length"], row["answer"]) for row in choices), strict=True
+            )
+            if len(answers) > 1 and answers.count(True) == 1:
+                scores.append(choice_scores(log_likelihoods, lengths, answers.index(True)))
+        for metric, unit in CONTINUOUS.items() if scores else ():
+            values = np.array([score[metric] for score in scores])
+            found.append(
+                {
+                    "metric": f"{task}_{metric}",
+                    "value": float(values.mean()),
+                    "stderr": mean_stderr(values) if len(values) > 1 else None,
+                    "n": len(values),
+                    "unit": unit,
+                    **_details(task, results),
+                }
+            )
+    return found
+
+
+def choice_scores(log_likelihoods: np.ndarray, lengths: np.ndarray, answer: np.ndarray) -> dict[str, np.ndarray]:
+    """From log-likelihoods to accuracy: items [...] of k choices, with log-likelihoods and lengths [..., k].
+
+    With p^V(i) = exp(l_i) and p^C(i) = p^V(i) / sum_j p^V(j),
+
+        log_probability    = ln p^V(answer)                    (nats)
+        incorrect          = ln sum_{i != answer} p^V(i)       (nats)
+        choice_probability = p^C(answer)
+        brier              = sum_i (1[i = answer] - p^C(i))^2  (between 0 and 2)
+        acc                = 1[argmax_i l_i = answer]
+        acc_norm           = 1[argmax_i l_i / length_i = answer]
+
+    Source: Schaeffer et al., Why Has Predicting Downstream Capabilities of Frontier AI Models with Scale Remained
+    Elusive? (arXiv 2406.04391).
+    """
+    log_likelihoods, answer = np.asarray(log_likelihoods, float), np.asarray(answer)
+    right = np.arange(log_likelihoods.shape[-1]) == answer[..., None]
+    chosen = np.take_along_axis(log_likelihoods, answer[..., None], axis=-1)[..., 0]
+    incorrect = np.logaddexp.reduce(np.where(right, -np.inf, log_likelihoods), axis=-1)
+    total = np.logaddexp(chosen, incorrect)
+    probabilities = np.exp(log_likelihoods - total[..., None])
+    return {
+        "log_probability": chosen,
+        "incorrect": incorrect,
+        "choice_probability": np.exp(chosen - total),
+        "brier": ((right - probabilities) ** 2).sum(axis=-1),
+        "acc": log_likelihoods.argmax(axis=-1) == answer,
+        "acc_norm": (log_likelihoods / np.asarray(lengths)).argmax(axis=-1) == answer,
+    }
+
+
+def item_rows(samples: Mapping[str, list[Mapping[str, Any]]], tasks: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """One row a choice of each item: its log-likelihood (nats), its length (characters, as acc_norm divides by),
+    whether the item was answered rightly (the same in all rows of an item), and whether the choice is the right one.
 
     Items that are answered by free generation have no log-likelihood and no rows.
     """
     found = []
     for task, entries in samples.items():
         for entry in entries:
-            for choice, (arguments, responses) in enumerate(zip(entry["arguments"], entry["resps"], strict=True)):
-                response = responses[0]
-                score = response[0] if isinstance(response, list | tuple) else response
-                if not isinstance(score, int | float):
-                    continue
-                correct = entry.get("acc", entry.get("exact_match"))
-                found.append(
-                    {
-                        "task": task,
-                        "item": str(entry["doc_id"]),
-                        "choice": choice,
-                        "log_likelihood": float(score),
-                        "length": len(arguments[-1].lstrip()),
-                        "correct": None if correct is None else bool(correct),
-                    }
-                )
+            first = [responses[0] for responses in entry["resps"]]
+            scores = [response[0] if isinstance(response, list | tuple) else response for response in first]
+            if not all(isinstance(score, int | float) for score in scores):
+                continue
+            texts = [arguments[-1] for arguments in entry["arguments"]]
+            if "acc_mutual_info" in entry:
+                texts = texts[: len(texts) // 2]  # the other half are the same choices without their context
+            graded = entry.get("acc", entry.get("exact_match"))
+            correct = bool(graded) if graded in (0, 1) else None
+            right = set() if correct is None else right_choices(tasks[task], entry, texts)
+            found += [
+                {
+                    "task": task,
+                    "item": str(entry["doc_id"]),
+                    "choice": choice,
+                    "log_likelihood": float(score),
+                    "length": len(text.lstrip()),
+                    "correct": correct,
+                    "answer": None if correct is None else choice in right,
+                }
+                for choice, (text, score) in enumerate(zip(texts, scores, strict=False))
+            ]
+    return found
+
+
+def right_choices(task: Any, entry: Mapping[str, Any], texts: list[str]) -> set[int]:
+    """Indices of the right choices of a sample; `texts` are the choices as they were scored.
+
+    The harness names them by index or by text; where the choices are contexts, in the text's place.
+    """
+    named = task.doc_to_text(entry["doc"]) if getattr(task, "multiple_input", 0) else entry["target"]
+    stripped = [text.strip() for text in texts]
+    found = set()
+    for name in named if isinstance(named, list) else [named]:
+        if isinstance(name, int):
+            found.add(name)
+        elif isinstance(name, str) and name.strip() in stripped:
+            found.add(stripped.index(name.strip()))
     return found

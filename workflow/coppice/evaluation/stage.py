@@ -10,6 +10,7 @@ import json
 import math
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PROTOCOL=DIR",
         help="windows of a protocol of perplexity; once for each",
     )
+    parser.add_argument(
+        "--other", type=Path, metavar="DIR", help="connectivity: the checkpoint that the node is compared with"
+    )
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write")
 
 
@@ -56,6 +60,7 @@ def run(arguments: argparse.Namespace) -> None:
         dict(arguments.tokens),
         arguments.output,
         arguments.device,
+        arguments.other,
     )
 
 
@@ -67,17 +72,23 @@ def evaluate(
     tokens: Mapping[str, Path],
     output: Path,
     device: str = "cpu",
+    other: Path | None = None,
 ) -> None:
     """Measures the checkpoint `model` of `node` by `evaluation` and writes the results whole or not at all.
 
-    `tokens` names the folder of windows of each protocol of perplexity. Raises UserError where windows are missing or
-    stem from another tokenizer, and where a result is not finite.
+    `tokens` names the folder of windows of each protocol of perplexity; `other` is the checkpoint that a connectivity
+    compares the node with. Raises UserError where windows are missing or stem from another tokenizer, and where a
+    result is not finite.
     """
     from coppice import checkpoint
 
     started = time.monotonic()
     manifest = checkpoint.read_manifest(model)
-    measure = {"quality": measure_quality, "cost": measure_cost}[evaluation["kind"]]
+    measure = {
+        "quality": measure_quality,
+        "cost": measure_cost,
+        "connectivity": partial(measure_connectivity, other=other),
+    }[evaluation["kind"]]
     metrics, items, used = measure(model, manifest, evaluation, tokens, device)
     refuse_infinite(node, metrics, items)
     identity = {
@@ -85,6 +96,7 @@ def evaluate(
         "evaluation": name,
         "kind": evaluation["kind"],
         "model_fingerprint": manifest["fingerprint"],
+        **({"other_fingerprint": checkpoint.read_manifest(other)["fingerprint"]} if other else {}),
         "tokens_fingerprints": used,
         "options": dict(evaluation),
         "device": device_name(device),
@@ -110,16 +122,11 @@ def measure_quality(
     tokens: Mapping[str, Path],
     device: str,
 ) -> tuple[Rows, Rows, dict[str, str]]:
-    """Perplexities, tasks and knowledge: metrics, items, and the fingerprint of each protocol's windows."""
-    from coppice import checkpoint, text
+    """Perplexities, hidden states, tasks, knowledge: metrics, items, and the fingerprint of each protocol's windows."""
+    from coppice import checkpoint
     from coppice.evaluation import perplexity
 
-    protocols = {}
-    for protocol in evaluation.get("perplexity") or {}:
-        if protocol not in tokens:
-            raise UserError(f"The protocol {protocol!r} has no windows; give them with `--tokens {protocol}=DIR`.")
-        protocols[protocol] = text.load_windows(tokens[protocol])
-        text.check_tokenizer(model_directory, protocols[protocol])
+    protocols = protocol_windows(model_directory, evaluation, tokens)
     tasks, knows = evaluation.get("tasks") or [], evaluation.get("knowledge")
     world = built_in_world(evaluation, protocols.values()) if knows or "biographies" in tasks else None
 
@@ -133,6 +140,11 @@ def measure_quality(
 
     for protocol, windows in protocols.items():
         add(perplexity.measure(model, windows, protocol))
+    if asked := evaluation.get("intrinsic"):
+        from coppice.evaluation import intrinsic
+
+        name = asked["protocol"]
+        metrics += intrinsic.measure(model, protocols[name], name, length=asked["length"], most=asked["windows"])
     if tasks:
         from transformers import AutoTokenizer
 
@@ -154,6 +166,46 @@ def measure_quality(
 
         add(knowledge.measure(model, model_directory, manifest, world))
     return metrics, items, {name: windows.manifest["fingerprint"] for name, windows in protocols.items()}
+
+
+def measure_connectivity(
+    model_directory: Path,
+    manifest: Mapping[str, Any],
+    evaluation: Mapping[str, Any],
+    tokens: Mapping[str, Path],
+    device: str,
+    other: Path | None,
+) -> tuple[Rows, Rows, dict[str, str]]:
+    """Mode connectivity with the checkpoint `other`: metrics, no items, and the fingerprint of the protocol's windows.
+
+    Raises UserError where there is no `other`, or the two cannot be compared.
+    """
+    from coppice import checkpoint
+    from coppice.evaluation import connectivity
+
+    if other is None:
+        raise UserError("A connectivity compares two checkpoints; give the other one with `--other DIR`.")
+    compared = checkpoint.read_manifest(other)["node"]
+    options = {key: evaluation[key] for key in ("points", "barrier", "similarity")}
+    [(protocol, windows)] = protocol_windows(model_directory, evaluation, tokens).items()
+    models = [checkpoint.load_model(directory, device) for directory in (model_directory, other)]
+    metrics = connectivity.measure(*models, windows, protocol, **options)
+    return [{**row, "other": compared} for row in metrics], [], {protocol: windows.manifest["fingerprint"]}
+
+
+def protocol_windows(
+    model_directory: Path, evaluation: Mapping[str, Any], tokens: Mapping[str, Path]
+) -> dict[str, Windows]:
+    """The windows of each protocol of perplexity. Raises UserError where they are missing or another tokenizer's."""
+    from coppice import text
+
+    protocols = {}
+    for protocol in evaluation.get("perplexity") or {}:
+        if protocol not in tokens:
+            raise UserError(f"The protocol {protocol!r} has no windows; give them with `--tokens {protocol}=DIR`.")
+        protocols[protocol] = text.load_windows(tokens[protocol])
+        text.check_tokenizer(model_directory, protocols[protocol])
+    return protocols
 
 
 def measure_cost(
@@ -226,6 +278,7 @@ def write_items(items: Rows, path: Path) -> None:
             ("log_likelihood", pyarrow.float64()),
             ("length", pyarrow.int64()),
             ("correct", pyarrow.bool_()),
+            ("answer", pyarrow.bool_()),
         ]
     )
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(items, schema=schema), path, compression="zstd")

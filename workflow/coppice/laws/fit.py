@@ -32,6 +32,7 @@ HoldOut = Callable[[Points], np.ndarray | str]
 FEWEST_RUNS = 4
 _HUBER_DELTA = 1e-3  # of the metric: Besiroglu et al.
 _HELD_OUT_STARTS = 8
+_HELD_OUT_DRAWS = 200  # every form is fitted again in each draw of each fold
 _RANK_TOLERANCE = 1e-6
 _ZERO_COLUMN = 1e-8  # a parameter of a term that the search has left at its bound of 0
 _GRADIENT_TOLERANCE = 1e-5
@@ -641,11 +642,12 @@ def highest_of_each(points: Points, column: str, name: str, by: str) -> np.ndarr
 
 
 def leave_one_out(points: Points, column: str, name: str) -> np.ndarray | str:
-    """Holds out each value of `column` in turn: masks [values, n]; two must remain."""
-    values = np.unique(points[column])
-    if len(values) < 3:
-        return f"This test needs three {name}s, two to fit and one to predict, and the points have {len(values)}."
-    return points[column] == values[:, None]
+    """Holds out each value, or each level of a number, of `column` in turn: masks [values, n]; two must remain."""
+    values = points[column]
+    group = levels(values) if values.dtype.kind == "f" else np.unique(values, return_inverse=True)[1]
+    if group.max() < 2:
+        return f"This test needs three {name}s, two to fit and one to predict, and the points have {group.max() + 1}."
+    return group == np.arange(group.max() + 1)[:, None]
 
 
 def held_out_error(form: Form, points: Points, held_out: np.ndarray | str, options: dict[str, Any]) -> dict[str, Any]:
@@ -659,10 +661,11 @@ def held_out_test(
     """Errors on the points at `held_out` of the forms fitted to the others, and the forms ranked by them.
 
     Each error: rmse (unit of the target) with its bootstrap interval by runs, the fit repeated in each draw;
-    relative = the mean of |y' - y| / |y|; naive = the rmse of the mean of the targets fitted; `unidentified` names what
-    the fitted points could not tell, where the error hangs on the start. {"reason": sentence} where the test cannot
-    be made. Each rank, best first: form, rmse, `behind` = by how much its rmse is above the best one's, with the
-    interval of that difference over draws that both share, and `first` = the part of the draws in which it is lowest.
+    relative = the mean of |y' - y| / |y|; naive = the rmse of the mean of the targets fitted; folds = the rmse of each;
+    `unidentified` names what the fitted points could not tell, where the error hangs on the start. {"reason": sentence}
+    where the test cannot be made. Each rank, best first: form, rmse, `behind` = by how much its rmse is above the best
+    one's, with the interval of that difference over draws that both share, and `first` = the part of the draws in
+    which it is lowest.
     """
     if isinstance(held_out, str):
         return {name: {"reason": held_out} for name in forms}, []
@@ -685,6 +688,7 @@ def held_out_test(
             "low": low,
             "high": high,
             "naive": float(np.sqrt(np.mean(np.concatenate([fold[name]["naive"] for fold in folds]) ** 2))),
+            "folds": [float(np.sqrt(np.mean(fold[name]["difference"] ** 2))) for fold in folds],
             "unidentified": sorted({lost for fold in folds for lost in fold[name]["unidentified"]}),
         }
     return errors, _ranking(errors, draws)
@@ -699,7 +703,7 @@ def _fold(
     fits = {name: (form, fit_form(form, seen, starts, options["seed"])) for name, form in forms.items()}
     rich = {name: pair for name, pair in fits.items() if count(seen) > len(pair[1].free)}
     weights = (
-        drawn_runs(points, rich, options["bootstrap"], options["seed"], ~held_out)
+        drawn_runs(points, rich, min(options["bootstrap"], _HELD_OUT_DRAWS), options["seed"], ~held_out)
         if rich
         else np.empty((0, count(points)))
     )

@@ -14,7 +14,7 @@ from coppice.laws import LawOptions
 if TYPE_CHECKING:
     import pandas as pd
 
-METRICS = ("node", "evaluation", "metric", "value", "stderr")
+METRICS = ("node", "evaluation", "metric", "value", "stderr", "unit")
 
 
 class QualityOptions(LawOptions):
@@ -41,6 +41,11 @@ def measured(tables: dict[str, pd.DataFrame], options: dict[str, Any], kind: str
     nodes, metrics = tables["nodes"], tables["metrics"]
     evaluation, metric = choice(metrics, options, kind)
     rows = metrics[(metrics["evaluation"] == evaluation) & (metrics["metric"] == metric)]
+    units = sorted(rows["unit"].dropna().unique())
+    if len(units) > 1:
+        raise UserError(
+            f"The metric {metric} stands in several units ({', '.join(units)}); evaluate its nodes anew with one version."
+        )
     found = nodes.merge(rows[["node", "value", "stderr"]], on="node", how="inner")
     chosen = np.array([matches(node, options["nodes"]) for node in found["node"]], bool)
     found = found[chosen].reset_index(drop=True)

@@ -27,7 +27,8 @@ and the functions of one of these contracts:
 - cache method: `cache(options) -> dict`, how keys and values are kept, as `kv_cache` reads it;
 - training method: `prepare(model, options) -> model` and `finish(model) -> model`; a function
   `loss(model, tokens, labels, teacher, options) -> Tensor` beside them takes the place of the cross entropy, with the
-  dense root as teacher.
+  dense root as teacher; a function `tokens(options, parent) -> int` says, from the parent's manifest, on how many
+  tokens to train in the place of `options.tokens`.
 """
 
 from __future__ import annotations
@@ -228,6 +229,13 @@ class RecoverOptions(MethodOptions):
         default="auto",
         description="Of the products; weights are trained in float32. `auto`: bfloat16 where the GPU has it.",
     )
+    stop_gain: float | None = Field(
+        default=None,
+        gt=0,
+        description="Nats per token: stop at a budget of the study's ladder where the power law of the held-out losses "
+        "so far says that the rest of the tokens gains at most this. It takes five budgets or more to tell. Null: "
+        "train to the end.",
+    )
 
     @model_validator(mode="after")
     def _micro_batches_fill_a_step(self) -> RecoverOptions:
@@ -242,6 +250,15 @@ class RecoverOptions(MethodOptions):
     def _betas_are_decay_rates(self) -> RecoverOptions:
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas are {self.betas}; both must be at least 0 and less than 1.")
+        return self
+
+    @model_validator(mode="after")
+    def _losses_that_tell_the_end(self) -> RecoverOptions:
+        if self.stop_gain is not None and self.schedule == "cosine":
+            raise ValueError(
+                "stop_gain is set with the schedule 'cosine', along which losses say nothing about the end, where the "
+                "learning rate has fallen; take the schedule 'constant', or leave stop_gain out."
+            )
         return self
 
 

@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import ARCHITECTURES, tiny_model, tiny_tokens
+
+from coppice.layers import blocks
+from coppice.methods.base import method
+from coppice.methods.recover import scratch
+
+FIELDS = {"text": "a", "validation": "b", "tokens": 1000}
+OPTIONS = scratch.Options(**FIELDS)
+
+
+def prepared(seed=0, architecture="llama-gqa", model=None, **changes):
+    model = model or tiny_model(architecture, **changes)
+    torch.manual_seed(seed)
+    return scratch.prepare(model.requires_grad_(False), OPTIONS)
+
+
+def masked(model):
+    """Half of two linears of the first block pruned."""
+    for linear in (blocks(model)[0].self_attn.q_proj, blocks(model)[0].mlp.down_proj):
+        with torch.no_grad():
+            linear.weight[:, ::2] = 0
+        linear.masked = True
+    return model
+
+
+def train(model, steps=3):
+    tokens = tiny_tokens(4, 12)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2, weight_decay=0.5)
+    for _ in range(steps):
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_registered():
+    found = method("scratch")
+    assert (found.family, found.contract) == ("recover", "training")
+    assert found.refuses.keys() == {"quantized", "factorized", "compensated", "quantized-cache"}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_weight_is_drawn_anew_at_the_initializers_size_and_norms_begin_at_one(architecture):
+    parent = tiny_model(architecture)
+    model = prepared(architecture=architecture, initializer_range=0.05)
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad
+        assert not torch.equal(parameter, parent.get_parameter(name))
+        if "norm" in name:
+            assert (parameter == 1).all()
+        elif name.endswith("bias"):
+            assert not parameter.any()
+        else:
+            assert parameter.std().item() == pytest.approx(0.05, rel=0.1)
+
+
+def test_a_seed_gives_its_weights_whatever_the_parents_were():
+    first, again, other = prepared(3), prepared(3, model=tiny_model(seed=9)), prepared(4)
+    for name, parameter in first.named_parameters():
+        assert torch.equal(parameter, again.get_parameter(name))
+        assert torch.equal(parameter, other.get_parameter(name)) == ("norm" in name)
+
+
+def test_masks_hold_bit_for_bit_through_training_and_kept_weights_train():
+    model = prepared(model=masked(tiny_model()))
+    weights = [blocks(model)[0].self_attn.q_proj.weight, blocks(model)[0].mlp.down_proj.weight]
+    before = [weight.detach().clone() for weight in weights]
+    train(model)
+    for weight, drawn in zip(weights, before, strict=True):
+        assert not weight[:, ::2].view(torch.int32).any()
+        assert drawn[:, 1::2].all()
+        assert not (weight[:, 1::2] == drawn[:, 1::2]).any()
+    assert blocks(model)[0].mlp.up_proj.weight.all()
+    assert scratch.finish(model) is model
+
+
+def test_tied_embeddings_stay_tied():
+    model = prepared(model=tiny_model(tie_word_embeddings=True))
+    train(model)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+# A step costs about 6 N FLOPs a token: D_B N = D_E N_dense.
+def test_equal_flops_gives_a_smaller_node_as_many_more_tokens():
+    parent = {"dense_parameters": 1_000_000, "parameters": {"total": 800_000, "nonzero": 400_000}}
+    by_flops = scratch.Options(**FIELDS, equal="flops")
+    assert scratch.tokens(OPTIONS, parent) == 1000
+    assert scratch.tokens(by_flops, parent) == 2500
+    assert scratch.tokens(by_flops, parent | {"parameters": {"nonzero": 1_000_000}}) == 1000
+    # Rounded up, and exact where floats are not.
+    assert scratch.tokens(by_flops, parent | {"parameters": {"nonzero": 300_000}}) == 3334
+    large = scratch.Options(**FIELDS | {"tokens": 3 * 10**17 + 1}, equal="flops")
+    assert scratch.tokens(large, {"dense_parameters": 3, "parameters": {"nonzero": 1}}) == 9 * 10**17 + 3

@@ -1,0 +1,282 @@
+"""Which nodes differ: pairs of nodes item by item, and nodes that differ in the seed of their recovery only.
+
+Two nodes are told apart on a measure where a paired bootstrap over the items that they share says so, adjusted by Holm
+for all pairs compared on that measure, and where both were recovered with several seeds, their difference is also more
+than 2 sqrt(variance of one over its seeds + that of the other) (Madaan et al., arXiv 2406.10229).
+
+Right answers that became wrong ones are told by a table of flips and McNemar's exact test: an unchanged accuracy can
+hide many (Balachandran et al., Eureka, arXiv 2409.10566).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from coppice.uncertainty import (
+    deviation_interval,
+    flip_table,
+    holm,
+    mcnemar,
+    monotonicity,
+    paired_bootstrap,
+    seed_deviation,
+    signal_to_noise,
+)
+
+Row = dict[str, Any]
+Pair = tuple[str, str]
+Measure = tuple[str, str, str]  # evaluation, task or protocol, name
+
+LEVEL = 0.05  # the share of measures on which any pair that does not differ is told apart by chance
+RESAMPLES = 2000
+
+# Of each measure: its unit, and 1 where more is better, else -1.
+MEASURES = {"accuracy": ("accuracy", 1), "log_probability": ("nats", 1), "loss": ("nats/token", -1)}
+
+
+@dataclass(frozen=True)
+class Scores:
+    """One node's scores of n items, in the order of their names.
+
+    items: the names, and for documents their tokens, as bytes; values: [n]; weights: [n], what their sum is divided by.
+    """
+
+    items: bytes
+    values: np.ndarray
+    weights: np.ndarray
+
+    @property
+    def mean(self) -> float:
+        return float(self.values.sum() / self.weights.sum())
+
+
+def compare(nodes: Iterable[Row], items: Iterable[pa.Table], protocols: Mapping[str, Collection[str]]) -> list[Row]:
+    """The rows of comparisons: every node with its dense model, its parent, and the next better node of its model.
+
+    `nodes` are rows of nodes; `items` hold the rows of items of one node and evaluation each; `protocols` names the
+    protocols of perplexity of each evaluation. Nodes that were measured on different items are not compared.
+    """
+    measured: dict[Measure, dict[str, Scores]] = {}
+    for table in items:
+        for (node, *measure), scores in node_scores(table, protocols):
+            measured.setdefault(tuple(measure), {})[node] = scores
+    nodes = list(nodes)
+    return [row for measure, scores in sorted(measured.items()) for row in _measure_rows(measure, scores, nodes)]
+
+
+def node_scores(table: pa.Table, protocols: Mapping[str, Collection[str]]) -> Iterable[tuple[tuple[str, ...], Scores]]:
+    """((node, evaluation, task, measure), scores) of all that one node's items of one evaluation tell.
+
+    accuracy: 1 where an item was answered rightly; log_probability: ln p of its right choice, where it has one;
+    loss: the negative log-likelihood of a document, by its tokens.
+    """
+    if not len(table):
+        return
+    node, evaluation = table["node"][0].as_py(), table["evaluation"][0].as_py()
+    for task in pc.unique(table["task"]).to_pylist():
+        rows = table.filter(pc.equal(table["task"], task))
+        graded = pc.is_valid(rows["correct"])
+        first = rows.filter(pc.and_(graded, pc.equal(rows["choice"], 0)))
+        right = rows.filter(pc.fill_null(rows["answer"], False))
+        documents = rows.filter(pc.invert(graded)) if task in protocols[evaluation] else rows.slice(0, 0)
+        if len(first):
+            yield (node, evaluation, task, "accuracy"), _scores(first, first["correct"])
+        if len(right) and len(pc.unique(right["item"])) == len(right):
+            yield (node, evaluation, task, "log_probability"), _scores(right, right["log_likelihood"])
+        if len(documents):
+            losses = pc.negate(documents["log_likelihood"])
+            yield (node, evaluation, task, "loss"), _scores(documents, losses, documents["length"])
+
+
+def _scores(rows: pa.Table, values: pa.ChunkedArray, weights: pa.ChunkedArray | None = None) -> Scores:
+    names = np.array(rows["item"].to_pylist())
+    order = np.argsort(names)
+    values = np.asarray(values.to_numpy(), float)[order]
+    tokens = np.ones(len(values)) if weights is None else np.asarray(weights.to_numpy(), float)[order]
+    return Scores("\0".join(names[order]).encode() + tokens.tobytes(), values, tokens)
+
+
+def _measure_rows(measure: Measure, scores: Mapping[str, Scores], nodes: list[Row]) -> list[Row]:
+    """The rows of one evaluation, task and measure."""
+    evaluation, task, name = measure
+    unit, better = MEASURES[name]
+    wanted = [
+        (relation, node, other)
+        for relation, node, other in relations(nodes, {node: better * found.mean for node, found in scores.items()})
+        if scores[node].items == scores[other].items
+    ]
+    tests = _tests(sorted({_canonical(node, other) for _, node, other in wanted}), scores)
+    adjusted = dict(zip(tests, holm(np.array([test["p_value"] for test in tests.values()])), strict=True))
+    variances = _seed_variances(scores)
+    rows = []
+    for relation, node, other in wanted:
+        pair = _canonical(node, other)
+        test = tests[pair] if pair == (node, other) else _turned(tests[pair])
+        seeds = [variances[one] for one in pair if one in variances]
+        noise = 2 * math.sqrt(sum(seeds)) if len(seeds) == 2 else 0.0
+        row = {
+            "node": node,
+            "other": other,
+            "relation": relation,
+            "evaluation": evaluation,
+            "task": task,
+            "measure": name,
+            **test,
+            "p_adjusted": float(adjusted[pair]),
+            "family": len(tests),
+            "distinguishable": bool(adjusted[pair] < LEVEL and abs(test["difference"]) > noise),
+            "unit": unit,
+        }
+        if name == "accuracy":
+            (_, gained), (lost, _) = flip_table(scores[other].values, scores[node].values).tolist()
+            row |= {
+                "mcnemar_p": mcnemar(lost, gained),
+                "right_to_wrong": lost,
+                "wrong_to_right": gained,
+                "flip_rate": (lost + gained) / test["n"],
+            }
+        rows.append(row)
+    return rows
+
+
+def relations(nodes: list[Row], goodness: Mapping[str, float]) -> list[tuple[str, str, str]]:
+    """(relation, node, other) of the nodes that have a `goodness` (more is better): to the dense model, to the parent,
+    and to the next better node of the same dense model, where equals stand in order of their names."""
+    measured = [row for row in nodes if row["node"] in goodness]
+    found = [("dense", row["node"], row["model"]) for row in measured if row["node"] != row["model"]]
+    found += [("parent", row["node"], row["parent"]) for row in measured if row["parent"]]
+    ranked = sorted((row["model"], -goodness[row["node"]], row["node"]) for row in measured)
+    for (model, _, better), (other_model, _, worse) in pairwise(ranked):
+        if model == other_model:
+            found.append(("next", worse, better))
+    return [relation for relation in found if relation[2] in goodness]
+
+
+def _canonical(node: str, other: str) -> Pair:
+    return (node, other) if node < other else (other, node)
+
+
+def _turned(test: Row) -> Row:
+    """The test of a pair the other way round."""
+    return test | {"difference": 0.0 - test["difference"], "low": 0.0 - test["high"], "high": 0.0 - test["low"]}
+
+
+def _tests(pairs: list[Pair], scores: Mapping[str, Scores]) -> dict[Pair, Row]:
+    """Difference, error, interval and p value of each pair; all pairs over the same items see the same resamples."""
+    found = {}
+    by_items: dict[bytes, list[Pair]] = {}
+    for pair in pairs:
+        by_items.setdefault(scores[pair[0]].items, []).append(pair)
+    for alike in by_items.values():
+        differences = np.column_stack([scores[node].values - scores[other].values for node, other in alike])
+        weights = scores[alike[0][0]].weights
+        drawn = paired_bootstrap(differences, weights, RESAMPLES)
+        for place, pair in enumerate(alike):
+            found[pair] = {
+                "difference": float(drawn.difference[place]),
+                "stderr": float(drawn.stderr[place]),
+                "low": float(drawn.low[place]),
+                "high": float(drawn.high[place]),
+                "n": len(weights),
+                "p_value": float(drawn.p_value[place]),
+            }
+    return found
+
+
+def _seed_variances(scores: Mapping[str, Scores]) -> dict[str, float]:
+    """Of each node that was made with several seeds: the variance of its mean score over them."""
+    variances = {}
+    for group in seed_groups(scores).values():
+        if len(group) > 1:
+            variance = float(np.var([scores[node].mean for node in group], ddof=1))
+            variances |= dict.fromkeys(group, variance)
+    return variances
+
+
+def without_seeds(node: str) -> str:
+    """A node's path without the seeds that its steps were trained with."""
+    return "/".join(part.partition("@")[0] for part in node.split("/"))
+
+
+def seed_groups(nodes: Iterable[str]) -> dict[str, list[str]]:
+    """Nodes by their paths without seeds."""
+    groups: dict[str, list[str]] = {}
+    for node in sorted(nodes):
+        groups.setdefault(without_seeds(node), []).append(node)
+    return groups
+
+
+def signals(metrics: Iterable[Row], curves: Iterable[Row]) -> list[Row]:
+    """The rows of signals: what the seed of recovery changes, by metric; and how steadily recovery lowers the loss."""
+    return _metric_signals(metrics) + _curve_signals(curves)
+
+
+def _metric_signals(metrics: Iterable[Row]) -> list[Row]:
+    by_metric: dict[Pair, dict[str, Row]] = {}
+    for row in metrics:
+        by_metric.setdefault((row["evaluation"], row["metric"]), {})[row["node"]] = row
+    found = []
+    for (evaluation, metric), rows in by_metric.items():
+        for group, nodes in seed_groups(rows).items():
+            if len(nodes) > 1:
+                errors = [rows[node]["stderr"] for node in nodes]
+                found.append(
+                    {
+                        "group": group,
+                        "evaluation": evaluation,
+                        "metric": metric,
+                        **_over_seeds([rows[node]["value"] for node in nodes]),
+                        "item_stderr": None if None in errors else float(np.mean(errors)),
+                        "unit": rows[nodes[0]]["unit"],
+                    }
+                )
+    return found
+
+
+def _over_seeds(values: list[float]) -> Row:
+    """Mean, deviation with its interval, and signal-to-noise ratio of one value a seed, two or more."""
+    deviation = float(np.std(values, ddof=1))
+    low, high = deviation_interval(deviation, len(values))
+    return {
+        "mean": float(np.mean(values)),
+        "std": deviation,
+        "low": low,
+        "high": high,
+        "seeds": len(values),
+        "snr": signal_to_noise(np.array(values)),
+    }
+
+
+def _curve_signals(curves: Iterable[Row]) -> list[Row]:
+    runs: dict[str, dict[int, float]] = {}
+    for row in sorted(curves, key=lambda row: row["tokens"]):
+        if row["split"] == "validation":
+            runs.setdefault(row["node"], {})[row["tokens"]] = row["loss"]
+    found = []
+    for group, nodes in seed_groups(runs).items():
+        losses = [np.array(list(runs[node].values())) for node in nodes]
+        steady = [monotonicity(-loss) for loss in losses]
+        row = {"group": group, "evaluation": None, "item_stderr": None}
+        entries = [("validation_loss_monotonicity", _several(steady), "correlation")]
+        if len(nodes) > 1:
+            entries.append(("validation_loss", _over_seeds([loss[-1] for loss in losses]), "nats/token"))
+            shared = sorted(set.intersection(*(set(runs[node]) for node in nodes)))
+            if shared:
+                deviation = seed_deviation(np.array([[runs[node][tokens] for tokens in shared] for node in nodes]))
+                averaged = {"mean": deviation, "seeds": len(nodes)}
+                entries.append(("validation_loss_seed_deviation", averaged, "nats/token"))
+        found += [row | {"metric": metric, **values, "unit": unit} for metric, values, unit in entries]
+    return found
+
+
+def _several(values: list[float]) -> Row:
+    """As `_over_seeds`; the mean alone of a single seed."""
+    return _over_seeds(values) if len(values) > 1 else {"mean": values[0], "seeds": 1}

@@ -1,0 +1,352 @@
+"""Knowledge capacity: the bits of the biography world that nodes hold, by their parameters and by the bits they store.
+
+Source: Physics of Language Models: Part 3.3, Knowledge Capacity Scaling Laws (arXiv 2404.05405). It reports that after
+1000 exposures models hold about 2 bits of knowledge a parameter unless the world has fewer, that after 100 exposures
+it is about 1, and that rounding weights to 8 bits after training costs next to nothing where 4 bits cost more than a
+factor of two. It prints no formula for what lies between; this one is ours:
+
+    K = (K_max^-s + C^-s)^(-1/s),    C = R N (1 - e^(-b / gamma))
+
+K: bits that a node holds; K_max: bits of its world; N: parameters; b: stored bits per weight of the blocks' linears,
+which is what quantization lowers; R: bits of knowledge a parameter; gamma: bits of storage; s: how sharp the bend is
+from one limit to the other, so that K is below both. What is fitted is the share K / K_max, in which nodes that hold
+nothing count as much as those that hold all. All parameters count in N, embeddings too.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from pydantic import Field
+
+from coppice.laws import Law, LawOptions
+from coppice.laws.chinchilla import is_single
+from coppice.laws.fit import Fit, Form, Parameter, Parameters, Points, largest, leave_one_out
+from coppice.laws.precision import retained
+from coppice.laws.quality import METRICS, measured, path
+from coppice.uncertainty import percentile_interval
+from coppice.wording import listed
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+METRIC = "knowledge_bits_per_parameter"
+
+SATURATED = 0.95  # of the world: from here on a node's size no longer shows
+RULE = 2.0  # bits a parameter, after 1000 exposures [arXiv 2404.05405]
+NEGLIGIBLE = 0.95  # of the dense model's bits: what still counts as no change
+HALF = 0.5  # the paper's "more than a factor of two"
+
+DENSE = "dense"
+_INPUT_MARKS = frozenset({"quantized-inputs", "quantized-cache"})
+# With gamma so small 1 - e^(-b / gamma) is 1 for any b of a stored weight.
+_NO_PART = 0.01
+
+
+COLUMNS = {
+    "run": str,
+    "node": str,
+    "method": str,
+    "width": float,
+    "parameters": float,
+    "stored_bits": float,
+    "bits": float,
+    "knowledge": float,
+    "world": float,
+    "share": float,
+    "bits_per_parameter": float,
+    "bits_per_stored_bit": float,
+}
+
+
+class Options(LawOptions):
+    """What the law of knowledge is fitted to."""
+
+    evaluation: str | None = Field(
+        default=None, description="The evaluation that measured; may be left out where one alone asked for knowledge."
+    )
+    nodes: list[str] | None = Field(
+        default=None,
+        description="Patterns of the nodes; null: dense models, and nodes that quantization of weights alone made. "
+        "Pruned and factorized ones have fewer parameters that were trained with more.",
+    )
+    keep: float = Field(
+        default=0.95, gt=0, lt=1, description="Part of a dense model's bits that the recommended storage is to keep."
+    )
+
+
+PARAMETERS = {
+    "R": Parameter(bounds=(1e-3, 100), start=(0.3, 5), logarithmic=True),
+    "gamma": Parameter(bounds=(_NO_PART, 50), start=(0.3, 5), logarithmic=True),
+    "s": Parameter(bounds=(0.5, 20), start=(1, 8), logarithmic=True),
+}
+
+
+def capacity(parameters: Parameters, points: Points) -> np.ndarray:
+    """C = R N (1 - e^(-b / gamma)), bits: [n], or [k, n] with parameters [k, 1]."""
+    return parameters["R"] * points["parameters"] * retained(points["bits"], parameters["gamma"])
+
+
+def predict(parameters: Parameters, points: Points) -> np.ndarray:
+    """K / K_max = (1 + (K_max / C)^s)^(-1/s): [n], or [k, n] with parameters [k, 1]."""
+    s = parameters["s"]
+    return (1 + (points["world"] / capacity(parameters, points)) ** s) ** (-1 / s)
+
+
+def knowledge(parameters: Parameters, points: Points) -> np.ndarray:
+    """K, bits: [n], or [k, n] with parameters [k, 1]. Never above K_max nor above C."""
+    return points["world"] * predict(parameters, points)
+
+
+def reduce(points: Points) -> tuple[dict[str, float], list[str]]:
+    """One precision leaves gamma untold, and nodes that hold all of their world leave R untold; the sentences."""
+    fixed, notes = {}, []
+    if is_single(points["bits"]):
+        fixed["gamma"] = _NO_PART
+        notes.append(
+            "All nodes are stored at one precision, so gamma is not identified: its factor is fixed at 1, and R stands "
+            "for R (1 - e^(-b / gamma))."
+        )
+    if np.all(points["share"] >= SATURATED):
+        held = float(np.max(points["knowledge"] / points["parameters"]))
+        notes.append(
+            f"Every node holds at least {SATURATED:.0%} of its world, so R is not identified: all that is known is "
+            f"that it is at least {held:.3g} bits a parameter. A larger world, or smaller models, would show it."
+        )
+    return fixed, notes
+
+
+FORM = Form(PARAMETERS, predict, reduce, target="share")
+
+
+def _by_all_stored_bits(parameters: Parameters, points: Points) -> np.ndarray:
+    """The law with b the stored bits of the whole checkpoint by its parameters, embeddings and norms too."""
+    return predict(parameters, points | {"bits": points["stored_bits"] / points["parameters"]})
+
+
+def _by_size_alone(parameters: Parameters, points: Points) -> np.ndarray:
+    """The law with C = R N: storage has no part."""
+    return predict(parameters | {"gamma": _NO_PART}, points)
+
+
+# Comparators of ours.
+RIVALS = {
+    "all_stored_bits": Form(PARAMETERS, _by_all_stored_bits, reduce, target="share"),
+    "size_alone": Form(
+        {name: parameter for name, parameter in PARAMETERS.items() if name != "gamma"},
+        _by_size_alone,
+        target="share",
+    ),
+}
+
+
+def _fewest_bits(points: Points) -> np.ndarray | str:
+    """Holds out the lowest precision."""
+    return largest(points | {"coarseness": 1 / points["bits"]}, "coarseness", "precision")
+
+
+HELD_OUT = {
+    "another_model": partial(leave_one_out, column="run", name="model"),
+    "larger_model": partial(largest, column="parameters", name="size"),
+    "fewer_bits": _fewest_bits,
+}
+
+
+def points(tables: dict[str, pd.DataFrame], options: dict[str, Any]) -> Points:
+    """One row a node whose knowledge was measured.
+
+    knowledge [n]: K, bits, which is negative for a node that does worse than chance; world [n]: K_max; share [n] =
+    K / K_max; bits [n]: stored per weight of the blocks' linears, scales and zero points included; width [n]: what the
+    quantization was asked for, bits, 0 for a dense model. A run is a model: its nodes share their training. Without a
+    measurement of knowledge there is no row.
+    """
+    if METRIC not in set(tables["metrics"]["metric"]):
+        return {name: np.empty(0, kind) for name, kind in COLUMNS.items()}
+    nodes = tables["nodes"].set_index("node", drop=False)
+    found, most = (measured(tables, options | {"metric": name}) for name in (METRIC, f"{METRIC}_max"))
+    found = found.merge(most[["node", "value"]].rename(columns={"value": "most"}), on="node").sort_values("node")
+    if options["nodes"] is None:
+        found = found[np.array([_is_stored_shorter(nodes, node) for node in found["node"]], bool)]
+    parameters, stored = (found[name].to_numpy(dtype=float) for name in ("parameters", "stored_bits"))
+    held, world = found["value"].to_numpy(dtype=float) * parameters, found["most"].to_numpy(dtype=float) * parameters
+    return {
+        "run": found["model"].to_numpy(dtype=str),
+        "node": found["node"].to_numpy(dtype=str),
+        "method": np.array([_method(nodes, node) for node in found["node"]], str),
+        "width": np.array([_width(nodes, node) for node in found["node"]], float),
+        "parameters": parameters,
+        "stored_bits": stored,
+        "bits": (found["linear_bits"] / found["linear_parameters"]).to_numpy(dtype=float),
+        "knowledge": held,
+        "world": world,
+        "share": held / world,
+        "bits_per_parameter": held / parameters,
+        "bits_per_stored_bit": held / stored,
+    }
+
+
+def _is_stored_shorter(nodes: pd.DataFrame, node: str) -> bool:
+    """Whether it is dense, or made by quantizing weights and nothing else."""
+    weights_alone = not set(nodes.at[node, "marks"]) & _INPUT_MARKS
+    return weights_alone and all(nodes.at[step, "family"] == "quantize" for step in path(nodes, node))
+
+
+def _method(nodes: pd.DataFrame, node: str) -> str:
+    return nodes.at[node, "method"] if path(nodes, node) else DENSE
+
+
+def _width(nodes: pd.DataFrame, node: str) -> float:
+    """The bits that the node's step was asked for; 0 for a dense model, and for a step that has no such number."""
+    asked = json.loads(nodes.at[node, "options"]).get("bits") if path(nodes, node) else None
+    return float(asked) if isinstance(asked, int) else 0.0
+
+
+# What the points say by themselves
+
+
+def notes(points: Points) -> list[str]:
+    """Sentences on the limits of what is stored, and on the paper's findings for 8 and 4 bits."""
+    return [*_limits(points), *_finding(points, 8), *_finding(points, 4)]
+
+
+def _limits(points: Points) -> list[str]:
+    by_bit, by_parameter = points["bits_per_stored_bit"], points["bits_per_parameter"]
+    found = []
+    if np.any(by_bit > 1):
+        worst = int(np.argmax(by_bit))
+        found.append(
+            f"{points['node'][worst]} seems to hold {by_bit[worst]:.3g} bits of knowledge for each bit that it stores, "
+            "which is impossible: its knowledge, or its stored bits, are measured wrong."
+        )
+    above = by_parameter > RULE
+    if above.any():
+        most = int(np.argmax(by_parameter))
+        found.append(
+            f"{above.sum()} of {len(above)} nodes hold more than {RULE:g} bits a parameter, the most that the paper "
+            f"expects after 1000 exposures, {points['node'][most]} the most ({by_parameter[most]:.3g})."
+        )
+    return found
+
+
+def _finding(points: Points, width: int) -> list[str]:
+    """For each method that quantized to `width` bits, what its nodes keep of their dense models' knowledge."""
+    dense = dict(zip(points["run"][_dense(points)], points["knowledge"][_dense(points)], strict=True))
+    sentences = []
+    for method in np.unique(points["method"][points["width"] == width]):
+        rows = np.flatnonzero((points["method"] == method) & (points["width"] == width))
+        kept = {
+            str(points["node"][row]): points["knowledge"][row] / dense[points["run"][row]]
+            for row in rows
+            if points["run"][row] in dense
+        }
+        if kept:
+            sentences.append(_finding_sentence(str(method), width, kept))
+    return sentences
+
+
+def _finding_sentence(method: str, width: int, kept: dict[str, float]) -> str:
+    shares = listed([f"{share:.1%} ({node})" for node, share in kept.items()])
+    if width == 8:
+        paper, agree = "8 bits change next to nothing", sum(share >= NEGLIGIBLE for share in kept.values())
+    else:
+        paper, agree = "4 bits lose more than a factor of two", sum(share < HALF for share in kept.values())
+    return (
+        f"{method} at {width} bits keeps {shares} of the dense model's knowledge. The paper reports of GPTQ that "
+        f"{paper}: so it is for {agree} of {len(kept)} nodes here."
+    )
+
+
+def _dense(points: Points) -> np.ndarray:
+    return points["method"] == DENSE
+
+
+# Advice
+
+
+def recommend(
+    fit: Fit, samples: Parameters, points: Points, scales: dict[str, float], options: dict[str, Any]
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """For each dense model the stored bits per weight at which it keeps options["keep"] of its knowledge.
+
+    From K(b) = keep K(dense): C = K_max (share^-s - 1)^(-1/s) and b = -gamma ln(1 - C / (R N)).
+    """
+    missing = [name for name in PARAMETERS if name in fit.fixed or name in fit.unidentified]
+    if missing:
+        return [], [f"No precision is recommended, since the points do not identify {listed(missing)}."]
+    dense = {name: column[_dense(points)] for name, column in points.items()}
+    bits = _bits_to_keep(fit.parameters, dense, options["keep"])
+    drawn = _bits_to_keep(samples, dense, options["keep"])
+    entries = []
+    for row, model in enumerate(dense["run"]):
+        low, high = percentile_interval(drawn[:, row]) if len(drawn) else (None, None)
+        between = "" if low is None else f" ({low:.2f} to {high:.2f})"
+        entries.append(
+            {
+                "sentence": f"{model} keeps {options['keep']:.0%} of its knowledge at {bits[row]:.2f}{between} stored "
+                "bits per weight of its linears.",
+                "model": str(model),
+                "keep": options["keep"],
+                "bits": float(bits[row]),
+                "low": low,
+                "high": high,
+            }
+        )
+    return entries, []
+
+
+def _bits_to_keep(parameters: Parameters, points: Points, keep: float) -> np.ndarray:
+    """b [n], or [k, n] with parameters [k, 1], at which nodes hold `keep` of what they hold now."""
+    s = parameters["s"]
+    share = keep * predict(parameters, points)
+    needed = points["world"] * (share**-s - 1) ** (-1 / s)
+    return -parameters["gamma"] * np.log(1 - needed / (parameters["R"] * points["parameters"]))
+
+
+LAW = Law(
+    source={
+        "title": "Physics of Language Models: Part 3.3, Knowledge Capacity Scaling Laws",
+        "arxiv": "2404.05405",
+        "equation": "K = (K_max^-s + C^-s)^(-1/s), C = R N (1 - e^(-b / gamma)) (the form between the limits is ours)",
+    },
+    units={
+        "share": "part of the world's bits",
+        "bits": "stored bits per weight of the linears",
+        "width": "bits",
+        "parameters": "parameters",
+        "stored_bits": "bits",
+        "knowledge": "bits",
+        "world": "bits",
+        "bits_per_parameter": "bits per parameter",
+        "bits_per_stored_bit": "bits per bit",
+    },
+    columns=COLUMNS,
+    needs={
+        "nodes": (
+            "node",
+            "parent",
+            "model",
+            "method",
+            "family",
+            "options",
+            "marks",
+            "parameters",
+            "linear_parameters",
+            "stored_bits",
+            "linear_bits",
+        ),
+        "metrics": METRICS,
+    },
+    points_are="they are nodes whose knowledge of the biography world was measured (`knowledge: true` in a quality "
+    "evaluation).",
+    options=Options,
+    points=points,
+    axis=("bits", "stored bits per weight of the linears"),
+    form=FORM,
+    rivals=RIVALS,
+    held_out=HELD_OUT,
+    notes=notes,
+    recommend=recommend,
+)
