@@ -18,7 +18,7 @@ from fake_results import fake_study, log, write_results
 
 from coppice import tables
 from coppice.errors import UserError
-from coppice.study import Roofline
+from coppice.study import Roofline, Step
 
 ROOT = Path(__file__).parents[2]
 
@@ -118,6 +118,17 @@ def test_lower_bounds_are_those_that_the_study_asks_for(results: Path) -> None:
     assert found == {("A6000 (roofline)", metric) for metric in latencies} | {(None, "kv_cache_bytes")}
     none = tables.collect(fake_study().model_copy(update={"roofline": None}), results)["costs"]
     assert not any(row["simulated"] for row in none)
+
+
+def test_a_pattern_is_kept_along_the_path() -> None:
+    steps = {
+        "half": Step.model_validate({"method": "wanda", "pattern": "2:4"}),
+        "any": Step.model_validate({"method": "wanda", "sparsity": 0.5}),
+        "whole": Step.model_validate({"method": "rtn", "bits": 4}),
+    }
+    study = fake_study().model_copy(update={"steps": steps})
+    found = [tables.is_two_to_four(study, node) for node in ("small", "small/any", "small/half@1", "small/half/whole")]
+    assert found == [False, False, True, True]
 
 
 def test_same_results_give_the_same_bytes(results: Path) -> None:

@@ -5,7 +5,7 @@ for all pairs compared on that measure, and where both were recovered with sever
 than 2 sqrt(variance of one over its seeds + that of the other) (Madaan et al., arXiv 2406.10229).
 
 Right answers that became wrong ones are told by a table of flips and McNemar's exact test: an unchanged accuracy can
-hide many (Balachandran et al., Eureka, arXiv 2409.10566).
+hide many (Eureka, arXiv 2409.10566).
 """
 
 from __future__ import annotations

@@ -60,11 +60,15 @@ PARTS: tuple[tuple[str, str, tuple[type[BaseModel], ...]], ...] = (
         "A node that is trained with another seed than the study's bears it: `small/full-1m@1`.",
         (study.Recipe,),
     ),
-    ("evaluations", "Evaluations by name, of two kinds.", (study.Quality, study.Protocol, study.Intrinsic, study.Cost)),
+    (
+        "evaluations",
+        "Evaluations by name, of three kinds.",
+        (study.Quality, study.Protocol, study.Intrinsic, study.Cost, study.Connectivity),
+    ),
     (
         "laws",
         "Laws by name. Their options are those below.",
-        (study.Law, *(laws.load(law).Options for law in laws.names())),
+        (study.Law, *(laws.load(law).options for law in laws.names())),
     ),
     ("roofline", "", (study.Roofline,)),
     ("tracking", "", (study.Tracking,)),

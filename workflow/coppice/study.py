@@ -395,7 +395,7 @@ class Roofline(Section):
 
     devices: list[Literal[tuple(DEVICES)]] = Field(
         default=list(DEVICES),
-        description="Devices. The figures of the H200 are its vendor's, as recalled; check them before you rely on them.",
+        description="Devices. The figures of the H200 are its vendor's, as recalled: check them first.",
         min_length=1,
     )
     batch: PositiveInt = Field(default=1, description="Sequences at once.")

@@ -203,7 +203,12 @@ SCHEMAS = {
         ("low", _number, "see unit", "Lower end of its 95% interval: percentile of those resamples."),
         ("high", _number, "see unit", "Upper end of that interval."),
         ("n", _integer, "items", "Items shared: questions, documents, or windows of a text that is one document."),
-        ("p_value", _number, "probability", "Of no difference, two-sided, by those resamples."),
+        (
+            "p_value",
+            _number,
+            "probability",
+            "Of no difference, two-sided: by those resamples or, where none crosses zero, by the normal tail.",
+        ),
         ("p_adjusted", _number, "probability", "The same, by Holm's method for all pairs in the family."),
         ("family", _integer, "pairs", "Different pairs compared on this evaluation, task and measure."),
         ("mcnemar_p", _number, "probability", "McNemar's exact p value of the flips, not adjusted; null for others."),

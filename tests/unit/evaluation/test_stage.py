@@ -40,7 +40,8 @@ def test_quality_is_written_with_its_items(checkpoint, tokens, tmp_path):
     assert report["model_fingerprint"] == checkpoints.read_manifest(checkpoint)["fingerprint"]
     assert report["tokens_fingerprints"] == {"people": text.load_windows(tokens).manifest["fingerprint"]}
     names = [metric["metric"] for metric in report["metrics"]]
-    assert names == ["loss_people", "perplexity_people", "biographies_acc", "biographies_acc_norm"]
+    scores = ["acc", "acc_norm", "log_probability", "choice_probability", "brier"]
+    assert names == ["loss_people", "perplexity_people", *(f"biographies_{score}" for score in scores)]
     assert report["versions"]["lm-eval"]
     assert items.column_names == ["node", "task", "item", "choice", "log_likelihood", "length", "correct", "answer"]
     assert set(items["task"].to_pylist()) == {"people", "biographies"}

@@ -228,7 +228,7 @@ def test_the_stage_writes_what_it_measured(tmp_path: Path) -> None:
         "passes",
     ]
     assert report["passes"] == {"ok": True, "reasons": []}
-    assert [entry["form"] for entry in report["ranking"]["higher_ratio"]][0] == "p2"
+    assert report["ranking"]["higher_ratio"][0]["form"] == "p2"
     samples = pq.read_table(output / "samples.parquet").to_pandas()
     assert (list(samples), len(samples)) == (list(p2.PARAMETERS), 24)
     assert report["parameters"]["beta"]["low"] == pytest.approx(np.quantile(samples["beta"], 0.025))

@@ -205,7 +205,7 @@ def tables() -> dict[str, pd.DataFrame]:
     nodes = pd.DataFrame(rows, columns=names)
     nodes["dense_parameters"] = nodes["model"].map({"a": 100, "b": 300})
     metrics = nodes[["node"]].assign(
-        evaluation="text", metric="perplexity_token", value=nodes.pop("perplexity"), stderr=0.1
+        evaluation="text", metric="perplexity_token", value=nodes.pop("perplexity"), stderr=0.1, unit="perplexity"
     )
     return {"nodes": nodes, "metrics": metrics}
 

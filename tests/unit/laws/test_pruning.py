@@ -120,7 +120,7 @@ NODES = [
 
 
 def tables(metric: str, values: dict[str, float]) -> dict[str, pd.DataFrame]:
-    metrics = pd.DataFrame({"node": values.keys(), "metric": metric, "value": values.values()})
+    metrics = pd.DataFrame({"node": values.keys(), "metric": metric, "unit": "", "value": values.values()})
     return {"nodes": pd.DataFrame(NODES), "metrics": metrics.assign(evaluation="quality", stderr=0.01)}
 
 

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from coppice.laws import chinchilla, pruning
-from coppice.laws.fit import Form, Points, held_out_test
+from coppice.laws.fit import Form, Points
+from coppice.laws.held_out import held_out_test
 
 PRUNING: dict[str, Form] = {"power": pruning.FORM} | pruning.RIVALS
 TRUTHS = {"power": {"P0": 0.97, "alpha": 0.73}, "exponential": {"k": 1.4}, "linear": {"k": 0.8}}

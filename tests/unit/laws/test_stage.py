@@ -60,12 +60,14 @@ def test_rows_that_cannot_be_fitted_are_counted(tmp_path: Path) -> None:
     exact = fitted(tmp_path, frame)["parameters"]
     broken = pd.concat([frame, frame.iloc[[3, 3, 7]], frame.iloc[[0]].assign(final=-1.0)])
     broken.loc[len(broken)] = {"name": "m0.1", "size": 1e8, "seen": np.nan, "final": 3.0}
+    broken.loc[len(broken)] = {"name": "m0.1", "size": 0.0, "seen": 1e9, "final": 3.0}
     report = fitted(tmp_path, broken)
     assert report["points"] == 25
-    assert report["notes"][:3] == [
-        "1 of 30 points hold a value that is not finite and were left out.",
-        "3 of 30 points repeat another one and were left out.",
-        "1 of 30 points have no logarithm and were left out.",
+    assert report["notes"][:4] == [
+        "1 of 31 points hold a value that is not finite and were left out.",
+        "1 of 31 points have no parameters or tokens and were left out.",
+        "3 of 31 points repeat another one and were left out.",
+        "1 of 31 points have no logarithm and were left out.",
     ]
     assert report["parameters"] == exact
 
@@ -104,7 +106,7 @@ def test_bad_files_are_refused_with_a_sentence(tmp_path: Path) -> None:
     frame = points_of_training()
     with pytest.raises(UserError, match=r"points.csv has no column 'final'\. .*option `columns`"):
         fitted(tmp_path, frame.drop(columns="final"), ".csv")
-    with pytest.raises(UserError, match="'seen' of .*points.jsonl holds values that are no numbers"):
+    with pytest.raises(UserError, match=r"'seen' of .*points.jsonl holds values that are no numbers"):
         fitted(tmp_path, frame.assign(seen="many"))
     with pytest.raises(UserError, match=r"nowhere.jsonl does not exist"):
         fit_law("chinchilla", None, {"file": str(tmp_path / "nowhere.jsonl")}, tmp_path / "out")
@@ -123,6 +125,18 @@ def test_tables_of_an_older_format_are_refused_with_a_sentence(tmp_path: Path) -
         fit_law("p2", tmp_path, {}, tmp_path / "out")
 
 
+def test_repeated_rows_of_tables_count_once_and_different_ones_are_refused(tmp_path: Path) -> None:
+    law = laws.load("p2")
+    nodes = pd.DataFrame({column: ["a"] for column in law.needs["nodes"]}).assign(marks=[["masked"]])
+    curves = pd.DataFrame({column: ["a"] for column in law.needs["curves"]}).assign(tokens=5, loss=2.0, split="train")
+    for name, table in (("nodes", nodes), ("curves", curves)):
+        pd.concat([table, table]).to_parquet(tmp_path / f"{name}.parquet")
+    assert fit_law("p2", tmp_path, QUICK, tmp_path / "out")["points"] == 0
+    pd.concat([curves, curves.assign(loss=3.0)]).to_parquet(tmp_path / "curves.parquet")
+    with pytest.raises(UserError, match=r"curves.parquet holds two different rows of node a, tokens 5, split train"):
+        fit_law("p2", tmp_path, QUICK, tmp_path / "out")
+
+
 def test_measurements_in_different_units_are_not_mixed() -> None:
     nodes = pd.DataFrame({"node": ["a", "b"], "model": ["a", "b"]})
     metrics = pd.DataFrame(
@@ -136,7 +150,7 @@ def test_measurements_in_different_units_are_not_mixed() -> None:
         }
     )
     options = {"evaluation": None, "metric": None, "nodes": None}
-    with pytest.raises(UserError, match="task_acc stands in several units .accuracy, percent."):
+    with pytest.raises(UserError, match=r"task_acc stands in several units \(accuracy, percent\)"):
         measured({"nodes": nodes, "metrics": metrics}, options, "accuracy")
     same = measured({"nodes": nodes, "metrics": metrics.assign(unit="accuracy")}, options, "accuracy")
     assert same["value"].tolist() == [0.5, 60.0]

@@ -137,7 +137,9 @@ NODES = [
 def tables(metric: str = "arc_acc") -> dict[str, pd.DataFrame]:
     """Accuracy 0.6 of every node; three items of task `arc`, of 2, 4 and 4 choices."""
     nodes = pd.DataFrame(NODES)
-    metrics = pd.DataFrame({"node": nodes["node"], "evaluation": "quality", "metric": metric, "value": 0.6})
+    metrics = pd.DataFrame(
+        {"node": nodes["node"], "evaluation": "quality", "metric": metric, "unit": "accuracy", "value": 0.6}
+    )
     choices = [(item, choice) for item, number in {"1": 2, "2": 4, "3": 4}.items() for choice in range(number)]
     items = pd.DataFrame(choices, columns=["item", "choice"]).assign(evaluation="quality", task="arc")
     other = pd.DataFrame({"item": ["1"], "choice": 0, "evaluation": "quality", "task": "arc_long"})

@@ -1,6 +1,6 @@
 """Laws: one file a law, found by name.
 
-`fit` is the engine; `quality` and `recoveries` find points in the tables; `stage` is the command.
+`fit` is the engine, `held_out` its tests; `quality` and `recoveries` find points in the tables; `stage` is the command.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from coppice.errors import UserError, nearest
 if TYPE_CHECKING:
     import pandas as pd
 
-    from coppice.laws.fit import Fit, Form, HoldOut, Parameters, Points
+    from coppice.laws.fit import Fit, Form, Parameters, Points
+    from coppice.laws.held_out import HoldOut
 
-_OTHERS = ("fit", "quality", "recoveries", "stage")
+_OTHERS = ("fit", "held_out", "quality", "recoveries", "stage")
 
 
 class LawOptions(BaseModel):

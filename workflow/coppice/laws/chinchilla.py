@@ -20,18 +20,8 @@ import numpy as np
 from pydantic import Field
 
 from coppice.laws import Law
-from coppice.laws.fit import (
-    Fit,
-    Form,
-    Objective,
-    Parameter,
-    Parameters,
-    Points,
-    largest,
-    later_tokens,
-    leave_one_out,
-    levels,
-)
+from coppice.laws.fit import Fit, Form, Objective, Parameter, Parameters, Points, levels
+from coppice.laws.held_out import largest, later_tokens, leave_one_out
 from coppice.laws.recoveries import CURVES, RecoveryOptions, recoveries
 from coppice.uncertainty import percentile_interval
 from coppice.wording import counted, listed, number

@@ -21,17 +21,8 @@ import numpy as np
 from pydantic import Field
 
 from coppice.laws import Law, p2
-from coppice.laws.fit import (
-    Form,
-    Objective,
-    Parameter,
-    Parameters,
-    Points,
-    highest_of_each,
-    largest,
-    later_tokens,
-    levels,
-)
+from coppice.laws.fit import Form, Objective, Parameter, Parameters, Points, levels
+from coppice.laws.held_out import highest_of_each, largest, later_tokens
 from coppice.laws.recoveries import RecoveryOptions
 
 MILLION = 1e6

@@ -37,11 +37,11 @@ from coppice.laws.fit import (
     bootstrap,
     count,
     fit_form,
-    leave_one_out,
     levels,
     metrics,
     select,
 )
+from coppice.laws.held_out import leave_one_out
 from coppice.laws.quality import METRICS, measured
 from coppice.uncertainty import mean_interval, percentile_interval
 from coppice.wording import listed, number

@@ -1,4 +1,4 @@
-"""The engine under the laws: bounded fits from many starts, what the data identify, uncertainty, and held-out error.
+"""The engine under the laws: bounded fits from many starts, what the data identify, and uncertainty.
 
 A law's file says what it is by a `Law` (see `coppice.laws`). Points are a dict of columns [n], one row an observation:
 `run` (str), what the law predicts (its form's `target`), and whatever else its formula names.
@@ -9,7 +9,7 @@ What is minimised is the sum over points of Huber's loss of the residuals r, or 
 
 Sources: Chinchilla Scaling: A Replication Attempt (arXiv 2404.10102) for the objective (a sum, never a mean), the many
 starts, the bootstrap and the test of convergence by the gradient; P2 Law: Scaling Law for Post-Training After Model
-Pruning (arXiv 2411.10272) for the metrics and the held-out protocols.
+Pruning (arXiv 2411.10272) for the metrics.
 """
 
 from __future__ import annotations
@@ -21,18 +21,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from coppice.uncertainty import percentile_interval
-
 Points = dict[str, np.ndarray]
 Parameters = dict[str, Any]
-# The points that a test holds out: a mask [n], or masks [folds, n] of which each is held out in turn; or the sentence
-# that says why it cannot.
-HoldOut = Callable[[Points], np.ndarray | str]
 
 FEWEST_RUNS = 4
 _HUBER_DELTA = 1e-3  # of the metric: Besiroglu et al.
-_HELD_OUT_STARTS = 8
-_HELD_OUT_DRAWS = 200  # every form is fitted again in each draw of each fold
 _RANK_TOLERANCE = 1e-6
 _ZERO_COLUMN = 1e-8  # a parameter of a term that the search has left at its bound of 0
 _GRADIENT_TOLERANCE = 1e-5
@@ -605,147 +598,3 @@ def average_slope_difference(
         return None, None
     difference, slope = float(np.mean(differences)), float(np.mean(slopes))
     return difference, difference / slope if slope > 0 else None
-
-
-# Held-out tests: each gives the points to hold out, or the sentence that says why it cannot.
-
-
-def later_tokens(points: Points) -> np.ndarray | str:
-    """Holds out what follows the first 80% of each run's points, by tokens."""
-    held_out = np.zeros(count(points), bool)
-    for run in np.unique(points["run"]):
-        rows = np.flatnonzero(points["run"] == run)
-        if len(rows) > 1:
-            rows = rows[np.argsort(points["tokens"][rows], kind="stable")]
-            held_out[rows[4 * len(rows) // 5 :]] = True
-    return held_out if held_out.any() else "No run has two points, so there is no later point to predict."
-
-
-def largest(points: Points, column: str, name: str) -> np.ndarray | str:
-    """Holds out the largest level of `column`; two levels must remain, since one shows no trend to extend."""
-    level = levels(points[column])
-    if level.max() < 2:
-        return f"This test needs three {name}s, two to fit and one to predict, and the points have {level.max() + 1}."
-    return level == level.max()
-
-
-def highest_of_each(points: Points, column: str, name: str, by: str) -> np.ndarray | str:
-    """Holds out the largest level of `column` of each group of `by` that has two; two levels must remain in all."""
-    held_out = np.zeros(count(points), bool)
-    for group in np.unique(points[by]):
-        rows = np.flatnonzero(points[by] == group)
-        level = levels(points[column][rows])
-        held_out[rows[level == level.max()]] = level.max() > 0
-    if not held_out.any() or levels(points[column][~held_out]).max() < 1:
-        return f"This test needs three {name}s, two to fit and one to predict, and the points have fewer."
-    return held_out
-
-
-def leave_one_out(points: Points, column: str, name: str) -> np.ndarray | str:
-    """Holds out each value, or each level of a number, of `column` in turn: masks [values, n]; two must remain."""
-    values = points[column]
-    group = levels(values) if values.dtype.kind == "f" else np.unique(values, return_inverse=True)[1]
-    if group.max() < 2:
-        return f"This test needs three {name}s, two to fit and one to predict, and the points have {group.max() + 1}."
-    return group == np.arange(group.max() + 1)[:, None]
-
-
-def held_out_error(form: Form, points: Points, held_out: np.ndarray | str, options: dict[str, Any]) -> dict[str, Any]:
-    """Error of one form in one test; see `held_out_test`."""
-    return held_out_test({"form": form}, points, held_out, options)[0]["form"]
-
-
-def held_out_test(
-    forms: dict[str, Form], points: Points, held_out: np.ndarray | str, options: dict[str, Any]
-) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
-    """Errors on the points at `held_out` of the forms fitted to the others, and the forms ranked by them.
-
-    Each error: rmse (unit of the target) with its bootstrap interval by runs, the fit repeated in each draw;
-    relative = the mean of |y' - y| / |y|; naive = the rmse of the mean of the targets fitted; folds = the rmse of each;
-    `unidentified` names what the fitted points could not tell, where the error hangs on the start. {"reason": sentence}
-    where the test cannot be made. Each rank, best first: form, rmse, `behind` = by how much its rmse is above the best
-    one's, with the interval of that difference over draws that both share, and `first` = the part of the draws in
-    which it is lowest.
-    """
-    if isinstance(held_out, str):
-        return {name: {"reason": held_out} for name in forms}, []
-    folds = [_fold(forms, points, fold, options) for fold in np.atleast_2d(held_out)]
-    errors: dict[str, dict[str, Any]] = {}
-    draws: dict[str, np.ndarray] = {}
-    for name in forms:
-        reasons = [fold[name]["reason"] for fold in folds if "reason" in fold[name]]
-        if reasons:
-            errors[name] = {"reason": reasons[0]}
-            continue
-        squares = np.concatenate([fold[name]["difference"] ** 2 for fold in folds])
-        draws[name] = np.sqrt(
-            sum(fold[name]["drawn"] for fold in folds) / sum(fold[name]["drawn_count"] for fold in folds)
-        )
-        low, high = percentile_interval(draws[name]) if len(draws[name]) else (None, None)
-        errors[name] = {
-            "rmse": float(np.sqrt(squares.mean())),
-            "relative": float(np.mean(np.concatenate([fold[name]["relative"] for fold in folds]))),
-            "low": low,
-            "high": high,
-            "naive": float(np.sqrt(np.mean(np.concatenate([fold[name]["naive"] for fold in folds]) ** 2))),
-            "folds": [float(np.sqrt(np.mean(fold[name]["difference"] ** 2))) for fold in folds],
-            "unidentified": sorted({lost for fold in folds for lost in fold[name]["unidentified"]}),
-        }
-    return errors, _ranking(errors, draws)
-
-
-def _fold(
-    forms: dict[str, Form], points: Points, held_out: np.ndarray, options: dict[str, Any]
-) -> dict[str, dict[str, Any]]:
-    """One fold of a test: each form's differences on the held-out points, and their squares summed in each draw."""
-    seen, unseen = select(points, ~held_out), select(points, held_out)
-    starts = min(options["starts"], _HELD_OUT_STARTS)
-    fits = {name: (form, fit_form(form, seen, starts, options["seed"])) for name, form in forms.items()}
-    rich = {name: pair for name, pair in fits.items() if count(seen) > len(pair[1].free)}
-    weights = (
-        drawn_runs(points, rich, min(options["bootstrap"], _HELD_OUT_DRAWS), options["seed"], ~held_out)
-        if rich
-        else np.empty((0, count(points)))
-    )
-    found: dict[str, dict[str, Any]] = {}
-    for name, (form, fit) in fits.items():
-        if name not in rich:
-            reason = f"The {count(seen)} points left to fit are too few for the {len(fit.free)} parameters of this law."
-            found[name] = {"reason": reason}
-            continue
-        observed = unseen[form.target]
-        difference = form.predict(fit.parameters, unseen) - observed
-        samples = refitted(form, points, fit, weights, ~held_out, options.get("threads", 1))
-        squares = (form.predict(columns(form, samples), unseen) - observed) ** 2
-        found[name] = {
-            "difference": difference,
-            "relative": np.abs(difference) / np.abs(observed),
-            "naive": seen[form.target].mean() - observed,
-            "drawn": np.sum(squares * weights[:, held_out], axis=1),
-            "drawn_count": weights[:, held_out].sum(axis=1),
-            "unidentified": fit.unidentified,
-        }
-    return found
-
-
-def _ranking(errors: dict[str, dict[str, Any]], draws: dict[str, np.ndarray]) -> list[dict[str, Any]]:
-    """The forms whose error is known, from the lowest, each with how far it is behind."""
-    order = sorted(draws, key=lambda name: errors[name]["rmse"])
-    if not order:
-        return []
-    drawn = np.array([draws[name] for name in order])
-    lowest = np.bincount(drawn.argmin(axis=0), minlength=len(order)) if drawn.shape[1] else None
-    ranking = []
-    for place, name in enumerate(order):
-        between = percentile_interval(draws[name] - draws[order[0]]) if drawn.shape[1] else (None, None)
-        ranking.append(
-            {
-                "form": name,
-                "rmse": errors[name]["rmse"],
-                "behind": errors[name]["rmse"] - errors[order[0]]["rmse"],
-                "low": between[0],
-                "high": between[1],
-                "first": None if lowest is None else float(lowest[place] / drawn.shape[1]),
-            }
-        )
-    return ranking

@@ -24,7 +24,8 @@ from pydantic import Field
 
 from coppice.laws import Law, LawOptions
 from coppice.laws.chinchilla import is_single
-from coppice.laws.fit import Fit, Form, Parameter, Parameters, Points, largest, leave_one_out
+from coppice.laws.fit import Fit, Form, Parameter, Parameters, Points
+from coppice.laws.held_out import largest, leave_one_out
 from coppice.laws.precision import retained
 from coppice.laws.quality import METRICS, measured, path
 from coppice.uncertainty import percentile_interval

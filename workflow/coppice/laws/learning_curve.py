@@ -25,7 +25,8 @@ import numpy as np
 from pydantic import Field
 
 from coppice.laws import Law, LawOptions
-from coppice.laws.fit import FEWEST_RUNS, Points, later_tokens, metrics, select
+from coppice.laws.fit import FEWEST_RUNS, Points, metrics, select
+from coppice.laws.held_out import later_tokens
 from coppice.laws.quality import matches
 from coppice.uncertainty import percentile_interval, resampled_sums
 from coppice.wording import counted

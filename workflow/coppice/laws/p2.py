@@ -18,17 +18,8 @@ import numpy as np
 from pydantic import Field
 
 from coppice.laws import Law
-from coppice.laws.fit import (
-    Fit,
-    Form,
-    Parameter,
-    Parameters,
-    Points,
-    highest_of_each,
-    largest,
-    later_tokens,
-    levels,
-)
+from coppice.laws.fit import Fit, Form, Parameter, Parameters, Points, levels
+from coppice.laws.held_out import highest_of_each, largest, later_tokens
 from coppice.laws.recoveries import CURVES, RecoveryOptions, recoveries
 from coppice.wording import counted
 

@@ -22,7 +22,8 @@ from pydantic import Field, PositiveFloat
 
 from coppice.laws import Law, chinchilla
 from coppice.laws.chinchilla import is_single, powers_of_a_thousand
-from coppice.laws.fit import Form, Parameter, Parameters, Points, largest, leave_one_out
+from coppice.laws.fit import Form, Parameter, Parameters, Points
+from coppice.laws.held_out import largest, leave_one_out
 from coppice.laws.quality import METRICS, QualityOptions, matches, measured
 
 if TYPE_CHECKING:

@@ -18,7 +18,8 @@ import numpy as np
 from pydantic import Field
 
 from coppice.laws import Law
-from coppice.laws.fit import Fit, Form, Parameter, Parameters, Points, highest_of_each, leave_one_out, levels
+from coppice.laws.fit import Fit, Form, Parameter, Parameters, Points, levels
+from coppice.laws.held_out import highest_of_each, leave_one_out
 from coppice.laws.quality import METRICS, QualityOptions, choice, matches, measured, path
 from coppice.uncertainty import percentile_interval
 from coppice.wording import listed, number

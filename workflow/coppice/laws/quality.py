@@ -44,7 +44,8 @@ def measured(tables: dict[str, pd.DataFrame], options: dict[str, Any], kind: str
     units = sorted(rows["unit"].dropna().unique())
     if len(units) > 1:
         raise UserError(
-            f"The metric {metric} stands in several units ({', '.join(units)}); evaluate its nodes anew with one version."
+            f"The metric {metric} stands in several units ({', '.join(units)}); evaluate its nodes anew with one "
+            "version."
         )
     found = nodes.merge(rows[["node", "value", "stderr"]], on="node", how="inner")
     chosen = np.array([matches(node, options["nodes"]) for node in found["node"]], bool)

@@ -17,7 +17,8 @@ import numpy as np
 
 from coppice.laws import Law, chinchilla
 from coppice.laws.chinchilla import is_single, powers_of_a_thousand
-from coppice.laws.fit import Form, Parameter, Parameters, Points, highest_of_each, largest, later_tokens
+from coppice.laws.fit import Form, Parameter, Parameters, Points
+from coppice.laws.held_out import highest_of_each, largest, later_tokens
 from coppice.laws.recoveries import CURVES, RecoveryOptions, recoveries
 
 if TYPE_CHECKING:

@@ -29,12 +29,12 @@ from coppice.laws.fit import (
     columns,
     count,
     fit_form,
-    held_out_test,
     metrics,
     objective,
     profile,
     select,
 )
+from coppice.laws.held_out import held_out_test
 from coppice.uncertainty import percentile_interval
 from coppice.wording import listed, number
 
@@ -43,6 +43,8 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".parquet", ".jsonl", ".csv")
 _PROFILE_STEPS = 41
+_KEYS = {"nodes": ("node",), "metrics": ("node", "evaluation", "metric"), "curves": ("node", "tokens", "split")}
+_COUNTED = ("parameters", "tokens")  # units of what is never zero or less
 _NO_SAMPLES: dict[str, np.ndarray] = {}
 
 
@@ -103,7 +105,21 @@ def _table(path: Path, needed: tuple[str, ...]) -> pd.DataFrame:
                 f"{path} has no column {missing[0]!r}: it was written by another version; remove it, and make the "
                 "tables anew (`snakemake tables`)."
             )
-        return pd.read_parquet(path, columns=list(needed))
+        return _distinct(pd.read_parquet(path, columns=list(needed)).reset_index(drop=True), path)
+
+
+def _distinct(table: pd.DataFrame, path: Path) -> pd.DataFrame:
+    """The table with each row once. Raises UserError where two rows of a key differ."""
+    key = [column for column in _KEYS.get(path.stem, ()) if column in table]
+    if not key or not (repeated := table.duplicated(key)).any():
+        return table
+    # Lists, such as the marks of a node, have no hash.
+    if table[~table.astype(str).duplicated()].duplicated(key).any():
+        name = ", ".join(f"{column} {table.at[repeated.idxmax(), column]}" for column in key)
+        raise UserError(
+            f"{path} holds two different rows of {name}; remove it, and make the tables anew (`snakemake tables`)."
+        )
+    return table[~repeated].reset_index(drop=True)
 
 
 def _from_file(law: Law, options: dict[str, Any]) -> Points:
@@ -155,6 +171,11 @@ def _usable(law: Law, points: Points, options: dict[str, Any]) -> tuple[Points, 
     if not finite.all():
         notes.append(f"{np.sum(~finite)} of {total} points hold a value that is not finite and were left out.")
         points = select(points, finite)
+    counted = [points[name] for name, unit in law.units.items() if unit in _COUNTED and name in law.columns]
+    above = np.all([column > 0 for column in counted], axis=0) if counted else np.ones(count(points), bool)
+    if not above.all():
+        notes.append(f"{np.sum(~above)} of {total} points have no parameters or tokens and were left out.")
+        points = select(points, above)
     first = ~pd.DataFrame(points).duplicated().to_numpy() if count(points) else np.empty(0, bool)
     if not first.all():
         notes.append(f"{np.sum(~first)} of {total} points repeat another one and were left out.")

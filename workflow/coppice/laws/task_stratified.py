@@ -21,7 +21,8 @@ from pydantic import Field
 
 from coppice.errors import UserError
 from coppice.laws import Law
-from coppice.laws.fit import Form, Objective, Parameter, Parameters, Points, largest, levels, select
+from coppice.laws.fit import Form, Objective, Parameter, Parameters, Points, levels, select
+from coppice.laws.held_out import largest
 from coppice.laws.quality import METRICS, QualityOptions, choice, measured, path
 
 if TYPE_CHECKING:
