@@ -56,7 +56,9 @@ def tokens(model, use):
 
 
 def fits():
-    return [f"{RESULTS}/laws/{law}/fit.json" for law in STUDY.laws]
+    """All that the fits write: the report and the tracker read more than fit.json."""
+    files = ("fit.json", "points.parquet", "samples.parquet", "fit.svg")
+    return [f"{RESULTS}/laws/{law}/{file}" for law in STUDY.laws for file in files]
 
 
 def options(name, paths):
@@ -204,11 +206,15 @@ def node_state(wildcards):
 
 
 def evaluation_options(wildcards):
-    """An evaluation as JSON; which nodes it measures is no part of how it measures."""
+    """An evaluation as JSON; which nodes it measures is no part of how it measures.
+
+    Options that are null are left out, so that one that is new and off measures nothing again.
+    """
     evaluation = STUDY.evaluations[wildcards.evaluation]
     world = tree.world(STUDY, evaluation)
     described = {"world": STUDY.texts[world].model_dump(mode="json")} if world else {}
-    return json.dumps({**evaluation.model_dump(mode="json", exclude={"nodes", "world"}), **described})
+    asked = evaluation.model_dump(mode="json", exclude={"nodes", "world"}, exclude_none=True)
+    return json.dumps({**asked, **described})
 
 
 def twin_checkpoint(wildcards):
@@ -237,10 +243,26 @@ def law_name(wildcards):
 
 
 def law_files(wildcards):
-    """The law's own file, and the file of points in the place of the tables where its options name one."""
-    own = relpath(Path(laws.__file__).parent / f"{law_name(wildcards).replace('-', '_')}.py")
+    """The files of the law and of the engine, and that of the points where its options name one instead of the tables.
+
+    A changed law is fitted anew, as is one that rests on it; a changed engine fits all of them anew.
+    """
+    folder = Path(laws.__file__).parent
+    found, waiting = {folder / "__init__.py"}, {law_name(wildcards).replace("-", "_"), "stage"}
+    while waiting:
+        file = folder / f"{waiting.pop()}.py"
+        if file.is_file() and file not in found:
+            found.add(file)
+            waiting |= law_modules(file.read_text(encoding="utf-8"))
     points = STUDY.laws[wildcards.law].options.get("file")
-    return [own, points] if points else [own]
+    return [*sorted(map(relpath, found)), *([points] if points else [])]
+
+
+def law_modules(text):
+    """What a module's text imports from the package of laws: modules, and other names among them."""
+    packages = re.findall(r"^\s*from coppice\.laws import (.+)$", text, re.MULTILINE)
+    modules = re.findall(r"^\s*from coppice\.laws\.(\w+) import", text, re.MULTILINE)
+    return {name for names in packages for name in re.findall(r"\w+", names)} | set(modules)
 
 
 def law_options(wildcards):

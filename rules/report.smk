@@ -21,5 +21,5 @@ rule report:
     conda:
         "../envs/coppice.yaml"
     shell:
-        "python -m coppice report --study {input.study} --results $(dirname {input.study}) --output $(dirname {output.page})"
-        " > {log} 2>&1"
+        "python -m coppice report --study {input.study} --results $(dirname {input.study})"
+        " --output $(dirname {output.page}) > {log} 2>&1"

@@ -176,6 +176,9 @@ def _quality(folder: Path, node: str, perplexity: float) -> None:
             "unit": "perplexity",
         },
         {"metric": "biographies_acc", "value": 0.9 - perplexity / 50, "stderr": 0.02, "n": 200, "unit": "accuracy"},
+        {"metric": "biographies_choice_probability", "value": 0.8, "stderr": 0.01, "n": 200, "unit": "probability"},
+        {"metric": "biographies_brier", "value": 0.3, "stderr": 0.01, "n": 200, "unit": "squared error"},
+        {"metric": "matrix_entropy_stories", "value": 1 - perplexity / 100, "stderr": 0.01, "n": 8, "unit": "ratio"},
     ]
     report = {
         "node": node,
@@ -210,12 +213,19 @@ def _cost(folder: Path, node: str) -> None:
 
 def _law(folder: Path) -> None:
     def parameter(value: float, low: float | None, high: float | None, identified: bool = True) -> dict[str, Any]:
-        return {"value": value, "low": low, "high": high, "identified": identified, "spread": 0.0}
+        stderr = None if low is None or high is None else (high - low) / 4
+        ends = {"low": low, "high": high, "stderr": stderr}
+        return {"value": value, **ends, "identified": identified, "spread": 0.0}
 
     fit: dict[str, Any] = {
         "law": "p2",
         "source": {"title": "P2 Law", "arxiv": "2411.10272", "equation": "L = L0 + rho^-gamma ..."},
-        "units": {"tokens": {"unit": "tokens", "scale": 1e6}, "dense_parameters": {"unit": "parameters", "scale": 1e6}},
+        "target": "loss",
+        "units": {
+            "loss": {"unit": "nats per token", "scale": 1.0},
+            "tokens": {"unit": "tokens", "scale": 1e6},
+            "dense_parameters": {"unit": "parameters", "scale": 1e6},
+        },
         "parameters": {
             "N_C": parameter(0.1, None, None, identified=False),
             "D_C": parameter(0.05, 0.04, 0.06),
@@ -226,13 +236,28 @@ def _law(folder: Path) -> None:
             "delta": parameter(0.1, 0.0, 0.2),
         },
         "metrics": {"r2": 0.991, "huber": 1e-4, "asd": 2e-6, "asd_relative": 0.05, "rmse": 0.01},
+        "objective": 5e-4,
         "held_out": {
             "later_tokens": {
-                "p2": {"rmse": 0.012, "relative": 0.004, "low": 0.01, "high": 0.02, "unidentified": []},
-                "without_delta": {"rmse": 0.02, "relative": 0.008, "low": None, "high": None, "unidentified": []},
+                "p2": {
+                    "rmse": 0.012, "relative": 0.004, "low": 0.01, "high": 0.02, "naive": 0.3, "folds": [0.012],
+                    "unidentified": [],
+                },
+                "without_delta": {
+                    "rmse": 0.02, "relative": 0.008, "low": None, "high": None, "naive": 0.3, "folds": [0.02],
+                    "unidentified": [],
+                },
             },
             "larger_model": {"p2": {"reason": "It needs three dense sizes."}, "without_delta": {"reason": "Same."}},
         },
+        "ranking": {
+            "later_tokens": [
+                {"form": "p2", "rmse": 0.012, "behind": 0.0, "low": 0.0, "high": 0.0, "first": 0.93},
+                {"form": "without_delta", "rmse": 0.02, "behind": 0.008, "low": -0.001, "high": 0.015, "first": 0.07},
+            ],
+            "larger_model": [],
+        },
+        "profiles": {"beta": {"values": [0.4, 0.5, 0.6], "objective": [9e-4, 5e-4, 8e-4]}},
         "points": 10,
         "runs": 2,
         "recommendation": [
@@ -244,7 +269,7 @@ def _law(folder: Path) -> None:
             }
         ],
         "notes": ["There is one pruning rate, so gamma is not identified."],
-        "options": {"gain": 0.01},
+        "options": {"gain": 0.01, "residuals": "logarithmic", "huber": 0.001, "tolerance": 0.1},
         "passes": {"ok": True, "reasons": []},
         "converged": True,
         "starts_within_tolerance": 12,

@@ -14,25 +14,23 @@ import pyarrow as pa
 import pytest
 from fake_results import fake_study, write_results
 
-from coppice import decisions, laws, tables
+from coppice import laws, tables
 from coppice.cli import main
 from coppice.comparisons import Scores
-from coppice.decisions import (
+from coppice.decisions import recipe
+from coppice.decisions.budget import expected_loss, predictive_interval, tokens_to_buy
+from coppice.decisions.fitted import Fitted
+from coppice.decisions.next_run import next_runs, variance_reduction
+from coppice.decisions.recipe import (
     Compared,
-    Fitted,
     Limit,
     best_within,
     chosen_metric,
-    expected_loss,
     joint_draws,
     ladder,
     latencies,
     lower_is_better,
-    next_runs,
-    predictive_interval,
     probabilities_of_best,
-    tokens_to_buy,
-    variance_reduction,
 )
 from coppice.errors import UserError
 from coppice.laws import p2
@@ -328,7 +326,7 @@ def test_missing_values_and_values_that_are_no_number_are_named() -> None:
         for node, value, stderr in (("a", 2.0, 0.1), ("b", math.nan, 0.1), ("c", 3.0, None))
     ]
     items = pa.table({name: [] for name in tables.SCHEMAS["items"].names}, schema=tables.SCHEMAS["items"])
-    found = decisions.compare(nodes, metrics, items, ("e", "perplexity_t"), True)
+    found = recipe.compare(nodes, metrics, items, ("e", "perplexity_t"), True)
     assert found.unmeasured == ["b", "d"]
     assert [row["node"] for row in found.rows] == ["a", "c"]
     assert found.notes() == [
@@ -363,10 +361,10 @@ def test_latencies_are_measured_unless_a_roofline_is_named() -> None:
         latencies([*rows, cost("a", "cpu", 1.0, "long")], None, None)
     with pytest.raises(UserError, match="no decode_latency was measured"):
         latencies([], None, None)
-    bounds, notes = decisions.limits([], rows, max_latency=0.015)
+    bounds, notes = recipe.limits([], rows, max_latency=0.015)
     assert (bounds[0].admits("a"), bounds[0].admits("q"), bounds[0].admits("z")) == (True, False, False)
     assert notes == ["Their latency is that of a simulation: q."]
-    _, notes = decisions.limits([], rows, max_latency=1, device="H200 (roofline)")
+    _, notes = recipe.limits([], rows, max_latency=1, device="H200 (roofline)")
     assert notes == ["The latencies on H200 (roofline) are predictions, not measurements."]
 
 
@@ -425,13 +423,13 @@ def test_scores_are_found_in_the_table_of_items(results: Path) -> None:
         (row["node"], row["metric"]): row["value"]
         for row in tables.read_table(results / "tables", "metrics").to_pylist()
     }
-    found = decisions.scores_of(items, "quality", "perplexity_stories")
+    found = recipe.scores_of(items, "quality", "perplexity_stories")
     assert len(found) == 10
     for node, scores in found.items():
         assert math.exp(scores.mean) == pytest.approx(rows[node, "perplexity_stories"])
-    accuracy = decisions.scores_of(items, "quality", "biographies_acc")
+    accuracy = recipe.scores_of(items, "quality", "biographies_acc")
     assert accuracy["small"].mean == pytest.approx(2 / 3)
-    assert decisions.scores_of(items, "quality", "nothing_acc") == {}
+    assert recipe.scores_of(items, "quality", "nothing_acc") == {}
 
 
 def test_every_question_has_an_answer(results: Path, capsys: pytest.CaptureFixture[str]) -> None:

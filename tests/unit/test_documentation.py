@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import jsonschema
 import pytest
+import yaml
+from pydantic import Field
 from studies import small_study
 
-from coppice import documentation
+from coppice import documentation, laws
+from coppice.laws import LawOptions
 from coppice.methods.base import methods
 
 
@@ -21,8 +24,31 @@ def test_a_file_that_was_changed_by_hand_is_out_of_date(tmp_path):
     assert [path.name for path in documentation.outdated(tmp_path)] == ["README.md"]
 
 
-def test_the_schema_accepts_a_study():
-    jsonschema.validate(small_study(), documentation.schema())
+def test_what_is_written_by_hand_around_the_laws_stays(monkeypatch, tmp_path):
+    (tmp_path / "docs").mkdir()
+    page = f"# By hand\n\n{documentation.LAWS_BEGIN}\nold\n{documentation.LAWS_END}\n\nThe end.\n"
+    (tmp_path / documentation.LAWS).write_text(page)
+    monkeypatch.setattr(documentation, "ROOT", tmp_path)
+    found = documentation.laws_page()
+    assert found.startswith(f"# By hand\n\n{documentation.LAWS_BEGIN}\n\n| law |")
+    assert found.endswith(f"\n\n{documentation.LAWS_END}\n\nThe end.\n")
+    assert "old" not in found.splitlines()
+
+
+@pytest.fixture(scope="module")
+def schema() -> jsonschema.Draft202012Validator:
+    return jsonschema.Draft202012Validator(documentation.schema())
+
+
+def test_the_schema_accepts_a_study(schema):
+    schema.check_schema(schema.schema)
+    schema.validate(small_study())
+
+
+def test_the_schema_accepts_laws_with_their_options(schema):
+    study = yaml.safe_load((documentation.ROOT / "config/examples/knowledge.yaml").read_text(encoding="utf-8"))
+    assert len(study["laws"]) > 1
+    schema.validate(study)
 
 
 @pytest.mark.parametrize(
@@ -33,11 +59,14 @@ def test_the_schema_accepts_a_study():
         {"steps": {"a": {"method": "nothing"}}},
         {"models": {"a": {"path": "b", "hub": "c"}}},
         {"recipes": ["a"]},
+        {"laws": {"a": {"law": "p3"}}},
+        {"laws": {"a": {"law": "p2", "options": {"gian": 0.01}}}},
+        {"laws": {"a": {"law": "p2", "options": {"gain": 0}}}},
     ],
 )
-def test_the_schema_refuses_what_is_no_study(change):
+def test_the_schema_refuses_what_is_no_study(schema, change):
     with pytest.raises(jsonschema.ValidationError):
-        jsonschema.validate({**small_study(), **change}, documentation.schema())
+        schema.validate({**small_study(), **change})
 
 
 def test_every_method_has_its_row_and_every_option_a_description():
@@ -46,6 +75,31 @@ def test_every_method_has_its_row_and_every_option_a_description():
         assert f"| [{name}](#{name}) | {method.family} |" in page
         for option, field in method.options.model_fields.items():
             assert field.description, f"{name}.{option} has no description"
+
+
+def test_every_law_has_its_section_and_every_option_a_description():
+    page = documentation.laws_page()
+    for name in laws.names():
+        law = laws.load(name)
+        assert f"| [{name}](#{name}) | `{law.source['equation']}` |" in page
+        assert f"(arXiv {law.source['arxiv']})" in page
+        section = page.partition(f"\n### {name}\n")[2].partition("\n### ")[0]
+        for column in law.columns:
+            assert f"| `{column}` |" in section
+        for parameter in law.form.parameters if law.form else ():
+            assert f"| `{parameter}` |" in section
+        for part in (*law.rivals, *law.held_out):
+            assert f"`{part}`" in section
+        for option, field in law.options.model_fields.items():
+            assert field.description, f"{name}.{option} has no description"
+            assert option in documentation.unchanged(law.options) or f"\n| `{option}` |" in section
+
+
+def test_options_that_a_law_changes_are_told_and_the_others_are_not():
+    class Options(LawOptions):
+        tolerance: float = Field(default=0.2, description=LawOptions.model_fields["tolerance"].description)
+
+    assert documentation.unchanged(Options) == set(LawOptions.model_fields) - {"tolerance"}
 
 
 def test_every_key_of_the_config_has_a_description():

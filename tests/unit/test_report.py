@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 import pytest
 from fake_results import BUDGETS, fake_study, log, write_results
 
-from coppice import report, tables
+from coppice import figures, report, tables
 from coppice.errors import UserError
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -64,7 +64,7 @@ def test_the_page_stands_alone(results: Path) -> None:
     assert set(re.findall(r"https?://[^\"'<\s]+", page)) == {"http://www.w3.org/2000/svg"}
     for text in (
         "10 of 12 nodes made from small, medium", "2 nodes failed", "gptq-4", "6.05 \u00b1 0.59", "71%", "0.0400",
-        "0.40% of the loss",
+        "0.40% of the loss", "rmse 0.0100 nats per token", "Huber's loss (delta 0.001) of logarithmic residuals",
         "train on 1.4M tokens", "gamma is not identified", "decode_latency, s/token (cpu)",
         "no such thing", "2.13.0", "shipped", "pairs compared; Holm's adjustment", "0.749 \u00b1 0.039 ~",
     ):  # fmt: skip
@@ -137,9 +137,10 @@ def test_a_study_without_results_to_draw(results: Path) -> None:
     (results / "laws/p2/fit.json").unlink()
     tables.write_tables(study, results, results / "tables")
     page = page_of(results, study)
-    assert "No perplexity was measured." in page
-    assert "No recovery was run." in page
+    assert re.findall("<h2>(.*?)</h2>", page) == ["Nodes", "Roofline", "Provenance"]
     assert "2 of 2 nodes" in page
+    for name, message in (("frontier", "No perplexity was measured."), ("curves", "No recovery was run.")):
+        assert message in [text.text for text in figure(results, name).iter(f"{SVG}text")]
 
 
 def test_a_fit_of_nothing_and_a_single_node(results: Path) -> None:
@@ -148,7 +149,7 @@ def test_a_fit_of_nothing_and_a_single_node(results: Path) -> None:
     fit["parameters"] = {
         name: entry | {"value": None, "identified": False} for name, entry in fit["parameters"].items()
     }
-    fit |= {"metrics": dict.fromkeys(fit["metrics"]), "recommendation": [], "points": 0, "runs": 0}
+    fit |= {"metrics": dict.fromkeys(fit["metrics"]), "recommendation": [], "profiles": {}, "points": 0, "runs": 0}
     fit["passes"] = {"ok": False, "reasons": ["No held-out test of it could be made."]}
     fit["units"] = {name: entry | {"scale": None} for name, entry in fit["units"].items()}
     path.write_text(json.dumps(fit))
@@ -158,30 +159,37 @@ def test_a_fit_of_nothing_and_a_single_node(results: Path) -> None:
     assert "1 of 1 nodes" in page_of(results, study)
 
 
+def section(page: str, title: str) -> str:
+    return page.partition(f"<h2>{title}</h2>")[2].partition("<h2>")[0]
+
+
+def cells_of(text: str) -> tuple[list[str], list[list[str]]]:
+    """The titles and the rows of the first table in a text."""
+    table = text.partition("<table>")[2].partition("</table>")[0]
+    header, *rows = re.findall("<tr.*?</tr>", table, flags=re.DOTALL)
+    titles = re.findall(r"<th(?: .*?)?>(.*?)</th>", header)
+    return titles, [re.findall(r"<td(?: .*?)?>(.*?)</td>", row) for row in rows]
+
+
 def test_lower_bounds_stand_beside_measured_times(results: Path) -> None:
-    section = page_of(results).partition("<h2>Roofline</h2>")[2].partition("<h2>")[0]
-    header, *rows = re.findall("<tr.*?</tr>", section, flags=re.DOTALL)
-    titles = re.findall(r"<th.*?>(.*?)</th>", header)
+    roofline = section(page_of(results), "Roofline")
+    titles, rows = cells_of(roofline)
     assert titles[:2] == ["node", "cost: cpu"]
     assert {"H200", "A6000"} <= set(titles[2:])
-    cells = {row[0]: row[1:] for row in (re.findall(r"<td.*?>(.*?)</td>", row) for row in rows)}
+    cells = {row[0]: row[1:] for row in rows}
     assert cells["small"][0] == "11.0"
     assert cells["medium"][0] == ""
     assert all(cells["medium"][1:])
-    assert "H200: vendor figure, as recalled" in section
-
-
-def decisions(page: str) -> str:
-    return page.partition("<h2>Decisions</h2>")[2].partition("<h2>")[0]
+    assert "H200: vendor figure, as recalled" in roofline
 
 
 def test_decisions_show_the_held_out_error_of_their_law(results: Path) -> None:
-    section = decisions(page_of(results))
-    assert "train on 1.4M tokens [900k, 2M]" in section
-    assert section.count("Held-out error of law p2, later tokens: rmse 0.0120 [0.0100, 0.0200]") == 2
-    assert "<td class=text>small/laco-25/full-1m/gptq-4</td>" in section
-    assert "The predicted loss of small/laco-25 after 1M tokens" in section
-    assert [f"{place}. " in section for place in (1, 2, 3, 4)] == [True, True, True, False]
+    decisions = section(page_of(results), "Decisions")
+    assert "train on 1.4M tokens [900k, 2M]" in decisions
+    assert decisions.count("Held-out error of law p2, later tokens: rmse 0.0120 [0.0100, 0.0200]") == 2
+    assert "<td class=text>small/laco-25/full-1m/gptq-4</td>" in decisions
+    assert "The predicted loss of small/laco-25 after 1M tokens" in decisions
+    assert [f"{place}. " in decisions for place in (1, 2, 3, 4)] == [True, True, True, False]
 
 
 def test_a_law_that_fails_its_test_recommends_nothing(results: Path) -> None:
@@ -190,9 +198,104 @@ def test_a_law_that_fails_its_test_recommends_nothing(results: Path) -> None:
     fit["passes"] = {"ok": False, "reasons": ["Its error in the held-out test 'later tokens' is 12.0%."]}
     path.write_text(json.dumps(fit))
     page = page_of(results)
-    assert "fails its own test. Its error in the held-out test" in decisions(page)
+    assert "fails its own test. Its error in the held-out test" in section(page, "Decisions")
+    assert "nothing is recommended from it. Its error in the held-out test" in section(page, "Law: p2")
     assert "train on" not in page
     assert "Best at each size" in page
+
+
+def test_a_law_shows_its_rivals_from_the_best_and_its_profile(results: Path) -> None:
+    law = section(page_of(results), "Law: p2")
+    assert "The law passes its own tests" in law
+    titles, rows = cells_of(law)
+    assert titles[:3] == ["parameter", "value", "standard error"]
+    assert ["D_C", "0.05000", "0.00500", "0.0400", "0.0600", "yes"] in rows
+    titles, rows = cells_of(law.partition("Held out: later tokens")[2])
+    assert titles[1] == "rmse, nats per token"
+    assert rows == [
+        ["p2 (this law)", "0.0120", "0.0100", "0.0200", "0.40%", "0", "0", "0", "93%"],
+        ["without delta", "0.0200", "", "", "0.80%", "0.00800", "-0.00100", "0.0150", "7%"],
+        ["the mean of the points fitted", "0.300", *[""] * 7],
+    ]
+    beyond = law.partition("Held out: larger model")[2]
+    assert "p2 (this law): It needs three dense sizes." in beyond
+    assert "without delta: Same." in beyond
+    (profile,) = re.findall("<svg.*?</svg>", law, flags=re.DOTALL)
+    (line,) = ElementTree.fromstring(profile).iter(f"{SVG}polyline")
+    heights = [float(point.split(",")[1]) for point in line.get("points").split()]
+    assert heights[1] == max(heights)  # the fitted value has the lowest objective, which lies furthest down
+
+
+def test_details_of_a_law_become_tables() -> None:
+    details = {
+        "best": [
+            {"k": 4, "alone": False, "bits": 2e6, "probabilities": {"4": 0.75, "8": 0.25}, "stop": None},
+            {"k": None, "alone": True, "bits": 0.5, "probabilities": None, "stop": None},
+        ],
+        "offsets": {"4": {"value": 1.5, "curve": [1, 2]}},
+        "shares": {"a": 0.25, "b": 1},
+        "tokens": 300,
+        "base": "a sentence",
+        "curves": {"4": [[1, 2]]},
+        "many": [{"run": f"run {place}"} for place in range(45)],
+    }
+    numbers, best, offsets, shares, many = re.split("<h3>", "".join(report._details(details)))
+    assert cells_of(numbers)[1] == [["tokens", "300"]]
+    assert cells_of(best) == (
+        ["k", "alone", "bits", "probabilities 4", "probabilities 8"],
+        [["4", "no", "2.00e+06", "0.750", "0.250"], ["", "yes", "0.500", "", ""]],
+    )
+    assert cells_of(offsets) == (["", "value"], [["4", "1.50"]])
+    assert cells_of(shares)[1] == [["a", "0.250"], ["b", "1"]]
+    assert len(cells_of(many)[1]) == 40
+    assert "5 more are in fit.json" in many
+    assert "<details><summary>40 rows" in many
+
+
+def test_comparisons(results: Path) -> None:
+    comparisons = section(page_of(results), "Comparisons")
+    titles, rows = cells_of(comparisons)
+    assert titles == ["evaluation", "task", "measure", "pairs compared", "told apart"]
+    # By hand: 5 nodes a model, of which the chain makes 2 pairs with a parent that is not dense. All answer alike.
+    assert [row[2] for row in rows] == ["accuracy", "log_probability", "loss"]
+    assert {row[4] for row in rows[:2]} == {"0"}
+    assert int(rows[2][4]) > 0
+    alike = comparisons.partition("<details>")[2]
+    assert "pairs of neighbours in rank that are not told apart" in alike
+    assert {row[2] for row in cells_of(alike)[1]} >= {"accuracy"}
+    flips = cells_of(comparisons.partition("flipped")[2])
+    assert flips[0][2:4] == ["right \u2192 wrong", "wrong \u2192 right"]
+    assert [row[0] for row in flips[1]] == sorted(row[0] for row in flips[1])
+    assert len(flips[1]) == 8  # all nodes but the dense ones
+    assert {tuple(row[2:5]) for row in flips[1]} == {("0", "0", "0.0%")}
+
+
+def test_measures_of_a_task_and_of_states_stand_side_by_side(results: Path) -> None:
+    page = page_of(results)
+    titles, rows = cells_of(section(page, "From probabilities to accuracy"))
+    assert titles == ["node", "accuracy", "choice probability", "Brier score"]
+    assert {row[0]: row[2:] for row in rows}["small"] == ["0.800 \u00b1 0.020", "0.300 \u00b1 0.020"]
+    titles, rows = cells_of(section(page, "Hidden states"))
+    assert titles[:3] == ["node", "perplexity", "matrix entropy"]
+    cells = {row[0]: row for row in rows}
+    # By hand: 1 - e^1.8 / 100, and the same with 1.35 times the perplexity.
+    assert cells["small"][2] == "0.940"
+    assert cells["small/wanda-50"][2] == "0.918 (-0.021)"
+    titles, rows = cells_of(section(page, "Signals"))
+    assert ["validation_loss_monotonicity", "1", "1.00"] in [row[1:4] for row in rows]
+
+
+def test_connectivity() -> None:
+    details = json.dumps({"regime": "II-B", "regime_meaning": "connected, similar outputs", "task": "stories"})
+    rows = [
+        {"node": "small/wanda-50/full@1", "evaluation": "basins", "metric": f"{name}_stories", "value": value}
+        | {"details": details}
+        for name, value in (("mode_connectivity", -0.01), ("barrier_loss", 0.02), ("cka", 0.99))
+    ]
+    titles, cells = cells_of(report._connectivity_table(rows))
+    assert titles[3:] == ["mode connectivity", "barrier, nats/token", "CKA"]
+    regime = "II-B: connected, similar outputs"
+    assert cells == [["small/wanda-50/full@1", "stories", regime, "-0.0100", "0.0200", "0.990"]]
 
 
 def test_same_tables_give_the_same_page(results: Path) -> None:
@@ -208,7 +311,7 @@ def test_tables_must_be_there(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("low", "high"), [(1.0, 1.0), (1.0, 1.01), (3.9, 4.1), (1e-3, 1e6), (0.49, 0.51)])
 def test_axes_have_a_few_marks_within(low: float, high: float) -> None:
     for logarithmic in (True, False):
-        scale, ticks = report._axis(low, high, 0, 100, logarithmic)
+        scale, ticks = figures._axis(low, high, 0, 100, logarithmic)
         assert len(ticks) <= 10
         assert all(0 <= scale(tick) <= 100 for tick in ticks)
         assert 0 < scale(low) <= scale(high) < 100

@@ -40,7 +40,9 @@ def test_summary(results: Path) -> None:
     assert "model.layers.3 has no such thing" in text
     assert "D_C         0.0500   [0.0400, 0.0600]" in text
     assert "Not identified by these points: N_C, alpha, gamma." in text
-    assert "Held out, later tokens: rmse 0.0120 [0.0100, 0.0200] nats/token, 0.40% of the loss." in text
+    assert line_of(text, "Law p2:").endswith("R2 0.9910, rmse 0.0100 nats per token, passes its own tests")
+    held_out = "Held out, later tokens: rmse 0.0120 [0.0100, 0.0200] nats per token, 0.40% of the loss."
+    assert f"{held_out} Best of 2 forms." in text
     assert "small at rho 0.20: train on 1.4M tokens [900k, 2M]" in text
     # Accuracies that are all equal are told from no other; losses that differ in every document are.
     assert line_of(text, "wanda-50").endswith("7.55 +- 0.74  0.749 +- 0.039 ~")
@@ -72,6 +74,7 @@ def test_a_fit_of_nothing(results: Path) -> None:
         "parameters": dict.fromkeys(fit["parameters"], empty),
         "metrics": dict.fromkeys(fit["metrics"]),
         "held_out": {"later_tokens": {"p2": {"reason": "There are no points."}}},
+        "ranking": {"later_tokens": []},
         "points": 0,
         "runs": 0,
         "recommendation": [],
@@ -84,6 +87,21 @@ def test_a_fit_of_nothing(results: Path) -> None:
     assert "Nothing is recommended from law p2, which fails its own test. No held-out test of it" in text
     assert "Next run" not in text
     assert "Held out, later tokens: There are no points." in text
+
+
+def test_a_law_of_another_target_has_its_unit(results: Path) -> None:
+    fit = json.loads((results / "laws/p2/fit.json").read_text())
+    fit |= {"target": "negative_log_accuracy", "units": {"negative_log_accuracy": {"unit": "nats", "scale": 1.0}}}
+    fit["ranking"]["later_tokens"].reverse()
+    fit["passes"] = {"ok": False, "reasons": ["It is too far off."]}
+    lines = summary.law_lines("tasks", fit)
+    assert lines[0] == "Law tasks: 10 points of 2 runs, R2 0.9910, rmse 0.0100 nats"
+    text = " ".join(" ".join(lines).split())
+    assert "rmse 0.0120 [0.0100, 0.0200] nats, 0.40% of the negative log accuracy." in text
+    assert "Best of 2 forms: without delta, rmse 0.0200." in text
+    assert "which fails its own test. It is too far off." in text
+    fit.pop("target")
+    assert "rmse 0.0120 [0.0100, 0.0200], 0.40% of the value." in " ".join(summary.law_lines("tasks", fit))
 
 
 def test_long_names_stay_within_the_width(results: Path) -> None:

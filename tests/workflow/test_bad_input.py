@@ -15,6 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from coppice.cli import main
 from coppice.files import read_json, write_json
+from coppice.study import effective, load_study, write_effective
+from coppice.tables import write_tables
 from tests.nodes import gather, save_root, save_text, save_tokenizer, save_windows
 from tests.tiny import tiny_model
 
@@ -385,6 +387,50 @@ def test_other_branches_finish_and_a_corrected_study_completes(
     nodes = {"tiny", "tiny/magnitude-50", "tiny/rtn-4", "tiny/rtn-4/lora"}
     assert set(pd.read_parquet(results / "tables/nodes.parquet").node) == nodes
     assert statuses(tmp_path) == dict.fromkeys({".", *nodes}, "FINISHED")
+
+
+def test_laws_that_cannot_be_fitted_are_failures_and_the_others_are_fitted(
+    snakemake: Callable, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tables exist already: a dense model, and no measurement of it."""
+    shutil.copytree(place / "tiny", tmp_path / "tiny")
+    monkeypatch.chdir(tmp_path)
+    ratios = [0.1, 0.3, 0.5, 0.7]
+    points = pd.DataFrame({"run": "r", "model": "tiny", "method": "m", "ratio": ratios, "dense_score": 1.0})
+    points.to_csv("unscored.csv", index=False)
+    points.assign(score=[(1 - ratio) ** 0.5 for ratio in ratios]).to_csv("scored.csv", index=False)
+    laws = {
+        "column": {"law": "pruning", "options": {"file": "unscored.csv"}},
+        "metric": {"law": "k-bit", "options": {"metric": "perplexity_lost"}},
+        "whole": {"law": "pruning", "options": {"file": "scored.csv", "bootstrap": 0}},
+    }
+    described = load_study({"study": "bad", "models": {"tiny": {"path": "tiny"}}, "laws": laws})
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(effective(described)))
+    results = tmp_path / "results" / "bad"
+    dense = ["root", "--node", "tiny", "--source", '{"path": "tiny"}', "--output", str(results / "models" / "tiny")]
+    assert main(dense) == 0
+    write_effective(described, results / "study.yaml")
+    write_tables(described, results, results / "tables")
+
+    done = snakemake(tmp_path, "laws", "--configfile", str(tmp_path / "study.yaml"))
+    assert done.returncode != 0
+    assert read_json(results / "laws/whole/fit.json")["parameters"]["alpha"]["value"] == pytest.approx(0.5, rel=1e-3)
+    sentences = {
+        "column": "unscored.csv has no column 'score'. Did you mean 'dense_score'? The law needs a column for 'score'; "
+        "name it as {score: <column>} in the option `columns`.",
+        "metric": "The tables hold no measurement of perplexity_lost; name one of their metrics as the law's option "
+        "`metric`.",
+    }
+    failures = pd.read_parquet(results / "tables/failures.parquet")
+    assert set(failures.stage) == {"fit"}
+    assert failures.node.isna().all()
+    assert dict(zip(failures.log, failures.error, strict=True)) == {
+        f"logs/fit/{law}.log": sentence for law, sentence in sentences.items()
+    }
+    for law, sentence in sentences.items():
+        assert (results / f"logs/fit/{law}.log").read_text().splitlines()[-1] == f"error: {sentence}"
+        assert f"error: {sentence}" in done.stdout
+        assert not (results / "laws" / law).exists()
 
 
 def statuses(folder: Path) -> dict[str, str]:

@@ -6,11 +6,14 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
 from studies import small_study, tiny_folder
+
+from coppice.tables import SCHEMAS
 
 ROOT = Path(__file__).resolve().parents[2]
 PLUGIN = '''"""A method of another package."""
@@ -118,6 +121,8 @@ def test_the_world_goes_with_the_evaluation_and_its_nodes_do_not(planned):
     line = next(line for line in commands(planned, "evaluate") if "--name quality" in line)
     assert '"world": {"builtin": "biographies", "people": 50' in line
     assert '"nodes"' not in line
+    # An option that is off is not named, so that a new one measures nothing again.
+    assert "null" not in line
 
 
 def test_a_connectivity_reads_a_node_and_its_twin(directory):
@@ -209,6 +214,50 @@ def test_a_changed_method_makes_its_nodes_anew_and_no_others(tmp_path):
     made = {re.search(r"--node (\S+)", line)[1] for line in commands(printed, "compress")}
     assert made == {"tiny/halving", "tiny/halving/rtn-4"}
     assert commands(printed, "calibrate") == commands(printed, "root") == commands(printed, "tokenize") == []
+
+
+LAWS = {
+    "recovery": {"law": "p2"},
+    "compression": {"law": "compression"},
+    "bits": {"law": "k-bit"},
+    "points": {"law": "pruning", "options": {"file": "points.csv"}},
+}
+FITTED = ("fit.json", "points.parquet", "samples.parquet", "fit.svg")
+
+
+def test_a_changed_law_is_fitted_anew_and_a_changed_engine_fits_all(
+    tmp_path: Path, repository: Path, snakemake: Callable
+):
+    """A law that rests on another, as that of compression on p2's, changes with it."""
+    tiny_folder(tmp_path)
+    (tmp_path / "points.csv").touch()
+    study = {"study": "small", "models": {"tiny": {"path": "tiny"}}, "laws": LAWS}
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(study))
+    engine = repository / "workflow" / "coppice" / "laws"
+    done = ["study.yaml", "models/tiny/manifest.json", *(f"tables/{table}.parquet" for table in SCHEMAS)]
+    now = max(file.stat().st_mtime for file in (*engine.glob("*.py"), tmp_path / "points.csv")) + 10
+    for output in done + [f"laws/{law}/{file}" for law in LAWS for file in FITTED]:
+        file = tmp_path / "results" / "small" / output
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+        os.utime(file, (now, now))
+
+    def fitted(*changed: Path) -> set[str]:
+        """The laws that are planned once these files are newer than their fits."""
+        before = [(file, file.stat()) for file in changed]
+        try:
+            for file in changed:
+                os.utime(file, (now + 10, now + 10))
+            printed = snakemake(tmp_path, "laws", "--configfile", str(tmp_path / "study.yaml"), "-n", "-p").stdout
+        finally:
+            for file, was in before:
+                os.utime(file, (was.st_atime, was.st_mtime))
+        lines = commands(printed, "fit")
+        assert counts(printed) == {"fit": len(lines), "laws": 1}
+        return {re.search(r"--output \$\(dirname results/small/laws/(\w+)/fit.json\)", line)[1] for line in lines}
+
+    assert fitted(engine / "p2.py", tmp_path / "points.csv") == {"recovery", "compression", "points"}
+    assert fitted(engine / "held_out.py") == set(LAWS)
 
 
 def test_the_workflow_is_linted_and_formatted(directory):

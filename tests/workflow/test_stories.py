@@ -21,7 +21,9 @@ import polars as pl
 import pytest
 import yaml
 
+from coppice.cli import main
 from coppice.evaluation.harness import write_task
+from coppice.evaluation.roofline import DEVICES
 from coppice.files import read_json
 from coppice.text import load_windows
 from coppice.uncertainty import paired_difference
@@ -94,12 +96,31 @@ def study(shared_data: Path, snakemake: Callable, tmp_path_factory: pytest.TempP
     described["evaluations"]["quality"] |= {"tasks": EVERYWHERE, **asked}
     others = [task for task in DENSE_ACCURACY if task not in EVERYWHERE]
     described["evaluations"]["grammar"] = {"kind": "quality", "tasks": others, **asked, "nodes": ["stories"]}
+    extend(described)
     (folder / "study.yaml").write_text(yaml.safe_dump(described, sort_keys=False))
     words = [*TARGETS, "--configfile", str(folder / "study.yaml")]
     done = snakemake(folder, *words)
     assert done.returncode == 0, done.stdout
     tables = {path.stem: pd.read_parquet(path) for path in (folder / "results/stories/tables").glob("*.parquet")}
     return Finished(folder, words, tables)
+
+
+def extend(described: dict[str, Any]) -> None:
+    """Adds to the example: the control from scratch with two seeds, their connectivity, hidden states, more laws."""
+    described["budgets"] = [12_500, 25_000, 50_000, 75_000, 100_000]
+    described["steps"]["scratch"] = described["steps"]["full"] | {"method": "scratch", "tokens": 10_000}
+    described["recipes"].append({"steps": ["width-25", "scratch"], "seeds": [0, 1]})
+    described["evaluations"]["quality"]["intrinsic"] = {"protocol": "stories", "length": 32, "windows": 16}
+    described["evaluations"]["basin"] = {
+        "kind": "connectivity",
+        "perplexity": {"brief": {"text": "validation", "length": 128, "windows": 8}},
+        "points": 3,
+    }
+    described["laws"] |= {
+        "trend": {"law": "learning-curve"},
+        "pruning": {"law": "pruning", "options": {"metric": "perplexity_stories"}},
+        "bits": {"law": "k-bit", "options": {"metric": "perplexity_stories"}},
+    }
 
 
 def test_the_dense_model_has_its_known_perplexity(study: Finished) -> None:
@@ -290,7 +311,7 @@ def test_every_reader_reads_the_tables(study: Finished) -> None:
         f"select node from '{study.results}/tables/metrics.parquet' where metric = 'perplexity_stories' order by value"
     ).fetchall()
     assert best[0] == ("stories",)
-    assert len(best) == 17
+    assert len(best) == 19
     assert study.tables["failures"].empty
 
 
@@ -301,6 +322,162 @@ def test_every_number_is_finite(study: Finished) -> None:
     # One run of one rate and one model tells nothing of rates and sizes.
     assert report["runs"] == 1
     assert {name for name, value in report["parameters"].items() if value["identified"]} <= {"D_C", "E", "beta"}
+
+
+def by_item(study: Finished, node: str, task: str) -> pd.DataFrame:
+    """The items of a benchmark, one row a choice, in order."""
+    items = study.tables["items"]
+    rows = items[(items.node == node) & (items.task == task)]
+    return rows.sort_values(["item", "choice"]).reset_index(drop=True)
+
+
+def test_items_tell_the_right_choice_and_what_follows_from_it(study: Finished) -> None:
+    items = study.tables["items"]
+    assert items[items.correct.isna()].answer.isna().all()
+    task = EVERYWHERE[0]
+    rows = by_item(study, "stories", task)
+    assert (rows.answer == (rows.choice == 0)).all()
+    first, second = (rows[rows.choice == choice] for choice in (0, 1))
+    assert len(first) == len(second) == PAIRS
+    margin = first.log_likelihood.to_numpy() - second.log_likelihood.to_numpy()
+    assert (first.correct.to_numpy(bool) == (margin > 0)).all()
+    chance = 1 / (1 + np.exp(-margin))  # of the right one of two choices
+    assert study.value("stories", f"{task}_choice_probability") == pytest.approx(chance.mean())
+    assert study.value("stories", f"{task}_brier") == pytest.approx((2 * (1 - chance) ** 2).mean())
+    assert study.value("stories", f"{task}_log_probability") == pytest.approx(first.log_likelihood.mean())
+
+
+def test_pairs_of_nodes_add_up_with_their_items(study: Finished) -> None:
+    pairs = study.tables["comparisons"]
+    accuracy = pairs[pairs.measure == "accuracy"]
+    assert set(accuracy.task) == set(EVERYWHERE)  # the others were asked of one node alone
+    assert (accuracy.n == PAIRS).all()
+    gained = accuracy.wrong_to_right - accuracy.right_to_wrong
+    assert accuracy.difference.to_numpy() == pytest.approx((gained / accuracy.n).to_numpy(float))
+    for task in EVERYWHERE:
+        node, dense = (by_item(study, name, task) for name in ("stories/rtn-3", "stories"))
+        node, dense = (rows[rows.choice == 0].correct.to_numpy(bool) for rows in (node, dense))
+        [pair] = accuracy[
+            (accuracy.task == task) & (accuracy.node == "stories/rtn-3") & (accuracy.relation == "dense")
+        ].itertuples()
+        assert pair.other == "stories"
+        assert (pair.right_to_wrong, pair.wrong_to_right) == ((dense & ~node).sum(), (node & ~dense).sum())
+    assert (pairs.p_adjusted >= pairs.p_value).all()
+    assert pairs.difference.between(pairs.low, pairs.high).all()
+    # All but the dense model are compared with it, and all but the best with the next better one.
+    losses = pairs[(pairs.measure == "loss") & (pairs.task == "stories")]
+    nodes = set(study.tables["nodes"].node)
+    assert set(losses[losses.relation == "dense"].node) == nodes - {"stories"}
+    assert set(losses[losses.relation == "next"].node) == nodes - {"stories"}
+    known = losses[(losses.node == "stories/gptq-3") & (losses.relation == "dense")].iloc[0]
+    assert known.difference == pytest.approx(math.log(study.perplexity("stories/gptq-3") / study.perplexity("stories")))
+    assert known.distinguishable
+
+
+def test_seeds_give_signals(study: Finished) -> None:
+    signals, group = study.tables["signals"], "stories/width-25/scratch"
+    [signal] = signals[(signals.group == group) & (signals.metric == "perplexity_stories")].itertuples()
+    values = [study.perplexity(node) for node in (group, f"{group}@1")]
+    assert (signal.mean, signal.std) == pytest.approx((np.mean(values), np.std(values, ddof=1)))
+    assert signal.seeds == 2
+    assert signal.low < signal.std < signal.high
+    assert signal.snr == pytest.approx(signal.mean / signal.std)
+    assert set(signals[signals.evaluation.notna()].group) == {group}
+    steady = signals[signals.metric == "validation_loss_monotonicity"].set_index("group")["mean"]
+    trained = {"wanda-50/full", "width-25/full", "gptq-3/lora", "width-25/scratch"}
+    assert set(steady.index) == {f"stories/{node}" for node in trained}
+    assert steady["stories/width-25/full"] == 1
+
+
+def test_inherited_weights_are_ahead_of_drawn_ones(study: Finished) -> None:
+    curves = study.tables["curves"]
+    held_out = curves[curves.split == "validation"]
+    drawn = held_out[held_out.node == "stories/width-25/scratch"].sort_values("tokens")
+    kept = held_out[held_out.node == "stories/width-25/full"].sort_values("tokens")
+    assert drawn.loss.iloc[0] == pytest.approx(math.log(512), rel=0.05)  # a guess among the vocabulary
+    assert drawn.loss.iloc[-1] < drawn.loss.iloc[0]
+    assert kept.loss.iloc[0] < drawn.loss.iloc[-1]
+
+
+def test_two_seeds_from_scratch_are_told_apart(study: Finished) -> None:
+    metrics = study.tables["metrics"]
+    basin = metrics[metrics.evaluation == "basin"].set_index("metric")
+    assert set(basin.node) == {"stories/width-25/scratch@1"}
+    assert 0 < basin.value["cka_brief"] < 1
+    assert basin.value["barrier_loss_brief"] >= 0
+    details = json.loads(basin.details["mode_connectivity_brief"])
+    assert details["other"] == "stories/width-25/scratch"
+    assert details["path"] == [0, 0.5, 1]
+    assert details["regime"] in ("I", "II-A", "II-B")
+
+
+def test_hidden_states_are_measured_on_every_node(study: Finished) -> None:
+    metrics = study.tables["metrics"]
+    entropy = metrics[metrics.metric == "matrix_entropy_stories"]
+    assert set(entropy.node) == set(study.tables["nodes"].node)
+    assert (entropy.n == 16).all()
+    assert entropy.value.between(0, 1).all()
+    rank = metrics[metrics.metric == "effective_rank_stories"]
+    assert rank.value.between(1, 32).all()  # texts of 32 tokens span no more
+
+
+def test_every_node_has_its_roofline(study: Finished) -> None:
+    costs = study.tables["costs"]
+    predicted = costs[costs.device.fillna("").str.endswith("(roofline)")]
+    assert (predicted.value > 0).all()
+    assert predicted.simulated.all()
+    latency = predicted[predicted.metric == "decode_latency"].pivot(index="node", columns="device", values="value")
+    assert set(latency.index) == set(study.tables["nodes"].node)
+    assert set(latency.columns) == {f"{device} (roofline)" for device in DEVICES}
+    assert latency.notna().all(axis=None)
+    assert (latency.loc["stories/rtn-4"] < latency.loc["stories"]).all()
+    assert (latency.loc["stories/depth-1"] < latency.loc["stories"]).all()
+
+
+def test_laws_are_fitted_with_what_their_points_tell(study: Finished) -> None:
+    fits = {law: read_json(study.results / "laws" / law / "fit.json") for law in ("p2", "trend", "pruning", "bits")}
+    for law, fit in fits.items():
+        points, samples = (
+            pd.read_parquet(study.results / "laws" / law / f"{name}.parquet") for name in ("points", "samples")
+        )
+        assert len(points) == fit["points"] > 0
+        assert set(samples.columns) <= set(fit["parameters"])
+        assert isinstance(fit["passes"]["ok"], bool)
+    # Five budgets of each of the two recoveries and of the adapter; the control's are too few for a trend.
+    runs = {entry["run"]: entry for entry in fits["trend"]["details"]["runs"]}
+    assert set(runs) == {f"stories/{node}" for node in ("wanda-50/full", "width-25/full", "gptq-3/lora")}
+    assert all(entry["levels"] == 5 and entry["falls"] for entry in runs.values())
+    assert any("fewer than 4 held-out losses" in note for note in fits["trend"]["notes"])
+    pruned = pd.read_parquet(study.results / "laws/pruning/points.parquet")
+    assert {run.split()[1] for run in pruned.run} == {"magnitude", "wanda", "sparsegpt", "shortgpt", "llm-pruner"}
+    assert fits["pruning"]["parameters"]["alpha"]["value"] > 0
+    assert len(pd.read_parquet(study.results / "laws/pruning/samples.parquet")) > 0
+    # One model has one size, so no precision has a curve.
+    assert any("There is one size of 3-bit models" in note for note in fits["bits"]["notes"])
+    assert not fits["bits"]["passes"]["ok"]
+
+
+def test_recommendations_rest_on_laws_that_pass_their_tests(
+    study: Finished, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["recommend", "--results", str(study.results)]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    for law in ("p2", "trend", "pruning", "bits"):
+        passes = read_json(study.results / "laws" / law / "fit.json")["passes"]
+        if passes["ok"]:
+            assert f"Held-out error of law {law}" in told
+        else:
+            assert f"Nothing is recommended from law {law}, which fails its own test." in told
+            assert all(" ".join(reason.split()) in told for reason in passes["reasons"])
+    assert "Best at each size: perplexity_stories (quality)" in told
+
+    limit = study.row("stories").stored_bytes // 2
+    words = ["--metric", "perplexity_stories", "--max-bytes", str(limit), "--json"]
+    assert main(["recommend", "--results", str(study.results), *words]) == 0
+    [answer] = json.loads(capsys.readouterr().out)
+    small = study.tables["nodes"].query("stored_bytes <= @limit").node
+    best = min(small, key=study.perplexity)
+    assert best in answer["sentences"][0]
 
 
 def test_a_second_run_does_nothing(study: Finished, snakemake: Callable) -> None:

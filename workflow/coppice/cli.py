@@ -23,7 +23,7 @@ STAGES = {
     "report": ("coppice.report", "write a study's page"),
     "track": ("coppice.tracking", "mirror a study to MLflow"),
     "summary": ("coppice.summary", "print a study's results"),
-    "recommend": ("coppice.decisions", "say what a study's tables and laws advise, and how sure that is"),
+    "recommend": ("coppice.decisions.stage", "say what a study's tables and laws advise, and how sure that is"),
     "methods": ("coppice.catalogue", "list the registered methods"),
     "export": ("coppice.export", "write a node as an ordinary dense checkpoint"),
     "pretrain": ("coppice.pretrain", "train a small dense model on the built-in biographies"),

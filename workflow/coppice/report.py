@@ -4,33 +4,49 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from html import escape
 from pathlib import Path
 from typing import Any
 
-from coppice.decisions import Answer, overview
+from coppice.decisions import Answer
+from coppice.decisions.stage import overview
+from coppice.figures import curves_figure, frontier_figure, profile_figure
 from coppice.files import atomic_write, read_json
 from coppice.study import Study, load_study
 from coppice.summary import (
     comparisons_note,
-    interval,
     measured,
+    names_of,
     perplexities,
     scores,
     undistinguished,
 )
-from coppice.tables import SCHEMAS, Row, front, read_table
+from coppice.tables import SCHEMAS, Row, read_table
 from coppice.tree import nodes
-from coppice.wording import counted, held_out_sentence, number
+from coppice.wording import counted, number, target_of
 
-# Okabe and Ito's colours, which colour-blind readers tell apart.
-COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#6b6b6b")
-WIDTH = 960
-_LETTER = 6.3  # width of a letter of a label, px
+_LONG = 20  # rows: a longer table is folded
+_MOST = 40  # rows of a law's own table; the rest are counted
 
-Scale = Callable[[float], float]
+# How rightly a task is answered, from the continuous to the counted: end of the metric's name -> title.
+_LADDER = {
+    "acc": "accuracy",
+    "choice_probability": "choice probability",
+    "brier": "Brier score",
+    "log_probability": "log probability, nats",
+}
+_INTRINSIC = {
+    "matrix_entropy": "matrix entropy",
+    "effective_rank": "effective rank",
+    "diff_effective_rank": "difference of effective ranks",
+    "matrix_nuclear_norm": "matrix nuclear norm",
+}
+_CONNECTIVITY = {
+    "mode_connectivity": "mode connectivity",
+    "barrier_loss": "barrier, nats/token",
+    "cka": "CKA",
+}
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1c1e21; background: #fff; max-width: 1080px; margin: 2rem auto;
@@ -43,8 +59,8 @@ table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabula
 th, td { padding: .25rem .6rem; text-align: right; border-bottom: 1px solid #eee; white-space: nowrap }
 th { color: #555; font-weight: 600; border-bottom: 1px solid #999 }
 td.text, th.text { text-align: left } td.long { white-space: normal; text-align: left; min-width: 20rem }
-tr.best td:first-child { font-weight: 600 } code { font-size: 12px; overflow-wrap: anywhere }
-svg { max-width: 100%; height: auto }
+code { font-size: 12px; overflow-wrap: anywhere }
+svg { max-width: 100%; height: auto } summary { cursor: pointer; color: #555 }
 """
 
 
@@ -70,179 +86,6 @@ def write_report(study: Study, results: Path, output: Path) -> None:
     for name, text in (("frontier.svg", frontier), ("curves.svg", curves), ("index.html", page)):
         with atomic_write(output / name) as temporary:
             temporary.write_text(text, encoding="utf-8")
-
-
-# Figures
-
-
-def frontier_figure(rows: list[Row], metrics: list[Row]) -> str:
-    """Stored megabytes against perplexity, one panel a protocol, both axes logarithmic, with 95% intervals.
-
-    The line bounds what no node beats: nodes on it are the best at their size. Filled points were recovered on their
-    path.
-    """
-    height, body = 460, []
-    pairs = perplexities(metrics)
-    by_node = {row["node"]: row for row in rows}
-    for place, pair in enumerate(pairs):
-        shown = [row for row in metrics if (row["evaluation"], row["metric"]) == pair and row["node"] in by_node]
-        body += _frontier_panel(pair, shown, by_node, place * height, height)
-    if not pairs:
-        body = [_message("No perplexity was measured.", 80)]
-    return _svg(body, max(len(pairs) * height, 120))
-
-
-def _frontier_panel(
-    pair: tuple[str, str], shown: list[Row], by_node: dict[str, Row], top: int, height: int
-) -> list[str]:
-    shown = [row for row in shown if row["value"] is not None and math.isfinite(row["value"])]
-    if not shown:
-        return [_message(f"{pair[1]} was not measured.", top + 80)]
-    models = sorted({row["model"] for row in by_node.values()})
-    color = {model: COLORS[place % len(COLORS)] for place, model in enumerate(models)}
-    sizes = [by_node[row["node"]]["stored_bytes"] / 1e6 for row in shown]
-    ends = [interval(row) or (row["value"], row["value"]) for row in shown]
-    values = [row["value"] for row in shown]
-    # An interval that is wide beyond measure would press all points into a line.
-    low, high = max(min(low for low, _ in ends), min(values) / 2), min(max(high for _, high in ends), max(values) * 2)
-    box = (70, top + 50, WIDTH - 30, top + height - 55)
-    x, x_ticks = _axis(min(sizes), max(sizes), box[0], box[2])
-    y, y_ticks = _axis(low, high, box[3], box[1])
-    title = f"Size and quality: {pair[1].replace('_', ' ', 1)} ({pair[0]})"
-    body = _frame(box, title, "stored size, MB", "perplexity", (x, x_ticks), (y, y_ticks))
-    body += _legend([(model, color[model]) for model in models if len(models) > 1], box)
-    best = front(list(zip(sizes, values, strict=True)))
-    body.append(_staircase([(x(sizes[index]), y(values[index])) for index in best], box))
-    taken: list[tuple[float, float, float, float]] = []
-    points = [(x(size), y(value)) for size, value in zip(sizes, values, strict=True)]
-    for (across, down), row, (below, above) in zip(points, shown, ends, strict=True):
-        node = by_node[row["node"]]
-        bottom, upper = (min(max(y(end), box[1]), box[3]) if end > 0 else box[3] for end in (below, above))
-        fill = color[node["model"]] if node["path_recovery_tokens"] else "#fff"
-        tip = f"{row['node']}: {number(node['stored_bytes'] / 1e6)} MB, perplexity {measured(row)}"
-        body.append(
-            f'<g stroke="{color[node["model"]]}"><title>{escape(tip)}</title>'
-            f'<line x1="{across:.1f}" x2="{across:.1f}" y1="{bottom:.1f}" y2="{upper:.1f}" stroke-opacity=".45"/>'
-            f'<circle cx="{across:.1f}" cy="{down:.1f}" r="4.5" fill="{fill}" stroke-width="1.6"/></g>'
-        )
-        taken.append((across - 6, down - 6, across + 6, down + 6))
-    order = best + [index for index in range(len(shown)) if index not in best]
-    for index in order:
-        node = by_node[shown[index]["node"]]
-        body += _label(node["recipe"] or f"{node['model']} (dense)", points[index], taken, box, bold=index in best)
-    return body
-
-
-def _label(
-    text: str,
-    point: tuple[float, float],
-    taken: list[tuple[float, float, float, float]],
-    box: tuple[float, float, float, float],
-    bold: bool,
-) -> list[str]:
-    """A label beside a point where it hides nothing; none where there is no room (a point's tip tells its name)."""
-    width, (across, down) = len(text) * _LETTER * (1.12 if bold else 1), point
-    for dx, dy, anchor in (
-        (9, 4, 0), (-9, 4, -1), (0, -10, -0.5), (0, 19, -0.5), (8, -8, 0), (8, 16, 0), (-8, -8, -1), (-8, 16, -1),
-    ):  # fmt: skip
-        left, base = across + dx + anchor * width, down + dy
-        area = (left, base - 10, left + width, base + 3)
-        inside = box[0] < area[0] and area[2] < box[2] + 20 and box[1] < area[1] and area[3] < box[3]
-        if inside and not any(
-            area[0] < x1 and x0 < area[2] and area[1] < y1 and y0 < area[3] for x0, y0, x1, y1 in taken
-        ):
-            taken.append(area)
-            weight = ' font-weight="600"' if bold else ""
-            halo = ' stroke="#fff" stroke-width="3" paint-order="stroke"'
-            return [f'<text x="{left:.1f}" y="{base:.1f}" font-size="11"{weight}{halo}>{escape(text)}</text>']
-    return []
-
-
-def _staircase(points: list[tuple[float, float]], box: tuple[float, float, float, float]) -> str:
-    """The boundary of what the points reach: at each size the best up to there."""
-    steps = [(points[0][0], box[1])]
-    for across, down in points:
-        steps += [(across, steps[-1][1]), (across, down)]
-    steps.append((box[2], steps[-1][1]))
-    path = " ".join(f"{across:.1f},{down:.1f}" for across, down in steps)
-    return f'<polyline points="{path}" fill="none" stroke="#999" stroke-width="1.5" stroke-dasharray="5 3"/>'
-
-
-def curves_figure(rows: list[Row], curves: list[Row], fitted: dict[str, list[tuple[float, float]]]) -> str:
-    """Validation loss against recovery tokens, one panel a dense model; dashed: the law; grey: the dense loss."""
-    runs: dict[str, list[Row]] = {}
-    for row in curves:
-        if row["split"] == "validation" and row["tokens"] > 0 and row["loss"] is not None:
-            runs.setdefault(row["node"], []).append(row)
-    model_of = {row["node"]: row["model"] for row in rows}
-    models = sorted({model_of[node] for node in runs})
-    height, body = 380, []
-    for place, model in enumerate(models):
-        chosen = {node: points for node, points in sorted(runs.items()) if model_of[node] == model}
-        body += _curves_panel(model, chosen, fitted, place * height, height)
-    if not models:
-        body = [_message("No recovery was run.", 80)]
-    return _svg(body, max(len(models) * height, 120))
-
-
-def _curves_panel(
-    model: str, runs: dict[str, list[Row]], fitted: dict[str, list[tuple[float, float]]], top: int, height: int
-) -> list[str]:
-    box = (70, top + 40, WIDTH - 250, top + height - 55)
-    points = [row for rows in runs.values() for row in rows]
-    dense = sorted({row["dense_loss"] for row in points if row["dense_loss"] is not None})
-    predicted = [loss for node in runs for _, loss in fitted.get(node, [])]
-    losses = [row["loss"] for row in points] + dense + predicted
-    x, x_ticks = _axis(min(row["tokens"] for row in points), max(row["tokens"] for row in points), box[0], box[2])
-    y, y_ticks = _axis(min(losses), max(losses), box[3], box[1], logarithmic=False)
-    axes = ((x, x_ticks), (y, y_ticks))
-    body = _frame(box, f"Recovery of {model}", "recovery tokens", "validation loss, nats/token", *axes, label=counted)
-    ends = []
-    for loss in dense:
-        body.append(
-            f'<line x1="{box[0]}" x2="{box[2]}" y1="{y(loss):.1f}" y2="{y(loss):.1f}" stroke="#999" '
-            'stroke-width="1.5"/>'
-        )
-        ends.append((y(loss), "dense", "#777"))
-    for place, (node, rows) in enumerate(runs.items()):
-        color = COLORS[place % len(COLORS)]
-        rows = sorted(rows, key=lambda row: row["tokens"])
-        body.append(_line([(x(row["tokens"]), y(row["loss"])) for row in rows], color))
-        for row in rows:
-            tip = f"{node}: {number(row['loss'], 4)} nats/token after {counted(row['tokens'])} tokens"
-            radius = 4 if row["budget"] else 2
-            body.append(
-                f'<circle cx="{x(row["tokens"]):.1f}" cy="{y(row["loss"]):.1f}" r="{radius}" fill="{color}">'
-                f"<title>{escape(tip)}</title></circle>"
-            )
-        if node in fitted:
-            body.append(
-                _line([(x(tokens), y(loss)) for tokens, loss in fitted[node]], color, ' stroke-dasharray="3 4"')
-            )
-        ends.append((y(rows[-1]["loss"]), node.removeprefix(f"{model}/"), color))
-    body += _end_labels(ends, box)
-    if any(node in fitted for node in runs):
-        body.append(
-            f'<text x="{box[2]}" y="{box[1] - 10}" font-size="11" fill="#555" text-anchor="end">'
-            "dashed: fitted law</text>"
-        )
-    return body
-
-
-def _end_labels(ends: list[tuple[float, str, str]], box: tuple[float, float, float, float]) -> list[str]:
-    """Names at the ends of lines, moved apart where they would overlap."""
-    body, last = [], -math.inf
-    for down, text, color in sorted(ends):
-        place = max(down, last + 14)
-        last = place
-        shown = text if len(text) <= 36 else f"{text[:16]}...{text[-17:]}"
-        body.append(
-            f'<line x1="{box[2]}" y1="{down:.1f}" x2="{box[2] + 10}" y2="{place:.1f}" stroke="{color}" '
-            'stroke-opacity=".5"/>'
-            f'<text x="{box[2] + 14}" y="{place + 4:.1f}" font-size="11" fill="{color}">{escape(shown)}'
-            f"<title>{escape(text)}</title></text>"
-        )
-    return body
 
 
 def _fitted(laws: dict[str, Path], fits: dict[str, dict[str, Any]]) -> dict[str, list[tuple[float, float]]]:
@@ -280,106 +123,6 @@ def _predicted(fit: dict[str, Any], parameters: dict[str, float], path: Path) ->
     return found
 
 
-# Parts of a figure
-
-
-def _axis(low: float, high: float, start: float, end: float, logarithmic: bool = True) -> tuple[Scale, list[float]]:
-    """A scale from values to pixels, with a margin at both ends, and the values to mark."""
-    transform = math.log10 if logarithmic else float
-    first, last = transform(low), transform(high)
-    margin = 0.06 * (last - first) or (0.1 if logarithmic else max(0.05 * abs(last), 0.05))
-    first, last = first - margin, last + margin
-    ticks = _logarithmic_ticks(first, last) if logarithmic else _linear_ticks(first, last)
-    return lambda value: start + (transform(value) - first) / (last - first) * (end - start), ticks
-
-
-def _logarithmic_ticks(first: float, last: float) -> list[float]:
-    """Round numbers between 10^first and 10^last, at most nine."""
-    for mantissas in (
-        (1, 1.2, 1.4, 1.6, 1.8, 2, 2.5, 3, 3.5, 4, 5, 6, 7, 8, 9),
-        (1, 1.5, 2, 3, 5, 7),
-        (1, 2, 5),
-        (1, 3),
-        (1,),
-    ):
-        exponents = range(math.floor(first), math.ceil(last) + 1)
-        found = [m * 10.0**exponent for exponent in exponents for m in mantissas]
-        found = [tick for tick in found if first <= math.log10(tick) <= last]
-        if len(found) <= 9:
-            return found
-    step = math.ceil(len(found) / 9)
-    return found[::step]
-
-
-def _linear_ticks(first: float, last: float) -> list[float]:
-    rough = (last - first) / 6
-    scale = 10.0 ** math.floor(math.log10(rough))
-    step = next(factor * scale for factor in (1, 2, 5, 10) if factor * scale >= rough)
-    return [step * place for place in range(math.ceil(first / step), math.floor(last / step) + 1)]
-
-
-def _frame(
-    box: tuple[float, float, float, float],
-    title: str,
-    x_title: str,
-    y_title: str,
-    x_axis: tuple[Scale, list[float]],
-    y_axis: tuple[Scale, list[float]],
-    label: Callable[[float], str] = lambda value: f"{value:g}",
-) -> list[str]:
-    """Title, axes with their ticks, and a grid."""
-    left, top, right, bottom = box
-    body = [f'<text x="{left}" y="{top - 22}" font-size="14" font-weight="600">{escape(title)}</text>']
-    for tick in x_axis[1]:
-        at = x_axis[0](tick)
-        body.append(f'<line x1="{at:.1f}" x2="{at:.1f}" y1="{top}" y2="{bottom}" stroke="#eee"/>')
-        body.append(
-            f'<text x="{at:.1f}" y="{bottom + 17}" font-size="11" text-anchor="middle">{escape(label(tick))}</text>'
-        )
-    for tick in y_axis[1]:
-        at = y_axis[0](tick)
-        body.append(f'<line x1="{left}" x2="{right}" y1="{at:.1f}" y2="{at:.1f}" stroke="#eee"/>')
-        body.append(f'<text x="{left - 7}" y="{at + 4:.1f}" font-size="11" text-anchor="end">{tick:.6g}</text>')
-    body.append(f'<path d="M{left} {top}V{bottom}H{right}" fill="none" stroke="#777"/>')
-    middle = (top + bottom) / 2
-    body.append(
-        f'<text x="{(left + right) / 2}" y="{bottom + 38}" font-size="12" text-anchor="middle">{escape(x_title)}</text>'
-    )
-    body.append(
-        f'<text x="18" y="{middle}" font-size="12" text-anchor="middle" transform="rotate(-90 18 {middle})">'
-        f"{escape(y_title)}</text>"
-    )
-    return body
-
-
-def _legend(entries: list[tuple[str, str]], box: tuple[float, float, float, float]) -> list[str]:
-    body, right = [], box[2]
-    for text, color in reversed(entries):
-        right -= len(text) * 7.2 + 30
-        body.append(
-            f'<circle cx="{right:.1f}" cy="{box[1] - 16}" r="4.5" fill="{color}"/>'
-            f'<text x="{right + 9:.1f}" y="{box[1] - 12}" font-size="12">{escape(text)}</text>'
-        )
-    return body
-
-
-def _line(points: list[tuple[float, float]], color: str, extra: str = "") -> str:
-    path = " ".join(f"{across:.1f},{down:.1f}" for across, down in points)
-    return f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="1.6"{extra}/>'
-
-
-def _message(text: str, down: int) -> str:
-    return f'<text x="{WIDTH / 2}" y="{down}" font-size="14" fill="#777" text-anchor="middle">{escape(text)}</text>'
-
-
-def _svg(body: list[str], height: int) -> str:
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height}" viewBox="0 0 {WIDTH} {height}" '
-        f'font-family="system-ui, DejaVu Sans, sans-serif" fill="#1c1e21">'
-        '<rect width="100%" height="100%" fill="#fff"/>' + "\n".join(body) + "</svg>\n"
-    )
-
-
 # The page
 
 
@@ -391,14 +134,19 @@ def _page(
     frontier: str,
     curves: str,
 ) -> str:
-    rows, metrics = tables["nodes"], tables["metrics"]
+    rows, metrics, comparisons = tables["nodes"], tables["metrics"], tables["comparisons"]
     sections = [
-        ("Size and quality", frontier + _note(
+        ("Size and quality", perplexities(metrics) and frontier + _note(
             "Bold: nodes that no other beats in both size and perplexity, which the dashed line joins. Filled points "
             "were recovered on their path. Bars are 95% intervals. Point at a node to read its name."
         )),
-        ("Nodes", _nodes_table(rows, metrics, tables["comparisons"])),
-        ("Recovery", curves + _note(
+        ("Nodes", _nodes_table(rows, metrics, comparisons)),
+        ("From probabilities to accuracy", _ladder_tables(metrics)),
+        ("Hidden states", _intrinsic_tables(rows, metrics)),
+        ("Connectivity", _connectivity_table(metrics)),
+        ("Comparisons", _comparisons(comparisons)),
+        ("Signals", _signals_table(tables["signals"])),
+        ("Recovery", tables["curves"] and curves + _note(
             "Large points lie on the study's ladder of budgets; grey lines are the dense models' losses."
         )),
         *((f"Law: {name}", _law(fit)) for name, fit in fits.items()),
@@ -408,7 +156,7 @@ def _page(
         ("Failures", _failures_table(tables["failures"])),
         ("Provenance", _provenance(study, rows)),
     ]  # fmt: skip
-    body = "\n".join(f"<h2>{escape(title)}</h2>\n{content}" for title, content in sections)
+    body = "\n".join(f"<h2>{escape(title)}</h2>\n{content}" for title, content in sections if content)
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(study.study)}</title>'
         f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head>\n<body>'
@@ -432,18 +180,36 @@ def _note(text: str) -> str:
     return f"<p class=note>{escape(text)}</p>"
 
 
-def _table(titles: list[str], rows: Iterable[list[str]], texts: int = 1, best: frozenset[int] = frozenset()) -> str:
-    """An HTML table; the first `texts` columns are text, the others numbers."""
+def _table(titles: list[str], rows: Iterable[list[str]], texts: int | frozenset[int] = 1) -> str:
+    """An HTML table; the first `texts` columns, or those at the places `texts`, are text, the others numbers."""
+    left = frozenset(range(texts)) if isinstance(texts, int) else texts
 
     def cells(row: list[str], tag: str) -> str:
         return "".join(
-            f"<{tag}{' class=text' if place < texts else ''}>{escape(cell)}</{tag}>" for place, cell in enumerate(row)
+            f"<{tag}{' class=text' if place in left else ''}>{escape(cell)}</{tag}>" for place, cell in enumerate(row)
         )
 
-    body = "\n".join(
-        f"<tr{' class=best' if place in best else ''}>{cells(row, 'td')}</tr>" for place, row in enumerate(rows)
-    )
+    body = "\n".join(f"<tr>{cells(row, 'td')}</tr>" for row in rows)
     return f"<div class=wide><table><thead><tr>{cells(titles, 'th')}</tr></thead>\n<tbody>{body}</tbody></table></div>"
+
+
+def _foldable(titles: list[str], rows: list[list[str]], texts: int | frozenset[int] = 1) -> str:
+    """The table, folded where it is long."""
+    table = _table(titles, rows, texts)
+    return _folded(f"{len(rows)} rows", table) if len(rows) > _LONG else table
+
+
+def _folded(summary: str, content: str) -> str:
+    return f"<details><summary>{escape(summary)}</summary>{content}</details>"
+
+
+def _by_path(names: Iterable[str]) -> list[str]:
+    """Each node once, in the order of the tree."""
+    return sorted(set(names), key=lambda name: name.split("/"))
+
+
+def _measured(row: Row | None) -> str:
+    return measured(row).replace("+-", "\u00b1")
 
 
 def _nodes_table(rows: list[Row], metrics: list[Row], comparisons: list[Row]) -> str:
@@ -465,8 +231,7 @@ def _nodes_table(rows: list[Row], metrics: list[Row], comparisons: list[Row]) ->
                 f"{row['bits_per_weight']:.2f}",
                 f"{row['rho']:.1%}",
                 *(
-                    measured(cells.get((row["node"], *pair))).replace("+-", "\u00b1")
-                    + (" ~" if (row["node"], *pair) in alike else "")
+                    _measured(cells.get((row["node"], *pair))) + (" ~" if (row["node"], *pair) in alike else "")
                     for pair in pairs
                 ),
                 "" if row["recovery_tokens"] is None else counted(row["recovery_tokens"]),
@@ -482,40 +247,335 @@ def _nodes_table(rows: list[Row], metrics: list[Row], comparisons: list[Row]) ->
     return _table(titles, table, texts=2) + note
 
 
+def _ladder_tables(metrics: list[Row]) -> str:
+    """Of each task with continuous scores: how rightly every node answers, by each rung from probability to choice."""
+    end = "_choice_probability"
+    parts = []
+    for evaluation, metric in names_of(metrics, suffix=end):
+        task = metric.removesuffix(end)
+        wanted = {f"{task}_{rung}": title for rung, title in _LADDER.items()}
+        parts += [f"<h3>{escape(f'{task} ({evaluation})')}</h3>", _metrics_table(metrics, evaluation, wanted)]
+    if not parts:
+        return ""
+    return "\n".join(parts) + _note(
+        "choice probability: of the right answer among those offered. Brier score: squared error of these "
+        "probabilities, between 0 and 2. log probability: of the right answer among all texts."
+    )
+
+
+def _metrics_table(metrics: list[Row], evaluation: str, wanted: dict[str, str]) -> str:
+    """Nodes by those metrics of one evaluation, side by side; `wanted`: metric -> title."""
+    cells = {(row["node"], row["metric"]): row for row in metrics if row["evaluation"] == evaluation}
+    found = {metric: title for metric, title in wanted.items() if any(name == metric for _, name in cells)}
+    rows = [
+        [node, *(_measured(cells.get((node, metric))) for metric in found)]
+        for node in _by_path(node for node, metric in cells if metric in found)
+    ]
+    return _foldable(["node", *found.values()], rows)
+
+
+def _intrinsic_tables(rows: list[Row], metrics: list[Row]) -> str:
+    """Of each protocol: what the last hidden states say beside the perplexity, with the change from the dense root."""
+    parts, model = [], {row["node"]: row["model"] for row in rows}
+    for evaluation, entropy in names_of(metrics, prefix="matrix_entropy_"):
+        protocol = entropy.removeprefix("matrix_entropy_")
+        cells = {(row["node"], row["metric"]): row for row in metrics if row["evaluation"] == evaluation}
+        titles = {f"{name}_{protocol}": title for name, title in _INTRINSIC.items()}
+        table = [
+            [
+                node,
+                _measured(cells.get((node, f"perplexity_{protocol}"))),
+                *(_with_change(cells.get((node, name)), cells.get((model.get(node), name))) for name in titles),
+            ]
+            for node in _by_path(node for node, metric in cells if metric == entropy)
+        ]
+        titles_shown = ["node", "perplexity", *titles.values()]
+        parts += [f"<h3>{escape(f'{protocol} ({evaluation})')}</h3>", _foldable(titles_shown, table)]
+    if not parts:
+        return ""
+    return "\n".join(parts) + _note(
+        "In brackets the change from the dense model. A model that collapses fills less of its space too: a low value "
+        "is no good sign by itself, and is to be read beside the perplexity."
+    )
+
+
+def _with_change(row: Row | None, dense: Row | None) -> str:
+    if row is None or row["value"] is None:
+        return ""
+    if dense is None or dense["value"] is None or dense["node"] == row["node"]:
+        return number(row["value"])
+    return f"{number(row['value'])} ({_signed(row['value'] - dense['value'])})"
+
+
+def _signed(value: float, digits: int = 2) -> str:
+    return f"{'+' if value > 0 else ''}{number(value, digits)}"
+
+
+def _connectivity_table(metrics: list[Row]) -> str:
+    """The regime of each node and its twin of another seed."""
+    cells = {(row["node"], row["evaluation"], row["metric"]): row for row in metrics}
+    table = []
+    for evaluation, connectivity in names_of(metrics, prefix="mode_connectivity_"):
+        protocol = connectivity.removeprefix("mode_connectivity_")
+        for node in _by_path(node for node, *pair in cells if pair == [evaluation, connectivity]):
+            details = json.loads(cells[node, evaluation, connectivity]["details"])
+            values = [
+                number(row["value"]) if (row := cells.get((node, evaluation, f"{name}_{protocol}"))) else ""
+                for name in _CONNECTIVITY
+            ]
+            regime = f"{details['regime']}: {details['regime_meaning']}"
+            table.append([node, protocol, regime, *values])
+    if not table:
+        return ""
+    return _foldable(["node", "text", "regime", *_CONNECTIVITY.values()], table, texts=3) + _note(
+        "Each node with its twin, which differs by the seed alone, on the line between their weights. Below 0, mode "
+        "connectivity tells of a barrier; CKA is the likeness of their outputs."
+    )
+
+
+def _comparisons(comparisons: list[Row]) -> str:
+    """How many pairs of nodes are told apart on each measure, which neighbours are not, and which answers flipped."""
+    if not comparisons:
+        return ""
+    parts = [_measures_table(comparisons)]
+    alike = [row for row in comparisons if row["relation"] == "next" and not row["distinguishable"]]
+    if alike:
+        titles = ["evaluation", "task", "measure", "node", "next better node", "difference", "95% low", "high", "p"]
+        rows = [
+            [
+                *(row[name] for name in ("evaluation", "task", "measure", "node", "other")),
+                _signed(row["difference"], 3),
+                *(number(row[name]) for name in ("low", "high", "p_adjusted")),
+            ]
+            for row in alike
+        ]
+        pairs = "1 pair" if len(alike) == 1 else f"{len(alike)} pairs"
+        parts.append(_folded(f"{pairs} of neighbours in rank that are not told apart", _table(titles, rows, texts=5)))
+    parts.append(_flips_table(comparisons))
+    return "\n".join(parts)
+
+
+def _measures_table(comparisons: list[Row]) -> str:
+    measures: dict[tuple[str, str, str], dict[frozenset[str], bool]] = {}
+    for row in comparisons:
+        pairs = measures.setdefault((row["evaluation"], row["task"], row["measure"]), {})
+        pairs[frozenset((row["node"], row["other"]))] = row["distinguishable"]
+    rows = [[*measure, str(len(pairs)), str(sum(pairs.values()))] for measure, pairs in sorted(measures.items())]
+    return _table(["evaluation", "task", "measure", "pairs compared", "told apart"], rows, texts=3) + _note(
+        "Each node with its dense model, its parent and the next better node of its dense model, by a paired bootstrap "
+        "of the items. Told apart: p < 0.05 after Holm's adjustment for all pairs of the measure and, where both were "
+        "made with several seeds, a difference beyond what the seeds change."
+    )
+
+
+def _flips_table(comparisons: list[Row]) -> str:
+    """The answers that compression turned, of each node against its dense model."""
+    rows = [
+        [
+            row["node"],
+            f"{row['task']} ({row['evaluation']})",
+            str(row["right_to_wrong"]),
+            str(row["wrong_to_right"]),
+            f"{row['flip_rate']:.1%}",
+            number(row["mcnemar_p"], 2),
+        ]
+        for row in sorted(comparisons, key=lambda row: row["node"].split("/"))
+        if row["relation"] == "dense" and row["measure"] == "accuracy"
+    ]
+    if not rows:
+        return ""
+    titles = ["node", "task", "right \u2192 wrong", "wrong \u2192 right", "flipped", "McNemar's p"]
+    return "<h3>Answers that flipped against the dense model</h3>" + _foldable(titles, rows, texts=2)
+
+
+def _signals_table(signals: list[Row]) -> str:
+    """What the seed of recovery changes, and how steadily recovery lowers the loss."""
+    if not signals:
+        return ""
+    rows = [
+        [
+            row["group"],
+            f"{row['metric']} ({row['evaluation']})" if row["evaluation"] else row["metric"],
+            str(row["seeds"]),
+            *(number(row[name]) for name in ("mean", "std", "low", "high", "snr", "item_stderr")),
+            row["unit"],
+        ]
+        for row in signals
+    ]
+    titles = ["nodes", "metric", "seeds", "mean", "deviation", "95% low", "high", "SNR", "error over items", "unit"]
+    return _foldable(titles, rows, texts=2) + _note(
+        "deviation: standard deviation over seeds of recovery, with its interval. SNR: mean by deviation. "
+        "validation_loss_monotonicity: 1 where the loss only falls with the tokens (Kendall's tau)."
+    )
+
+
+# Laws
+
+
 def _law(fit: dict[str, Any]) -> str:
-    source = fit["source"]
+    source, parameters = fit["source"], fit["parameters"]
     identifier = f"arXiv {source['arxiv']}" if "arxiv" in source else ""
     parts = [f"<p><code>{escape(source['equation'])}</code><br>{escape(source['title'])}, {escape(identifier)}</p>"]
-    units = [
+    parts.append(_note(f"{'; '.join(_facts(fit))}."))
+    if verdict := _verdict(fit):
+        parts.append(f"<p>{escape(verdict)}</p>")
+    if parameters:
+        parts.append(_parameters_table(parameters))
+    parts += [profile_figure(name, profile, parameters[name]) for name, profile in fit.get("profiles", {}).items()]
+    for test, errors in fit["held_out"].items():
+        parts += [f"<h3>Held out: {escape(test.replace('_', ' '))}</h3>", _held_out(fit, test, errors)]
+    parts += _details(fit.get("details", {}))
+    if fit["notes"]:
+        parts += ["<h3>What the fit cannot say</h3>", _list(fit["notes"])]
+    return "\n".join(parts)
+
+
+def _facts(fit: dict[str, Any]) -> list[str]:
+    """What was fitted, how, how well, and in which units."""
+    facts = [f"{fit['points']} points of {fit['runs']} runs"]
+    if fit.get("objective") is not None:
+        options = fit["options"]
+        kind = "least squares" if options["huber"] is None else f"Huber's loss (delta {options['huber']:g})"
+        facts.append(f"{kind} of {options['residuals']} residuals, objective {number(fit['objective'])}")
+    _, unit = target_of(fit)
+    for name, value in fit["metrics"].items():
+        if value is not None:
+            facts.append(f"{name} {number(value)}{f' {unit}' if name == 'rmse' and unit else ''}")
+    return facts + [
         f"{name} in {entry['scale']:g} {entry['unit']}"
         for name, entry in fit["units"].items()
         if entry["scale"] and entry["scale"] != 1
     ]
-    quality = [f"{name} {number(value)}" for name, value in fit["metrics"].items() if value is not None]
-    facts = [f"{fit['points']} points of {fit['runs']} runs", *quality, *units]
-    parts.append(_note("; ".join(facts) + "."))
+
+
+def _verdict(fit: dict[str, Any]) -> str:
+    if "passes" not in fit:
+        return ""
+    if fit["passes"]["ok"]:
+        return "The law passes its own tests, so what it recommends is shown."
+    return f"The law fails its own test, so nothing is recommended from it. {' '.join(fit['passes']['reasons'])}"
+
+
+def _parameters_table(parameters: dict[str, dict[str, Any]]) -> str:
     rows = [
         [
             name,
             number(entry["value"], 4),
-            number(entry["low"]),
-            number(entry["high"]),
+            *(number(entry.get(key)) for key in ("stderr", "low", "high")),
             "yes" if entry["identified"] else "no",
         ]
-        for name, entry in fit["parameters"].items()
+        for name, entry in parameters.items()
     ]
-    parts.append(_table(["parameter", "value", "95% low", "95% high", "identified"], rows))
-    forms = list(next(iter(fit["held_out"].values()), {}))
-    tests = [
-        [test.replace("_", " "), form.replace("_", " "), held_out_sentence(errors[form])]
-        for test, errors in fit["held_out"].items()
-        for form in forms
+    return _table(["parameter", "value", "standard error", "95% low", "high", "identified"], rows)
+
+
+def _held_out(fit: dict[str, Any], test: str, errors: dict[str, dict[str, Any]]) -> str:
+    """The law and its rivals by their error in one test, from the best; sentences where it could not be made."""
+    ranks = {entry["form"]: entry for entry in fit["ranking"].get(test, [])}
+    target, unit = target_of(fit)
+    titles = ["form", f"rmse{f', {unit}' if unit else ''}", "95% low", "high", f"of the {target}"]
+    if len(ranks) > 1:
+        titles += ["behind", "95% low", "high", "first in"]
+    rows = []
+    for form in [*ranks, *(form for form in errors if form not in ranks and "reason" not in errors[form])]:
+        error = errors[form]
+        row = [_form(form, fit), *(number(error[key]) for key in ("rmse", "low", "high")), f"{error['relative']:.2%}"]
+        if len(ranks) > 1:
+            rank = ranks[form]
+            row += [*(number(rank[key]) for key in ("behind", "low", "high")), _share(rank["first"])]
+        rows.append(row)
+    naive = errors.get(fit["law"], {}).get("naive")
+    if naive is not None:
+        rows.append(["the mean of the points fitted", number(naive), *[""] * (len(titles) - 2)])
+    reasons: dict[str, list[str]] = {}
+    for form, error in errors.items():
+        if "reason" in error:
+            reasons.setdefault(error["reason"], []).append(_form(form, fit))
+    parts = [_table(titles, rows)] if rows else []
+    parts += [
+        _note(reason if len(forms) == len(errors) else f"{', '.join(forms)}: {reason}")
+        for reason, forms in reasons.items()
     ]
-    if tests:
-        parts += ["<h3>Held-out error</h3>", _table(["test", "law", "error"], tests, texts=3)]
-    if fit["notes"]:
-        parts += ["<h3>What the fit cannot say</h3>", _list(fit["notes"])]
+    if len(ranks) > 1:
+        parts.append(
+            _note(
+                "behind: by how much the error is above the best one's, with the interval over resamples of the runs "
+                "that both share. first in: the share of these in which the form has the lowest error."
+            )
+        )
     return "\n".join(parts)
+
+
+def _form(name: str, fit: dict[str, Any]) -> str:
+    return f"{name} (this law)" if name == fit["law"] else name.replace("_", " ")
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{value:.0%}"
+
+
+def _details(details: dict[str, Any]) -> list[str]:
+    """What a law tells of itself: numbers, and lists or mappings of entries as tables; nothing else."""
+    parts = []
+    numbers = {name: value for name, value in details.items() if _is_number(value)}
+    if numbers:
+        parts.append(_numbers_table(numbers))
+    for name, value in details.items():
+        title = f"<h3>{escape(name.replace('_', ' ').capitalize())}</h3>"
+        if isinstance(value, dict) and value and all(map(_is_number, value.values())):
+            parts += [title, _numbers_table(value)]
+        elif entries := _entries(value):
+            parts += [title, _entries_table(entries)]
+    return parts
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _numbers_table(numbers: dict[str, Any]) -> str:
+    return _foldable(["", "value"], [[name.replace("_", " "), _cell(value)] for name, value in numbers.items()])
+
+
+def _entries(value: Any) -> list[dict[str, Any]]:
+    """The rows of a list of dicts, or of a dict of dicts by its keys, what lies in dicts within them at its own name;
+    none for anything else."""
+    if isinstance(value, dict):
+        within = all(isinstance(entry, dict) for entry in value.values())
+        value = [{"": key, **entry} for key, entry in value.items()] if within else []
+    if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
+        return []
+    return [_flat(entry) for entry in value]
+
+
+def _flat(entry: dict[str, Any]) -> dict[str, Any]:
+    flat = {}
+    for name, value in entry.items():
+        if isinstance(value, dict):
+            flat |= {f"{name} {inner}": each for inner, each in value.items() if not isinstance(each, dict | list)}
+        elif not isinstance(value, list):
+            flat[name] = value
+    return flat
+
+
+def _entries_table(entries: list[dict[str, Any]]) -> str:
+    """A column for each name that has a value anywhere; the first rows, the rest counted."""
+    names = list(dict.fromkeys(name for entry in entries for name, value in entry.items() if value is not None))
+    texts = frozenset(
+        place for place, name in enumerate(names) if any(isinstance(entry.get(name), str) for entry in entries)
+    )
+    rows = [[_cell(entry.get(name)) for name in names] for entry in entries[:_MOST]]
+    left = _note(f"{len(entries) - _MOST} more are in fit.json.") if len(entries) > _MOST else ""
+    return _foldable([name.replace("_", " ") for name in names], rows, texts) + left
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return number(value) if isinstance(value, float) else "" if value is None else str(value)
+
+
+# Advice and costs
 
 
 def _decisions(answers: list[Answer]) -> str:
@@ -526,7 +586,7 @@ def _decisions(answers: list[Answer]) -> str:
         if "table" in answer:
             titles, *rows = answer["table"]
             parts.append(_table(titles, rows))
-    return "\n".join(parts) or _note("No law was fitted, and no perplexity was measured.")
+    return "\n".join(parts)
 
 
 def _list(sentences: list[str]) -> str:
@@ -537,7 +597,7 @@ def _costs_table(costs: list[Row]) -> str:
     """What running each node takes; what its files weigh stands in the table of nodes."""
     shown = [row for row in costs if row["evaluation"]]
     if not shown:
-        return _note("No costs were measured.")
+        return ""
     columns = sorted({(row["device"] or "", row["metric"], row["unit"], row["simulated"]) for row in shown})
     cells = {(row["node"], row["device"] or "", row["metric"]): row for row in shown}
     titles = ["node"] + [
@@ -551,7 +611,7 @@ def _costs_table(costs: list[Row]) -> str:
             return ""
         return number(row["value"]) + ("" if row["spread"] is None else f" \u00b1 {number(row['spread'], 2)}")
 
-    ordered = sorted({row["node"] for row in shown}, key=lambda name: name.split("/"))
+    ordered = _by_path(row["node"] for row in shown)
     return _table(titles, [[node, *(cell(node, device, metric) for device, metric, *_ in columns)] for node in ordered])
 
 
@@ -560,14 +620,14 @@ def _roofline_table(costs: list[Row]) -> str:
     shown = [row for row in costs if row["metric"] == "decode_latency"]
     predicted = [row for row in shown if row["evaluation"] is None]
     if not predicted:
-        return _note("No times were predicted.")
+        return ""
     columns = sorted({(row["evaluation"] is None, row["evaluation"] or "", row["device"]) for row in shown})
     cells = {(row["node"], row["evaluation"] or "", row["device"]): 1000 * row["value"] for row in shown}
     titles = ["node"] + [
         f"{evaluation}: {device}" if evaluation else device.removesuffix(" (roofline)")
         for _, evaluation, device in columns
     ]
-    ordered = sorted({row["node"] for row in shown}, key=lambda name: name.split("/"))
+    ordered = _by_path(row["node"] for row in shown)
     table = [[node, *(number(cells.get((node, *column[1:]))) for column in columns)] for node in ordered]
     devices: dict[str, set[str]] = {}
     for row in predicted:
@@ -582,7 +642,7 @@ def _roofline_table(costs: list[Row]) -> str:
 
 def _failures_table(failures: list[Row]) -> str:
     if not failures:
-        return _note("None.")
+        return ""
     rows = [[row["node"] or "", row["stage"], row["error"], row["log"]] for row in failures]
     return _table(["node", "stage", "error", "log"], rows, texts=4)
 

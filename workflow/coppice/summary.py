@@ -6,11 +6,12 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from coppice.decisions import answer_lines, overview, refusal
+from coppice.decisions.fitted import refusal
+from coppice.decisions.stage import answer_lines, overview
 from coppice.files import read_json
 from coppice.tables import Row, read_table
 from coppice.uncertainty import mean_interval
-from coppice.wording import aligned, held_out_sentence, number, wrapped
+from coppice.wording import aligned, held_out_sentence, number, target_of, wrapped
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -130,12 +131,14 @@ def _node_lines(nodes: list[Row], metrics: list[Row], comparisons: list[Row]) ->
 
 def law_lines(name: str, fit: dict[str, Any]) -> list[str]:
     """What a law says: its formula, the parameters that the points identify, its errors, and its advice."""
-    metrics, r2 = fit["metrics"], fit["metrics"].get("r2")
-    quality = "" if r2 is None else f", R2 {r2:.4f}, rmse {number(metrics['rmse'])} nats/token"
-    lines = [
-        f"Law {name}: {fit['points']} points of {fit['runs']} runs{quality}",
-        *wrapped(fit["source"]["equation"], "  "),
-    ]
+    target, unit = target_of(fit)
+    rmse = fit["metrics"].get("rmse")
+    r2 = fit["metrics"].get("r2")
+    facts = [f"{fit['points']} points of {fit['runs']} runs"]
+    facts += [] if r2 is None else [f"R2 {r2:.4f}"]
+    facts += [] if rmse is None else [f"rmse {number(rmse)} {unit}".rstrip()]
+    facts += ["passes its own tests"] if fit.get("passes", {}).get("ok") else []
+    lines = [*wrapped(f"Law {name}: {', '.join(facts)}"), *wrapped(fit["source"]["equation"], "  ")]
     known = {key: value for key, value in fit["parameters"].items() if value["identified"]}
     for key, value in known.items():
         between = "" if value["low"] is None else f"   [{number(value['low'])}, {number(value['high'])}]"
@@ -143,13 +146,25 @@ def law_lines(name: str, fit: dict[str, Any]) -> list[str]:
     if unknown := [key for key in fit["parameters"] if key not in known]:
         lines += wrapped(f"Not identified by these points: {', '.join(unknown)}.", "  ")
     for test, errors in fit["held_out"].items():
-        lines += wrapped(f"Held out, {test.replace('_', ' ')}: {held_out_sentence(errors[fit['law']])}", "  ")
+        error = held_out_sentence(errors[fit["law"]], target, unit)
+        lines += wrapped(f"Held out, {test.replace('_', ' ')}: {error}{_best_form(fit, test)}", "  ")
     reason = refusal(name, fit)
     for sentence in [entry["sentence"] for entry in fit["recommendation"]] if reason is None else [reason]:
         lines += wrapped(sentence, "  ")
     for note in fit["notes"]:
         lines += wrapped(note, "  ")
     return lines
+
+
+def _best_form(fit: dict[str, Any], test: str) -> str:
+    """Which of the rival forms has the lowest error in a test; nothing where there was no rival."""
+    ranks = fit["ranking"].get(test, [])
+    if len(ranks) < 2:
+        return ""
+    best = ranks[0]["form"]
+    if best == fit["law"]:
+        return f" Best of {len(ranks)} forms."
+    return f" Best of {len(ranks)} forms: {best.replace('_', ' ')}, rmse {number(ranks[0]['rmse'])}."
 
 
 def decision_lines(results: Path, tables: dict[str, list[Row]]) -> list[str]:

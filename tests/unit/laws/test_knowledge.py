@@ -12,7 +12,7 @@ from coppice.laws.fit import Points, fit_form
 from coppice.laws.knowledge import FORM, capacity, predict
 from coppice.laws.stage import fit_law
 
-TRUTH = {"R": 1.8, "gamma": 1.6, "s": 4.0}
+TRUTH = {"R": 1.8, "s": 4.0, "c": 40.0, "p": 1.5, "gamma": 0.72}
 OPTIONS = knowledge.Options().model_dump()
 PEOPLE, PER_PERSON = 1200, 60.0
 DEFAULT_SIZES = (2e4, 5e4, 1.2e5)
@@ -84,7 +84,7 @@ def test_a_node_never_holds_more_than_the_world_or_its_capacity() -> None:
     generator = np.random.default_rng(0)
     for _ in range(50):
         parameters = {
-            name: parameter.bounds[0] * (parameter.bounds[1] / parameter.bounds[0]) ** generator.random()
+            name: parameter.start[0] * (parameter.start[1] / parameter.start[0]) ** generator.random()
             for name, parameter in knowledge.PARAMETERS.items()
         }
         points = grid(sizes=tuple(10 ** generator.uniform(2, 8, 4)))
@@ -113,11 +113,29 @@ def test_round_trip(noise: float, tolerance: float) -> None:
     assert fit.converged
 
 
-def test_one_precision_leaves_gamma_untold() -> None:
+def test_one_precision_leaves_the_damage_untold() -> None:
     fit = fit_form(FORM, grid(widths=(0.0,)), starts=8)
-    assert set(fit.fixed) == {"gamma"}
+    assert set(fit.fixed) == {"c", "p", "gamma"}
     assert fit.parameters["R"] == pytest.approx(TRUTH["R"], rel=1e-4)
     assert any("stored at one precision" in note for note in fit.notes)
+    assert knowledge.recommend(fit, {}, grid(), {}, OPTIONS)[1] == [
+        "No precision is recommended, since the points do not identify c, p and gamma."
+    ]
+
+
+def test_one_size_leaves_p_untold() -> None:
+    fit = fit_form(FORM, grid(sizes=(5e4,)), starts=8)
+    assert set(fit.fixed) == {"p"}
+    assert any("one size for their world" in note for note in fit.notes)
+    assert fit.parameters["gamma"] == pytest.approx(TRUTH["gamma"], rel=1e-4)
+
+
+def test_damage_as_the_variance_of_rounding_falls_fourfold_with_each_bit() -> None:
+    points = grid(sizes=(5e4,), widths=(4.0, 3.0))
+    four, three = knowledge.damage(TRUTH | {"gamma": 1 / np.log(4)}, points)
+    assert three / four == pytest.approx(4)
+    twice = knowledge.damage(TRUTH, points | {"world": 2 * points["world"]}) / knowledge.damage(TRUTH, points)
+    assert twice == pytest.approx(2 ** TRUTH["p"])
 
 
 def test_a_world_that_all_models_hold_leaves_their_capacity_untold() -> None:
@@ -126,13 +144,9 @@ def test_a_world_that_all_models_hold_leaves_their_capacity_untold() -> None:
     assert knowledge.reduce(grid()) == ({}, [])
 
 
-def test_one_size_far_below_the_world_leaves_the_bend_untold() -> None:
-    fit = fit_form(FORM, grid(sizes=(5e2,), widths=(0.0, 8.0, 4.0, 3.0, 2.0)), starts=8)
+def test_sizes_far_below_the_world_leave_the_bend_untold() -> None:
+    fit = fit_form(FORM, grid(sizes=(30.0, 50.0), widths=(0.0, 32.5)), starts=8)
     assert "s" in fit.unidentified
-    assert knowledge.recommend(fit, {}, grid(), {}, OPTIONS) == (
-        [],
-        ["No precision is recommended, since the points do not identify s."],
-    )
 
 
 def test_findings_of_the_paper_are_checked_by_method() -> None:
@@ -200,8 +214,8 @@ def test_fit_json(tmp_path: Path) -> None:
         table.to_parquet(tmp_path / f"{name}.parquet")
     said = fit_law("knowledge", tmp_path, {"bootstrap": 4, "starts": 4}, tmp_path / "fit")
     assert {name: entry["value"] for name, entry in said["parameters"].items()} == pytest.approx(TRUTH, rel=1e-3)
-    ranks = said["ranking"]["fewer_bits"]
+    ranks = said["ranking"]["larger_model"]
     assert ranks[0]["form"] == "knowledge"
-    assert {rank["form"] for rank in ranks} == {"knowledge", "all_stored_bits", "size_alone"}
+    assert {rank["form"] for rank in ranks} == set(knowledge.RIVALS) | {"knowledge"}
     assert any(note.startswith("gptq at 4 bits keeps") for note in said["notes"])
     assert len(said["recommendation"]) == 3

@@ -48,12 +48,15 @@ def tables(points: Points, folder: Path, scale: float = 1e9) -> Path:
             "rho": points["rho"],
             "rho_blocks": points["rho"],
             "rho_nonzero": points["rho"],
+            "linear_parameters": points["dense_parameters"] * scale / 2 * (1 - points["rho"]),
+            "nonzero_parameters": points["dense_parameters"] * scale * (1 - points["rho"]),
         }
     ).drop_duplicates("node")
     parents = nodes.assign(node=nodes["parent"], parent=nodes["model"], method="laco", family="prune")
     sizes = dict(zip(points["model"], points["dense_parameters"] * scale, strict=True))
     dense = pd.DataFrame({"node": sizes.keys(), "model": sizes.keys(), "parameters": sizes.values(), "rho": 0.0})
     dense[["rho_blocks", "rho_nonzero"]] = 0.0
+    dense["linear_parameters"] = dense["parameters"] / 2
     curves = pd.DataFrame(
         {
             "node": points["run"],
@@ -190,6 +193,22 @@ def test_points_come_from_recoveries_of_structurally_pruned_models(tmp_path: Pat
     assert points["model"].tolist() == expected["model"].tolist()
     assert set(p2.points(frames, OPTIONS | {"method": "lora"})["run"]) == {"m1/lora"}
     assert set(p2.points(frames, OPTIONS | {"nodes": ["1.0-*"]})["run"]) == {"1.0-0.15", "1.0-0.25"}
+
+
+def test_the_ratio_of_a_mask_is_of_the_linears_weights(tmp_path: Path) -> None:
+    folder = tables(grid(sizes=(1,), ratios=(0.25,), tokens=4), tmp_path / "tables")
+    needed = p2.LAW.needs
+    read = {name: pd.read_parquet(folder / f"{name}.parquet", columns=list(needed[name])) for name in needed}
+    assert p2.points(read, OPTIONS | {"ratio": "rho_linears"})["rho"] == pytest.approx([0.25] * 4)
+    nodes = read["nodes"].set_index("node")
+    pruned = nodes.index.str.endswith("/parent")
+    # Half of the weights of the linears become zeros: they stay stored, and rho is 0 of what is stored.
+    nodes.loc[pruned, ["linear_parameters", "parameters", "nonzero_parameters"]] = [5e8, 1e9, 7.5e8]
+    nodes.loc[pruned, ["rho", "rho_blocks", "rho_nonzero"]] = [0, 0, 0.25]
+    masked = read | {"nodes": nodes.reset_index()}
+    assert p2.points(masked, OPTIONS | {"ratio": "rho_linears"})["rho"] == pytest.approx([0.5] * 4)
+    assert p2.points(masked, OPTIONS | {"ratio": "rho_nonzero"})["rho"] == pytest.approx([0.25] * 4)
+    assert len(p2.points(masked, OPTIONS)["rho"]) == 0
 
 
 def test_units_are_powers_of_a_thousand_below_the_largest_value() -> None:

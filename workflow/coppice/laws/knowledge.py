@@ -5,12 +5,14 @@ Source: Physics of Language Models: Part 3.3, Knowledge Capacity Scaling Laws (a
 it is about 1, and that rounding weights to 8 bits after training costs next to nothing where 4 bits cost more than a
 factor of two. It prints no formula for what lies between; this one is ours:
 
-    K = (K_max^-s + C^-s)^(-1/s),    C = R N (1 - e^(-b / gamma))
+    K = (K_max^-s + (R N)^-s)^(-1/s) e^-delta,    delta = c (K_max / N)^p e^(-b / gamma)
 
 K: bits that a node holds; K_max: bits of its world; N: parameters; b: stored bits per weight of the blocks' linears,
-which is what quantization lowers; R: bits of knowledge a parameter; gamma: bits of storage; s: how sharp the bend is
-from one limit to the other, so that K is below both. What is fitted is the share K / K_max, in which nodes that hold
-nothing count as much as those that hold all. All parameters count in N, embeddings too.
+which is what quantization lowers; R: bits of knowledge a parameter; s: how sharp the bend is from one limit to the
+other. delta is the damage that rounding does: it falls with the bits as the degradation of Scaling Laws for Precision
+(arXiv 2411.04330) does, and grows with the bits that a parameter has to hold. Where the damage is as the variance of
+rounding, 4^-b, gamma is 1 / ln 4 = 0.72. What is fitted is the share K / K_max, in which nodes that hold nothing count
+as much as those that hold all. All parameters count in N, embeddings too.
 """
 
 from __future__ import annotations
@@ -43,9 +45,6 @@ HALF = 0.5  # the paper's "more than a factor of two"
 
 DENSE = "dense"
 _INPUT_MARKS = frozenset({"quantized-inputs", "quantized-cache"})
-# With gamma so small 1 - e^(-b / gamma) is 1 for any b of a stored weight.
-_NO_PART = 0.01
-
 
 COLUMNS = {
     "run": str,
@@ -81,36 +80,50 @@ class Options(LawOptions):
 
 PARAMETERS = {
     "R": Parameter(bounds=(1e-3, 100), start=(0.3, 5), logarithmic=True),
-    "gamma": Parameter(bounds=(_NO_PART, 50), start=(0.3, 5), logarithmic=True),
     "s": Parameter(bounds=(0.5, 20), start=(1, 8), logarithmic=True),
+    "c": Parameter(bounds=(1e-9, 1e12), start=(1, 1e4), logarithmic=True),
+    "p": Parameter(bounds=(0, 10), start=(0.5, 3)),
+    "gamma": Parameter(bounds=(0.05, 50), start=(0.3, 2), logarithmic=True),
 }
 
 
 def capacity(parameters: Parameters, points: Points) -> np.ndarray:
-    """C = R N (1 - e^(-b / gamma)), bits: [n], or [k, n] with parameters [k, 1]."""
-    return parameters["R"] * points["parameters"] * retained(points["bits"], parameters["gamma"])
+    """R N, bits: [n], or [k, n] with parameters [k, 1]."""
+    return parameters["R"] * points["parameters"]
+
+
+def damage(parameters: Parameters, points: Points) -> np.ndarray:
+    """delta, without unit: [n], or [k, n] with parameters [k, 1]."""
+    return _damage_of_no_bits(parameters, points) * np.exp(-points["bits"] / parameters["gamma"])
+
+
+def _damage_of_no_bits(parameters: Parameters, points: Points) -> np.ndarray:
+    """c (K_max / N)^p."""
+    return parameters["c"] * (points["world"] / points["parameters"]) ** parameters["p"]
 
 
 def predict(parameters: Parameters, points: Points) -> np.ndarray:
-    """K / K_max = (1 + (K_max / C)^s)^(-1/s): [n], or [k, n] with parameters [k, 1]."""
+    """K / K_max: [n], or [k, n] with parameters [k, 1]."""
     s = parameters["s"]
-    return (1 + (points["world"] / capacity(parameters, points)) ** s) ** (-1 / s)
+    held = (1 + (points["world"] / capacity(parameters, points)) ** s) ** (-1 / s)
+    return held * np.exp(-damage(parameters, points))
 
 
 def knowledge(parameters: Parameters, points: Points) -> np.ndarray:
-    """K, bits: [n], or [k, n] with parameters [k, 1]. Never above K_max nor above C."""
+    """K, bits: [n], or [k, n] with parameters [k, 1]. Never above K_max nor above R N."""
     return points["world"] * predict(parameters, points)
 
 
 def reduce(points: Points) -> tuple[dict[str, float], list[str]]:
-    """One precision leaves gamma untold, and nodes that hold all of their world leave R untold; the sentences."""
-    fixed, notes = {}, []
+    """One precision leaves the damage untold, one size p, and nodes that hold all of their world R; the sentences."""
+    fixed: dict[str, float] = {}
+    notes = []
     if is_single(points["bits"]):
-        fixed["gamma"] = _NO_PART
-        notes.append(
-            "All nodes are stored at one precision, so gamma is not identified: its factor is fixed at 1, and R stands "
-            "for R (1 - e^(-b / gamma))."
-        )
+        fixed |= {"c": 0.0, "p": 0.0, "gamma": 1.0}
+        notes.append("All nodes are stored at one precision, so the damage of rounding is not identified: c is 0.")
+    elif is_single(points["world"] / points["parameters"]):
+        fixed["p"] = 0.0
+        notes.append("All nodes have one size for their world, so p is not identified: c stands for its factor too.")
     if np.all(points["share"] >= SATURATED):
         held = float(np.max(points["knowledge"] / points["parameters"]))
         notes.append(
@@ -128,19 +141,35 @@ def _by_all_stored_bits(parameters: Parameters, points: Points) -> np.ndarray:
     return predict(parameters, points | {"bits": points["stored_bits"] / points["parameters"]})
 
 
+def _capacity_by_bits(parameters: Parameters, points: Points) -> np.ndarray:
+    """(K_max^-s + C^-s)^(-1/s) with C = R N (1 - e^(-b / gamma)): fewer bits make N smaller.
+
+    So arXiv 2411.04330 has it of models that are trained at b bits; here they are rounded after training.
+    """
+    s = parameters["s"]
+    held = capacity(parameters, points) * retained(points["bits"], parameters["gamma"])
+    return (1 + (points["world"] / held) ** s) ** (-1 / s)
+
+
 def _by_size_alone(parameters: Parameters, points: Points) -> np.ndarray:
-    """The law with C = R N: storage has no part."""
-    return predict(parameters | {"gamma": _NO_PART}, points)
+    """The law without damage: storage has no part."""
+    s = parameters["s"]
+    return (1 + (points["world"] / capacity(parameters, points)) ** s) ** (-1 / s)
+
+
+def _reduce_capacity_by_bits(points: Points) -> tuple[dict[str, float], list[str]]:
+    return ({"gamma": 0.05} if is_single(points["bits"]) else {}), []
+
+
+def _only(*names: str) -> dict[str, Parameter]:
+    return {name: PARAMETERS[name] for name in names}
 
 
 # Comparators of ours.
 RIVALS = {
     "all_stored_bits": Form(PARAMETERS, _by_all_stored_bits, reduce, target="share"),
-    "size_alone": Form(
-        {name: parameter for name, parameter in PARAMETERS.items() if name != "gamma"},
-        _by_size_alone,
-        target="share",
-    ),
+    "capacity_by_bits": Form(_only("R", "s", "gamma"), _capacity_by_bits, _reduce_capacity_by_bits, target="share"),
+    "size_alone": Form(_only("R", "s"), _by_size_alone, target="share"),
 }
 
 
@@ -160,9 +189,9 @@ def points(tables: dict[str, pd.DataFrame], options: dict[str, Any]) -> Points:
     """One row a node whose knowledge was measured.
 
     knowledge [n]: K, bits, which is negative for a node that does worse than chance; world [n]: K_max; share [n] =
-    K / K_max; bits [n]: stored per weight of the blocks' linears, scales and zero points included; width [n]: what the
-    quantization was asked for, bits, 0 for a dense model. A run is a model: its nodes share their training. Without a
-    measurement of knowledge there is no row.
+    K / K_max, 0 for such a node, since what it could hold is not less than nothing; bits [n]: stored per weight of the
+    blocks' linears, scales and zero points included; width [n]: what the quantization was asked for, bits, 0 for a
+    dense model. A run is a model: its nodes share their training. Without a measurement of knowledge there is no row.
     """
     if METRIC not in set(tables["metrics"]["metric"]):
         return {name: np.empty(0, kind) for name, kind in COLUMNS.items()}
@@ -183,7 +212,7 @@ def points(tables: dict[str, pd.DataFrame], options: dict[str, Any]) -> Points:
         "bits": (found["linear_bits"] / found["linear_parameters"]).to_numpy(dtype=float),
         "knowledge": held,
         "world": world,
-        "share": held / world,
+        "share": np.maximum(held, 0) / world,
         "bits_per_parameter": held / parameters,
         "bits_per_stored_bit": held / stored,
     }
@@ -221,6 +250,12 @@ def _limits(points: Points) -> list[str]:
         found.append(
             f"{points['node'][worst]} seems to hold {by_bit[worst]:.3g} bits of knowledge for each bit that it stores, "
             "which is impossible: its knowledge, or its stored bits, are measured wrong."
+        )
+    worse = points["knowledge"] < 0
+    if worse.any():
+        found.append(
+            f"{worse.sum()} of {len(worse)} nodes do worse than one who knows nothing would: they count as holding "
+            "nothing."
         )
     above = by_parameter > RULE
     if above.any():
@@ -272,9 +307,9 @@ def recommend(
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """For each dense model the stored bits per weight at which it keeps options["keep"] of its knowledge.
 
-    From K(b) = keep K(dense): C = K_max (share^-s - 1)^(-1/s) and b = -gamma ln(1 - C / (R N)).
+    From K(b) = keep K(dense): delta(b) = delta(dense) - ln keep, so b = -gamma ln(delta(b) / (c (K_max / N)^p)).
     """
-    missing = [name for name in PARAMETERS if name in fit.fixed or name in fit.unidentified]
+    missing = [name for name in ("c", "p", "gamma") if name in fit.fixed or name in fit.unidentified]
     if missing:
         return [], [f"No precision is recommended, since the points do not identify {listed(missing)}."]
     dense = {name: column[_dense(points)] for name, column in points.items()}
@@ -300,17 +335,15 @@ def recommend(
 
 def _bits_to_keep(parameters: Parameters, points: Points, keep: float) -> np.ndarray:
     """b [n], or [k, n] with parameters [k, 1], at which nodes hold `keep` of what they hold now."""
-    s = parameters["s"]
-    share = keep * predict(parameters, points)
-    needed = points["world"] * (share**-s - 1) ** (-1 / s)
-    return -parameters["gamma"] * np.log(1 - needed / (parameters["R"] * points["parameters"]))
+    allowed = damage(parameters, points) - np.log(keep)
+    return -parameters["gamma"] * np.log(allowed / _damage_of_no_bits(parameters, points))
 
 
 LAW = Law(
     source={
         "title": "Physics of Language Models: Part 3.3, Knowledge Capacity Scaling Laws",
         "arxiv": "2404.05405",
-        "equation": "K = (K_max^-s + C^-s)^(-1/s), C = R N (1 - e^(-b / gamma)) (the form between the limits is ours)",
+        "equation": "K = (K_max^-s + (R N)^-s)^(-1/s) exp(-c (K_max / N)^p e^(-b / gamma)) (the form is ours)",
     },
     units={
         "share": "part of the world's bits",

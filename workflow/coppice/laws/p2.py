@@ -46,10 +46,10 @@ COLUMNS = {
 class Options(RecoveryOptions):
     """What the P2 law is fitted to, and what it recommends."""
 
-    ratio: Literal["rho", "rho_blocks", "rho_nonzero"] = Field(
+    ratio: Literal["rho", "rho_blocks", "rho_nonzero", "rho_linears"] = Field(
         default="rho",
-        description="The column of the table `nodes` that is rho: of all parameters, of those of the blocks, or with "
-        "zeros counted as removed, as for masks.",
+        description="What rho is a part of: all parameters, those of the blocks, all with zeros counted as removed "
+        "(masks), or the weights of the blocks' linears with zeros counted as removed, which 2:4 halves in any model.",
     )
     gain: float = Field(
         default=0.01, gt=0, description="Nats per token: the law recommends the tokens past which doubling gains less."
@@ -176,16 +176,23 @@ def points(tables: dict[str, pd.DataFrame], options: dict[str, Any]) -> Points:
     dense_parameters and tokens are numbers of parameters and tokens, not yet in units.
     """
     rows = recoveries(tables, options)
-    rows = rows[rows[f"parent.{options['ratio']}"] > 0]
+    rows["rho"] = _removed(rows) if options["ratio"] == "rho_linears" else rows[f"parent.{options['ratio']}"]
+    rows = rows[rows["rho"] > 0]
     return {
         "run": rows["run"].to_numpy(dtype=str),
         "model": rows["model"].to_numpy(dtype=str),
         "dense_parameters": rows["dense.parameters"].to_numpy(dtype=float),
-        "rho": rows[f"parent.{options['ratio']}"].to_numpy(dtype=float),
+        "rho": rows["rho"].to_numpy(dtype=float),
         "tokens": rows["tokens"].to_numpy(dtype=float),
         "loss": rows["loss"].to_numpy(dtype=float),
         "dense_loss": rows["dense_loss"].to_numpy(dtype=float),
     }
+
+
+def _removed(rows: pd.DataFrame) -> pd.Series:
+    """Part of the weights of the blocks' linears that the parent lost: gone, or zeros of a mask."""
+    zeros = rows["parent.parameters"] - rows["parent.nonzero_parameters"]
+    return 1 - (rows["parent.linear_parameters"] - zeros) / rows["dense.linear_parameters"]
 
 
 def scales(points: Points) -> dict[str, float]:
@@ -282,7 +289,10 @@ LAW = Law(
     units={"loss": "nats per token", "dense_parameters": "parameters", "tokens": "tokens"},
     columns=COLUMNS,
     needs={
-        "nodes": ("node", "parent", "model", "method", "family", "parameters", "rho", "rho_blocks", "rho_nonzero"),
+        "nodes": (
+            *("node", "parent", "model", "method", "family"),
+            *("parameters", "linear_parameters", "nonzero_parameters", "rho", "rho_blocks", "rho_nonzero"),
+        ),
         "curves": CURVES,
     },
     points_are="they are the validation losses of recoveries, by the chosen method, of models that lost parameters.",

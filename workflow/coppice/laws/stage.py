@@ -81,6 +81,8 @@ def fit_law(
     else:
         report, predicted, curves, samples = _fitted(law, law_name, points, settings)
     report = {"law": law_name, "source": law.source, "options": chosen, "units": _units(law, points), **report}
+    if law.form is not None:
+        report["target"] = law.form.target
     report["notes"] = notes + report["notes"]
     report["passes"] = passes(law_name, report, chosen["tolerance"])
     _write(law, law_name, report, points, predicted, curves, samples, Path(output))

@@ -1,0 +1,151 @@
+"""Fitted laws as `coppice fit` left them: their predictions, their held-out errors, and whether they may be trusted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from coppice import laws
+from coppice.decisions import Answer
+from coppice.errors import UserError, nearest
+from coppice.files import read_json
+from coppice.laws.fit import Parameters, Points
+from coppice.tables import Row
+from coppice.wording import held_out_sentence, listed
+
+_OF_RECOVERIES = {"run", "model", "dense_parameters", "rho", "tokens", "dense_loss"}
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A fit as `coppice fit` left it: points [n] in the fit's units, samples [k, 1] of the parameters."""
+
+    name: str
+    law: laws.Law
+    report: dict[str, Any]
+    points: Points
+    samples: Parameters
+
+    @property
+    def parameters(self) -> dict[str, float]:
+        return {name: entry["value"] for name, entry in self.report["parameters"].items()}
+
+    @property
+    def scales(self) -> dict[str, float]:
+        return {name: entry["scale"] or 1.0 for name, entry in self.report["units"].items()}
+
+    def predicted(self, points: Points) -> tuple[np.ndarray, np.ndarray]:
+        """The law's values at `points`: [n], and with every sample of the parameters [k, n]."""
+        predict = self.law.form.predict
+        count = len(points["run"])
+        drawn = predict(self.samples, points)
+        return np.broadcast_to(predict(self.parameters, points), count), np.broadcast_to(drawn, (len(drawn), count))
+
+
+def read_reports(results: Path) -> dict[str, dict[str, Any]]:
+    """fit.json of every law that was fitted, by its name in the study."""
+    return {path.parent.name: read_json(path) for path in sorted(Path(results).glob("laws/*/fit.json"))}
+
+
+def read_fit(results: Path, name: str, report: dict[str, Any]) -> Fitted:
+    """A fit with its points and its samples. Raises UserError where they cannot be read."""
+    folder = Path(results) / "laws" / name
+    law = laws.load(report["law"])
+    scales = {column: entry["scale"] or 1.0 for column, entry in report["units"].items()}
+    raw = _columns(folder / "points.parquet", list(law.columns))
+    points = {column: values / scales[column] if column in scales else values for column, values in raw.items()}
+    # A fit of no points has no samples either.
+    samples = _columns(folder / "samples.parquet", list(report["parameters"]) if report["points"] else [])
+    return Fitted(name, law, report, points, {parameter: values[:, None] for parameter, values in samples.items()})
+
+
+def _columns(path: Path, names: list[str]) -> dict[str, np.ndarray]:
+    try:
+        table = pq.read_table(path, columns=names)
+    except (pa.ArrowException, OSError):
+        raise UserError(f"{path} cannot be read; fit the law again.") from None
+    missing = [name for name in names if name not in table.column_names]
+    if missing:
+        raise UserError(f"{path} has no column {missing[0]!r}; fit the law again.")
+    return {name: np.asarray(table[name].to_pylist()) for name in names}
+
+
+def refusal(name: str, report: dict[str, Any]) -> str | None:
+    """Why nothing may rest on a law: the test that it fails; None where it passes."""
+    if "passes" not in report:
+        return f"Nothing is recommended from law {name}, whose fit tells of no test; fit it again."
+    if report["passes"]["ok"]:
+        return None
+    return f"Nothing is recommended from law {name}, which fails its own test. {' '.join(report['passes']['reasons'])}"
+
+
+def held_out(name: str, report: dict[str, Any]) -> str:
+    """A law's held-out errors as sentences."""
+    own = {test.replace("_", " "): errors[report["law"]] for test, errors in report["held_out"].items()}
+    shown = {test: error for test, error in own.items() if "reason" not in error} or own
+    if not shown:
+        return f"Law {name} has no held-out test."
+    return " ".join(
+        f"Held-out error of law {name}, {test}: {held_out_sentence(error)}" for test, error in shown.items()
+    )
+
+
+def of_recoveries(report: dict[str, Any]) -> bool:
+    """Whether a fit's law follows recoveries of pruned models by size, ratio and tokens."""
+    law = laws.load(report["law"])
+    return law.form is not None and set(law.columns) >= _OF_RECOVERIES
+
+
+def law_of_recoveries(results: Path, name: str | None) -> Fitted:
+    """The fitted law of recoveries, by its name where there are several. Raises UserError where there is none."""
+    reports = read_reports(results)
+    if name is not None and name not in reports:
+        raise UserError(f"--law {name}: no law of that name was fitted.{nearest(name, reports)}")
+    chosen = [key for key, report in reports.items() if name in (None, key) and of_recoveries(report)]
+    if not chosen and name is not None:
+        raise UserError(f"--law {name}: it is no law of recoveries (such as p2), which this question needs.")
+    if not chosen:
+        raise UserError(f"No law of recoveries was fitted in {results}/laws; add p2 to the study's `laws`, and run it.")
+    if len(chosen) > 1:
+        raise UserError(f"Several laws of recoveries were fitted ({listed(chosen)}); choose one by --law.")
+    return read_fit(results, chosen[0], reports[chosen[0]])
+
+
+def refused(fitted: Fitted, title: str) -> Answer | None:
+    reason = refusal(fitted.name, fitted.report)
+    return None if reason is None else {"title": title, "law": fitted.name, "refused": True, "sentences": [reason]}
+
+
+def rests_on(fitted: Fitted) -> dict[str, Any]:
+    errors = {test: forms[fitted.report["law"]] for test, forms in fitted.report["held_out"].items()}
+    return {"law": fitted.name, "refused": False, "held_out": errors}
+
+
+def starting_points(fitted: Fitted, nodes: Sequence[Row]) -> np.ndarray:
+    """The pruned node that each point's recovery started from: [n]; the run itself where the tables do not tell."""
+    parents = {row["node"]: row["parent"] for row in nodes}
+    return np.array([parents.get(run) or run for run in fitted.points["run"]], dtype=str)
+
+
+def points_of(fitted: Fitted, nodes: Sequence[Row], node: str) -> np.ndarray:
+    """Indices, by tokens, of the points of a recovery, or of all recoveries of a pruned node.
+
+    Raises UserError where there are none.
+    """
+    runs, started = fitted.points["run"], starting_points(fitted, nodes)
+    rows = np.flatnonzero((runs == node) | (started == node))
+    if len(rows):
+        return rows[np.argsort(fitted.points["tokens"][rows], kind="stable")]
+    known = {row["node"] for row in nodes} | set(runs)
+    if node not in known:
+        raise UserError(f"There is no node {node!r}.{nearest(node, known)}")
+    raise UserError(
+        f"No recovery of {node!r} is among the points of law {fitted.name}; they belong to: "
+        f"{', '.join(sorted(set(started)))}."
+    )

@@ -1,0 +1,145 @@
+"""Which next run would tell most: the one that takes most off the variance of a predicted loss.
+
+Source: MacKay, Information-based objective functions for active data selection (Neural Computation 4, 1992), with the
+bootstrap's parameters in the place of a posterior.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from coppice.decisions import Answer
+from coppice.decisions.fitted import Fitted, held_out, points_of, refused, rests_on, starting_points
+from coppice.laws.fit import Points, levels, select
+from coppice.tables import Row
+from coppice.wording import counted, number
+
+DOUBLINGS = (2, 4)  # times the largest tokens measured, as next runs
+
+
+def variance_reduction(target: np.ndarray, candidates: np.ndarray, noise: float) -> np.ndarray:
+    """How much of Var(target) one observation of each candidate would take away: [m], in the square of the unit.
+
+        Cov(t, c)^2 / (Var(c) + noise^2)
+
+    `target` [k] and `candidates` [k, m] are predictions with the same k samples of the parameters; noise: the standard
+    deviation of an observation. Exact where predictions are linear in Gaussian parameters.
+    """
+    target, candidates = target - target.mean(), candidates - candidates.mean(axis=0)
+    covariance = target @ candidates / (len(target) - 1)
+    variance = np.sum(candidates**2, axis=0) / (len(target) - 1) + noise**2
+    return np.divide(covariance**2, variance, out=np.zeros_like(variance), where=variance > 0)
+
+
+def next_runs(
+    fitted: Fitted, nodes: Sequence[Row], node: str | None = None, tokens: float | None = None, top: int = 5
+) -> Answer:
+    """The runs that would take most off the variance of one predicted loss, each counted by its last loss alone.
+
+    The target: `node` after `tokens` (default: its largest measured), or the node whose loss at its largest is known
+    worst. Runs: each pruned node at the next doublings of its tokens, or again with another seed, and the dense sizes
+    and ratios that were measured, but not together.
+    """
+    title = "Next run"
+    if answer := refused(fitted, title):
+        return answer
+    if not len(next(iter(fitted.samples.values()))):
+        reason = f"Law {fitted.name} has no resamples of its runs, so it cannot tell which run would shrink what."
+        return {"title": title, **rests_on(fitted), "runs": [], "sentences": [reason]}
+    scale = fitted.scales["tokens"]
+    target, of_node = _target(fitted, nodes, node, tokens)
+    candidates, runs = _candidates(fitted, nodes)
+    _, aimed = fitted.predicted(target)
+    _, drawn = fitted.predicted(candidates)
+    before = float(np.var(aimed[:, 0], ddof=1))
+    reduction = variance_reduction(aimed[:, 0], drawn, fitted.report["metrics"]["rmse"])
+    order = np.argsort(-reduction, kind="stable")[:top]
+    found = [
+        runs[place]
+        | {
+            "variance_reduction": float(reduction[place]),
+            "part": float(reduction[place] / before) if before > 0 else 0.0,
+            "part_per_token": float(reduction[place] / before / runs[place]["tokens"]) if before > 0 else 0.0,
+            "deviation_after": float(np.sqrt(max(before - reduction[place], 0.0))),
+        }
+        for place in order
+    ]
+    at = float(target["tokens"][0] * scale)
+    unit = 1000.0 ** math.floor(math.log(max(run["tokens"] for run in found), 1000) + 1e-9)
+    sentences = [
+        f"The predicted loss of {of_node} after {counted(at)} tokens has a standard deviation of "
+        f"{number(before**0.5)} {fitted.law.units['loss']} from the fit. The runs that would shrink it most:",
+        *(
+            f"{place}. {run['run']}: the variance falls by {run['part']:.0%}, the standard deviation to "
+            f"{number(run['deviation_after'])}, which is {100 * run['part_per_token'] * unit:.2g}% per {counted(unit)} "
+            "tokens."
+            for place, run in enumerate(found, 1)
+        ),
+        held_out(fitted.name, fitted.report),
+    ]
+    return {
+        "title": title,
+        **rests_on(fitted),
+        "node": of_node,
+        "at_tokens": at,
+        "deviation": before**0.5,
+        "runs": found,
+        "sentences": sentences,
+    }
+
+
+def _target(fitted: Fitted, nodes: Sequence[Row], node: str | None, tokens: float | None) -> tuple[Points, str]:
+    """The point whose loss is to be known better, and its node."""
+    if node is not None:
+        point = select(fitted.points, points_of(fitted, nodes, node)[-1:])
+        return point if tokens is None else point | {"tokens": np.array([tokens / fitted.scales["tokens"]])}, node
+    started = starting_points(fitted, nodes)
+    last = np.array(_last_of_each(started, fitted.points["tokens"]))
+    _, drawn = fitted.predicted(select(fitted.points, last))
+    widths = np.subtract(*np.quantile(drawn, [0.975, 0.025], axis=0))
+    widest = last[np.argmax(widths)]
+    return select(fitted.points, np.array([widest])), str(started[widest])
+
+
+def _last_of_each(started: np.ndarray, tokens: np.ndarray) -> list[int]:
+    """For each starting point the index of its point with the most tokens."""
+    places = (np.flatnonzero(started == node) for node in np.unique(started))
+    return [int(rows[np.argmax(tokens[rows])]) for rows in places]
+
+
+def _candidates(fitted: Fitted, nodes: Sequence[Row]) -> tuple[Points, list[dict[str, Any]]]:
+    """Runs that could be next: their last points in the fit's units, and what they are."""
+    points, scale = fitted.points, fitted.scales["tokens"]
+    started = starting_points(fitted, nodes)
+    found = []  # (a point like it, rho, tokens, kind, what to do)
+    for row in _last_of_each(started, points["tokens"]):
+        ratio, tokens, name = points["rho"][row], points["tokens"][row], f"train {started[row]} on"
+        found += [(row, ratio, factor * tokens, "tokens", name) for factor in DOUBLINGS]
+        found.append((row, ratio, tokens, "seed", f"with another seed, {name}"))
+    level = levels(points["rho"])
+    for model in np.unique(points["model"]):
+        of_model = np.flatnonzero(points["model"] == model)
+        row = of_model[np.argmax(points["tokens"][of_model])]
+        for missing in np.setdiff1d(level, level[of_model]):
+            ratio = points["rho"][level == missing].mean()
+            found.append(
+                (row, ratio, points["tokens"][row], "design", f"prune {model} to rho {ratio:.2f}, train it on")
+            )
+    rows, ratios, tokens, kinds, deeds = zip(*found, strict=True)
+    runs = [
+        {
+            "run": f"{deed} {counted(cost)} tokens",
+            "kind": kind,
+            "model": str(points["model"][row]),
+            "rho": float(ratio),
+            "tokens": cost,
+        }
+        for row, ratio, cost, kind, deed in zip(
+            rows, ratios, np.multiply(tokens, scale).tolist(), kinds, deeds, strict=True
+        )
+    ]
+    return select(points, np.array(rows)) | {"rho": np.array(ratios), "tokens": np.array(tokens)}, runs

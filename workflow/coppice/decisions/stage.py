@@ -1,0 +1,140 @@
+"""`coppice recommend`: the answers to what the command line asks, or to everything."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from coppice.decisions import Answer
+from coppice.decisions.budget import expected_loss, tokens_to_buy
+from coppice.decisions.fitted import held_out, law_of_recoveries, of_recoveries, read_fit, read_reports, refusal
+from coppice.decisions.next_run import next_runs
+from coppice.decisions.recipe import best_within, chosen_metric, compare, ladder, limits, lower_is_better
+from coppice.errors import UserError
+from coppice.tables import Row, read_table
+from coppice.wording import aligned, wrapped
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--results", required=True, type=Path, help="folder of the study's results")
+    add("--law", help="the fitted law of recoveries to ask, where there are several")
+    add("--node", help="a pruned node, or a recovery of it: the tokens to buy for it, or its loss after --tokens")
+    add("--gain", type=_positive, help="nats/token that one more doubling of the tokens must gain (default: the law's)")
+    add("--tokens", type=_positive, help="recovery tokens, such as 1e9, at which a loss is predicted")
+    add("--metric", help="the best node by this metric, within the limits below")
+    add("--evaluation", help="the evaluation that measured it, where several did")
+    add("--prefer", choices=["lower", "higher"], help="which way the metric is better, where its name does not tell")
+    add("--max-bytes", type=_positive, help="limit of the stored bytes")
+    add("--max-latency", type=_positive, help="limit of the decoding latency, s/token")
+    add("--max-recovery-tokens", type=_positive, help="limit of the recovery tokens on a node's path")
+    add("--device", help="device of the latency; one that ends in '(roofline)' is a prediction")
+    add("--cost", help="the cost evaluation that measured the latency, where several did")
+    add("--next", action="store_true", help="the runs that would shrink the uncertainty of a predicted loss most")
+    add("--top", type=int, default=5, help="how many next runs to tell (default: 5)")
+    add("--json", action="store_true", help="print JSON")
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a number above zero")
+    return value
+
+
+def run(arguments: argparse.Namespace) -> None:
+    found = answers(arguments)
+    if arguments.json:
+        print(json.dumps(found, indent=1, allow_nan=False))
+        return
+    print("\n\n".join("\n".join(answer_lines(answer)) for answer in found))
+
+
+def answers(arguments: argparse.Namespace) -> list[Answer]:
+    """The answers to what the command line asks; to everything where it asks nothing."""
+    asked, results = arguments, Path(arguments.results)
+    if asked.top < 1:
+        raise UserError(f"--top {asked.top} is no number of runs; pass 1 or more.")
+    if asked.node is None and (asked.tokens is not None or asked.gain is not None):
+        raise UserError("--tokens and --gain are about one node; name it by --node.")
+    if asked.max_latency is None and (asked.device is not None or asked.cost is not None):
+        raise UserError("--device and --cost say where --max-latency holds; add it.")
+    tables = {name: read_table(results / "tables", name).to_pylist() for name in ("nodes", "metrics", "costs")}
+    found = []
+    if asked.node is not None or asked.next:
+        fitted = law_of_recoveries(results, asked.law)
+        if asked.gain is not None or (asked.tokens is None and not asked.next):
+            found.append(tokens_to_buy(fitted, tables["nodes"], asked.node, asked.gain))
+        if asked.tokens is not None:
+            found.append(expected_loss(fitted, tables["nodes"], asked.node, asked.tokens))
+        if asked.next:
+            found.append(next_runs(fitted, tables["nodes"], asked.node, asked.tokens, asked.top))
+    bounds = (asked.max_bytes, asked.max_latency, asked.max_recovery_tokens)
+    if asked.metric is not None or any(bound is not None for bound in bounds):
+        found.append(_best(asked, results, tables))
+    return found or overview(results, tables)
+
+
+def _best(asked: argparse.Namespace, results: Path, tables: dict[str, list[Row]]) -> Answer:
+    pair = chosen_metric(tables["metrics"], asked.metric, asked.evaluation)
+    unit = next(row["unit"] for row in tables["metrics"] if (row["evaluation"], row["metric"]) == pair)
+    lower = lower_is_better(pair[1], unit, asked.prefer)
+    bounds, notes = limits(
+        tables["nodes"],
+        tables["costs"],
+        asked.max_bytes,
+        asked.max_latency,
+        asked.max_recovery_tokens,
+        asked.device,
+        asked.cost,
+    )
+    compared = compare(tables["nodes"], tables["metrics"], read_table(results / "tables", "items"), pair, lower)
+    answer = best_within(compared, bounds)
+    return answer | {"sentences": answer["sentences"] + notes}
+
+
+def overview(results: Path, tables: Mapping[str, Sequence[Row]], top: int = 3) -> list[Answer]:
+    """What every law recommends, the best node at each size by each perplexity, and the next runs.
+
+    tables: rows of `nodes` and `metrics`; the table of items is read here. Raises UserError where it is missing.
+    """
+    results = Path(results)
+    reports = read_reports(results)
+    answers = [advice(name, report) for name, report in reports.items()]
+    pairs = sorted({(row["evaluation"], row["metric"]) for row in tables["metrics"]})
+    perplexities = [pair for pair in pairs if pair[1].startswith("perplexity_")]
+    if perplexities:
+        items = read_table(results / "tables", "items")
+        compared = (compare(tables["nodes"], tables["metrics"], items, pair, True) for pair in perplexities)
+        answers += [ladder(each) for each in compared if each.rows]
+    for name, report in reports.items():
+        if refusal(name, report) is None and of_recoveries(report):
+            answers.append(next_runs(read_fit(results, name, report), tables["nodes"], top=top))
+    return answers
+
+
+def advice(name: str, report: dict[str, Any]) -> Answer:
+    """What a law recommends, with its held-out error, or why it recommends nothing."""
+    title, reason = f"Law {name}", refusal(name, report)
+    if reason is not None:
+        return {"title": title, "law": name, "refused": True, "recommendation": [], "sentences": [reason]}
+    told = [entry["sentence"] for entry in report["recommendation"]] or [f"Law {name} has nothing to recommend."]
+    return {
+        "title": title,
+        "law": name,
+        "refused": False,
+        "recommendation": report["recommendation"],
+        "sentences": [*told, held_out(name, report)],
+    }
+
+
+def answer_lines(answer: Answer) -> list[str]:
+    """An answer as text of at most 120 columns."""
+    lines = [answer["title"]]
+    for sentence in answer["sentences"]:
+        lines += wrapped(sentence, "  ")
+    return lines + [f"  {line}".rstrip() for line in (aligned(answer["table"]) if "table" in answer else [])]
