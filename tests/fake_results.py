@@ -176,9 +176,6 @@ def _quality(folder: Path, node: str, perplexity: float) -> None:
             "unit": "perplexity",
         },
         {"metric": "biographies_acc", "value": 0.9 - perplexity / 50, "stderr": 0.02, "n": 200, "unit": "accuracy"},
-        {"metric": "biographies_choice_probability", "value": 0.8, "stderr": 0.01, "n": 200, "unit": "probability"},
-        {"metric": "biographies_brier", "value": 0.3, "stderr": 0.01, "n": 200, "unit": "squared error"},
-        {"metric": "matrix_entropy_stories", "value": 1 - perplexity / 100, "stderr": 0.01, "n": 8, "unit": "ratio"},
     ]
     report = {
         "node": node,

@@ -366,7 +366,7 @@ def curve(name: str, losses: dict[int, float]) -> list[dict[str, Any]]:
 
 
 def test_signals_of_recovery_curves() -> None:
-    first, second = {0: 5.0, 10: 3.0, 20: 2.0}, {0: 5.0, 10: 2.0, 15: 2.5, 20: 1.0}
+    first, second = {0: 5.0, 10: 3.0, 20: 2.0}, {0: 5.0, 11: 2.0, 15: 2.5, 21: 1.0}
     rows = signals([], curve("m/f", first) + curve("m/f@1", second) + curve("m/g", {0: 1.0, 10: 2.0}))
     found = {(row["group"], row["metric"]): row for row in rows}
     assert set(found) == {
@@ -379,6 +379,6 @@ def test_signals_of_recovery_curves() -> None:
     assert found["m/f", "validation_loss_monotonicity"]["mean"] == pytest.approx((1 + 4 / 6) / 2)
     last = found["m/f", "validation_loss"]
     assert (last["mean"], last["std"], last["seeds"]) == (1.5, pytest.approx(0.5**0.5), 2)
-    # Of the tokens that both have: 0, 1 / sqrt 2 and 1 / sqrt 2
-    assert found["m/f", "validation_loss_seed_deviation"]["mean"] == pytest.approx(2 / 3 * 0.5**0.5)
+    # Of the rungs that both have after the first tokens: 3 and 2, 2 and 2.5
+    assert found["m/f", "validation_loss_seed_deviation"]["mean"] == pytest.approx((1 + 0.5) / 2 * 0.5**0.5)
     assert {row["evaluation"] for row in rows} == {None}

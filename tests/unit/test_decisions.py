@@ -146,11 +146,12 @@ def fitted(missing: tuple[int, float] | None = None, spread: float = 0.02, **rep
         laws.load("p2"),
         {
             "law": "p2",
+            "target": "loss",
             "parameters": {name: {"value": value, **known} for name, value in TRUTH.items()},
             "units": {
+                "loss": {"unit": "nats per token", "scale": 1.0},
                 "tokens": {"unit": "tokens", "scale": 1e3},
                 "dense_parameters": {"unit": "parameters", "scale": 1e6},
-                "loss": {"unit": "nats per token", "scale": 1.0},
             },
             "metrics": {"rmse": 0.01},
             "held_out": {"later_tokens": {"p2": {"rmse": 0.02, "relative": 0.01, "low": 0.01, "high": 0.03}}},
@@ -182,7 +183,7 @@ def test_tokens_to_buy_are_those_of_the_law(node: str) -> None:
     assert entry["low"] < entry["tokens"] < entry["high"]
     assert answer["sentences"][0] == entry["sentence"]
     assert answer["sentences"][-1] == (
-        "Held-out error of law recovery, later tokens: rmse 0.0200 [0.0100, 0.0300] nats/token, 1.00% of the loss."
+        "Held-out error of law recovery, later tokens: rmse 0.0200 [0.0100, 0.0300] nats per token, 1.00% of the loss."
     )
     assert tokens_to_buy(fit, node_rows(fit), node)["tokens"][0]["gain"] == 0.01
 

@@ -268,9 +268,10 @@ def _curve_signals(curves: Iterable[Row]) -> list[Row]:
         entries = [("validation_loss_monotonicity", _several(steady), "correlation")]
         if len(nodes) > 1:
             entries.append(("validation_loss", _over_seeds([loss[-1] for loss in losses]), "nats/token"))
-            shared = sorted(set.intersection(*(set(runs[node]) for node in nodes)))
-            if shared:
-                deviation = seed_deviation(np.array([[runs[node][tokens] for tokens in shared] for node in nodes]))
+            # A rung of the ladder is reached at the end of a step, so that seeds differ by some tokens.
+            rungs = [[loss for tokens, loss in runs[node].items() if tokens > 0] for node in nodes]
+            if shared := min(map(len, rungs)):
+                deviation = seed_deviation(np.array([losses[:shared] for losses in rungs]))
                 averaged = {"mean": deviation, "seeds": len(nodes)}
                 entries.append(("validation_loss_seed_deviation", averaged, "nats/token"))
         found += [row | {"metric": metric, **values, "unit": unit} for metric, values, unit in entries]

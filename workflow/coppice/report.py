@@ -47,6 +47,10 @@ _CONNECTIVITY = {
     "barrier_loss": "barrier, nats/token",
     "cka": "CKA",
 }
+_RANKED = (
+    "behind: by how much the error is above the best one's, with the interval over resamples of the runs that both "
+    "share. first in: the share of these in which the form has the lowest error."
+)
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1c1e21; background: #fff; max-width: 1080px; margin: 2rem auto;
@@ -424,9 +428,11 @@ def _law(fit: dict[str, Any]) -> str:
     parts += [profile_figure(name, profile, parameters[name]) for name, profile in fit.get("profiles", {}).items()]
     for test, errors in fit["held_out"].items():
         parts += [f"<h3>Held out: {escape(test.replace('_', ' '))}</h3>", _held_out(fit, test, errors)]
+    if any(len(ranks) > 1 for ranks in fit["ranking"].values()):
+        parts.append(_note(_RANKED))
     parts += _details(fit.get("details", {}))
     if fit["notes"]:
-        parts += ["<h3>What the fit cannot say</h3>", _list(fit["notes"])]
+        parts += ["<h3>Notes</h3>", _list(fit["notes"])]
     return "\n".join(parts)
 
 
@@ -452,7 +458,7 @@ def _verdict(fit: dict[str, Any]) -> str:
     if "passes" not in fit:
         return ""
     if fit["passes"]["ok"]:
-        return "The law passes its own tests, so what it recommends is shown."
+        return "The law passes its own tests."
     return f"The law fails its own test, so nothing is recommended from it. {' '.join(fit['passes']['reasons'])}"
 
 
@@ -477,8 +483,8 @@ def _held_out(fit: dict[str, Any], test: str, errors: dict[str, dict[str, Any]])
     if len(ranks) > 1:
         titles += ["behind", "95% low", "high", "first in"]
     rows = []
-    for form in [*ranks, *(form for form in errors if form not in ranks and "reason" not in errors[form])]:
-        error = errors[form]
+    made = {form: error for form, error in errors.items() if "reason" not in error}
+    for form, error in sorted(made.items(), key=lambda pair: pair[1]["rmse"]):
         row = [_form(form, fit), *(number(error[key]) for key in ("rmse", "low", "high")), f"{error['relative']:.2%}"]
         if len(ranks) > 1:
             rank = ranks[form]
@@ -496,13 +502,6 @@ def _held_out(fit: dict[str, Any], test: str, errors: dict[str, dict[str, Any]])
         _note(reason if len(forms) == len(errors) else f"{', '.join(forms)}: {reason}")
         for reason, forms in reasons.items()
     ]
-    if len(ranks) > 1:
-        parts.append(
-            _note(
-                "behind: by how much the error is above the best one's, with the interval over resamples of the runs "
-                "that both share. first in: the share of these in which the form has the lowest error."
-            )
-        )
     return "\n".join(parts)
 
 
@@ -612,7 +611,9 @@ def _costs_table(costs: list[Row]) -> str:
         return number(row["value"]) + ("" if row["spread"] is None else f" \u00b1 {number(row['spread'], 2)}")
 
     ordered = _by_path(row["node"] for row in shown)
-    return _table(titles, [[node, *(cell(node, device, metric) for device, metric, *_ in columns)] for node in ordered])
+    return _foldable(
+        titles, [[node, *(cell(node, device, metric) for device, metric, *_ in columns)] for node in ordered]
+    )
 
 
 def _roofline_table(costs: list[Row]) -> str:
@@ -633,7 +634,7 @@ def _roofline_table(costs: list[Row]) -> str:
     for row in predicted:
         devices.setdefault(json.loads(row["details"])["source"], set()).add(row["device"].removesuffix(" (roofline)"))
     sources = "; ".join(f"{', '.join(sorted(names))}: {source}" for source, names in sorted(devices.items()))
-    return _table(titles, table) + _note(
+    return _foldable(titles, table) + _note(
         "Milliseconds a token after the prompt. Columns of an evaluation are measured; others are lower bounds from "
         "what a node stores and a device's bandwidth and peak. They suppose kernels for the stored format: where "
         f"integers are packed, this software computes in floats. {sources}."

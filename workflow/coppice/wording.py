@@ -31,6 +31,11 @@ def counted(tokens: float | None) -> str:
     return f"{tokens:.3g}"
 
 
+def sampled(names: list[str], most: int = 6) -> str:
+    """The first names, and how many more there are."""
+    return listed(names) if len(names) <= most else f"{', '.join(names[:most])} and {len(names) - most} more"
+
+
 def listed(names: tuple[str, ...] | list[str]) -> str:
     """Names joined by commas, the last by `and`."""
     return ", ".join(names[:-1]) + " and " + names[-1] if len(names) > 1 else names[0]
@@ -65,7 +70,7 @@ def target_of(fit: dict[str, Any]) -> tuple[str, str]:
     return ("value", "") if target is None else (target.replace("_", " "), fit["units"][target]["unit"])
 
 
-def held_out_sentence(error: dict[str, Any], target: str = "loss", unit: str = "nats/token") -> str:
+def held_out_sentence(error: dict[str, Any], target: str, unit: str) -> str:
     """A held-out error, or why there is none; `target` and `unit`: of what the law predicts."""
     if "reason" in error:
         return error["reason"]

@@ -14,7 +14,7 @@ LOSS = {"a": 40.0, "alpha": 0.25, "b": 600.0, "beta": 0.32}
 SCORE = {"c": 0.65, "gamma": -9.0, "l": 0.75, "d": 0.25}
 TRUTH = LOSS | SCORE
 SIZES = np.array([5.25e6, 31.5e6, 106e6, 245e6, 477e6, 828e6])
-OPTIONS = density.Options().model_dump() | {"starts": 4, "bootstrap": 0}
+OPTIONS = density.Options().model_dump() | {"starts": 3, "bootstrap": 0}
 
 
 def family(sizes: np.ndarray, tokens: np.ndarray, parameters: dict[str, float] = TRUTH, stderr: float = 0.01) -> Points:

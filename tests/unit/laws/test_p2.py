@@ -80,22 +80,22 @@ def select(points: Points, rows: np.ndarray | slice) -> Points:
 
 def test_exact_losses_give_back_all_seven_parameters() -> None:
     # T-A1
-    fit = fit_form(p2.FORM, grid(), starts=20)
+    fit = fit_form(p2.FORM, grid(tokens=20), starts=8)
     assert fit.parameters == pytest.approx(TRUTH, rel=1e-6)
     assert fit.converged
     assert fit.unidentified == ()
 
 
 def test_noisy_losses() -> None:
-    # T-A2; the dossier's own fit missed alpha by 30%, and this noise by 31%.
-    fit = fit_form(p2.FORM, grid(noise=0.005), starts=20)
+    # T-A2; three sizes tell alpha poorly: this noise moves it by 31%.
+    fit = fit_form(p2.FORM, grid(noise=0.005), starts=8)
     for name in ("D_C", "beta", "gamma", "delta"):
         assert fit.parameters[name] == pytest.approx(TRUTH[name], rel=0.02)
     for name in ("N_C", "alpha", "E"):
         assert fit.parameters[name] == pytest.approx(TRUTH[name], rel=0.35)
     unseen = grid(sizes=(5,))
     assert np.sqrt(np.mean((p2.predict(fit.parameters, unseen) - unseen["loss"]) ** 2)) < 1e-3
-    samples, _ = bootstrap(p2.FORM, grid(noise=0.005), fit, 50, 0)
+    samples, _ = bootstrap(p2.FORM, grid(noise=0.005), fit, 40, 0)
     low, high = np.quantile(samples, [0.025, 0.975], axis=0)
     covered = (low <= list(TRUTH.values())) & (list(TRUTH.values()) <= high)
     assert covered.sum() >= 5
@@ -244,6 +244,7 @@ def test_the_stage_writes_what_it_measured(tmp_path: Path) -> None:
         "notes",
         "converged",
         "starts_within_tolerance",
+        "target",
         "passes",
     ]
     assert report["passes"] == {"ok": True, "reasons": []}
@@ -267,7 +268,7 @@ def test_the_stage_writes_what_it_measured(tmp_path: Path) -> None:
         assert list(errors) == ["p2", "without_delta", "without_dense_loss", "chinchilla_on_pruned_size"]
         assert all(errors["p2"]["rmse"] < errors[rival]["rmse"] for rival in p2.RIVALS)
         assert all(error["low"] < error["high"] for error in errors.values())
-    assert any("'larger_model'" in note and "N_C" in note for note in report["notes"])
+    assert any("'larger model'" in note and "N_C" in note for note in report["notes"])
     text = "".join(ElementTree.parse(output / "fit.svg").getroot().itertext())
     assert "recovery tokens" in text
     assert "1.0-0.15" in text

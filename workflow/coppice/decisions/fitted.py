@@ -17,7 +17,7 @@ from coppice.errors import UserError, nearest
 from coppice.files import read_json
 from coppice.laws.fit import Parameters, Points
 from coppice.tables import Row
-from coppice.wording import held_out_sentence, listed
+from coppice.wording import held_out_sentence, listed, target_of
 
 _OF_RECOVERIES = {"run", "model", "dense_parameters", "rho", "tokens", "dense_loss"}
 
@@ -92,7 +92,8 @@ def held_out(name: str, report: dict[str, Any]) -> str:
     if not shown:
         return f"Law {name} has no held-out test."
     return " ".join(
-        f"Held-out error of law {name}, {test}: {held_out_sentence(error)}" for test, error in shown.items()
+        f"Held-out error of law {name}, {test}: {held_out_sentence(error, *target_of(report))}"
+        for test, error in shown.items()
     )
 
 

@@ -16,7 +16,7 @@ from coppice.decisions import Answer
 from coppice.errors import UserError, nearest
 from coppice.tables import Row, front
 from coppice.uncertainty import resampled_sums
-from coppice.wording import counted, listed, number
+from coppice.wording import counted, listed, number, sampled
 
 DRAWS = 4000
 COVERED = 0.95  # runners-up are told until so much of the probability is
@@ -81,9 +81,9 @@ class Compared:
         exact = [row["node"] for row in self.rows if not _known(row["stderr"])]
         notes = ["Probabilities are over the items measured, not over the seeds of training."]
         if self.unmeasured:
-            notes.append(f"Not compared, since they have no finite {self.metric}: {listed(self.unmeasured)}.")
+            notes.append(f"Not compared, since they have no finite {self.metric}: {sampled(self.unmeasured)}.")
         if exact:
-            notes.append(f"Taken as exact, since their {self.metric} has no standard error: {listed(exact)}.")
+            notes.append(f"Taken as exact, since their {self.metric} has no standard error: {sampled(exact)}.")
         return notes
 
 
@@ -266,7 +266,7 @@ def best_within(compared: Compared, bounds: Sequence[Limit]) -> Answer:
         row["node"] for row in compared.rows if any(bound.values.get(row["node"]) is None for bound in bounds)
     )
     if unknown:
-        sentences.append(f"Not compared, since what the limits bound is not known of them: {listed(unknown)}.")
+        sentences.append(f"Not compared, since what the limits bound is not known of them: {sampled(unknown)}.")
     return {
         "title": f"Best {compared.metric} ({compared.evaluation})",
         "nodes": found,

@@ -9,7 +9,7 @@ import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -24,30 +24,38 @@ if TYPE_CHECKING:
 _OTHERS = ("fit", "held_out", "quality", "recoveries", "stage")
 
 
+Residuals = Annotated[
+    Literal["absolute", "logarithmic"],
+    Field(description="What a residual is: the predicted less the measured value, or the same of their logarithms."),
+]
+Huber = Annotated[
+    float | None,
+    Field(
+        gt=0,
+        description="Residuals larger than this count by their size and no longer by their square (Huber's loss), so "
+        "that outliers pull less; null: least squares.",
+    ),
+]
+
+
 class LawOptions(BaseModel):
     """Options that every law has."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    starts: int = Field(default=32, ge=1, description="How many points the search begins from.")
+    starts: int = Field(default=32, ge=1, description="How many points the search begins from; it ends at the best.")
     bootstrap: int = Field(default=200, ge=0, description="How many resamples of the runs the intervals come from.")
-    seed: int = Field(default=0, ge=0, description="Of the starts and the resamples.")
-    residuals: Literal["absolute", "logarithmic"] = Field(
-        default="absolute", description="What is small where the law is right: y' - y, or ln y' - ln y."
-    )
-    huber: float | None = Field(
-        default=None,
-        gt=0,
-        description="Residuals beyond this count by their size and no longer by their square (Huber's loss); null: "
-        "least squares.",
-    )
+    seed: int = Field(default=0, ge=0, description="Seed of the starts and of the resamples.")
+    residuals: Residuals = "absolute"
+    huber: Huber = None
     profile: list[str] = Field(
         default=[], description="Parameters whose profile is computed: the best objective at each of their values."
     )
     tolerance: float = Field(
         default=0.1,
         gt=0,
-        description="The largest held-out error, as a part of the value, with which the law recommends anything.",
+        description="The largest held-out error, as a part of the value, with which the law still recommends anything: "
+        "0.1 is 10%.",
     )
     file: str | None = Field(
         default=None,

@@ -13,17 +13,29 @@ tolerances ends where it began: the replication's explanation of the published p
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from pydantic import Field
 
-from coppice.laws import Law
-from coppice.laws.fit import Fit, Form, Objective, Parameter, Parameters, Points, levels
+from coppice.laws import Huber, Law, Residuals
+from coppice.laws.fit import (
+    Fit,
+    Form,
+    Objective,
+    Parameter,
+    Parameters,
+    Points,
+    drawn_interval,
+    is_single,
+    points_of,
+    powers_of_a_thousand,
+    without,
+)
 from coppice.laws.held_out import largest, later_tokens, leave_one_out
 from coppice.laws.recoveries import CURVES, RecoveryOptions, recoveries
-from coppice.uncertainty import percentile_interval
 from coppice.wording import counted, listed, number
 
 if TYPE_CHECKING:
@@ -45,15 +57,8 @@ HUBER = 1e-3
 class Options(RecoveryOptions):
     """What Chinchilla's law is fitted to, and what it recommends."""
 
-    residuals: Literal["absolute", "logarithmic"] = Field(
-        default="logarithmic", description="What is small where the law is right: y' - y, or ln y' - ln y."
-    )
-    huber: float | None = Field(
-        default=HUBER,
-        gt=0,
-        description="Residuals beyond this count by their size and no longer by their square (Huber's loss); null: "
-        "least squares.",
-    )
+    residuals: Residuals = "logarithmic"
+    huber: Huber = HUBER
     method: str = Field(
         default="scratch", description="The recovery method whose runs are the points: one that trains random weights."
     )
@@ -136,19 +141,7 @@ def _design(points: Points) -> tuple[bool, bool, bool]:
     return one_size, one_count, not one_size and not one_count and is_single(tokens / size)
 
 
-def is_single(values: np.ndarray) -> bool:
-    """Whether all of the values [n] share one level."""
-    return bool(levels(values).max() == 0)
-
-
-OBJECTIVE = Objective("logarithmic", HUBER)
-
-FORM = Form(PARAMETERS, predict, reduce, objective=OBJECTIVE, slopes=slopes)
-
-
-def _without_irreducible_loss(parameters: Parameters, points: Points) -> np.ndarray:
-    """A / N^alpha + B / D^beta: a comparator of ours, in which enough parameters and tokens remove all loss."""
-    return predict(parameters | {"E": 0.0}, points)
+FORM = Form(PARAMETERS, predict, reduce, objective=Objective("logarithmic", HUBER), slopes=slopes)
 
 
 def _reduce_without_irreducible_loss(points: Points) -> tuple[dict[str, float], list[str]]:
@@ -161,7 +154,7 @@ def _reduce_without_irreducible_loss(points: Points) -> tuple[dict[str, float], 
 
 
 def _tied(parameters: Parameters, points: Points) -> np.ndarray:
-    """E + A / N^alpha + B / D^alpha: a comparator of ours, in which size and tokens have one exponent."""
+    """E + A / N^alpha + B / D^alpha."""
     return predict(parameters | {"beta": parameters["alpha"]}, points)
 
 
@@ -171,15 +164,10 @@ def _reduce_tied(points: Points) -> tuple[dict[str, float], list[str]]:
     return fixed | ({"alpha": 1.0} if one_size and one_count else {}), []
 
 
-def _but(name: str) -> dict[str, Parameter]:
-    return {other: parameter for other, parameter in PARAMETERS.items() if other != name}
-
-
+# Comparators of ours: enough parameters and tokens remove all loss; size and tokens have one exponent.
 RIVALS = {
-    "without_irreducible_loss": Form(
-        _but("E"), _without_irreducible_loss, _reduce_without_irreducible_loss, objective=OBJECTIVE
-    ),
-    "one_exponent": Form(_but("beta"), _tied, _reduce_tied, objective=OBJECTIVE),
+    "without_irreducible_loss": replace(without(FORM, "E"), reduce=_reduce_without_irreducible_loss),
+    "one_exponent": replace(without(FORM, "beta"), predict=_tied, reduce=_reduce_tied),
 }
 
 HELD_OUT = {
@@ -195,24 +183,10 @@ def points(tables: dict[str, pd.DataFrame], options: dict[str, Any]) -> Points:
     A run is a node that `recoveries` chooses. `parameters` [n] are all of the node's, embeddings included, and `tokens`
     [n] those that the run had seen; not yet in units.
     """
-    found = recoveries(tables, options)
-    return {
-        "run": found["run"].to_numpy(dtype=str),
-        "parameters": found["parameters"].to_numpy(dtype=float),
-        "tokens": found["tokens"].to_numpy(dtype=float),
-        "loss": found["loss"].to_numpy(dtype=float),
-    }
+    return points_of(recoveries(tables, options), COLUMNS)
 
 
-def scales(points: Points) -> dict[str, float]:
-    """Units of N and D: for each the largest power of a thousand that the largest value reaches."""
-    return powers_of_a_thousand(points, ("parameters", "tokens"))
-
-
-def powers_of_a_thousand(points: Points, names: tuple[str, ...]) -> dict[str, float]:
-    """For each of the columns the largest power of a thousand, from 1 to 1e15, that its largest value reaches."""
-    powers = 1000.0 ** np.arange(6)
-    return {name: float(powers[powers <= max(points[name].max(), 1)][-1]) for name in names}
+scales = partial(powers_of_a_thousand, names=("parameters", "tokens"))
 
 
 # Compute
@@ -243,7 +217,7 @@ def recommend(
     entry: dict[str, Any] = {"compute": compute}
     found, drawn = _optimum(fit.parameters, in_units, scales), _optimum(samples, in_units, scales)
     for name, value in found.items():
-        low, high = percentile_interval(drawn[name]) if drawn[name].size else (None, None)
+        low, high = drawn_interval(drawn[name])
         entry |= {name: float(value), f"{name}_low": low, f"{name}_high": high}
     entry["note"] = _range_note(entry, points, scales)
     return [entry | {"sentence": _sentence(entry)}], []

@@ -4,9 +4,9 @@ Source: Compression Laws for Large Language Models (arXiv 2504.04342, first vers
 
     L = L0^alpha (1 + r)^beta (1 + 1 / (D + 1))^gamma
 
-L0: loss of the dense model on the same text; r: part of the parameters removed; D: recovery tokens. The form is the one
-that secondary notes recall: the paper itself was not read, and may print another. Nor is its unit of D known: here D
-is in millions of tokens, which matters, since 1 is added to it. Losses in nats per token.
+L0: loss of the dense model on the same text; r: part of the parameters removed; D: recovery tokens. The form is as
+others cite it; the paper may print another. Nor is its unit of D known: here D is in millions of tokens, which matters,
+since 1 is added to it. Losses in nats per token.
 
 The logarithm of the form is linear in its exponents, so that with logarithmic residuals the fit is ordinary least
 squares of ln L on ln L0, ln(1 + r) and ln(1 + 1 / (D + 1)), without a constant.
@@ -20,8 +20,8 @@ from typing import Literal
 import numpy as np
 from pydantic import Field
 
-from coppice.laws import Law, p2
-from coppice.laws.fit import Form, Objective, Parameter, Parameters, Points, levels
+from coppice.laws import Law, Residuals, p2
+from coppice.laws.fit import Form, Objective, Parameter, Parameters, Points, is_single, without
 from coppice.laws.held_out import highest_of_each, largest, later_tokens
 from coppice.laws.recoveries import RecoveryOptions
 
@@ -36,20 +36,16 @@ class Options(RecoveryOptions):
         description="The column of the table `nodes` that is r: of all parameters, of those of the blocks, or with "
         "zeros counted as removed, as for masks.",
     )
-    residuals: Literal["absolute", "logarithmic"] = Field(
-        default="logarithmic", description="What is small where the law is right: y' - y, or ln y' - ln y."
-    )
+    residuals: Residuals = "logarithmic"
 
 
 def predict(parameters: Parameters, points: Points) -> np.ndarray:
     """L of the law, nats per token, [n] or [k, n] with parameters [k, 1]. D is in millions of tokens."""
-    recovery = 1 + 1 / (points["tokens"] + 1)
-    return without_recovery(parameters, points) * recovery ** parameters["gamma"]
-
-
-def without_recovery(parameters: Parameters, points: Points) -> np.ndarray:
-    """L0^alpha (1 + r)^beta: the law with gamma = 0, under which training changes nothing."""
-    return points["dense_loss"] ** parameters["alpha"] * (1 + points["rho"]) ** parameters["beta"]
+    return (
+        points["dense_loss"] ** parameters["alpha"]
+        * (1 + points["rho"]) ** parameters["beta"]
+        * (1 + 1 / (points["tokens"] + 1)) ** parameters["gamma"]
+    )
 
 
 def reduce(points: Points) -> tuple[dict[str, float], list[str]]:
@@ -72,14 +68,9 @@ def _constant(points: Points) -> dict[str, bool]:
     """Whether the factor of each exponent is the same for all points."""
     return {
         "alpha": len(np.unique(points["model"])) == 1,
-        "beta": bool(levels(points["rho"]).max() == 0),
-        "gamma": bool(levels(points["tokens"]).max() == 0),
+        "beta": is_single(points["rho"]),
+        "gamma": is_single(points["tokens"]),
     }
-
-
-def _reduce_without_recovery(points: Points) -> tuple[dict[str, float], list[str]]:
-    fixed, notes = reduce(points)
-    return {name: value for name, value in fixed.items() if name != "gamma"}, notes
 
 
 def scales(points: Points) -> dict[str, float]:
@@ -88,21 +79,19 @@ def scales(points: Points) -> dict[str, float]:
 
 
 _EXPONENT = Parameter(bounds=(-50, 50), start=(-2, 2))
-_OBJECTIVE = Objective(residuals="logarithmic")
 
-FORM = Form(dict.fromkeys(("alpha", "beta", "gamma"), _EXPONENT), predict, reduce, objective=_OBJECTIVE)
+FORM = Form(
+    dict.fromkeys(("alpha", "beta", "gamma"), _EXPONENT), predict, reduce, objective=Objective(residuals="logarithmic")
+)
 
-RIVALS = {
-    "without_recovery": Form(
-        dict.fromkeys(("alpha", "beta"), _EXPONENT), without_recovery, _reduce_without_recovery, objective=_OBJECTIVE
-    )
-}
+# A comparator of ours, under which training changes nothing.
+RIVALS = {"without_recovery": without(FORM, "gamma")}
 
 LAW = Law(
     source={
         "title": "Compression Laws for Large Language Models",
         "arxiv": "2504.04342",
-        "equation": "L = L0^alpha (1 + r)^beta (1 + 1 / (D + 1))^gamma (as recalled by secondary notes)",
+        "equation": "L = L0^alpha (1 + r)^beta (1 + 1 / (D + 1))^gamma (as cited by others)",
     },
     units=p2.LAW.units,
     columns=p2.LAW.columns,

@@ -15,18 +15,19 @@ and inverted at one number of tokens D0:
 N: parameters; D: tokens of pretraining; L: -ln p of the right answers' texts, nats per item; S: score, a ratio; d is
 near chance and c + d near the ceiling. A score at the foot or the top of the sigmoid says little of N^, so that each
 density has an interval, from the score's standard error alone: its ends are the densities at S +- 1.96 standard errors.
+The options `residuals` and `huber` are about the loss law; the score is fitted by least squares.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from pydantic import Field
 
 from coppice.errors import UserError
-from coppice.laws import Law, LawOptions
+from coppice.laws import Law, LawOptions, Residuals
 from coppice.laws.fit import (
     Fit,
     Form,
@@ -37,28 +38,26 @@ from coppice.laws.fit import (
     bootstrap,
     count,
     fit_form,
-    levels,
+    fitted_parameters,
+    is_single,
     metrics,
     select,
 )
-from coppice.laws.held_out import leave_one_out
+from coppice.laws.held_out import STARTS, leave_one_out, summary
 from coppice.laws.quality import METRICS, measured
-from coppice.uncertainty import mean_interval, percentile_interval
+from coppice.uncertainty import mean_interval
 from coppice.wording import listed, number
 
 if TYPE_CHECKING:
     import pandas as pd
 
 _PARAMETERS_OF_A_STEP = 4  # each step has four: with no more references than that it is given fewer
-_HELD_OUT_STARTS = 8
 
 
 class Options(LawOptions):
     """Which benchmark the densities are about, and what is known of the reference models."""
 
-    residuals: Literal["absolute", "logarithmic"] = Field(
-        default="logarithmic", description="What is small where the loss law is right: L' - L, or ln L' - ln L."
-    )
+    residuals: Residuals = "logarithmic"
     evaluation: str | None = Field(
         default=None, description="The evaluation that measured; may be left out where one alone has the task."
     )
@@ -98,13 +97,13 @@ def _loss(parameters: Parameters, points: Points) -> np.ndarray:
 def _one_size_or_token_count(points: Points) -> tuple[dict[str, float], list[str]]:
     """The loss law that few references leave: b = 0 without a choice of D, and no alpha without one of N."""
     fixed, notes = {}, []
-    if levels(points["parameters"]).max() == 0:
+    if is_single(points["parameters"]):
         fixed["alpha"] = 1.0
         notes.append(
             "The reference models have one size, so alpha is not identified: it is fixed at 1, and no effective size "
             "can be told."
         )
-    if levels(points["tokens"]).max() == 0:
+    if is_single(points["tokens"]):
         fixed |= {"b": 0.0, "beta": 1.0}
         notes.append(
             "The reference models have one number of pretraining tokens, or none is given by `pretraining_tokens`, so "
@@ -312,7 +311,9 @@ def report(points: Points, options: dict[str, Any]) -> dict[str, Any]:
     parameters = {name: value for _, fit in steps.values() for name, value in fit.parameters.items()}
     unknown = _unknown(steps)
     if unknown:
-        notes.append(f"No density is told, since the reference models do not identify {listed(unknown)}.")
+        untold = f"No density is told, since the reference models do not identify {listed(unknown)}."
+        notes.append(untold)
+    tested = {"reason": untold} if unknown else _held_out(references, options)
     notes += [
         f"The search for the {name} law ended before the gradient vanished, so its values are not an optimum."
         for name, (_, fit) in steps.items()
@@ -330,7 +331,7 @@ def report(points: Points, options: dict[str, Any]) -> dict[str, Any]:
             for name, (form, fit) in steps.items()
             for metric in ("r2", "rmse")
         },
-        "held_out": {"leave_one_reference_out": {"density": _held_out(references, options)}},
+        "held_out": {"leave_one_reference_out": {"density": tested}},
         "ranking": {},
         "recommendation": _advice(rows, points),
         "notes": notes + _summary(rows, points),
@@ -361,49 +362,24 @@ def _nothing(points: Points, references: int) -> dict[str, Any]:
 
 
 def _parameters(form: Form, fit: Fit, references: Points, options: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Each parameter of a step with its 95% interval over the reference models drawn again."""
+    """Each parameter of a step, with its interval over the reference models drawn again."""
     samples, _ = bootstrap(form, references, fit, options["bootstrap"], options["seed"])
-    spread = np.ptp(fit.starts, axis=0)
-    found = {}
-    for place, (name, value) in enumerate(fit.parameters.items()):
-        identified = name not in fit.fixed and name not in fit.unidentified
-        known = identified and len(samples) > 1
-        low, high = percentile_interval(samples[:, place]) if known else (None, None)
-        found[name] = {
-            "value": value,
-            "low": low,
-            "high": high,
-            "stderr": float(np.std(samples[:, place], ddof=1)) if known else None,
-            "identified": identified,
-            "spread": float(spread[place]),
-        }
-    return found
+    return fitted_parameters(fit, samples)
 
 
 def _held_out(references: Points, options: dict[str, Any]) -> dict[str, Any]:
-    """Error of the score S(L(N, D)) of each reference model by both steps fitted to the others.
-
-    relative: the mean of |S' - S| over the mean of S, since a single score can be 0. naive: the error of the mean of
-    the other scores.
-    """
+    """Error of the score S(L(N, D)) of each reference model by both steps fitted to the others, and of their mean."""
     folds = leave_one_out(references, "run", "reference model")
     if isinstance(folds, str):
         return {"reason": folds}
     errors, naive, unknown = [], [], set()
     for fold in folds:
         seen, unseen = select(references, ~fold), select(references, fold)
-        steps, _ = _steps(seen, options, min(options["starts"], _HELD_OUT_STARTS))
+        steps, _ = _steps(seen, options, min(options["starts"], STARTS))
         errors.append((_predicted(steps, unseen) - unseen["score"])[0])
         naive.append((seen["score"].mean() - unseen["score"])[0])
         unknown |= set(_unknown(steps))
-    return {
-        "rmse": float(np.sqrt(np.mean(np.square(errors)))),
-        "relative": float(np.mean(np.abs(errors)) / (references["score"].mean() or 1)),
-        "low": None,
-        "high": None,
-        "naive": float(np.sqrt(np.mean(np.square(naive)))),
-        "unidentified": sorted(unknown),
-    }
+    return summary(np.array(errors), references["score"], np.array(naive)) | {"unidentified": sorted(unknown)}
 
 
 def node_densities(

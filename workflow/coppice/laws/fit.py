@@ -16,10 +16,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+
+from coppice.uncertainty import percentile_interval
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Points = dict[str, np.ndarray]
 Parameters = dict[str, Any]
@@ -96,6 +101,28 @@ class Fit:
         return tuple(name for name in self.parameters if name not in self.fixed)
 
 
+def without(form: Form, name: str, value: float = 0.0) -> Form:
+    """The rival of a form that has the named parameter at `value`, whatever the points are."""
+
+    def predict(parameters: Parameters, points: Points) -> np.ndarray:
+        return form.predict(parameters | {name: value}, points)
+
+    def reduce(points: Points) -> tuple[dict[str, float], list[str]]:
+        fixed, notes = form.reduce(points)
+        return {other: at for other, at in fixed.items() if other != name}, notes
+
+    kept = {other: parameter for other, parameter in form.parameters.items() if other != name}
+    return replace(form, parameters=kept, predict=predict, reduce=reduce, slopes=None)
+
+
+# Points
+
+
+def points_of(table: pd.DataFrame, columns: dict[str, type]) -> Points:
+    """The rows of a table as points: its `columns`, each of the type it is given."""
+    return {name: table[name].to_numpy(dtype=kind) for name, kind in columns.items()}
+
+
 def count(points: Points) -> int:
     """Number of points."""
     return len(points["run"])
@@ -113,6 +140,17 @@ def levels(values: np.ndarray, gap: float = 0.05) -> np.ndarray:
     """
     distinct, inverse = np.unique(values, return_inverse=True)
     return np.concatenate([[0], np.cumsum(distinct[1:] > distinct[:-1] * (1 + gap))])[inverse]
+
+
+def is_single(values: np.ndarray) -> bool:
+    """Whether all of the positive `values` [n] share one level."""
+    return bool(levels(values).max() == 0)
+
+
+def powers_of_a_thousand(points: Points, names: tuple[str, ...]) -> dict[str, float]:
+    """Units: for each named column the largest power of a thousand, from 1 to 1e15, that its largest value reaches."""
+    powers = 1000.0 ** np.arange(6)
+    return {name: float(powers[powers <= max(points[name].max(), 1)][-1]) for name in names}
 
 
 def columns(form: Form, samples: np.ndarray) -> Parameters:
@@ -243,7 +281,7 @@ def fit_form(form: Form, points: Points, starts: int = 32, seed: int = 0, fixed:
     names = tuple(name for name in form.parameters if name not in reduced)
     ends = descend(form, points, names, reduced, _starts(form, reduced, starts, seed))
     scores = np.sqrt(2 * objective(form, columns(form, ends), points) / count(points))
-    near = ends[scores <= np.min(scores) + _SAME_OPTIMUM * _root_mean_square(_size(form, points))]
+    near = ends[scores <= np.min(scores) + _SAME_OPTIMUM * root_mean_square(_size(form, points))]
     best = _polished(form, points, names, reduced, ends[np.argmin(scores)])
     # At one of several optima a term can have vanished, and its parameters with it.
     unknown = {name for end in near for name in unidentified(_searched_jacobian(form, end, points, names), names)}
@@ -461,10 +499,6 @@ def _starts(form: Form, fixed: dict[str, float], number: int, seed: int) -> np.n
     return starts
 
 
-def _root_mean_square(values: np.ndarray) -> float:
-    return float(np.sqrt(np.mean(values**2)))
-
-
 # Uncertainty
 
 
@@ -553,7 +587,38 @@ def profile(form: Form, points: Points, fit: Fit, name: str, values: np.ndarray)
     return found
 
 
+def drawn_interval(samples: np.ndarray) -> tuple[float, float] | tuple[None, None]:
+    """95% interval of `samples` [draws]; None for both ends where there are no draws."""
+    return percentile_interval(samples) if len(samples) else (None, None)
+
+
+def fitted_parameters(fit: Fit, samples: np.ndarray) -> dict[str, dict[str, Any]]:
+    """What fit.json says of each parameter: its value, its 95% interval and standard error over `samples` [draws, p].
+
+    Beside them whether it is identified, without which it has no interval, and its spread over equally good starts.
+    """
+    spread = np.ptp(fit.starts, axis=0)
+    found = {}
+    for place, (name, value) in enumerate(fit.parameters.items()):
+        identified = name not in fit.fixed and name not in fit.unidentified
+        known = identified and len(samples) > 1
+        low, high = drawn_interval(samples[:, place]) if known else (None, None)
+        found[name] = {
+            "value": value,
+            "low": low,
+            "high": high,
+            "stderr": float(np.std(samples[:, place], ddof=1)) if known else None,
+            "identified": identified,
+            "spread": float(spread[place]),
+        }
+    return found
+
+
 # Metrics
+
+
+def root_mean_square(values: np.ndarray) -> float:
+    return float(np.sqrt(np.mean(values**2)))
 
 
 def metrics(points: Points, predicted: np.ndarray, target: str = "loss") -> dict[str, float | None]:
@@ -569,7 +634,7 @@ def metrics(points: Points, predicted: np.ndarray, target: str = "loss") -> dict
     found: dict[str, float | None] = {
         "r2": float(1 - np.sum(difference**2) / variation) if variation > 0 else None,
         "huber": float(_penalty(Objective(huber=_HUBER_DELTA), difference).mean()),
-        "rmse": _root_mean_square(difference),
+        "rmse": root_mean_square(difference),
     }
     if "tokens" in points:
         found["asd"], found["asd_relative"] = average_slope_difference(points, predicted, target)

@@ -16,19 +16,20 @@ from coppice.laws.fit import (
     Points,
     columns,
     count,
+    drawn_interval,
     drawn_runs,
     fit_form,
     levels,
     refitted,
+    root_mean_square,
     select,
 )
-from coppice.uncertainty import percentile_interval
 
 # The points that a test holds out: a mask [n], or masks [folds, n] of which each is held out in turn; or the sentence
 # that says why it cannot.
 HoldOut = Callable[[Points], np.ndarray | str]
 
-_STARTS = 8
+STARTS = 8  # of each fold's fit, since there are many
 _DRAWS = 200  # every form is fitted again in each draw of each fold
 
 
@@ -54,6 +55,11 @@ def largest(points: Points, column: str, name: str) -> np.ndarray | str:
     return level == level.max()
 
 
+def smallest(points: Points, column: str, name: str) -> np.ndarray | str:
+    """Holds out the smallest level of `column`; two levels must remain, since one shows no trend to extend."""
+    return largest(points | {column: 1 / points[column]}, column, name)
+
+
 def highest_of_each(points: Points, column: str, name: str, by: str) -> np.ndarray | str:
     """Holds out the largest level of `column` of each group of `by` that has two; two levels must remain in all."""
     held_out = np.zeros(count(points), bool)
@@ -73,6 +79,25 @@ def leave_one_out(points: Points, column: str, name: str) -> np.ndarray | str:
     if group.max() < 2:
         return f"This test needs three {name}s, two to fit and one to predict, and the points have {group.max() + 1}."
     return group == np.arange(group.max() + 1)[:, None]
+
+
+# How far off the prediction is
+
+
+def summary(differences: np.ndarray, observed: np.ndarray, naive: np.ndarray) -> dict[str, Any]:
+    """What fit.json says of `differences` [n] = y' - y from the `observed` y [n], without an interval.
+
+    rmse: in the unit of y; relative: sum |y' - y| / sum |y|; naive: the rmse of the differences `naive` [n] of a
+    prediction that knows no law.
+    """
+    return {
+        "rmse": root_mean_square(differences),
+        "relative": float(np.abs(differences).sum() / (np.abs(observed).sum() or 1)),
+        "low": None,
+        "high": None,
+        "naive": root_mean_square(naive),
+        "unidentified": [],
+    }
 
 
 def held_out_error(form: Form, points: Points, held_out: np.ndarray | str, options: dict[str, Any]) -> dict[str, Any]:
@@ -102,21 +127,19 @@ def held_out_test(
         if reasons:
             errors[name] = {"reason": reasons[0]}
             continue
-        differences = np.concatenate([fold[name]["difference"] for fold in folds])
+        differences, observed, naive = (
+            np.concatenate([fold[name][part] for fold in folds]) for part in ("difference", "observed", "naive")
+        )
         draws[name] = np.sqrt(
             sum(fold[name]["drawn"] for fold in folds) / sum(fold[name]["drawn_count"] for fold in folds)
         )
-        low, high = percentile_interval(draws[name]) if len(draws[name]) else (None, None)
-        errors[name] = {
-            "rmse": float(np.sqrt(np.mean(differences**2))),
-            "relative": float(
-                sum(np.abs(fold[name]["difference"]).sum() for fold in folds)
-                / sum(fold[name]["size"] for fold in folds)
-            ),
+        # Where every draw must hold all of the runs to tell the parameters, draws are one and the same.
+        several = len(draws[name]) > 0 and np.ptp(draws[name]) > 0
+        low, high = drawn_interval(draws[name]) if several else (None, None)
+        errors[name] = summary(differences, observed, naive) | {
             "low": low,
             "high": high,
-            "naive": float(np.sqrt(np.mean(np.concatenate([fold[name]["naive"] for fold in folds]) ** 2))),
-            "folds": [float(np.sqrt(np.mean(fold[name]["difference"] ** 2))) for fold in folds],
+            "folds": [root_mean_square(fold[name]["difference"]) for fold in folds],
             "unidentified": sorted({lost for fold in folds for lost in fold[name]["unidentified"]}),
         }
     return errors, _ranking(errors, draws)
@@ -127,7 +150,7 @@ def _fold(
 ) -> dict[str, dict[str, Any]]:
     """One fold of a test: each form's differences on the held-out points, and their squares summed in each draw."""
     seen, unseen = select(points, ~held_out), select(points, held_out)
-    starts = min(options["starts"], _STARTS)
+    starts = min(options["starts"], STARTS)
     fits = {name: (form, fit_form(form, seen, starts, options["seed"])) for name, form in forms.items()}
     rich = {name: pair for name, pair in fits.items() if count(seen) > len(pair[1].free)}
     weights = (
@@ -147,7 +170,7 @@ def _fold(
         squares = (form.predict(columns(form, samples), unseen) - observed) ** 2
         found[name] = {
             "difference": difference,
-            "size": np.abs(observed).sum(),
+            "observed": observed,
             "naive": seen[form.target].mean() - observed,
             "drawn": np.sum(squares * weights[:, held_out], axis=1),
             "drawn_count": weights[:, held_out].sum(axis=1),
@@ -165,14 +188,14 @@ def _ranking(errors: dict[str, dict[str, Any]], draws: dict[str, np.ndarray]) ->
     lowest = np.bincount(drawn.argmin(axis=0), minlength=len(order)) if drawn.shape[1] else None
     ranking = []
     for place, name in enumerate(order):
-        between = percentile_interval(draws[name] - draws[order[0]]) if drawn.shape[1] else (None, None)
+        low, high = drawn_interval(draws[name] - draws[order[0]])
         ranking.append(
             {
                 "form": name,
                 "rmse": errors[name]["rmse"],
                 "behind": errors[name]["rmse"] - errors[order[0]]["rmse"],
-                "low": between[0],
-                "high": between[1],
+                "low": low,
+                "high": high,
                 "first": None if lowest is None else float(lowest[place] / drawn.shape[1]),
             }
         )

@@ -21,9 +21,9 @@ import numpy as np
 from pydantic import Field
 
 from coppice.laws import Law
-from coppice.laws.fit import Points, levels
-from coppice.laws.quality import METRICS, QualityOptions, measured
-from coppice.uncertainty import percentile_interval
+from coppice.laws.fit import Points, drawn_interval, levels
+from coppice.laws.held_out import summary
+from coppice.laws.quality import METRICS, QualityOptions, measured, path
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -49,7 +49,8 @@ class Options(QualityOptions):
 def bits_per_parameter(k: float, block: int, outlier_share: float = 0.0) -> float:
     """k + 16 / B + p (16 - k): bits of a weight of k bits, with a 16-bit constant for each block of B weights.
 
-    outlier_share: p, the share of the inputs whose weights stay in 16 bits.
+    outlier_share: p, the share of the inputs whose weights stay in 16 bits. This is the paper's accounting; the points
+    take the bits that a checkpoint really stores.
     """
     return k + 16 / block + outlier_share * (16 - k)
 
@@ -91,12 +92,12 @@ def _is_dense(nodes: pd.DataFrame, node: str) -> bool:
 
 def _quantization(nodes: pd.DataFrame, node: str) -> str | None:
     """The node of the path of `node`, itself included, whose step quantized the weights; None where none did."""
-    while not _is_dense(nodes, node):
-        parent = nodes.at[node, "parent"]
-        if "quantized" in nodes.at[node, "marks"] and "quantized" not in nodes.at[parent, "marks"]:
-            return node
-        node = parent
-    return None
+    found = [
+        step
+        for step in path(nodes, node)
+        if "quantized" in nodes.at[step, "marks"] and "quantized" not in nodes.at[nodes.at[step, "parent"], "marks"]
+    ]
+    return found[-1] if found else None
 
 
 def _precision(nodes: pd.DataFrame, node: str, step: str | None) -> float | None:
@@ -188,7 +189,7 @@ def _offsets(
     offsets, parameters = {}, {}
     for k, gap in gaps(found, {k: curve["value"] for k, curve in found.items()}, x).items():
         value, deviation = float(mean_gap(gap, x)), gap_deviation(gap, x)
-        low, high = percentile_interval(mean_gap(drawn[k], x)) if _noisy(found) and len(drawn[k]) else (None, None)
+        low, high = drawn_interval(mean_gap(drawn[k], x)) if _noisy(found) else (None, None)
         offsets[str(k)] = {
             "value": value,
             "deviation": deviation,
@@ -286,11 +287,7 @@ def _mean_probability(ranges: list[dict[str, Any]]) -> float | None:
 
 
 def interior_size(found: dict[int, Curve]) -> dict[str, Any]:
-    """Error of the interpolants at each knot within a curve, predicted by its neighbours; {"reason"} without any.
-
-    relative: the mean of |m' - m| over the mean of |m|, since a single accuracy can be 0. naive: the error of the mean
-    of the other knots.
-    """
+    """Error at each knot within a curve of its neighbours' interpolant, and of the other knots' mean; or {"reason"}."""
     values, errors, naive = [], [], []
     for curve in found.values():
         for place in range(1, len(curve["x"]) - 1):
@@ -300,14 +297,7 @@ def interior_size(found: dict[int, Curve]) -> dict[str, Any]:
             naive.append(others.mean() - value)
     if not errors:
         return {"reason": "This test leaves out a size between two others, and no precision has three sizes."}
-    return {
-        "rmse": float(np.sqrt(np.mean(np.square(errors)))),
-        "relative": float(np.mean(np.abs(errors)) / (np.mean(np.abs(values)) or 1)),
-        "low": None,
-        "high": None,
-        "naive": float(np.sqrt(np.mean(np.square(naive)))),
-        "unidentified": [],
-    }
+    return summary(np.array(errors), np.array(values), np.array(naive))
 
 
 def report(points: Points, options: dict[str, Any]) -> dict[str, Any]:

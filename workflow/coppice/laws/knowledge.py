@@ -25,12 +25,10 @@ import numpy as np
 from pydantic import Field
 
 from coppice.laws import Law, LawOptions
-from coppice.laws.chinchilla import is_single
-from coppice.laws.fit import Fit, Form, Parameter, Parameters, Points
-from coppice.laws.held_out import largest, leave_one_out
+from coppice.laws.fit import Fit, Form, Parameter, Parameters, Points, drawn_interval, is_single
+from coppice.laws.held_out import largest, leave_one_out, smallest
 from coppice.laws.precision import retained
 from coppice.laws.quality import METRICS, measured, path
-from coppice.uncertainty import percentile_interval
 from coppice.wording import listed
 
 if TYPE_CHECKING:
@@ -153,8 +151,7 @@ def _capacity_by_bits(parameters: Parameters, points: Points) -> np.ndarray:
 
 def _by_size_alone(parameters: Parameters, points: Points) -> np.ndarray:
     """The law without damage: storage has no part."""
-    s = parameters["s"]
-    return (1 + (points["world"] / capacity(parameters, points)) ** s) ** (-1 / s)
+    return predict(parameters | {"c": 0.0, "p": 0.0, "gamma": 1.0}, points)
 
 
 def _reduce_capacity_by_bits(points: Points) -> tuple[dict[str, float], list[str]]:
@@ -173,15 +170,10 @@ RIVALS = {
 }
 
 
-def _fewest_bits(points: Points) -> np.ndarray | str:
-    """Holds out the lowest precision."""
-    return largest(points | {"coarseness": 1 / points["bits"]}, "coarseness", "precision")
-
-
 HELD_OUT = {
     "another_model": partial(leave_one_out, column="run", name="model"),
     "larger_model": partial(largest, column="parameters", name="size"),
-    "fewer_bits": _fewest_bits,
+    "fewer_bits": partial(smallest, column="bits", name="precision"),
 }
 
 
@@ -317,7 +309,7 @@ def recommend(
     drawn = _bits_to_keep(samples, dense, options["keep"])
     entries = []
     for row, model in enumerate(dense["run"]):
-        low, high = percentile_interval(drawn[:, row]) if len(drawn) else (None, None)
+        low, high = drawn_interval(drawn[:, row])
         between = "" if low is None else f" ({low:.2f} to {high:.2f})"
         entries.append(
             {

@@ -1,17 +1,16 @@
 """Learning-curve prediction: the power law of one recovery run, where it leads, and when its rest pays too little.
 
 Source: Modeling of learning curves with applications to POS tagging (Vilares, Darriba and Ribadas, arXiv 2402.02515).
-An accuracy follows A(x) = c - a x^-b with a, b > 0, and c its asymptote; a loss follows L(x) = c + a x^-b. The trend of
-level i is fitted to the first i observations, and the asymptotes c_i form a sequence:
+There an accuracy follows c - a x^-b; here a loss follows L(x) = c + a x^-b, a, b > 0, and c its asymptote. The trend
+of level i is fitted to the first i observations, and the asymptotes c_i form a sequence:
 
-- working level: the first level from which on every trend is possible, that is, it has a slope of the right sign and an
-  asymptote on the right side of the best value there is (0 nats for a loss);
+- working level: the first level from which on every trend is possible, that is, it falls, and not below 0 nats;
 - prediction level: the first level from the working level on, from which the asymptotes are monotone; here over at
   least two steps, as a single step is monotone whatever the data;
 - proximity: past the prediction level, training may stop where the trend has at most tau left to go, and the prediction
   for a later x may be taken where two consecutive trends agree on it within tau;
-- anchor: the asymptote of the trend before, taken as an observation at infinity, steadies the next one. It is off by
-  default, since it holds on to an asymptote that a loss still falling has begun to contradict.
+- anchor: the asymptote of the trend before, taken as an observation at infinity, steadies the next one. It is an option
+  that training does not use: it holds on to an asymptote that a loss still falling has begun to contradict.
 
 For given b the pattern is linear in c and a, so that the least squares of a trend are a search in one dimension.
 """
@@ -25,10 +24,10 @@ import numpy as np
 from pydantic import Field
 
 from coppice.laws import Law, LawOptions
-from coppice.laws.fit import FEWEST_RUNS, Points, metrics, select
-from coppice.laws.held_out import later_tokens
+from coppice.laws.fit import FEWEST_RUNS, Points, drawn_interval, metrics, points_of, select
+from coppice.laws.held_out import later_tokens, summary
 from coppice.laws.quality import matches
-from coppice.uncertainty import percentile_interval, resampled_sums
+from coppice.uncertainty import resampled_sums
 from coppice.wording import counted
 
 if TYPE_CHECKING:
@@ -36,13 +35,14 @@ if TYPE_CHECKING:
 
     import pandas as pd
 
+COLUMNS = {"run": str, "tokens": float, "loss": float}
+
 FEWEST = 3  # observations that a trend needs: as many as it has unknowns
 _EXPONENTS = (0.01, 10.0)
 _CANDIDATES = np.linspace(0, 1, 65)
 _ZOOMS = 9  # each narrows the interval of ln b to a 32nd: below 1e-12 at the end
 _MONOTONE_STEPS = 2
 _EQUAL = 1e-9  # asymptotes closer than this part of their size are one
-_BEST_LOSS = 0.0  # nats per token
 
 
 # Trends
@@ -50,52 +50,46 @@ _BEST_LOSS = 0.0  # nats per token
 
 @dataclass(frozen=True)
 class Trend:
-    """c + a x^-b, or c - a x^-b where it rises; asymptote c and scale a in the unit of y."""
+    """c + a x^-b; asymptote c and scale a in the unit of y."""
 
     asymptote: float
     scale: float
     exponent: float
-    rising: bool = False
 
     def at(self, x: Any) -> Any:
         """The value at x > 0, a number or an array; at infinity the asymptote."""
-        return self.asymptote + (-1 if self.rising else 1) * self.scale * np.asarray(x, float) ** -self.exponent
+        return self.asymptote + self.scale * np.asarray(x, float) ** -self.exponent
 
     def gain(self, x: float, target: float) -> float:
-        """How much better, in the unit of y, it is at `target` than at x <= target."""
-        return float(abs(self.at(target) - self.at(x)))
+        """How much it falls, in the unit of y, from x to `target` >= x."""
+        return float(self.at(x) - self.at(target))
 
 
-def trend(x: np.ndarray, y: np.ndarray, anchor: float | None = None, rising: bool = False) -> Trend:
+def trend(x: np.ndarray, y: np.ndarray, anchor: float | None = None) -> Trend:
     """Least squares of y [n] at x [n] > 0, n >= 3, over c, a >= 0 and 0.01 <= b <= 10; `anchor`: y at infinity.
 
-    Where y does not move the right way a is 0 and b stands for nothing.
+    Where y does not fall a is 0 and b stands for nothing.
     """
-    c, a, b = _fitted(x, np.asarray(y, float)[None], None if anchor is None else np.array([anchor]), rising)
-    return Trend(float(c[0]), float(a[0]), float(b[0]), rising)
+    if anchor is not None:
+        x, y = np.append(x, np.inf), np.append(y, anchor)
+    c, a, b = _fitted(x, np.asarray(y, float)[None])
+    return Trend(float(c[0]), float(a[0]), float(b[0]))
 
 
-def _fitted(
-    x: np.ndarray, y: np.ndarray, anchors: np.ndarray | None, rising: bool
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """c, a and b [k] for each row of y [k, n] at x [n], `anchors` [k] at infinity."""
+def _fitted(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """c, a and b [k] for each row of y [k, n] at x [n]."""
     x = np.asarray(x, float)
-    center = np.exp(np.mean(np.log(x)))
-    x = x / center
-    if anchors is not None:
-        x, y = np.append(x, np.inf), np.hstack([y, anchors[:, None]])
-    y = -y if rising else y
+    center = np.exp(np.mean(np.log(x[np.isfinite(x)])))
     low, high = (np.full(len(y), np.log(bound)) for bound in _EXPONENTS)
     rows = np.arange(len(y))
     for _ in range(_ZOOMS):
         candidates = low[:, None] + (high - low)[:, None] * _CANDIDATES
-        c, a, costs = _linear(x, y, np.exp(candidates))
+        c, a, costs = _linear(x / center, y, np.exp(candidates))
         best = np.argmin(costs, axis=1)
         step = (high - low) * _CANDIDATES[1]
         low, high = np.maximum(low, candidates[rows, best] - step), np.minimum(high, candidates[rows, best] + step)
     b = np.exp(candidates[rows, best])
-    c, a = c[rows, best], a[rows, best]
-    return -c if rising else c, a * center**b, b
+    return c[rows, best], a[rows, best] * center**b, b
 
 
 def _linear(x: np.ndarray, y: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -109,22 +103,16 @@ def _linear(x: np.ndarray, y: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np
     return mean_y - a * mean_u, a, np.sum((y_away - a[..., None] * u_away) ** 2, axis=-1)
 
 
-def trends(
-    x: np.ndarray, y: np.ndarray, best: float = _BEST_LOSS, rising: bool = False, anchored: bool = False
-) -> list[Trend]:
+def trends(x: np.ndarray, y: np.ndarray, anchored: bool = False) -> list[Trend]:
     """The trends of the levels 3 .. n of y [n] at increasing x [n].
 
-    anchored: each from the second on has the asymptote of the free trend before it, at most `best`, at infinity.
-    best: the value that no asymptote can pass.
+    anchored: each from the second on has the asymptote of the free trend before it, but not below 0, at infinity.
     """
-    free = [trend(x[:level], y[:level], rising=rising) for level in range(FEWEST, len(x) + 1)]
+    free = [trend(x[:level], y[:level]) for level in range(FEWEST, len(x) + 1)]
     if not anchored:
         return free
-    within = min if rising else max
-    return free[:1] + [
-        trend(x[:level], y[:level], within(before.asymptote, best), rising)
-        for level, before in enumerate(free[:-1], FEWEST + 1)
-    ]
+    steadied = enumerate(free[:-1], FEWEST + 1)
+    return free[:1] + [trend(x[:level], y[:level], max(before.asymptote, 0)) for level, before in steadied]
 
 
 def asymptotes(found: list[Trend]) -> np.ndarray:
@@ -132,20 +120,15 @@ def asymptotes(found: list[Trend]) -> np.ndarray:
     return np.array([each.asymptote for each in found])
 
 
-def _possible(each: Trend, best: float) -> bool:
-    return each.scale > 0 and (each.asymptote <= best if each.rising else each.asymptote >= best)
-
-
-def working_level(found: list[Trend], best: float = _BEST_LOSS) -> int | None:
+def working_level(found: list[Trend]) -> int | None:
     """The first level from which on every trend in `found` (levels 3 ..) is possible; None where the last is not."""
-    possible = [_possible(each, best) for each in found]
-    kept = _last_in_a_row(np.array(possible, bool))
+    kept = _last_in_a_row(np.array([each.scale > 0 and each.asymptote >= 0 for each in found], bool))
     return FEWEST + len(found) - kept if kept else None
 
 
-def prediction_level(found: list[Trend], best: float = _BEST_LOSS) -> int | None:
+def prediction_level(found: list[Trend]) -> int | None:
     """The first level, past the working level, from which on the asymptotes are monotone over two steps or more."""
-    first = working_level(found, best)
+    first = working_level(found)
     if first is None:
         return None
     sequence = asymptotes(found[first - FEWEST :])
@@ -209,7 +192,12 @@ class Options(LawOptions):
         gt=0,
         description="Nats per token: the rule stops a run where the rest of its tokens would gain less.",
     )
-    nodes: list[str] | None = Field(default=None, description="Patterns of the recovery nodes; null: all of them.")
+    nodes: list[str] | None = Field(
+        default=None, description="Patterns of the recovery nodes, such as small/*; null: all of them."
+    )
+    anchored: bool = Field(
+        default=False, description="Steady each trend by the asymptote of the one before it, as the source does."
+    )
 
 
 def points(tables: dict[str, pd.DataFrame], options: dict[str, Any]) -> Points:
@@ -217,12 +205,7 @@ def points(tables: dict[str, pd.DataFrame], options: dict[str, Any]) -> Points:
     nodes, curves = tables["nodes"], tables["curves"]
     runs = [node for node in nodes["node"][nodes["family"] == "recover"] if matches(node, options["nodes"])]
     rows = curves[(curves["split"] == "validation") & (curves["tokens"] > 0) & curves["node"].isin(runs)]
-    rows = rows.sort_values(["node", "tokens"])
-    return {
-        "run": rows["node"].to_numpy(dtype=str),
-        "tokens": rows["tokens"].to_numpy(dtype=float),
-        "loss": rows["loss"].to_numpy(dtype=float),
-    }
+    return points_of(rows.sort_values(["node", "tokens"]).rename(columns={"node": "run"}), COLUMNS)
 
 
 def report(points: Points, options: dict[str, Any]) -> dict[str, Any]:
@@ -263,11 +246,11 @@ def _rows(points: Points, run: str) -> np.ndarray:
 
 def _described(x: np.ndarray, y: np.ndarray, options: dict[str, Any]) -> dict[str, Any]:
     """What the trends of one run say, its losses y [n] at tokens x [n]; intervals at 95%."""
-    found, whole, end = trends(x, y), trend(x, y), x[-1]
+    found, whole, end = trends(x, y, options["anchored"]), trend(x, y), x[-1]
     drawn = _redrawn(whole, x, y, options["bootstrap"], options["seed"])
     # At the last level nothing is left to save or to predict.
-    stop = _first_level(found[:-1], lambda part: _pays_too_little(part, x, end, options["tau"]))
-    settled = _first_level(found[:-1], lambda part: _agrees(part, end, options["tau"]))
+    stop = stop_level(x[:-1], y[:-1], end, options["tau"])
+    settled = settled_level(x[:-1], y[:-1], end, options["tau"])
     return {
         "levels": len(x),
         "tokens": float(end),
@@ -303,12 +286,12 @@ def _redrawn(whole: Trend, x: np.ndarray, y: np.ndarray, draws: int, seed: int) 
     """Trends of losses drawn about the trend with the variance of its residuals, sum r^2 / (n - 3)."""
     deviation = np.sqrt(np.sum((y - whole.at(x)) ** 2) / (len(x) - FEWEST))
     simulated = whole.at(x) + deviation * np.random.default_rng(seed).standard_normal((draws, len(x)))
-    return [Trend(*map(float, row)) for row in zip(*_fitted(x, simulated, None, False), strict=True)] if draws else []
+    return [Trend(*map(float, row)) for row in zip(*_fitted(x, simulated), strict=True)] if draws else []
 
 
 def _with_interval(whole: Trend, drawn: list[Trend], x: float) -> dict[str, float | None]:
     """The trend's value at x, with the interval of the drawn ones; None without any."""
-    low, high = percentile_interval(np.array([float(each.at(x)) for each in drawn])) if drawn else (None, None)
+    low, high = drawn_interval(np.array([float(each.at(x)) for each in drawn]))
     return {"value": float(whole.at(x)), "low": low, "high": high}
 
 
@@ -333,28 +316,19 @@ def _later_tokens(points: Points, options: dict[str, Any]) -> dict[str, dict[str
         differences["mean"].append(y.mean() - later)
     if not observed:
         return {name: {"reason": "No run has three losses before the last fifth of its points."} for name in names}
-    naive = float(np.sqrt(np.mean(np.concatenate(differences["mean"]) ** 2)))
-    return {name: _error(differences[name], observed, naive, options) for name in names}
+    return {name: _error(differences[name], observed, differences["mean"], options) for name in names}
 
 
 def _error(
-    differences: list[np.ndarray], observed: list[np.ndarray], naive: float, options: dict[str, Any]
+    differences: list[np.ndarray], observed: list[np.ndarray], naive: list[np.ndarray], options: dict[str, Any]
 ) -> dict[str, Any]:
-    """rmse, nats per token, over the held-out points of all runs, with its interval by drawing runs again."""
+    """Error over the held-out points of all runs, nats per token, with its interval by drawing runs again."""
     squares = np.array([[np.sum(each**2), len(each)] for each in differences])
     low, high = None, None
     if len(squares) >= FEWEST_RUNS and options["bootstrap"]:
         sums = resampled_sums(squares, options["bootstrap"], options["seed"])
-        low, high = percentile_interval(np.sqrt(sums[:, 0] / sums[:, 1]))
-    together, losses = np.concatenate(differences), np.concatenate(observed)
-    return {
-        "rmse": float(np.sqrt(np.mean(together**2))),
-        "relative": float(np.mean(np.abs(together / losses))),
-        "low": low,
-        "high": high,
-        "naive": naive,
-        "unidentified": [],
-    }
+        low, high = drawn_interval(np.sqrt(sums[:, 0] / sums[:, 1]))
+    return summary(*map(np.concatenate, (differences, observed, naive))) | {"low": low, "high": high}
 
 
 def _advice(
@@ -427,7 +401,7 @@ LAW = Law(
         "equation": "L(x) = c + a x^-b, fitted to the first i observations for each i",
     },
     units={"loss": "nats per token", "tokens": "tokens"},
-    columns={"run": str, "tokens": float, "loss": float},
+    columns=COLUMNS,
     needs={"nodes": ("node", "family"), "curves": ("node", "tokens", "split", "loss")},
     points_are="they are the validation losses of recovery runs.",
     options=Options,

@@ -11,6 +11,7 @@ N_C, alpha and E enter only through N_C / N0^alpha + E, one number a size, so th
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,7 +19,17 @@ import numpy as np
 from pydantic import Field
 
 from coppice.laws import Law
-from coppice.laws.fit import Fit, Form, Parameter, Parameters, Points, levels
+from coppice.laws.fit import (
+    Fit,
+    Form,
+    Parameter,
+    Parameters,
+    Points,
+    is_single,
+    points_of,
+    powers_of_a_thousand,
+    without,
+)
 from coppice.laws.held_out import highest_of_each, largest, later_tokens
 from coppice.laws.recoveries import CURVES, RecoveryOptions, recoveries
 from coppice.wording import counted
@@ -98,12 +109,12 @@ def reduce(points: Points) -> tuple[dict[str, float], list[str]]:
     and N_C / N0^alpha by E: delta = 0, N_C = 0, and alpha has no part left.
     """
     fixed, notes = {}, []
-    if _single(points, "rho"):
+    if is_single(points["rho"]):
         fixed["gamma"] = 0.0
         notes.append(
             "There is one pruning rate, so gamma is not identified: it is fixed at 0 and D_C and E absorb its factor."
         )
-    if _single(points, "dense_parameters"):
+    if is_single(points["dense_parameters"]):
         fixed |= {"delta": 0.0, "N_C": 0.0, "alpha": 1.0}
         notes.append(
             "There is one dense size, so delta, N_C and alpha are not identified: delta and N_C are fixed at 0, alpha "
@@ -112,26 +123,12 @@ def reduce(points: Points) -> tuple[dict[str, float], list[str]]:
     return fixed, notes
 
 
-def _single(points: Points, column: str) -> bool:
-    return bool(levels(points[column]).max() == 0)
-
-
 FORM = Form(PARAMETERS, predict, reduce)
-
-
-def _without_delta(parameters: Parameters, points: Points) -> np.ndarray:
-    """The law with delta = 0, as a survey prints it."""
-    return predict(parameters | {"delta": 0.0}, points)
 
 
 def _without_dense_loss(parameters: Parameters, points: Points) -> np.ndarray:
     """rho^-gamma (N_C / N0^alpha + D_C / D^beta + E): a comparator of ours, which forgets the dense loss."""
     return _excess(parameters | {"delta": 0.0}, points)
-
-
-def _reduce_without_delta(points: Points) -> tuple[dict[str, float], list[str]]:
-    fixed, notes = reduce(points)
-    return {name: value for name, value in fixed.items() if name != "delta"}, notes
 
 
 def _chinchilla(parameters: Parameters, points: Points) -> np.ndarray:
@@ -148,14 +145,12 @@ def _pruned_size(points: Points) -> np.ndarray:
 
 
 def _reduce_chinchilla(points: Points) -> tuple[dict[str, float], list[str]]:
-    return ({"A": 0.0, "alpha": 1.0} if levels(_pruned_size(points)).max() == 0 else {}), []
+    return ({"A": 0.0, "alpha": 1.0} if is_single(_pruned_size(points)) else {}), []
 
-
-_WITHOUT_DELTA = {name: parameter for name, parameter in PARAMETERS.items() if name != "delta"}
 
 RIVALS = {
-    "without_delta": Form(_WITHOUT_DELTA, _without_delta, _reduce_without_delta),
-    "without_dense_loss": Form(_WITHOUT_DELTA, _without_dense_loss, _reduce_without_delta),
+    "without_delta": without(FORM, "delta"),  # as a survey prints the law
+    "without_dense_loss": replace(without(FORM, "delta"), predict=_without_dense_loss),
     "chinchilla_on_pruned_size": Form(
         {"A": _COEFFICIENT, "B": PARAMETERS["D_C"], "E": _COEFFICIENT, "alpha": _EXPONENT, "beta": _EXPONENT},
         _chinchilla,
@@ -177,16 +172,8 @@ def points(tables: dict[str, pd.DataFrame], options: dict[str, Any]) -> Points:
     """
     rows = recoveries(tables, options)
     rows["rho"] = _removed(rows) if options["ratio"] == "rho_linears" else rows[f"parent.{options['ratio']}"]
-    rows = rows[rows["rho"] > 0]
-    return {
-        "run": rows["run"].to_numpy(dtype=str),
-        "model": rows["model"].to_numpy(dtype=str),
-        "dense_parameters": rows["dense.parameters"].to_numpy(dtype=float),
-        "rho": rows["rho"].to_numpy(dtype=float),
-        "tokens": rows["tokens"].to_numpy(dtype=float),
-        "loss": rows["loss"].to_numpy(dtype=float),
-        "dense_loss": rows["dense_loss"].to_numpy(dtype=float),
-    }
+    rows["dense_parameters"] = rows["dense.parameters"]
+    return points_of(rows[rows["rho"] > 0], COLUMNS)
 
 
 def _removed(rows: pd.DataFrame) -> pd.Series:
@@ -195,10 +182,7 @@ def _removed(rows: pd.DataFrame) -> pd.Series:
     return 1 - (rows["parent.linear_parameters"] - zeros) / rows["dense.linear_parameters"]
 
 
-def scales(points: Points) -> dict[str, float]:
-    """Units of N0 and D: for each the largest power of a thousand that the largest value reaches."""
-    powers = 1000.0 ** np.arange(6)
-    return {column: float(powers[powers <= points[column].max()][-1]) for column in ("dense_parameters", "tokens")}
+scales = partial(powers_of_a_thousand, names=("dense_parameters", "tokens"))
 
 
 def notes(points: Points) -> list[str]:

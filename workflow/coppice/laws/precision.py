@@ -14,6 +14,7 @@ dense root. FORM_TRAINING is the whole law, for points of models that were train
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -21,9 +22,8 @@ import numpy as np
 from pydantic import Field, PositiveFloat
 
 from coppice.laws import Law, chinchilla
-from coppice.laws.chinchilla import is_single, powers_of_a_thousand
-from coppice.laws.fit import Form, Parameter, Parameters, Points
-from coppice.laws.held_out import largest, leave_one_out
+from coppice.laws.fit import Form, Parameter, Parameters, Points, is_single, powers_of_a_thousand, without
+from coppice.laws.held_out import leave_one_out, smallest
 from coppice.laws.quality import METRICS, QualityOptions, matches, measured
 
 if TYPE_CHECKING:
@@ -134,40 +134,22 @@ def _follows(values: np.ndarray, other: np.ndarray, gap: float = 0.05) -> bool:
 FORM = Form(PARAMETERS, predict, reduce, target="degradation")
 
 
-def _without(*names: str) -> Form:
-    """The law with these exponents at 0."""
-    zeros = dict.fromkeys(names, 0.0)
-
-    def predict_without(parameters: Parameters, points: Points) -> np.ndarray:
-        return predict(parameters | zeros, points)
-
-    def reduce_without(points: Points) -> tuple[dict[str, float], list[str]]:
-        # Without N, tokens that follow the size tell what the size would.
-        tokens = points["tokens"]
-        fixed = {} if "gamma_D" in names or not is_single(tokens) else {"gamma_D": 0.0}
-        others = {name: value for name, value in reduce(points)[0].items() if name not in (*names, "gamma_D")}
-        return fixed | others, []
-
-    kept = {name: parameter for name, parameter in PARAMETERS.items() if name not in names}
-    return Form(kept, predict_without, reduce_without, target="degradation")
+def _reduce_without_size(points: Points) -> tuple[dict[str, float], list[str]]:
+    """As `reduce`, save that tokens which follow the size tell what the size would."""
+    fixed = {name: value for name, value in reduce(points)[0].items() if name not in ("gamma_D", "gamma_N")}
+    return fixed | ({"gamma_D": 0.0} if is_single(points["tokens"]) else {}), []
 
 
 # Comparators of ours: which of the law's three factors the points need.
 RIVALS = {
-    "without_tokens": _without("gamma_D"),
-    "without_size": _without("gamma_N"),
-    "bits_alone": _without("gamma_D", "gamma_N"),
+    "without_tokens": without(FORM, "gamma_D"),
+    "without_size": replace(without(FORM, "gamma_N"), reduce=_reduce_without_size),
+    "bits_alone": without(without(FORM, "gamma_D"), "gamma_N"),
 }
-
-
-def _fewest_bits(points: Points) -> np.ndarray | str:
-    """Holds out the fewest bits."""
-    return largest(points | {"coarseness": 1 / points["bits"]}, "coarseness", "bit width")
-
 
 HELD_OUT = {
     "another_model": partial(leave_one_out, column="model", name="model"),
-    "fewer_bits": _fewest_bits,
+    "fewer_bits": partial(smallest, column="bits", name="bit width"),
 }
 
 
@@ -206,11 +188,6 @@ def points(tables: dict[str, pd.DataFrame], options: dict[str, Any]) -> Points:
 def _is_quantized_alone(row: Any) -> bool:
     marks = set(row.marks)
     return "quantized" in marks and not marks & _OTHER_MARKS and not row.path_recovery_tokens > 0
-
-
-def scales(points: Points) -> dict[str, float]:
-    """Units of N and D: for each the largest power of a thousand that the largest value reaches."""
-    return powers_of_a_thousand(points, ("parameters", "tokens"))
 
 
 def notes(points: Points) -> list[str]:
@@ -315,6 +292,6 @@ LAW = Law(
     form=FORM,
     rivals=RIVALS,
     held_out=HELD_OUT,
-    scales=scales,
+    scales=partial(powers_of_a_thousand, names=("parameters", "tokens")),
     notes=notes,
 )

@@ -18,10 +18,9 @@ import numpy as np
 from pydantic import Field
 
 from coppice.laws import Law
-from coppice.laws.fit import Fit, Form, Parameter, Parameters, Points, levels
+from coppice.laws.fit import Fit, Form, Parameter, Parameters, Points, drawn_interval, is_single
 from coppice.laws.held_out import highest_of_each, leave_one_out
 from coppice.laws.quality import METRICS, QualityOptions, choice, matches, measured, path
-from coppice.uncertainty import percentile_interval
 from coppice.wording import listed, number
 
 if TYPE_CHECKING:
@@ -68,7 +67,7 @@ def predict(parameters: Parameters, points: Points) -> np.ndarray:
 
 def reduce(points: Points) -> tuple[dict[str, float], list[str]]:
     """With one ratio P0 absorbs (1 - r)^alpha, so that P0 = 1, the value at which r = 0 gives the dense score."""
-    if levels(points["ratio"]).max() > 0:
+    if not is_single(points["ratio"]):
         return {}, []
     return {"P0": 1.0}, [
         "There is one pruning ratio, so P0 is not identified: it is fixed at 1, where the law gives the dense score at "
@@ -150,7 +149,7 @@ def recommend(
         return [], [f"No ratio is recommended, since the fitted score does not fall to {keep:g} of the dense one."]
     ratio = float(_ratio_that_keeps(fit.parameters, keep))
     drawn = _ratio_that_keeps(samples, keep)
-    low, high = percentile_interval(drawn) if drawn.size else (None, None)
+    low, high = drawn_interval(drawn)
     smallest, largest = float(points["ratio"].min()), float(points["ratio"].max())
     between = "" if low is None else f" [{number(low)}, {number(high)}]"
     note = "" if smallest <= ratio <= largest else " This lies outside the ratios measured, so it is an extrapolation."

@@ -28,7 +28,9 @@ class QualityOptions(LawOptions):
         description="The metric, as the table `metrics` names it; may be left out where there is one of its kind "
         "alone. A perplexity counts as its logarithm: the loss, nats per token.",
     )
-    nodes: list[str] | None = Field(default=None, description="Patterns of the nodes; null: all of them.")
+    nodes: list[str] | None = Field(
+        default=None, description="Patterns of the nodes, such as small/*; null: all of them."
+    )
 
 
 def measured(tables: dict[str, pd.DataFrame], options: dict[str, Any], kind: str = "perplexity") -> pd.DataFrame:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
 from coppice.laws import LawOptions
+from coppice.laws.quality import matches, path
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -19,7 +19,9 @@ class RecoveryOptions(LawOptions):
     """Options of a law of recovery runs."""
 
     method: str = Field(default="full", description="The recovery method whose runs are the points.")
-    nodes: list[str] | None = Field(default=None, description="Patterns of the recovery nodes; null: all of them.")
+    nodes: list[str] | None = Field(
+        default=None, description="Patterns of the recovery nodes, such as small/*; null: all of them."
+    )
 
 
 def recoveries(tables: dict[str, pd.DataFrame], options: dict[str, Any]) -> pd.DataFrame:
@@ -36,8 +38,8 @@ def recoveries(tables: dict[str, pd.DataFrame], options: dict[str, Any]) -> pd.D
         for node, row in nodes.iterrows()
         if row["family"] == "recover"
         and row["method"] == options["method"]
-        and _matches(node, options["nodes"])
-        and not _was_recovered(nodes, row["parent"])
+        and matches(node, options["nodes"])
+        and "recover" not in set(nodes.loc[path(nodes, row["parent"]), "family"])
     ]
     curves = tables["curves"]
     rows = curves[(curves["split"] == "validation") & (curves["tokens"] > 0) & curves["node"].isin(runs)]
@@ -47,15 +49,3 @@ def recoveries(tables: dict[str, pd.DataFrame], options: dict[str, Any]) -> pd.D
     dense = nodes.loc[of_run["model"]].reset_index(drop=True).add_prefix("dense.")
     found = rows[["run", "tokens", "loss", "dense_loss"]]
     return found.join(of_run).join(parents).join(dense)
-
-
-def _matches(node: str, patterns: list[str] | None) -> bool:
-    return patterns is None or any(fnmatchcase(node, pattern) for pattern in patterns)
-
-
-def _was_recovered(nodes: pd.DataFrame, node: str) -> bool:
-    while node in nodes.index:
-        if nodes.at[node, "family"] == "recover":
-            return True
-        node = nodes.at[node, "parent"]
-    return False

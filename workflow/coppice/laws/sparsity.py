@@ -11,13 +11,13 @@ the tokens of the recovery, and a_D and b_D say how fast a recovery is, not how 
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from coppice.laws import Law, chinchilla
-from coppice.laws.chinchilla import is_single, powers_of_a_thousand
-from coppice.laws.fit import Form, Parameter, Parameters, Points
+from coppice.laws.fit import Form, Parameter, Parameters, Points, is_single, points_of, powers_of_a_thousand
 from coppice.laws.held_out import highest_of_each, largest, later_tokens
 from coppice.laws.recoveries import CURVES, RecoveryOptions, recoveries
 
@@ -139,19 +139,7 @@ def points(tables: dict[str, pd.DataFrame], options: dict[str, Any]) -> Points:
         )
     ]
     found = found[np.array(chosen, bool)]
-    return {
-        "run": found["run"].to_numpy(dtype=str),
-        "model": found["model"].to_numpy(dtype=str),
-        "parameters": found["nonzero_parameters"].to_numpy(dtype=float),
-        "sparsity": found["rho_nonzero"].to_numpy(dtype=float),
-        "tokens": found["tokens"].to_numpy(dtype=float),
-        "loss": found["loss"].to_numpy(dtype=float),
-    }
-
-
-def scales(points: Points) -> dict[str, float]:
-    """Units of N and D: for each the largest power of a thousand that the largest value reaches."""
-    return powers_of_a_thousand(points, ("parameters", "tokens"))
+    return points_of(found.assign(parameters=found["nonzero_parameters"], sparsity=found["rho_nonzero"]), COLUMNS)
 
 
 LAW = Law(
@@ -183,5 +171,5 @@ LAW = Law(
     form=FORM,
     rivals=RIVALS,
     held_out=HELD_OUT,
-    scales=scales,
+    scales=partial(powers_of_a_thousand, names=("parameters", "tokens")),
 )

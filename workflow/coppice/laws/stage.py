@@ -29,6 +29,7 @@ from coppice.laws.fit import (
     columns,
     count,
     fit_form,
+    fitted_parameters,
     metrics,
     objective,
     profile,
@@ -221,7 +222,7 @@ def _fitted(
     recommendation, advice = law.recommend(fit, columns(form, samples), points, scales, options)
     profiles = {name: _profile(form, points, fit, samples, name) for name in options["profile"] if name in fit.free}
     report = {
-        "parameters": _parameters(fit, samples),
+        "parameters": fitted_parameters(fit, samples),
         "metrics": metrics(points, predicted, form.target),
         "objective": float(objective(form, fit.parameters, points)),
         "held_out": held_out,
@@ -267,25 +268,6 @@ def _units(law: Law, points: Points) -> dict[str, dict[str, Any]]:
     if law.form is not None and "tokens" in scales:
         found["asd"] = {"unit": f"{law.units[law.form.target]} per {scales['tokens']:g} tokens", "scale": 1.0}
     return found
-
-
-def _parameters(fit: Fit, samples: np.ndarray) -> dict[str, dict[str, Any]]:
-    """Each parameter's value, 95% bootstrap interval, whether it is identified, and its spread over equal starts."""
-    spread = np.ptp(fit.starts, axis=0)
-    report = {}
-    for place, (name, value) in enumerate(fit.parameters.items()):
-        identified = name not in fit.fixed and name not in fit.unidentified
-        known = identified and len(samples) > 0
-        low, high = percentile_interval(samples[:, place]) if known else (None, None)
-        report[name] = {
-            "value": value,
-            "low": low,
-            "high": high,
-            "stderr": float(np.std(samples[:, place], ddof=1)) if known else None,
-            "identified": identified,
-            "spread": float(spread[place]),
-        }
-    return report
 
 
 def _profile(form: Form, points: Points, fit: Fit, samples: np.ndarray, name: str) -> dict[str, list[float]]:
@@ -340,8 +322,8 @@ def _at_bound(value: float, bounds: tuple[float, float]) -> bool:
 def _held_out_notes(law_name: str, held_out: dict[str, dict[str, dict[str, Any]]]) -> list[str]:
     """Sentences on held-out errors of the law where the points fitted leave a parameter unidentified."""
     return [
-        f"In the held-out test '{test}' the points fitted do not identify {listed(errors[law_name]['unidentified'])}, "
-        "so the error hangs on where the search started."
+        f"In the held-out test '{test.replace('_', ' ')}' the points fitted do not identify "
+        f"{listed(errors[law_name]['unidentified'])}, so the error hangs on where the search started."
         for test, errors in held_out.items()
         if errors[law_name].get("unidentified")
     ]
@@ -365,7 +347,7 @@ def passes(law_name: str, report: dict[str, Any], tolerance: float) -> dict[str,
                 f"Its error in the held-out test '{name}' is {error['relative']:.1%} of the value, more than the "
                 f"{tolerance:.1%} that its option `tolerance` allows."
             )
-        elif error.get("naive") is not None and error["rmse"] >= error["naive"]:
+        if error.get("naive") is not None and error["rmse"] >= error["naive"]:
             reasons.append(
                 f"Its error in the held-out test '{name}', {number(error['rmse'])}, is no less than that of "
                 f"predicting the mean, {number(error['naive'])}."

@@ -12,16 +12,25 @@ once for each task, with its metric. Logarithmic residuals make the fit ordinary
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 from pydantic import Field
 
 from coppice.errors import UserError
-from coppice.laws import Law
-from coppice.laws.fit import Form, Objective, Parameter, Parameters, Points, levels, select
+from coppice.laws import Law, Residuals
+from coppice.laws.fit import (
+    Form,
+    Objective,
+    Parameter,
+    Parameters,
+    Points,
+    is_single,
+    powers_of_a_thousand,
+    select,
+    without,
+)
 from coppice.laws.held_out import largest
 from coppice.laws.quality import METRICS, QualityOptions, choice, measured, path
 
@@ -62,9 +71,7 @@ class Options(QualityOptions):
         description="The G of nodes whose group is a whole row (group_size -1): inputs of a row; null: they are left "
         "out.",
     )
-    residuals: Literal["absolute", "logarithmic"] = Field(
-        default="logarithmic", description="What is small where the law is right: y' - y, or ln y' - ln y."
-    )
+    residuals: Residuals = "logarithmic"
 
 
 # Exponent -> the column that it belongs to, and what that column counts.
@@ -91,7 +98,7 @@ def reduce(points: Points) -> tuple[dict[str, float], list[str]]:
     """A factor that is the same for all points is absorbed by A: its exponent is 0."""
     fixed, notes = {}, []
     for exponent, (column, what) in _FACTORS.items():
-        if levels(points[column]).max() == 0:
+        if is_single(points[column]):
             fixed[exponent] = 0.0
             notes.append(
                 f"There is one {what}, so {exponent} is not identified: it is fixed at 0 and A absorbs its factor."
@@ -99,43 +106,15 @@ def reduce(points: Points) -> tuple[dict[str, float], list[str]]:
     return fixed, notes
 
 
-def _without(exponent: str) -> Form:
-    """The law with that exponent at 0."""
-
-    def rival(parameters: Parameters, points: Points) -> np.ndarray:
-        return predict(parameters | {exponent: 0.0}, points)
-
-    def reduce_rival(points: Points) -> tuple[dict[str, float], list[str]]:
-        fixed, notes = reduce(points)
-        return {name: value for name, value in fixed.items() if name != exponent}, notes
-
-    return _form({name: each for name, each in PARAMETERS.items() if name != exponent}, rival, reduce_rival)
-
-
-def _form(parameters: dict[str, Parameter], formula: Callable[..., np.ndarray], reduction: Callable[..., Any]) -> Form:
-    return Form(
-        parameters,
-        formula,
-        reduction,
-        target="negative_log_accuracy",
-        objective=Objective(residuals="logarithmic"),
-    )
-
-
 PARAMETERS = {
     "A": Parameter(bounds=(1e-12, 1e12), start=(0.1, 10), logarithmic=True),
     **dict.fromkeys(_FACTORS, Parameter(bounds=(-20, 20), start=(-1.5, 0.5))),
 }
 
-FORM = _form(PARAMETERS, predict, reduce)
+FORM = Form(PARAMETERS, predict, reduce, target="negative_log_accuracy", objective=Objective(residuals="logarithmic"))
 
-RIVALS = {"without_group": _without("delta"), "without_size": _without("alpha")}
-
-
-def scales(points: Points) -> dict[str, float]:
-    """The unit of N: the largest power of a thousand that the largest model reaches."""
-    powers = 1000.0 ** np.arange(6)
-    return {"parameters": float(powers[powers <= points["parameters"].max()][-1])}
+# Comparators of ours: which factors the points need.
+RIVALS = {"without_group": without(FORM, "delta"), "without_size": without(FORM, "alpha")}
 
 
 def points(tables: dict[str, pd.DataFrame], options: dict[str, Any]) -> Points:
@@ -242,5 +221,5 @@ LAW = Law(
     form=FORM,
     rivals=RIVALS,
     held_out={"larger_model": partial(largest, column="parameters", name="model size")},
-    scales=scales,
+    scales=partial(powers_of_a_thousand, names=("parameters",)),
 )
