@@ -198,8 +198,14 @@ def test_the_expected_loss_is_that_of_the_law() -> None:
     assert not expected_loss(fit, node_rows(fit), "m1/cut-30", 3e3)["extrapolation"]
     # The noise of a measurement is in the interval, beside the fit's uncertainty.
     point = {name: column[4:5] for name, column in fit.points.items()} | {"tokens": np.array([32.0])}
-    deviation = np.hypot(p2.predict(fit.samples, point).std(), 0.01)
+    deviation = np.hypot(p2.predict(fit.samples, point).std(), fit.noise)
     assert answer["high"] - answer["low"] == pytest.approx(2 * 1.96 * deviation, rel=0.1)
+
+
+def test_the_noise_of_a_measurement_counts_the_parameters_that_were_fitted() -> None:
+    fit = fitted()
+    points, free = fit.report["points"], len(TRUTH)
+    assert fit.noise == pytest.approx(0.01 * (points / (points - free)) ** 0.5)
 
 
 def test_without_resamples_there_is_no_interval() -> None:
@@ -250,7 +256,7 @@ def test_next_runs_are_those_that_tell_most_of_the_target() -> None:
 
     aim, candidate = predicted(0.3, 1, 64), predicted(0.3, 1, 32)
     covariance = np.cov(aim, candidate)
-    expected = covariance[0, 1] ** 2 / (covariance[1, 1] + 0.01**2)
+    expected = covariance[0, 1] ** 2 / (covariance[1, 1] + fit.noise**2)
     found = next(run for run in runs if run["run"] == "train m1/cut-30 on 32k tokens")
     assert found["variance_reduction"] == pytest.approx(expected)
     assert found["part"] == pytest.approx(expected / covariance[0, 0])

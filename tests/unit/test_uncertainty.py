@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy.stats import ttest_1samp
 
 from coppice.uncertainty import (
     bootstrap_means,
@@ -14,7 +15,6 @@ from coppice.uncertainty import (
     mean_interval,
     mean_stderr,
     monotonicity,
-    normal_tails,
     paired_bootstrap,
     paired_difference,
     percentile_interval,
@@ -23,6 +23,7 @@ from coppice.uncertainty import (
     resampled_sums,
     seed_deviation,
     signal_to_noise,
+    student_tails,
 )
 
 
@@ -135,7 +136,8 @@ def test_paired_bootstrap_is_that_of_the_differences() -> None:
     assert (found.low[0], found.high[0]) == pytest.approx(percentile_interval(alone))
     fewer = min((alone <= 0).sum(), (alone >= 0).sum())
     assert fewer > 0
-    assert found.p_value[0] == pytest.approx(2 * (fewer + 1) / 2001)
+    tail = student_tails((first - second)[:, None], tokens)[0]
+    assert found.p_value[0] == pytest.approx(max(2 * (fewer + 1) / 2001, tail))
     assert found.high[1] < 0
     assert found.p_value[1] < 1e-6
 
@@ -170,9 +172,22 @@ def test_few_flips_prove_nothing() -> None:
     assert p_values[2] == 1
 
 
-def test_normal_tails_are_resolved_where_floats_of_phi_are_not() -> None:
-    tails = normal_tails(np.array([1.959963984540054, -10.0, 0.0, 1.0]), np.array([1.0, 1.0, 0.0, 0.0]))
-    assert tails == pytest.approx([0.05, 1.523970604832105e-23, 1.0, 0.0], rel=1e-9)
+def test_student_tails_are_those_of_the_paired_t_test() -> None:
+    differences = np.random.default_rng(0).standard_normal((12, 5)) + 0.4
+    assert student_tails(differences, np.ones(12)) == pytest.approx(ttest_1samp(differences, 0).pvalue)
+    # One value throughout, none at all, and a difference far beyond what 1 - Phi resolves.
+    sure = np.column_stack([np.ones(4), np.zeros(4)])
+    assert student_tails(sure, np.ones(4)).tolist() == [0, 1]
+    far = student_tails(5 + 1e-3 * differences, np.ones(12))
+    assert np.all((far > 0) & (far < 1e-20))
+    assert student_tails(np.ones((1, 1)), np.ones(1)).tolist() == [1]
+
+
+def test_p_values_of_few_items_are_no_surer_than_the_t_test() -> None:
+    generator = np.random.default_rng(0)
+    null = generator.standard_normal((10, 2000))
+    found = paired_bootstrap(null, np.ones(10), resamples=400)
+    assert np.mean(found.p_value < 0.05) == pytest.approx(0.05, abs=0.015)
 
 
 def test_flips_sum_to_the_items() -> None:

@@ -192,10 +192,13 @@ def _tests(pairs: list[Pair], scores: Mapping[str, Scores]) -> dict[Pair, Row]:
 
 
 def _seed_variances(scores: Mapping[str, Scores]) -> dict[str, float]:
-    """Of each node that was made with several seeds: the variance of its mean score over them."""
+    """Of each node that was made with three seeds or more: the variance of its mean score over them.
+
+    Two tell so little of it that twice its root would call seven nodes of a hundred different that are not.
+    """
     variances = {}
     for group in seed_groups(scores).values():
-        if len(group) > 1:
+        if len(group) > 2:
             variance = float(np.var([scores[node].mean for node in group], ddof=1))
             variances |= dict.fromkeys(group, variance)
     return variances

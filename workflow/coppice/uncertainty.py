@@ -148,9 +148,10 @@ def paired_bootstrap(
     `differences` [n, pairs] holds an item's score of one node less the other's, `weights` [n] what the sum is divided
     by: ones for a mean, the tokens of a document for nats per token.
 
-    With k the smaller number of the B resamples on either side of zero, p = 2 (k + 1) / (B + 1). Where k = 0, which B
-    resamples cannot resolve, the normal tail of the bootstrap's standard error takes over if it is smaller. A test that
-    gives each of m nonzero differences a random sign cannot tell more than 2^(1 - m), so p is never below that.
+    With k the smaller number of the B resamples on either side of zero, p = 2 (k + 1) / (B + 1), but never below that
+    of Student's t of the difference over its standard error: a bootstrap of few items is too sure. Where k = 0, which
+    B resamples cannot resolve, that of t is taken alone. A test that gives each of m nonzero differences a random sign
+    cannot tell more than 2^(1 - m), so p is never below that either.
     """
     columns = np.column_stack([differences, weights]).astype(float)
     sums = resampled_sums(columns, resamples, seed)
@@ -160,18 +161,27 @@ def paired_bootstrap(
     low, high = np.quantile(samples, [0.025, 0.975], axis=0)
     crossing = np.minimum((samples <= 0).sum(axis=0), (samples >= 0).sum(axis=0))
     p_value = 2 * (crossing + 1) / (resamples + 1)
-    unresolved = crossing == 0
-    p_value[unresolved] = np.minimum(p_value, normal_tails(difference, stderr))[unresolved]
+    tails = student_tails(columns[:, :-1], columns[:, -1])
+    p_value = np.where(crossing == 0, tails, np.maximum(p_value, tails))
     signs = 2.0 ** (1 - np.count_nonzero(columns[:, :-1], axis=0))
     return PairedBootstrap(difference, stderr, low, high, np.clip(p_value, signs, 1.0))
 
 
-def normal_tails(differences: np.ndarray, stderrs: np.ndarray) -> np.ndarray:
-    """2 (1 - Phi(|d| / se)) of each difference [k]; 0 where d is without error, 1 where it is 0."""
-    return np.array([
-        1.0 if d == 0 else math.erfc(abs(d) / se / math.sqrt(2)) if se > 0 else 0.0
-        for d, se in zip(differences, stderrs, strict=True)
-    ])  # fmt: skip
+def student_tails(differences: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Two-sided p of Student's t, n - 1 degrees of freedom, of R = sum d / sum w for each column of d [n, pairs].
+
+    The standard error is that of `ratio_of_sums`. p is 0 where d is R w throughout, 1 where R is 0 or n is 1.
+    """
+    from scipy.special import stdtr
+
+    items = len(differences)
+    ratio = differences.sum(axis=0) / weights.sum()
+    if items < 2:
+        return np.ones(len(ratio))
+    squares = np.sum((differences - weights[:, None] * ratio) ** 2, axis=0)
+    stderr = np.sqrt(items / (items - 1) * squares) / weights.sum()
+    size = np.divide(np.abs(ratio), stderr, out=np.where(ratio == 0, 0.0, np.inf), where=stderr > 0)
+    return 2 * stdtr(items - 1, -size)
 
 
 def flip_table(before: np.ndarray, after: np.ndarray) -> np.ndarray:

@@ -364,3 +364,40 @@ def test_rivals_are_ranked_with_their_uncertainty() -> None:
     assert (ranking[0]["first"], ranking[1]["first"]) == (1, 0)
     # The mean of what came before is a worse guess than the law, and the line is worse still.
     assert errors["power"]["rmse"] < errors["power"]["naive"] < errors["line"]["rmse"]
+
+
+def test_a_fine_scale_of_values_is_many_levels() -> None:
+    assert levels(np.geomspace(1, 10, 50)).max() > 20
+    assert levels(np.array([0.5, 0.51, 0.52, 0.53])).tolist() == [0, 0, 0, 1]
+
+
+def test_the_naive_prediction_knows_no_law() -> None:
+    points = curve(2, tokens=(1.0, 2.0, 4.0, 8.0, 16.0)) | {"dense": np.repeat([1.0, 3.0], 5)}
+    points["loss"] = points["loss"] + np.repeat([0.0, 2.0], 5)
+    options = {"starts": 4, "bootstrap": 0, "seed": 0}
+
+    def naive(held_out: np.ndarray, **given: str) -> float:
+        return held_out_test({"power": POWER}, points, held_out, options, **given)[0]["power"]["naive"]
+
+    # Of a run that was seen: that nothing changes.
+    last = points["tokens"] == 16
+    unchanged = points["loss"][points["tokens"] == 8] - points["loss"][last]
+    assert naive(last, axis="tokens") == pytest.approx(np.sqrt(np.mean(unchanged**2)))
+    # Of one that was not: what the others lie above their dense model.
+    second = points["run"] == "run-1"
+    mean = 3 + np.mean(points["loss"][~second] - 1) - points["loss"][second]
+    assert naive(second, axis="tokens", base="dense") == pytest.approx(np.sqrt(np.mean(mean**2)))
+    assert naive(second) > naive(second, base="dense")
+
+
+def test_forms_that_are_one_law_share_the_first_place() -> None:
+    points = curve(5, noise=0.01)
+    options = {"starts": 4, "bootstrap": 10, "seed": 0}
+    _, ranking = held_out_test({"power": POWER, "twin": POWER}, points, later_tokens(points), options)
+    assert [entry["first"] for entry in ranking] == [0.5, 0.5]
+
+
+def test_points_where_the_formula_has_no_value_are_refused() -> None:
+    points = curve(4) | {"tokens": np.full(20, -1.0)}
+    with pytest.raises(UserError, match="no finite value at these points"), np.errstate(invalid="ignore"):
+        fit_form(POWER, points)

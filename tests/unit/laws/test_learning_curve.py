@@ -204,7 +204,8 @@ def test_points_and_fit_json(tmp_path: Path) -> None:
     nodes.to_parquet(tmp_path / "nodes.parquet")
     curves.to_parquet(tmp_path / "curves.parquet")
     said = fit_law("learning-curve", tmp_path, {"bootstrap": 10}, tmp_path / "fit")
-    assert said["passes"]["ok"]
+    (reason,) = said["passes"]["reasons"]
+    assert reason.startswith("It rests on 2 runs")
     assert json.loads((tmp_path / "fit" / "fit.json").read_text())["details"]["runs"][0]["run"] == "d/p/a"
     table = pd.read_parquet(tmp_path / "fit" / "points.parquet")
     assert table["predicted"][table["run"] == "d/p/a"].to_numpy() == pytest.approx(LOSSES)

@@ -88,6 +88,7 @@ def test_designs_that_say_little_have_their_sentences(tmp_path: Path) -> None:
     assert nothing["points"] == 0
     assert nothing["passes"]["reasons"] == [
         "The search for its parameters did not converge.",
+        "It rests on 0 runs, and what differs between runs shows in 4 or more.",
         "No held-out test of it could be made.",
     ]
 
@@ -159,16 +160,16 @@ def test_measurements_in_different_units_are_not_mixed() -> None:
 def test_a_law_recommends_only_where_it_passes_its_own_tests() -> None:
     good = {"rmse": 0.1, "relative": 0.02, "naive": 0.5}
     held_out = {"later_tokens": {"law": good}, "larger_model": {"law": {"reason": "Too few sizes."}}}
-    assert passes("law", {"converged": True, "held_out": held_out}, 0.1)["ok"]
+    assert passes("law", {"converged": True, "runs": 4, "held_out": held_out}, 0.1)["ok"]
     for entry, reason in (
         (good | {"relative": 0.2}, "later tokens' is 20.0% of the value, more than the 10.0%"),
-        (good | {"rmse": 0.5}, "0.500, is no less than that of predicting the mean, 0.500"),
+        (good | {"rmse": 0.5}, "0.500, is no less than that of a prediction without any law, 0.500"),
         ({"reason": "No."}, "No held-out test of it could be made."),
     ):
-        found = passes("law", {"converged": True, "held_out": {"later_tokens": {"law": entry}}}, 0.1)
+        found = passes("law", {"converged": True, "runs": 4, "held_out": {"later_tokens": {"law": entry}}}, 0.1)
         assert not found["ok"]
         assert reason in found["reasons"][0]
-    assert passes("law", {"converged": False, "held_out": held_out}, 0.1)["reasons"] == [
+    assert passes("law", {"converged": False, "runs": 4, "held_out": held_out}, 0.1)["reasons"] == [
         "The search for its parameters did not converge."
     ]
 

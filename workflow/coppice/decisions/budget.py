@@ -45,7 +45,7 @@ def expected_loss(fitted: Fitted, nodes: Sequence[Row], node: str, tokens: float
     value, drawn = fitted.predicted(point)
     low, high = (None, None)
     if len(drawn):
-        low, high = predictive_interval(drawn[:, 0], fitted.report["metrics"]["rmse"])
+        low, high = predictive_interval(drawn[:, 0], fitted.noise)
     measured = fitted.points["tokens"][rows] * scale
     outside = not measured.min() <= tokens <= measured.max()
     between = "" if low is None else f", 95% interval of a new measurement [{number(low, 4)}, {number(high, 4)}]"

@@ -40,6 +40,13 @@ class Fitted:
     def scales(self) -> dict[str, float]:
         return {name: entry["scale"] or 1.0 for name, entry in self.report["units"].items()}
 
+    @property
+    def noise(self) -> float:
+        """Deviation of an observation from the law, in the target's unit: rmse sqrt(n / (n - p)), p parameters told."""
+        points = self.report["points"]
+        free = sum(entry["identified"] for entry in self.report["parameters"].values())
+        return self.report["metrics"]["rmse"] * float(np.sqrt(points / max(points - free, 1)))
+
     def predicted(self, points: Points) -> tuple[np.ndarray, np.ndarray]:
         """The law's values at `points`: [n], and with every sample of the parameters [k, n]."""
         predict = self.law.form.predict

@@ -56,7 +56,7 @@ def next_runs(
     _, aimed = fitted.predicted(target)
     _, drawn = fitted.predicted(candidates)
     before = float(np.var(aimed[:, 0], ddof=1))
-    reduction = variance_reduction(aimed[:, 0], drawn, fitted.report["metrics"]["rmse"])
+    reduction = variance_reduction(aimed[:, 0], drawn, fitted.noise)
     order = np.argsort(-reduction, kind="stable")[:top]
     found = [
         runs[place]

@@ -245,7 +245,8 @@ def best_within(compared: Compared, bounds: Sequence[Limit]) -> Answer:
         raise UserError(_nothing_within(compared, bounds, words))
     probabilities = probabilities_of_best(compared.draws[:, within], compared.lower)
     values = np.array([compared.rows[place]["value"] for place in within]) * (1 if compared.lower else -1)
-    order = np.lexsort((values, -probabilities))
+    # By value: nodes that are nearly the same share the draws in which they are the best.
+    order = np.lexsort((-probabilities, values))
     told = int(np.searchsorted(np.cumsum(probabilities[order]), COVERED - 1e-9)) + 1
     found = [
         {

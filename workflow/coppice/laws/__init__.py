@@ -89,6 +89,7 @@ class Law:
     `run` (str: what is drawn again by the bootstrap) among them; needs: the columns that it reads of each table;
     points_are: a sentence that says which rows of a study are points; options: its type of options;
     points(tables, options) finds them. axis: the column on the horizontal axis of the figure, and its label.
+    base: the column that holds what the target starts from, such as the dense model's loss, where there is one.
 
     A parametric law has a `form`, and may have rival forms, held-out tests, scales (column -> the unit that it is
     divided by before the fit), notes on the points (sentences), and recommendations (entries and sentences) from
@@ -104,6 +105,7 @@ class Law:
     options: type[LawOptions]
     points: Callable[[dict[str, pd.DataFrame], dict[str, Any]], Points]
     axis: tuple[str, str]
+    base: str | None = None
     form: Form | None = None
     rivals: dict[str, Form] = field(default_factory=dict)
     held_out: dict[str, HoldOut] = field(default_factory=dict)

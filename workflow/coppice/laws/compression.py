@@ -100,6 +100,7 @@ LAW = Law(
     options=Options,
     points=p2.points,
     axis=p2.LAW.axis,
+    base=p2.LAW.base,
     form=FORM,
     rivals=RIVALS,
     held_out={

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from coppice.errors import UserError
 from coppice.uncertainty import percentile_interval
 
 if TYPE_CHECKING:
@@ -134,12 +135,18 @@ def select(points: Points, rows: np.ndarray) -> Points:
 
 
 def levels(values: np.ndarray, gap: float = 0.05) -> np.ndarray:
-    """Level of each of the positive `values` [n]: values closer than a relative `gap` share one; ascending from 0.
+    """Level of each of the positive `values` [n], ascending from 0: those within a relative `gap` of its first.
 
-    Ratios that were asked to be equal differ a little once whole units were removed.
+    Ratios that were asked to be equal differ a little once whole units were removed. A level does not grow from
+    neighbour to neighbour, so that a fine scale of values is many levels and not one.
     """
     distinct, inverse = np.unique(values, return_inverse=True)
-    return np.concatenate([[0], np.cumsum(distinct[1:] > distinct[:-1] * (1 + gap))])[inverse]
+    level, first = np.zeros(len(distinct), int), distinct[0]
+    for place, value in enumerate(distinct[1:], 1):
+        opens = value > first * (1 + gap)
+        level[place] = level[place - 1] + opens
+        first = value if opens else first
+    return level[inverse]
 
 
 def is_single(values: np.ndarray) -> bool:
@@ -275,12 +282,17 @@ def fit_form(form: Form, points: Points, starts: int = 32, seed: int = 0, fixed:
     """The minimum of the objective within the bounds, from `starts` Latin-hypercube starts.
 
     `fixed` replaces what the form's `reduce` would fix. Works with any number of points above zero: what they do not
-    identify is named in `unidentified`.
+    identify is named in `unidentified`. Raises UserError where no start gives finite values.
     """
     reduced, notes = form.reduce(points) if fixed is None else (fixed, [])
     names = tuple(name for name in form.parameters if name not in reduced)
     ends = descend(form, points, names, reduced, _starts(form, reduced, starts, seed))
     scores = np.sqrt(2 * objective(form, columns(form, ends), points) / count(points))
+    if not np.isfinite(scores).any():
+        raise UserError(
+            "The formula has no finite value at these points wherever its search begins; look for sizes, tokens, "
+            f"ratios or {form.target} that are below 0 or far beyond what the law is about."
+        )
     near = ends[scores <= np.min(scores) + _SAME_OPTIMUM * root_mean_square(_size(form, points))]
     best = _polished(form, points, names, reduced, ends[np.argmin(scores)])
     # At one of several optima a term can have vanished, and its parameters with it.

@@ -106,12 +106,17 @@ def held_out_error(form: Form, points: Points, held_out: np.ndarray | str, optio
 
 
 def held_out_test(
-    forms: dict[str, Form], points: Points, held_out: np.ndarray | str, options: dict[str, Any]
+    forms: dict[str, Form],
+    points: Points,
+    held_out: np.ndarray | str,
+    options: dict[str, Any],
+    axis: str | None = None,
+    base: str | None = None,
 ) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
     """Errors on the points at `held_out` of the forms fitted to the others, and the forms ranked by them.
 
     Each error: rmse (unit of the target) with its bootstrap interval by runs, the fit repeated in each draw;
-    relative = sum |y' - y| / sum |y|; naive = the rmse of the mean of the targets fitted; folds = the rmse of each;
+    relative = sum |y' - y| / sum |y|; naive = the rmse of `_naive`; folds = the rmse of each;
     `unidentified` names what the fitted points could not tell, where the error hangs on the start. {"reason": sentence}
     where the test cannot be made. Each rank, best first: form, rmse, `behind` = by how much its rmse is above the best
     one's, with the interval of that difference over draws that both share, and `first` = the part of the draws in
@@ -119,7 +124,7 @@ def held_out_test(
     """
     if isinstance(held_out, str):
         return {name: {"reason": held_out} for name in forms}, []
-    folds = [_fold(forms, points, fold, options) for fold in np.atleast_2d(held_out)]
+    folds = [_fold(forms, points, fold, options, axis, base) for fold in np.atleast_2d(held_out)]
     errors: dict[str, dict[str, Any]] = {}
     draws: dict[str, np.ndarray] = {}
     for name in forms:
@@ -145,8 +150,28 @@ def held_out_test(
     return errors, _ranking(errors, draws)
 
 
+def _naive(target: str, seen: Points, unseen: Points, axis: str | None, base: str | None) -> np.ndarray:
+    """What one would predict of the unseen points [n] without any law.
+
+    Of a run that was seen, its value nearest along `axis`: that nothing changes. Of another, the mean of the values
+    seen; where the column `base` says what each starts from (the dense model's loss), the mean of what lies above it.
+    """
+    above = np.mean(seen[target] - seen[base]) if base else np.mean(seen[target])
+    guess = above + (unseen[base] if base else np.zeros(count(unseen)))
+    for place, run in enumerate(unseen["run"]):
+        rows = np.flatnonzero(seen["run"] == run)
+        if axis is not None and len(rows):
+            guess[place] = seen[target][rows[np.argmin(np.abs(seen[axis][rows] - unseen[axis][place]))]]
+    return guess
+
+
 def _fold(
-    forms: dict[str, Form], points: Points, held_out: np.ndarray, options: dict[str, Any]
+    forms: dict[str, Form],
+    points: Points,
+    held_out: np.ndarray,
+    options: dict[str, Any],
+    axis: str | None,
+    base: str | None,
 ) -> dict[str, dict[str, Any]]:
     """One fold of a test: each form's differences on the held-out points, and their squares summed in each draw."""
     seen, unseen = select(points, ~held_out), select(points, held_out)
@@ -171,7 +196,7 @@ def _fold(
         found[name] = {
             "difference": difference,
             "observed": observed,
-            "naive": seen[form.target].mean() - observed,
+            "naive": _naive(form.target, seen, unseen, axis, base) - observed,
             "drawn": np.sum(squares * weights[:, held_out], axis=1),
             "drawn_count": weights[:, held_out].sum(axis=1),
             "unidentified": fit.unidentified,
@@ -185,7 +210,8 @@ def _ranking(errors: dict[str, dict[str, Any]], draws: dict[str, np.ndarray]) ->
     if not order:
         return []
     drawn = np.array([draws[name] for name in order])
-    lowest = np.bincount(drawn.argmin(axis=0), minlength=len(order)) if drawn.shape[1] else None
+    # Forms that are the same law here share the draws in which they are lowest.
+    lowest = drawn <= drawn.min(axis=0) * (1 + 1e-9) if drawn.shape[1] else None
     ranking = []
     for place, name in enumerate(order):
         low, high = drawn_interval(draws[name] - draws[order[0]])
@@ -196,7 +222,7 @@ def _ranking(errors: dict[str, dict[str, Any]], draws: dict[str, np.ndarray]) ->
                 "behind": errors[name]["rmse"] - errors[order[0]]["rmse"],
                 "low": low,
                 "high": high,
-                "first": None if lowest is None else float(lowest[place] / drawn.shape[1]),
+                "first": None if lowest is None else float(np.mean(lowest[place] / lowest.sum(axis=0))),
             }
         )
     return ranking

@@ -283,6 +283,7 @@ LAW = Law(
     options=Options,
     points=points,
     axis=("tokens", "recovery tokens"),
+    base="dense_loss",
     form=FORM,
     rivals=RIVALS,
     held_out=HELD_OUT,

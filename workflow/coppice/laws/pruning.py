@@ -190,6 +190,7 @@ LAW = Law(
     options=Options,
     points=points,
     axis=("ratio", "part of the parameters removed"),
+    base="dense_score",
     form=FORM,
     rivals=RIVALS,
     held_out={

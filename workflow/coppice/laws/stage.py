@@ -24,6 +24,7 @@ from coppice.laws.fit import (
     Fit,
     Form,
     Objective,
+    Parameter,
     Points,
     bootstrap,
     columns,
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".parquet", ".jsonl", ".csv")
 _PROFILE_STEPS = 41
+_MANY_RUNS = 10
 _KEYS = {"nodes": ("node",), "metrics": ("node", "evaluation", "metric"), "curves": ("node", "tokens", "split")}
 _COUNTED = ("parameters", "tokens")  # units of what is never zero or less
 _NO_SAMPLES: dict[str, np.ndarray] = {}
@@ -218,7 +220,7 @@ def _fitted(
     curves[form.target] = form.predict(fit.parameters, _scaled(curves, scales))
     held_out, ranking = {}, {}
     for test, hold_out in law.held_out.items():
-        held_out[test], ranking[test] = held_out_test(forms, points, hold_out(points), options)
+        held_out[test], ranking[test] = held_out_test(forms, points, hold_out(points), options, law.axis[0], law.base)
     recommendation, advice = law.recommend(fit, columns(form, samples), points, scales, options)
     profiles = {name: _profile(form, points, fit, samples, name) for name in options["profile"] if name in fit.free}
     report = {
@@ -296,7 +298,7 @@ def _notes(form: Form, fit: Fit, points: Points) -> list[str]:
     at_bound = [
         name
         for name in fit.free
-        if name not in fit.unidentified and _at_bound(fit.parameters[name], form.parameters[name].bounds)
+        if name not in fit.unidentified and _at_bound(fit.parameters[name], form.parameters[name])
     ]
     if at_bound:
         notes.append(f"The best fit lies at the bound of {listed(at_bound)}.")
@@ -312,11 +314,15 @@ def _notes(form: Form, fit: Fit, points: Points) -> list[str]:
             f"No interval is given: it comes from drawing runs again, which needs at least {FEWEST_RUNS} runs, and "
             f"there {'is' if runs == 1 else 'are'} {runs}."
         )
+    elif runs < _MANY_RUNS:
+        notes.append(f"The intervals come from {runs} runs, and from so few they are narrower than they should be.")
     return notes
 
 
-def _at_bound(value: float, bounds: tuple[float, float]) -> bool:
-    return bool(np.min(np.abs(np.subtract(bounds, value))) <= 1e-6 * max(1.0, abs(value)))
+def _at_bound(value: float, parameter: Parameter) -> bool:
+    if parameter.logarithmic:
+        return bool(np.min(np.abs(np.log(np.divide(parameter.bounds, value)))) <= 1e-6)
+    return bool(np.min(np.abs(np.subtract(parameter.bounds, value))) <= 1e-6 * max(1.0, abs(value)))
 
 
 def _held_out_notes(law_name: str, held_out: dict[str, dict[str, dict[str, Any]]]) -> list[str]:
@@ -332,25 +338,29 @@ def _held_out_notes(law_name: str, held_out: dict[str, dict[str, dict[str, Any]]
 def passes(law_name: str, report: dict[str, Any], tolerance: float) -> dict[str, Any]:
     """Whether the law may recommend anything: {"ok", "reasons"}, the sentences that say why not.
 
-    It must have converged, some held-out test must have been possible, and in each that was, its error must be below
-    `tolerance` of the value and below that of the naive prediction: the mean of the points that were fitted.
+    It must have converged on four runs or more, some held-out test must have been possible, and in each that was, its
+    error must be below `tolerance` of the value and below that of the naive prediction without any law.
     """
     reasons = [] if report["converged"] else ["The search for its parameters did not converge."]
+    if report["runs"] < FEWEST_RUNS:
+        reasons.append(
+            f"It rests on {report['runs']} runs, and what differs between runs shows in {FEWEST_RUNS} or more."
+        )
     errors = {test: forms[law_name] for test, forms in report["held_out"].items() if law_name in forms}
     made = {test: error for test, error in errors.items() if "reason" not in error}
     if not made:
         reasons.append("No held-out test of it could be made.")
     for test, error in made.items():
         name = test.replace("_", " ")
-        if error["relative"] > tolerance:
+        if not error["relative"] <= tolerance:
             reasons.append(
                 f"Its error in the held-out test '{name}' is {error['relative']:.1%} of the value, more than the "
                 f"{tolerance:.1%} that its option `tolerance` allows."
             )
-        if error.get("naive") is not None and error["rmse"] >= error["naive"]:
+        if error.get("naive") is not None and not error["rmse"] < error["naive"]:
             reasons.append(
                 f"Its error in the held-out test '{name}', {number(error['rmse'])}, is no less than that of "
-                f"predicting the mean, {number(error['naive'])}."
+                f"a prediction without any law, {number(error['naive'])}."
             )
     return {"ok": not reasons, "reasons": reasons}
 
