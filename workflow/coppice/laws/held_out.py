@@ -55,11 +55,6 @@ def largest(points: Points, column: str, name: str) -> np.ndarray | str:
     return level == level.max()
 
 
-def smallest(points: Points, column: str, name: str) -> np.ndarray | str:
-    """Holds out the smallest level of `column`; two levels must remain, since one shows no trend to extend."""
-    return largest(points | {column: 1 / points[column]}, column, name)
-
-
 def highest_of_each(points: Points, column: str, name: str, by: str) -> np.ndarray | str:
     """Holds out the largest level of `column` of each group of `by` that has two; two levels must remain in all."""
     held_out = np.zeros(count(points), bool)
@@ -70,6 +65,11 @@ def highest_of_each(points: Points, column: str, name: str, by: str) -> np.ndarr
     if not held_out.any() or levels(points[column][~held_out]).max() < 1:
         return f"This test needs three {name}s, two to fit and one to predict, and the points have fewer."
     return held_out
+
+
+def lowest_of_each(points: Points, column: str, name: str, by: str) -> np.ndarray | str:
+    """Holds out the smallest level of `column` of each group of `by` that has two; two levels must remain in all."""
+    return highest_of_each(points | {column: 1 / points[column]}, column, name, by)
 
 
 def leave_one_out(points: Points, column: str, name: str) -> np.ndarray | str:

@@ -26,7 +26,7 @@ from pydantic import Field
 
 from coppice.laws import Law, LawOptions
 from coppice.laws.fit import Fit, Form, Parameter, Parameters, Points, drawn_interval, is_single
-from coppice.laws.held_out import largest, leave_one_out, smallest
+from coppice.laws.held_out import largest, leave_one_out, lowest_of_each
 from coppice.laws.precision import retained
 from coppice.laws.quality import METRICS, measured, path
 from coppice.wording import listed
@@ -173,7 +173,7 @@ RIVALS = {
 HELD_OUT = {
     "another_model": partial(leave_one_out, column="run", name="model"),
     "larger_model": partial(largest, column="parameters", name="size"),
-    "fewer_bits": partial(smallest, column="bits", name="precision"),
+    "fewer_bits": partial(lowest_of_each, column="bits", name="precision", by="run"),
 }
 
 

@@ -23,7 +23,7 @@ from pydantic import Field, PositiveFloat
 
 from coppice.laws import Law, chinchilla
 from coppice.laws.fit import Form, Parameter, Parameters, Points, is_single, powers_of_a_thousand, without
-from coppice.laws.held_out import leave_one_out, smallest
+from coppice.laws.held_out import leave_one_out, lowest_of_each
 from coppice.laws.quality import METRICS, QualityOptions, matches, measured
 
 if TYPE_CHECKING:
@@ -149,7 +149,7 @@ RIVALS = {
 
 HELD_OUT = {
     "another_model": partial(leave_one_out, column="model", name="model"),
-    "fewer_bits": partial(smallest, column="bits", name="bit width"),
+    "fewer_bits": partial(lowest_of_each, column="bits", name="bit width", by="model"),
 }
 
 
