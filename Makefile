@@ -10,7 +10,7 @@ demo: .venv/ready
 	@$(BIN)/coppice summary --results results/demo
 
 test: .venv/ready
-	$(BIN)/python -m pytest -n $(CORES) --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n $(CORES) --dist loadfile
 
 crosscheck: .venv-crosscheck/ready
 	.venv-crosscheck/bin/python -m pytest crosscheck
