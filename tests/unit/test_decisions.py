@@ -306,6 +306,18 @@ def test_the_best_within_a_limit_and_its_rivals() -> None:
     assert [row["node"] for row in sure["nodes"]] == ["n2"]
 
 
+def test_nodes_that_are_nearly_the_same_do_not_lose_to_a_worse_one() -> None:
+    # Three clones share what they win, so that the worse node alone is the best more often than each of them.
+    clone, worse = np.random.default_rng(0).normal([1.0, 1.01], 0.1, size=(20_000, 2)).T
+    answer = best_within(compared([1.0, 1.0, 1.0, 1.01], [1] * 4, np.column_stack([clone, clone, clone, worse])), [])
+    probability = {row["node"]: row["probability"] for row in answer["nodes"]}
+    assert probability["n3"] > 1.3 * probability["n0"]
+    assert answer["nodes"][0]["node"] == "n0"
+    # A value that is hardly known is a rival, where a surely worse one between them is none.
+    draws = np.column_stack([np.full(20_000, 1.0), np.full(20_000, 1.5), 2 + 2 * (worse - 1.01) / 0.1])
+    assert [row["node"] for row in best_within(compared([1.0, 1.5, 2.0], [1] * 3, draws), [])["nodes"]] == ["n0", "n2"]
+
+
 def test_what_a_limit_does_not_know_is_named_and_nothing_within_is_an_error() -> None:
     found = compared([1.0, 1.1], [400, 100])
     answer = best_within(found, [Limit("a latency", 1.0, {"n1": 0.5})])

@@ -235,7 +235,7 @@ def latencies(costs: Sequence[Row], device: str | None, cost: str | None) -> tup
 
 
 def best_within(compared: Compared, bounds: Sequence[Limit]) -> Answer:
-    """The node that is the best within the limits, with its probability, and its rivals until 95% is covered.
+    """The node of the best value within the limits, with its probability to be the best, and the rivals that cover 95%.
 
     Raises UserError where no node is within them.
     """
@@ -245,16 +245,18 @@ def best_within(compared: Compared, bounds: Sequence[Limit]) -> Answer:
         raise UserError(_nothing_within(compared, bounds, words))
     probabilities = probabilities_of_best(compared.draws[:, within], compared.lower)
     values = np.array([compared.rows[place]["value"] for place in within]) * (1 if compared.lower else -1)
-    # By value: nodes that are nearly the same share the draws in which they are the best.
+    likeliest = np.argsort(-probabilities, kind="stable")
+    told = int(np.searchsorted(np.cumsum(probabilities[likeliest]), COVERED - 1e-9)) + 1
+    # The best is so by its value: nodes that are nearly the same share the draws in which they are the best.
     order = np.lexsort((-probabilities, values))
-    told = int(np.searchsorted(np.cumsum(probabilities[order]), COVERED - 1e-9)) + 1
+    shown = [place for place in order if place == order[0] or place in likeliest[:told]]
     found = [
         {
             **{key: compared.rows[within[place]][key] for key in ("node", "value", "stderr", "stored_bytes")},
             "path_recovery_tokens": compared.rows[within[place]]["path_recovery_tokens"],
             "probability": float(probabilities[place]),
         }
-        for place in order[:told]
+        for place in shown
     ]
     best = found[0]
     those = "1 node" if len(within) == 1 else f"{len(within)} nodes"
