@@ -3,7 +3,7 @@ PYTHON ?= python3
 CORES ?= 2
 BIN := .venv/bin
 
-.PHONY: demo test crosscheck bench-solvers lint ui docs clean
+.PHONY: demo test test-cluster test-services crosscheck bench-solvers lint ui docs clean
 
 demo: .venv/ready
 	$(BIN)/snakemake --cores $(CORES)
@@ -11,6 +11,12 @@ demo: .venv/ready
 
 test: .venv/ready
 	$(BIN)/python -m pytest -n $(CORES) --dist loadfile
+
+test-cluster: .venv/ready
+	$(BIN)/python -m pytest tests/cluster
+
+test-services: .venv/ready
+	$(BIN)/python -m pytest tests/services
 
 crosscheck: .venv-crosscheck/ready
 	.venv-crosscheck/bin/python -m pytest crosscheck
@@ -25,8 +31,12 @@ lint: .venv/ready
 	$(BIN)/snakemake --lint
 	$(BIN)/python -m coppice.documentation --check
 
-ui: .venv/ready
+ui: results/mlflow.db .venv/ready
 	$(BIN)/mlflow ui --host 127.0.0.1 --backend-store-uri sqlite:///results/mlflow.db
+
+results/mlflow.db:
+	@echo "There is no $@ yet, so nothing to show: a study's run makes it, as does make demo." >&2
+	@false
 
 docs: .venv/ready
 	$(BIN)/python -m coppice.documentation
@@ -34,9 +44,12 @@ docs: .venv/ready
 clean:
 	rm -rf results/demo results/mlflow.db results/mlartifacts .snakemake
 
+# torch by pip, whose settings may name a build of it (for a CPU, say); all else by uv, which is five times as fast.
 .venv/ready: requirements.lock pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --requirement requirements.lock
+	$(BIN)/python -m pip install --quiet uv==0.13.9
+	$(BIN)/python -m pip install --quiet --no-deps $(shell grep '^torch==' requirements.lock)
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --requirement requirements.lock
 	$(BIN)/python -m pip install --quiet --no-deps --editable .
 	touch .venv/ready
 

@@ -25,6 +25,8 @@ environ["PYTHONPATH"] = f"{PACKAGE}{pathsep}{environ.get('PYTHONPATH', '')}"
 include: "rules/common.smk"
 
 
+environ.update(store_variables())
+
 STUDY = checked_study(config)
 NODES = tree.nodes(STUDY)
 USES = tree.token_uses(STUDY)

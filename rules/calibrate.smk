@@ -16,6 +16,11 @@ rule calibrate:
     conda:
         "../envs/coppice.yaml"
     threads: 1
+    resources:
+        mem_mb=memory("calibrate"),
+        disk_mb=disk("calibrate"),
+        runtime=minutes("calibrate"),
+        gpu=1,
     shell:
         "python -m coppice calibrate --model $(dirname {input.model}) --tokens $(dirname {input.tokens})"
         " --kind {wildcards.kind} --threads {threads} --output $(dirname {output}) > {log} 2>&1"

@@ -1,13 +1,14 @@
 """Functions that the rules share: names as patterns, names as paths, and what a node is made from."""
 
 import json
-from math import inf
+from math import ceil, inf
 from os.path import relpath
 from shlex import join
+from urllib.parse import urlencode, urlsplit
 
-from coppice import laws, tree
+from coppice import laws, needs, tree
 from coppice.errors import UserError
-from coppice.files import fingerprint
+from coppice.files import fingerprint, read_json, sha256
 from coppice.methods.base import KINDS
 from coppice.study import SHIPPED, FileText, LocalModel, ShippedModel, effective, load_study
 
@@ -79,7 +80,7 @@ def model_files(wildcards):
     else:
         return []
     patterns = ("config.json", "tokenizer.json", "*.safetensors")
-    return sorted(relpath(file) for pattern in patterns for file in folder.glob(pattern))
+    return here(sorted(relpath(file) for pattern in patterns for file in folder.glob(pattern)))
 
 
 def model_source(wildcards):
@@ -88,7 +89,7 @@ def model_source(wildcards):
 
 def text_files(wildcards):
     text = STUDY.texts[token_use(wildcards).text]
-    return [text.path] if isinstance(text, FileText) else []
+    return here([text.path] if isinstance(text, FileText) else [])
 
 
 def token_use(wildcards):
@@ -142,7 +143,12 @@ def source_files(method):
 
     They are relative to the working directory, so that a project that moves as a whole stays done.
     """
-    return [relpath(file) for file in method.files]
+    return here([relpath(file) for file in method.files])
+
+
+def method_content(wildcards):
+    """The content of the files of a method and of its solvers."""
+    return content(source_files(tree.method_of(STUDY, made_node(wildcards).step)))
 
 
 def compress_input(wildcards):
@@ -217,6 +223,17 @@ def evaluation_options(wildcards):
     return json.dumps({**asked, **described})
 
 
+def token_sets():
+    """The token sets that the nodes are trained and measured on."""
+    trained = [node for node in NODES.values() if node.step and tree.trains(STUDY, node.step)]
+    found = {tokens(node.model, f"{use}.{node.step}") for node in trained for use in ("recovery", "validation")}
+    for name, node in NODES.items():
+        for evaluation in tree.evaluations(STUDY, name):
+            protocols = tree.protocols(STUDY.evaluations[evaluation])
+            found |= {tokens(node.model, f"evaluation.{evaluation}.{protocol}") for protocol in protocols}
+    return sorted(found)
+
+
 def twin_checkpoint(wildcards):
     """The node that was made alike but with the study's seed."""
     return checkpoint(tree.twin(wildcards.node))
@@ -229,12 +246,13 @@ def evaluation_tokens(wildcards):
     return [tokens(model, f"evaluation.{wildcards.evaluation}.{protocol}") for protocol in protocols]
 
 
-def protocol_sources(wildcards):
+def protocol_sources(wildcards, input):
     """The options of `coppice evaluate` for its tokens."""
     protocols = tree.protocols(STUDY.evaluations[wildcards.evaluation])
-    paths = evaluation_tokens(wildcards)
     return [
-        word for protocol, path in zip(protocols, paths) for word in ("--tokens", f"{protocol}={os.path.dirname(path)}")
+        word
+        for protocol, path in zip(protocols, input.tokens)
+        for word in ("--tokens", f"{protocol}={os.path.dirname(path)}")
     ]
 
 
@@ -255,7 +273,12 @@ def law_files(wildcards):
             found.add(file)
             waiting |= law_modules(file.read_text(encoding="utf-8"))
     points = STUDY.laws[wildcards.law].options.get("file")
-    return [*sorted(map(relpath, found)), *([points] if points else [])]
+    return here([*sorted(map(relpath, found)), *([points] if points else [])])
+
+
+def law_content(wildcards):
+    """The content of the files of a law."""
+    return content(law_files(wildcards))
 
 
 def law_modules(text):
@@ -271,6 +294,125 @@ def law_options(wildcards):
 
 def tracking_uri():
     return STUDY.tracking.uri or "sqlite:///results/mlflow.db"
+
+
+# Resources: what a scheduler of a cluster must know. What a machine has is said by the profiles.
+
+# A first attempt; each further one gets as many more. A recovery goes on from its state.
+MINUTES = {"calibrate": 120, "compress": 480, "recover": 1440, "evaluate": 480, "fit": 60}
+# Megabytes of a model whose manifest cannot be read yet: in a dry run, or where results are stored elsewhere.
+UNREAD = {"mem_mb": 8_000, "disk_mb": 8_000}
+# Bytes a parameter: weights read and written; for a recovery, its state with gradients and two moments too.
+DISK = {"calibrate": 8, "compress": 8, "recover": 28, "evaluate": 4}
+
+
+def memory(stage):
+    """A function for the memory of a stage's jobs, by the size of the model that they read, in megabytes."""
+
+    def megabytes(wildcards, input, attempt):
+        read = model_manifest(input)
+        if read is None:
+            return attempt * UNREAD["mem_mb"]
+        return attempt * ceil(needs.memory_bytes(stage, read, job_options(stage, wildcards)) / 1e6)
+
+    return megabytes
+
+
+def disk(stage):
+    """A function for the room that a stage's jobs need for weights and what else they write, in megabytes."""
+
+    def megabytes(wildcards, input):
+        read = model_manifest(input)
+        return UNREAD["disk_mb"] if read is None else 1_000 + ceil(DISK[stage] * read["parameters"]["total"] / 1e6)
+
+    return megabytes
+
+
+def minutes(stage):
+    """A function for the time that a stage's jobs may take, in minutes."""
+
+    def limit(wildcards, attempt):
+        return attempt * MINUTES[stage]
+
+    return limit
+
+
+def model_manifest(input):
+    """The manifest of the model that a job reads; None as long as it is not there."""
+    path = Path(input.parent if hasattr(input, "parent") else input.model)
+    return read_json(path) if path.is_file() else None
+
+
+def job_options(stage, wildcards):
+    """What a job's memory depends on besides the model."""
+    if stage == "calibrate":
+        calibration = STUDY.calibrations[wildcards.calibration]
+        return {"windows": calibration.windows, "length": calibration.length, "kind": wildcards.kind}
+    if stage in ("compress", "recover"):
+        step = STUDY.steps[made_node(wildcards).step]
+        return {**step.options.model_dump(mode="json"), "method": step.method}
+    return {}
+
+
+def recovery_gpus(wildcards):
+    """A recovery asks for as many GPUs as its step names."""
+    return STUDY.steps[made_node(wildcards).step].options.gpus
+
+
+# Results elsewhere, under a default storage provider
+
+
+def stored_elsewhere():
+    return workflow.storage_settings.default_storage_provider is not None
+
+
+def here(files):
+    """Files that lie where Snakemake runs, in no storage. There their dates do not count: every checkout has its own."""
+    return ancient(local(files)) if stored_elsewhere() else files
+
+
+def noticed(content):
+    """A parameter that changes with the content of a job's source files, where their dates do not count."""
+    return {"content": content} if stored_elsewhere() else {}
+
+
+def content(files):
+    return fingerprint({file: sha256(file) for file in files})
+
+
+def store_variables():
+    """The environment's variables that say where files travel to that no rule declares, beside the results.
+
+    The settings of the storage plugin hold for them too. Credentials stay out of the address, which logs may show.
+    """
+    settings = workflow.storage_settings
+    if not stored_elsewhere() or "COPPICE_STORE" in environ:
+        return {}
+    if settings.default_storage_provider == "fs":
+        return {"COPPICE_STORE": os.path.abspath(settings.default_storage_prefix)}
+    if settings.default_storage_provider == "s3":
+        return s3_variables(settings.default_storage_prefix)
+    raise SystemExit(
+        "error: Set COPPICE_STORE to where weights are to be stored beside the results of the storage provider "
+        f"{settings.default_storage_provider}: a folder, or an address that Apache Arrow reads, as gs://bucket/prefix."
+    )
+
+
+def s3_variables(prefix):
+    plugin = workflow.storage_provider_settings.get("s3")
+    settings = plugin and plugin.get_settings(None)
+    options, keys = {"allow_bucket_creation": "true"}, {}
+    if settings and settings.endpoint_url:
+        server = urlsplit(settings.endpoint_url)
+        options |= {"region": settings.region, "scheme": server.scheme, "endpoint_override": server.netloc}
+    if settings:
+        keys = {
+            "AWS_ACCESS_KEY_ID": settings.access_key,
+            "AWS_SECRET_ACCESS_KEY": settings.secret_key,
+            "AWS_SESSION_TOKEN": settings.token,
+        }
+    given = {name: value for name, value in keys.items() if value}
+    return {"COPPICE_STORE": f"{prefix.rstrip('/')}?{urlencode(options)}", **given}
 
 
 # Configuration
@@ -293,10 +435,17 @@ def config_changes():
     return json.dumps(dict(workflow.config_settings.config))
 
 
-def partial_results():
-    """The command that gathers and tracks what a run with failures achieved; its tables are dated 1970."""
+def partial_results(logs):
+    """The command that gathers and tracks what a run with failures achieved; its tables are dated 1970.
+
+    Where nothing failed but tracking itself, tables and report are whole, and stay as they are.
+    """
+    failed = {rule for log in logs for rule in re.findall(r"Error in rule (\w+)", Path(log).read_text())}
+    if failed == {"track"}:
+        return "true"
     study = f"{RESULTS}/study.yaml"
     stages = [
+        *([["fetch", "--results", RESULTS]] if stored_elsewhere() else []),
         ["study", *config_files(), "--config", config_changes(), "--output", study],
         ["tables", "--study", study, "--results", RESULTS, "--output", f"{RESULTS}/tables", "--partial"],
         ["track", "--study", study, "--results", RESULTS, "--uri", tracking_uri()]

@@ -17,7 +17,13 @@ rule compress:
     conda:
         "../envs/coppice.yaml"
     threads: 1
+    resources:
+        mem_mb=memory("compress"),
+        disk_mb=disk("compress"),
+        runtime=minutes("compress"),
+        gpu=1,
     params:
+        **noticed(method_content),
         step=node_step,
         seed=node_seed,
         sources=step_sources,

@@ -16,6 +16,11 @@ rule evaluate:
     conda:
         "../envs/coppice.yaml"
     threads: 1
+    resources:
+        mem_mb=memory("evaluate"),
+        disk_mb=disk("evaluate"),
+        runtime=minutes("evaluate"),
+        gpu=1,
     params:
         evaluation=evaluation_options,
         protocols=protocol_sources,
@@ -41,6 +46,11 @@ rule connectivity:
     conda:
         "../envs/coppice.yaml"
     threads: 1
+    resources:
+        mem_mb=memory("evaluate"),
+        disk_mb=disk("evaluate"),
+        runtime=minutes("evaluate"),
+        gpu=1,
     params:
         evaluation=evaluation_options,
         protocols=protocol_sources,
@@ -65,6 +75,11 @@ rule cost:
         "../envs/coppice.yaml"
     # Nothing else may run while time is measured.
     threads: workflow.cores or 1
+    resources:
+        mem_mb=memory("evaluate"),
+        disk_mb=disk("evaluate"),
+        runtime=minutes("evaluate"),
+        gpu=1,
     params:
         evaluation=evaluation_options,
     shell:

@@ -28,7 +28,11 @@ rule fit:
     conda:
         "../envs/coppice.yaml"
     threads: 2
+    resources:
+        mem_mb=4_000,
+        runtime=minutes("fit"),
     params:
+        **noticed(law_content),
         law=law_name,
         options=law_options,
     shell:

@@ -17,7 +17,13 @@ rule recover:
     conda:
         "../envs/coppice.yaml"
     threads: 1
+    resources:
+        mem_mb=memory("recover"),
+        disk_mb=disk("recover"),
+        runtime=minutes("recover"),
+        gpu=recovery_gpus,
     params:
+        **noticed(method_content),
         step=node_step,
         seed=node_seed,
         budgets=node_budgets,

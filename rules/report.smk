@@ -7,6 +7,7 @@ localrules:
 
 rule report:
     input:
+        checkpoints(),
         tables=rules.tables.output,
         laws=fits(),
         study="<results>/study.yaml",
@@ -14,6 +15,7 @@ rule report:
         page=report("<results>/report/index.html", caption="captions/report.rst", category="Study"),
         frontier=report("<results>/report/frontier.svg", caption="captions/frontier.rst", category="Figures"),
         curves=report("<results>/report/curves.svg", caption="captions/curves.rst", category="Figures"),
+        layers=report("<results>/report/layers.svg", caption="captions/layers.rst", category="Figures"),
     log:
         "<logs>/report.log",
     benchmark:

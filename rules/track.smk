@@ -7,6 +7,9 @@ localrules:
 
 rule track:
     input:
+        checkpoints(),
+        metrics(),
+        token_sets(),
         tables=rules.tables.output,
         laws=fits(),
         report=rules.report.output.page,
@@ -28,4 +31,4 @@ rule track:
 
 # Failures become rows of the tables and runs of the tracker; the next run makes the tables anew.
 onerror:
-    shell("{command}", command=partial_results())
+    shell("{command}", command=partial_results(log))

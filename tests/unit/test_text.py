@@ -241,6 +241,7 @@ def test_windows_are_stored_and_read_again(tmp_path, checkpoint):
     folder = tmp_path / "tokens"
     text.save_windows(windows, folder)
     again = text.load_windows(folder)
+    assert again.manifest.pop("files").keys() == {"tokens.safetensors"}
     assert again.manifest == windows.manifest
     for name in ("tokens", "documents", "document_hashes"):
         np.testing.assert_array_equal(getattr(again, name), getattr(windows, name))

@@ -344,6 +344,13 @@ def test_state_of_another_run_is_refused_and_the_difference_named(place, tmp_pat
     recover(place, tmp_path / "node", learning_rate=2e-2)
 
 
+def test_a_run_goes_on_on_another_number_of_gpus(place, tmp_path, monkeypatch, capfd):
+    interrupted(place, tmp_path / "node", monkeypatch, tokens=320)
+    manifest = recover(place, tmp_path / "node", tokens=320, gpus=2)
+    assert "Going on after step 4" in capfd.readouterr().out
+    assert manifest["asked"]["gpus"] == 2
+
+
 def test_broken_state_is_named(place, tmp_path):
     state = tmp_path / "node-state" / "state.safetensors"
     state.parent.mkdir()
@@ -530,6 +537,8 @@ class TestLearningRate:
     ("options", "sentence"),
     [
         ({"micro_batch_size": 3}, "batch_size 4 is not a multiple of micro_batch_size 3"),
+        ({"gpus": 3}, "batch_size 4 is not a multiple of gpus 3; make it one"),
+        ({"gpus": 2, "micro_batch_size": 4}, "batch_size 4 is not a multiple of gpus 2 times micro_batch_size 4"),
         ({"betas": (0.9, 1.0)}, "both must be at least 0 and less than 1"),
         ({"learning_rate": 0}, "learning_rate"),
         ({"tokens": 0}, "tokens"),

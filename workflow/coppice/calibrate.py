@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from coppice import layers
+from coppice import layers, store
 from coppice.checkpoint import computing_dtype, load_model, read_manifest, read_tensors, versions
 from coppice.errors import UserError
 from coppice.files import atomic_directory, fingerprint, read_json, sha256, write_json
@@ -69,6 +69,7 @@ def calibrate(model_directory: Path, tokens_directory: Path, kind: str, output: 
             "versions": versions(),
             "wall_seconds": time.monotonic() - started,
         }
+        store.send(temporary, files)
         write_json(temporary / "manifest.json", manifest)
 
 
@@ -315,7 +316,7 @@ def read_statistics(directory: Path, model_fingerprint: str) -> dict[str, Any]:
 def read_statistics_file(directory: Path, name: str, manifest: dict[str, Any]) -> dict[str, Tensor]:
     """The tensors of one file of statistics. Raises UserError when it is not the file that the manifest describes."""
     path = Path(directory) / name
-    if not path.exists() or sha256(path) != manifest["files"][name]:
+    if not store.obtain(path, manifest["files"][name]):
         raise UserError(f"{path} is not the file that its manifest describes; calibrate again.")
     return read_tensors(path)
 

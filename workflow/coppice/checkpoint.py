@@ -24,9 +24,9 @@ from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from coppice import __version__, layers
+from coppice import __version__, layers, store
 from coppice.errors import UserError
-from coppice.files import atomic_directory, fingerprint, read_json, sha256, write_json
+from coppice.files import atomic_directory, described, fingerprint, read_json, write_json
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -67,14 +67,15 @@ def read_manifest(directory: Path) -> dict[str, Any]:
 
 
 def verify_files(directory: Path, manifest: dict[str, Any]) -> None:
-    """Raises UserError when a file of the checkpoint is missing or its SHA-256 is not the manifest's."""
+    """Raises UserError when a file of the checkpoint is missing or its SHA-256 is not the manifest's.
+
+    Where a store is named, such files are fetched from it.
+    """
     for name, entry in manifest["files"].items():
         path = Path(directory) / name
-        if not path.exists():
-            raise UserError(f"{path} is missing; make the node {manifest['node']!r} again.")
-        if path.stat().st_size != entry["bytes"] or sha256(path) != entry["sha256"]:
-            node = manifest["node"]
-            raise UserError(f"{path} is not the file that its manifest describes; make the node {node!r} again.")
+        if not store.obtain(path, entry["sha256"]):
+            problem = "is not the file that its manifest describes" if path.exists() else "is missing"
+            raise UserError(f"{path} {problem}; make the node {manifest['node']!r} again.")
 
 
 def load_model(directory: Path, device: str = "cpu", dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -168,6 +169,7 @@ def save_checkpoint(
     manifest: dict[str, Any],
     dtype: torch.dtype,
     extra_files: dict[str, Path] | None = None,
+    travels: bool = True,
 ) -> dict[str, Any]:
     """Writes a checkpoint, whole or not at all, and returns its manifest.
 
@@ -177,6 +179,7 @@ def save_checkpoint(
             versions are added here. `dense` holds the root's numbers, or is absent for a root.
         dtype: in which floating tensors are stored.
         extra_files: further files by the name that they get.
+        travels: whether the files go to the store, where one is named; those of an export do not.
     """
     with atomic_directory(directory) as temporary:
         planned = layers.plan(model)
@@ -197,11 +200,7 @@ def save_checkpoint(
         for name, path in (extra_files or {}).items():
             (temporary / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(path, temporary / name)
-        files = {
-            str(path.relative_to(temporary)): {"bytes": path.stat().st_size, "sha256": sha256(path)}
-            for path in sorted(temporary.rglob("*"))
-            if path.is_file()
-        }
+        files = described(temporary)
         identity = ("config.json", "compression.json", "model")
         written = {
             "format_version": FORMAT_VERSION,
@@ -212,6 +211,8 @@ def save_checkpoint(
             "versions": versions(),
             "peak_memory_bytes": peak_memory(),
         }
+        if travels:
+            store.send(temporary, files)
         write_json(temporary / "manifest.json", written)
     return written
 
@@ -269,7 +270,7 @@ def _is_weights(name: str) -> bool:
 
 def stored_dtype(directory: Path) -> torch.dtype:
     """The dtype in which a checkpoint's floating tensors are stored."""
-    config = read_json(Path(directory) / "config.json")
+    config = read_json(store.local(Path(directory) / "config.json"))
     return DTYPES[config.get("dtype", config.get("torch_dtype", "float32"))]
 
 
@@ -297,17 +298,22 @@ def export_dense(directory: Path, output: Path) -> None:
     Raises UserError for a node that rounds more than its weights, which no dense checkpoint can say.
     """
     source = read_manifest(directory)
-    for mark, what in (("quantized-inputs", "the inputs of its linears"), ("quantized-cache", "its keys and values")):
-        if mark in source["marks"]:
-            raise UserError(
-                f"The node {source['node']!r} rounds {what} while it runs, which a dense checkpoint cannot hold; "
-                "export the node from before that step."
-            )
+    refuse_rounding(source, "a dense checkpoint")
     model = load_model(directory, dtype=torch.float32)
     densify(model)
     kept = ("node", "parent", "step", "seed", "source", "dense", "recovery")
     manifest = {**{key: source.get(key) for key in kept}, "marks": [], "exported_from": source["fingerprint"]}
-    save_checkpoint(model, output, directory, manifest, stored_dtype(directory))
+    save_checkpoint(model, output, directory, manifest, stored_dtype(directory), travels=False)
+
+
+def refuse_rounding(manifest: dict[str, Any], holder: str) -> None:
+    """Raises UserError for a node that rounds more than its weights; holder: the form that cannot say so."""
+    for mark, what in (("quantized-inputs", "the inputs of its linears"), ("quantized-cache", "its keys and values")):
+        if mark in manifest["marks"]:
+            raise UserError(
+                f"The node {manifest['node']!r} rounds {what} while it runs, which {holder} cannot hold; "
+                "export the node from before that step."
+            )
 
 
 @torch.no_grad()

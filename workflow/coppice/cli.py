@@ -8,10 +8,12 @@ import sys
 import traceback
 from importlib import import_module
 
+from coppice.distributed import launch, launched, own_device, report
 from coppice.errors import UserError
 
 STAGES = {
     "study": ("coppice.study", "check a study and print its tree"),
+    "plan": ("coppice.plan", "say what a study will take: time, memory, GPU hours, disk"),
     "root": ("coppice.root", "bring a dense model into a study"),
     "tokenize": ("coppice.text", "pack a text into windows of tokens"),
     "calibrate": ("coppice.calibrate", "gather statistics of a node's activations or gradients"),
@@ -23,9 +25,11 @@ STAGES = {
     "report": ("coppice.report", "write a study's page"),
     "track": ("coppice.tracking", "mirror a study to MLflow"),
     "summary": ("coppice.summary", "print a study's results"),
+    "show": ("coppice.show", "tell one node's story"),
     "recommend": ("coppice.decisions.stage", "say what a study's tables and laws advise, and how sure that is"),
     "methods": ("coppice.catalogue", "list the registered methods"),
-    "export": ("coppice.export", "write a node as an ordinary dense checkpoint"),
+    "fetch": ("coppice.store", "bring a study's manifests, tables and logs here from where they are stored"),
+    "export": ("coppice.export.stage", "write a node in a form that other programs read, and check its logits"),
     "pretrain": ("coppice.pretrain", "train a small dense model on the built-in biographies"),
 }
 RUNS_MODELS = ("calibrate", "compress", "recover", "evaluate")
@@ -34,21 +38,33 @@ RUNS_MODELS = ("calibrate", "compress", "recover", "evaluate")
 def main(words: list[str] | None = None) -> int:
     """Runs one stage. Exit code 0, or 1 after a last line `error: <sentence>`."""
     try:
-        arguments = parse(sys.argv[1:] if words is None else words)
+        words = sys.argv[1:] if words is None else words
+        arguments = parse(words)
         if arguments.stage in RUNS_MODELS:
+            claim_devices(arguments)
+            if processes(arguments) > 1 and not launched():
+                launch(words, processes(arguments))
+                return 0
             prepare_device(arguments)
         import_module(STAGES[arguments.stage][0]).run(arguments)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return failed(str(error))
     except KeyboardInterrupt:
         print("error: Interrupted; run the same command again to go on.", file=sys.stderr)
         return 130
     except Exception as error:  # the log keeps the traceback; its last line stays one that tables can read
         traceback.print_exc()
-        print(f"error: {type(error).__name__}: {error}".splitlines()[0], file=sys.stderr)
-        return 1
+        return failed(f"{type(error).__name__}: {error}".splitlines()[0])
     return 0
+
+
+def failed(sentence: str) -> int:
+    """Says why, as the last line; one of several processes leaves that to the one that launched them. Exit code 1."""
+    if launched():
+        report(sentence)
+    else:
+        print(f"error: {sentence}", file=sys.stderr)
+    return 1
 
 
 def parse(words: list[str]) -> argparse.Namespace:
@@ -65,6 +81,26 @@ def parse(words: list[str]) -> argparse.Namespace:
     return parser.parse_args(words)
 
 
+def processes(arguments: argparse.Namespace) -> int:
+    """How many the stage runs in: one, but for a step that trains on several GPUs."""
+    return getattr(arguments, "step", {}).get("options", {}).get("gpus", 1)
+
+
+def claim_devices(arguments: argparse.Namespace) -> None:
+    """Makes GPUs that no other job has the job's own, where it is left to Coppice which (see `devices`).
+
+    Raises UserError where there are fewer than the step asks for.
+    """
+    if arguments.device == "auto" and not launched():
+        from coppice.devices import claim
+
+        claim(processes(arguments))
+    elif arguments.device.startswith("cuda:") and processes(arguments) > 1:
+        raise UserError(
+            f"--device {arguments.device} is one, but the step asks for {processes(arguments)} GPUs; pass auto or cuda."
+        )
+
+
 def prepare_device(arguments: argparse.Namespace) -> None:
     """Hands the threads to every library that makes its own, and resolves `auto` to a device.
 
@@ -72,6 +108,8 @@ def prepare_device(arguments: argparse.Namespace) -> None:
     """
     if arguments.threads < 1:
         raise UserError(f"--threads {arguments.threads} is no number of threads; pass 1 or more.")
+    if launched():
+        arguments.threads = max(1, arguments.threads // processes(arguments))
     for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ[variable] = str(arguments.threads)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -80,6 +118,8 @@ def prepare_device(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(arguments.threads)
     if arguments.device == "auto":
         arguments.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if launched():
+        arguments.device = own_device(arguments.device)
     try:
         torch.empty(0, device=arguments.device)
     except (RuntimeError, AssertionError) as error:  # the latter where torch was built without CUDA

@@ -1,43 +1,61 @@
-"""The figures of a study's page, as SVG text: size against quality, recovery curves, and a parameter's profile."""
+"""The figures of a study's page, as SVG text: size against quality, recovery curves, layers, a parameter's profile."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from html import escape
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from coppice.summary import interval, measured, perplexities
 from coppice.tables import Row, front
 from coppice.wording import counted, number
 
+if TYPE_CHECKING:
+    from coppice.report.law_lines import Line
+
 # Okabe and Ito's colours, which colour-blind readers tell apart.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#6b6b6b")
 WIDTH = 960
 _LETTER = 6.3  # width of a letter of a label, px
+_MOST_NODES = 60  # rows of the figure of layers
+_WIDE = 40  # px of a cell that has room for its number
 
 Scale = Callable[[float], float]
+Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 
-def frontier_figure(rows: list[Row], metrics: list[Row]) -> str:
+def frontier_figure(rows: list[Row], metrics: list[Row], comparisons: list[Row]) -> str:
     """Stored megabytes against perplexity, one panel a protocol, both axes logarithmic, with 95% intervals.
 
-    The line bounds what no node beats: nodes on it are the best at their size. Filled points were recovered on their
-    path.
+    The dashed line bounds what no node beats: nodes on it are the best at their size. Filled points were recovered on
+    their path. Thin lines join nodes of a dense model that are neighbours in perplexity and not told apart.
     """
     height, body = 460, []
     pairs = perplexities(metrics)
     by_node = {row["node"]: row for row in rows}
     for place, pair in enumerate(pairs):
         shown = [row for row in metrics if (row["evaluation"], row["metric"]) == pair and row["node"] in by_node]
-        body += _frontier_panel(pair, shown, by_node, place * height, height)
+        alike = [
+            (row["node"], row["other"])
+            for row in comparisons
+            if (row["evaluation"], f"perplexity_{row['task']}", row["measure"], row["relation"])
+            == (*pair, "loss", "next")
+            and not row["distinguishable"]
+        ]
+        body += _frontier_panel(pair, shown, by_node, alike, place * height, height)
     if not pairs:
         body = [_message("No perplexity was measured.", 80)]
     return _svg(body, max(len(pairs) * height, 120))
 
 
 def _frontier_panel(
-    pair: tuple[str, str], shown: list[Row], by_node: dict[str, Row], top: int, height: int
+    pair: tuple[str, str],
+    shown: list[Row],
+    by_node: dict[str, Row],
+    alike: list[tuple[str, str]],
+    top: int,
+    height: int,
 ) -> list[str]:
     shown = [row for row in shown if row["value"] is not None and math.isfinite(row["value"])]
     if not shown:
@@ -55,10 +73,19 @@ def _frontier_panel(
     title = f"Size and quality: {pair[1].replace('_', ' ', 1)} ({pair[0]})"
     body = _frame(box, title, "stored size, MB", "perplexity", (x, x_ticks), (y, y_ticks))
     body += _legend([(model, color[model]) for model in models if len(models) > 1], box)
+    key = "dashed: the best at each size; filled: recovered; thin lines join neighbours that are not told apart"
+    body.append(f'<text x="{box[2]}" y="{box[3] + 38}" font-size="11" fill="#555" text-anchor="end">{key}</text>')
     best = front(list(zip(sizes, values, strict=True)))
     body.append(_staircase([(x(sizes[index]), y(values[index])) for index in best], box))
-    taken: list[tuple[float, float, float, float]] = []
+    taken: list[Box] = []
     points = [(x(size), y(value)) for size, value in zip(sizes, values, strict=True)]
+    place = {row["node"]: point for row, point in zip(shown, points, strict=True)}
+    body += [
+        f'<path d="M{place[a][0]:.1f} {place[a][1]:.1f}L{place[b][0]:.1f} {place[b][1]:.1f}" stroke="#555" '
+        f'stroke-width=".8"><title>{escape(a)} and {escape(b)} are not told apart</title></path>'
+        for a, b in alike
+        if a in place and b in place
+    ]
     for (across, down), row, (below, above) in zip(points, shown, ends, strict=True):
         node = by_node[row["node"]]
         bottom, upper = (min(max(y(end), box[1]), box[3]) if end > 0 else box[3] for end in (below, above))
@@ -80,8 +107,8 @@ def _frontier_panel(
 def _label(
     text: str,
     point: tuple[float, float],
-    taken: list[tuple[float, float, float, float]],
-    box: tuple[float, float, float, float],
+    taken: list[Box],
+    box: Box,
     bold: bool,
 ) -> list[str]:
     """A label beside a point where it hides nothing; none where there is no room (a point's tip tells its name)."""
@@ -102,7 +129,7 @@ def _label(
     return []
 
 
-def _staircase(points: list[tuple[float, float]], box: tuple[float, float, float, float]) -> str:
+def _staircase(points: list[tuple[float, float]], box: Box) -> str:
     """The boundary of what the points reach: at each size the best up to there."""
     steps = [(points[0][0], box[1])]
     for across, down in points:
@@ -112,8 +139,12 @@ def _staircase(points: list[tuple[float, float]], box: tuple[float, float, float
     return f'<polyline points="{path}" fill="none" stroke="#999" stroke-width="1.5" stroke-dasharray="5 3"/>'
 
 
-def curves_figure(rows: list[Row], curves: list[Row], fitted: dict[str, list[tuple[float, float]]]) -> str:
-    """Validation loss against recovery tokens, one panel a dense model; dashed: the law; grey: the dense loss."""
+def curves_figure(rows: list[Row], curves: list[Row], lines: dict[str, Line]) -> str:
+    """Validation loss against recovery tokens, one panel a dense model; grey: the dense loss.
+
+    lines: of each run the fitted law, dashed among the points that it was fitted to, dotted beyond; shaded: the 95%
+    band over its refits.
+    """
     runs: dict[str, list[Row]] = {}
     for row in curves:
         if row["split"] == "validation" and row["tokens"] > 0 and row["loss"] is not None:
@@ -123,21 +154,20 @@ def curves_figure(rows: list[Row], curves: list[Row], fitted: dict[str, list[tup
     height, body = 380, []
     for place, model in enumerate(models):
         chosen = {node: points for node, points in sorted(runs.items()) if model_of[node] == model}
-        body += _curves_panel(model, chosen, fitted, place * height, height)
+        body += _curves_panel(model, chosen, lines, place * height, height)
     if not models:
         body = [_message("No recovery was run.", 80)]
     return _svg(body, max(len(models) * height, 120))
 
 
-def _curves_panel(
-    model: str, runs: dict[str, list[Row]], fitted: dict[str, list[tuple[float, float]]], top: int, height: int
-) -> list[str]:
+def _curves_panel(model: str, runs: dict[str, list[Row]], lines: dict[str, Line], top: int, height: int) -> list[str]:
     box = (70, top + 40, WIDTH - 250, top + height - 55)
     points = [row for rows in runs.values() for row in rows]
+    drawn = {node: lines[node] for node in runs if node in lines}
     dense = sorted({row["dense_loss"] for row in points if row["dense_loss"] is not None})
-    predicted = [loss for node in runs for _, loss in fitted.get(node, [])]
-    losses = [row["loss"] for row in points] + dense + predicted
-    x, x_ticks = _axis(min(row["tokens"] for row in points), max(row["tokens"] for row in points), box[0], box[2])
+    losses = [row["loss"] for row in points] + dense + [loss for line in drawn.values() for loss in line.loss.tolist()]
+    tokens = [row["tokens"] for row in points] + [float(line.tokens[-1]) for line in drawn.values()]
+    x, x_ticks = _axis(min(tokens), max(tokens), box[0], box[2])
     y, y_ticks = _axis(min(losses), max(losses), box[3], box[1], logarithmic=False)
     axes = ((x, x_ticks), (y, y_ticks))
     body = _frame(box, f"Recovery of {model}", "recovery tokens", "validation loss, nats/token", *axes, label=counted)
@@ -151,6 +181,10 @@ def _curves_panel(
     for place, (node, rows) in enumerate(runs.items()):
         color = COLORS[place % len(COLORS)]
         rows = sorted(rows, key=lambda row: row["tokens"])
+        end = rows[-1]["loss"]
+        if node in drawn:
+            body += _law_line(drawn[node], color, box, x, y)
+            end = drawn[node].loss[-1]
         body.append(_line([(x(row["tokens"]), y(row["loss"])) for row in rows], color))
         for row in rows:
             tip = f"{node}: {number(row['loss'], 4)} nats/token after {counted(row['tokens'])} tokens"
@@ -159,27 +193,40 @@ def _curves_panel(
                 f'<circle cx="{x(row["tokens"]):.1f}" cy="{y(row["loss"]):.1f}" r="{radius}" fill="{color}">'
                 f"<title>{escape(tip)}</title></circle>"
             )
-        if node in fitted:
-            body.append(
-                _line([(x(tokens), y(loss)) for tokens, loss in fitted[node]], color, ' stroke-dasharray="3 4"')
-            )
-        ends.append((y(rows[-1]["loss"]), node.removeprefix(f"{model}/"), color))
+        ends.append((y(end), node.removeprefix(f"{model}/"), color))
     body += _end_labels(ends, box)
-    if any(node in fitted for node in runs):
+    if drawn:
         body.append(
             f'<text x="{box[2]}" y="{box[1] - 10}" font-size="11" fill="#555" text-anchor="end">'
-            "dashed: fitted law</text>"
+            "dashed: fitted law; dotted: beyond the points that it was fitted to; shaded: its 95% band</text>"
         )
     return body
 
 
-def _end_labels(ends: list[tuple[float, str, str]], box: tuple[float, float, float, float]) -> list[str]:
+def _law_line(line: Line, color: str, box: Box, x: Scale, y: Scale) -> list[str]:
+    """The band of a law along one run, its line among the points fitted, and its line beyond them."""
+    across = [x(tokens) for tokens in line.tokens.tolist()]
+    parts = []
+    if line.low is not None:
+        # A band that is wide beyond measure is cut at the frame.
+        low, high = ([min(max(y(loss), box[1]), box[3]) for loss in ends.tolist()] for ends in (line.low, line.high))
+        corners = [*zip(across, low, strict=True), *reversed([*zip(across, high, strict=True)])]
+        path = " ".join(f"{right:.1f},{down:.1f}" for right, down in corners)
+        parts.append(f'<polygon points="{path}" fill="{color}" fill-opacity=".12"/>')
+    points = list(zip(across, (y(loss) for loss in line.loss.tolist()), strict=True))
+    last = line.tokens.tolist().index(line.fitted_to)
+    parts.append(_line(points[: last + 1], color, ' stroke-dasharray="5 3"'))
+    parts.append(_line(points[last:], color, ' stroke-dasharray="1 4"'))
+    return parts
+
+
+def _end_labels(ends: list[tuple[float, str, str]], box: Box) -> list[str]:
     """Names at the ends of lines, moved apart where they would overlap."""
     body, last = [], -math.inf
     for down, text, color in sorted(ends):
         place = max(down, last + 14)
         last = place
-        shown = text if len(text) <= 36 else f"{text[:16]}...{text[-17:]}"
+        shown = _shortened(text, 36)
         body.append(
             f'<line x1="{box[2]}" y1="{down:.1f}" x2="{box[2] + 10}" y2="{place:.1f}" stroke="{color}" '
             'stroke-opacity=".5"/>'
@@ -187,6 +234,85 @@ def _end_labels(ends: list[tuple[float, str, str]], box: tuple[float, float, flo
             f"<title>{escape(text)}</title></text>"
         )
     return body
+
+
+def layers_figure(layers: dict[str, dict[str, Any]]) -> str:
+    """The relative squared error that each node's step left in every block of the decoder, as a heat map.
+
+    layers: of each node its modules and their columns. A cell is the mean over a block's linears of the error of their
+    outputs, or of their weights where the step saw no inputs. Nodes whose last step compressed no linears have no row.
+    """
+    rows = {node: found for node, entry in layers.items() if (found := _block_errors(entry))}
+    if not rows:
+        return _svg([_message("No step compressed linears.", 80)], 120)
+    shown = dict(sorted(rows.items(), key=lambda pair: pair[0].split("/"))[:_MOST_NODES])
+    values = [error for found in shown.values() for error, _ in found.values() if error > 0]
+    low, high = (math.log(min(values)), math.log(max(values))) if values else (0.0, 0.0)
+    blocks = sorted({block for found in shown.values() for block in found})
+    left, top, size = 330, 70, 22
+    width = min(90.0, (WIDTH - 30 - left) / len(blocks))
+    body = [
+        '<text x="20" y="24" font-size="14" font-weight="600">Error by block of the decoder</text>',
+        f'<text x="{left}" y="44" font-size="12">block</text>',
+    ]
+    every = math.ceil(20 / width)
+    body += [
+        f'<text x="{left + (place + 0.5) * width:.1f}" y="{top - 8}" font-size="11" text-anchor="middle">{block}</text>'
+        for place, block in enumerate(blocks)
+        if place % every == 0
+    ]
+    for line, (node, found) in enumerate(shown.items()):
+        down = top + line * size
+        of_weights = " (weights)" if any(what == "weights" for _, what in found.values()) else ""
+        body.append(
+            f'<text x="{left - 10}" y="{down + 15}" font-size="11" text-anchor="end">'
+            f"{escape(_shortened(node, 40))}{of_weights}<title>{escape(node)}</title></text>"
+        )
+        for place, block in enumerate(blocks):
+            if block in found:
+                body.append(_cell(node, block, *found[block], (left + place * width, down, width, size), (low, high)))
+    bottom = top + len(shown) * size
+    more = f" {len(rows) - len(shown)} more nodes are in the page." if len(rows) > len(shown) else ""
+    note = (
+        "Mean relative squared error of the outputs of a block's linears, or of their weights where it says so; darker "
+        f"is more, by its logarithm.{more}"
+    )
+    body.append(f'<text x="20" y="{bottom + 24}" font-size="11" fill="#555">{note}</text>')
+    return _svg(body, bottom + 40)
+
+
+def _block_errors(entry: dict[str, Any]) -> dict[int, tuple[float, str]]:
+    """Of each block the mean error of its linears, and of what it is one; none where the node's step left none."""
+    title = next((title for title in ("error", "weight error") if title in entry["columns"]), None)
+    if title is None:
+        return {}
+    blocks: dict[int, list[float]] = {}
+    for module, error in zip(entry["modules"], entry["columns"][title], strict=True):
+        if error is not None:
+            blocks.setdefault(int(module.split(".")[1]), []).append(error)
+    what = "outputs" if title == "error" else "weights"
+    return {block: (sum(errors) / len(errors), what) for block, errors in blocks.items()}
+
+
+def _cell(node: str, block: int, error: float, what: str, area: Box, logs: tuple[float, float]) -> str:
+    """A rectangle (left, top, width, height) whose shade tells the error between exp(logs[0]) and exp(logs[1])."""
+    left, top, width, height = area
+    low, high = logs
+    share = (math.log(error) - low) / (high - low) if error > 0 and high > low else 0.0
+    # From nearly white to the palette's blue.
+    shade = ",".join(f"{light + (dark - light) * share:.0f}" for light, dark in ((236, 0), (244, 114), (250, 178)))
+    tip = f"{node}, block {block}: error of the {what} {number(error)}"
+    text = ""
+    if width >= _WIDE:
+        color = "#fff" if share > 0.6 else "#1c1e21"
+        text = (
+            f'<text x="{left + width / 2:.1f}" y="{top + 15:.1f}" font-size="10.5" text-anchor="middle" '
+            f'fill="{color}">{number(error, 2)}</text>'
+        )
+    return (
+        f'<g><title>{escape(tip)}</title><rect x="{left:.1f}" y="{top:.1f}" width="{width - 1:.1f}" '
+        f'height="{height - 1:.1f}" fill="rgb({shade})"/>{text}</g>'
+    )
 
 
 def profile_figure(name: str, profile: dict[str, list[float]], parameter: dict[str, Any]) -> str:
@@ -248,7 +374,7 @@ def _linear_ticks(first: float, last: float) -> list[float]:
 
 
 def _frame(
-    box: tuple[float, float, float, float],
+    box: Box,
     title: str,
     x_title: str,
     y_title: str,
@@ -281,7 +407,7 @@ def _frame(
     return body
 
 
-def _legend(entries: list[tuple[str, str]], box: tuple[float, float, float, float]) -> list[str]:
+def _legend(entries: list[tuple[str, str]], box: Box) -> list[str]:
     body, right = [], box[2]
     for text, color in reversed(entries):
         right -= len(text) * 7.2 + 30
@@ -290,6 +416,12 @@ def _legend(entries: list[tuple[str, str]], box: tuple[float, float, float, floa
             f'<text x="{right + 9:.1f}" y="{box[1] - 12}" font-size="12">{escape(text)}</text>'
         )
     return body
+
+
+def _shortened(text: str, length: int) -> str:
+    """The text with its middle left out, where it is longer."""
+    half = (length - 3) // 2
+    return text if len(text) <= length else f"{text[:half]}...{text[-half - (length - 3) % 2 :]}"
 
 
 def _line(points: list[tuple[float, float]], color: str, extra: str = "") -> str:

@@ -18,6 +18,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from coppice import store
 from coppice.comparisons import compare, signals
 from coppice.errors import UserError
 from coppice.evaluation import roofline
@@ -278,16 +279,25 @@ def write_tables(study: Study, results: Path, output: Path, partial: bool = Fals
     return tables
 
 
-def collect(study: Study, results: Path, partial: bool = False) -> dict[str, Any]:
-    """Every table's rows, unsorted; items as Arrow tables. Results of nodes that are not in the study are left out."""
+def collected(study: Study, results: Path) -> dict[str, list[Row]]:
+    """The rows of the partial tables, but for items and what follows from them; nothing is written."""
+    rows = collect(study, Path(results), partial=True, itemized=False)
+    names = ("nodes", "metrics", "curves", "costs", "failures")
+    return {name: _table(rows[name], SCHEMAS[name]).to_pylist() for name in names}
+
+
+def collect(study: Study, results: Path, partial: bool = False, itemized: bool = True) -> dict[str, Any]:
+    """Every table's rows, unsorted; items as Arrow tables, none where not `itemized`.
+
+    Results of nodes that are not in the study are left out.
+    """
     tree = nodes(study)
     broken: list[Row] = []
 
-    def read(node: str, path: Path, reader: Callable[[Path], Any]) -> Iterator[Any]:
-        if partial and not path.exists():
-            return
+    def read(node: str, path: Path, reader: Callable[[Path], Any], manifest: str = "manifest.json") -> Iterator[Any]:
         try:
-            yield reader(path)
+            if not partial or store.local(path, manifest).exists():
+                yield reader(store.local(path, manifest))
         except UserError as error:
             if not partial:
                 raise
@@ -314,8 +324,8 @@ def collect(study: Study, results: Path, partial: bool = False) -> dict[str, Any
         for measured in read(name, folder / "metrics.json", partial_of(measured_rows, name, evaluation)):
             metrics += measured["metrics"]
             costs += measured["costs"]
-        if study.evaluations[evaluation].kind == "quality":
-            items += read(name, folder / "items.parquet", partial_of(item_rows, name, evaluation))
+        if itemized and study.evaluations[evaluation].kind == "quality":
+            items += read(name, folder / "items.parquet", partial_of(item_rows, name, evaluation), "metrics.json")
     asked = {name: protocols(evaluation) for name, evaluation in study.evaluations.items()}
     return {
         "nodes": list(checkpoints.values()),
@@ -493,7 +503,7 @@ def roofline_rows(study: Study, node: str, path: Path) -> list[Row]:
     """The rows of costs that follow from a checkpoint's config.json, which is at `path`, and its compression.json."""
     settings = study.roofline.model_dump()
     sparse = settings.pop("sparse_kernels") and is_two_to_four(study, node)
-    config, planned = read_json(path), read_json(path.with_name("compression.json"))
+    config, planned = read_json(path), read_json(store.local(path.with_name("compression.json")))
     try:
         model = roofline.model_of_node(config, planned, sparse)
         return roofline.rows(node, model, config["max_position_embeddings"], **settings)

@@ -28,8 +28,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from coppice import store
 from coppice.errors import UserError
-from coppice.files import atomic_directory, fingerprint, read_json, sha256, write_json
+from coppice.files import atomic_directory, described, fingerprint, read_json, sha256, write_json
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -265,7 +266,7 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     """
     from tokenizers import Tokenizer
 
-    path = Path(directory) / "tokenizer.json"
+    path = store.local(Path(directory) / "tokenizer.json")
     if not path.is_file():
         raise UserError(
             f"{directory} has no tokenizer.json; make one with transformers: "
@@ -289,7 +290,7 @@ def load_tokenizer(directory: Path) -> Tokenizer:
 
 def check_tokenizer(directory: Path, windows: Windows) -> None:
     """Raises UserError where `windows` were made with another tokenizer than that of the checkpoint `directory`."""
-    if sha256(Path(directory) / "tokenizer.json") != windows.manifest["tokenizer"]:
+    if sha256(store.local(Path(directory) / "tokenizer.json")) != windows.manifest["tokenizer"]:
         raise UserError(
             f"{describe(windows.manifest['text'])} was cut into windows with another tokenizer than that of "
             f"{directory}; make them anew with the model's own."
@@ -315,8 +316,8 @@ def beginning_token(directory: Path, tokenizer: Tokenizer) -> int:
 
 
 def optional_json(path: Path) -> dict[str, Any]:
-    """A JSON file's content; empty where there is no such file."""
-    return read_json(path) if path.is_file() else {}
+    """The content of a checkpoint's JSON file; empty where there is no such file."""
+    return read_json(path) if store.local(path).is_file() else {}
 
 
 def tokenize(
@@ -417,13 +418,15 @@ def padded(rows: list[np.ndarray], windows: int, length: int) -> tuple[np.ndarra
 
 
 def save_windows(windows: Windows, directory: Path) -> None:
-    """Writes tokens.safetensors, then manifest.json."""
+    """Writes tokens.safetensors, then manifest.json, which names it with its size and SHA-256."""
     from safetensors.numpy import save_file
 
     arrays = {name: getattr(windows, name) for name in ("tokens", "documents", "document_hashes")}
     with atomic_directory(directory) as temporary:
         save_file(arrays, temporary / "tokens.safetensors")
-        write_json(temporary / "manifest.json", windows.manifest)
+        files = described(temporary)
+        store.send(temporary, files)
+        write_json(temporary / "manifest.json", {**windows.manifest, "files": files})
 
 
 def load_windows(directory: Path) -> Windows:
@@ -434,7 +437,7 @@ def load_windows(directory: Path) -> Windows:
     directory = Path(directory)
     manifest = read_json(directory / "manifest.json")
     try:
-        arrays = load_file(directory / "tokens.safetensors")
+        arrays = load_file(store.local(directory / "tokens.safetensors"))
     except (OSError, SafetensorError) as error:
         raise UserError(f"{directory}/tokens.safetensors cannot be read ({error}); make the tokens anew.") from error
     if arrays["tokens"].shape != (manifest["windows"], manifest["length"]):

@@ -16,11 +16,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from coppice import distributed
 from coppice.errors import UserError
 from coppice.files import fingerprint, sha256
 from coppice.methods.base import Method, RecoverOptions, method
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from coppice.text import Windows
     from coppice.trainer import Progress, Run
 
@@ -47,7 +50,9 @@ def _budgets(text: str) -> tuple[int, ...]:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """`coppice recover`."""
+    """`coppice recover`, alone or as one of the processes that `distributed.launch` started."""
+    if distributed.launched():
+        distributed.join(arguments.device)
     recover(
         arguments.node,
         arguments.parent,
@@ -62,6 +67,7 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.state_every,
         arguments.device,
     )
+    distributed.leave()
 
 
 def recover(
@@ -77,8 +83,10 @@ def recover(
     output: Path,
     state_every: float = 60.0,
     device: str = "cpu",
-) -> dict[str, Any]:
+) -> dict[str, Any] | None:
     """Trains `parent` as `step` says and writes the node. Returns its manifest.
+
+    Of several processes (see `distributed`) that train it together, the first writes; the others return None.
 
     Raises UserError where the method refuses the parent, the windows are another tokenizer's, of another length or not
     disjoint, the state is another run's, or training diverges; nothing is written then.
@@ -97,10 +105,10 @@ def recover(
 
     import torch
 
-    from coppice.trainer import Run, StateFile, course, held_out_loss, train
+    from coppice.trainer import Run, StateFile, course, held_out_loss, train, windows_at_once
 
+    together = distributed.count() > 1
     precision = _precision(options, device)
-    at_once = options.micro_batch_size or options.batch_size
     identity = _identity(chosen, options, parent_manifest, dense_manifest, windows, held_out, budgets, seed)
     asked = chosen.module.tokens(options, parent_manifest) if hasattr(chosen.module, "tokens") else options.tokens
     steps = course((windows.documents >= 0).sum(axis=1), options.batch_size, asked, seed)
@@ -110,27 +118,46 @@ def recover(
         budgets=budgets,
         seed=seed,
         precision=precision,
-        validate=lambda model: held_out_loss(model, held_out, at_once, precision),
+        validate=lambda model: held_out_loss(model, held_out, windows_at_once(options), precision),
         state=StateFile(state / STATE, identity),
         state_every=state_every,
     )
     planned.state.progress()  # a state of another run is refused before models are loaded
-    print(f"{steps.steps:,} steps of {options.batch_size} windows, in {precision} on {device}.", flush=True)
+    where = f"{distributed.count()} processes on {torch.device(device).type}" if together else device
+    print(f"{steps.steps:,} steps of {options.batch_size} windows, in {precision} on {where}.", flush=True)
 
     if torch.device(device).index is not None:
         torch.cuda.set_device(device)  # Trainer trains on the current one
-    model = load_model(parent, device, torch.float32)
-    torch.manual_seed(seed)
-    model = chosen.module.prepare(model, options)
+    loaded_on = "cpu" if together else device  # a model that is divided need not fit on a device
+
+    def prepared() -> PreTrainedModel:
+        model = load_model(parent, loaded_on, torch.float32)
+        torch.manual_seed(seed)
+        return chosen.module.prepare(model, options)
+
+    def root() -> PreTrainedModel:
+        model = load_model(dense, loaded_on, torch.float32).requires_grad_(False)
+        distributed.shard(model, device, precision)
+        return model
+
+    model = prepared()
     teacher, loss = None, None
     if hasattr(chosen.module, "loss"):
-        teacher = load_model(dense, device, torch.float32).requires_grad_(False)
+        teacher = root()
         loss = partial(chosen.module.loss, teacher=teacher, options=options)
     with tempfile.TemporaryDirectory() as folder:
-        progress = train(model, windows, planned, Path(folder), loss)
-    model = chosen.module.finish(model)
-    dense_loss = planned.validate(teacher or load_model(dense, device, torch.float32))
+        progress = train(model, windows, planned, Path(folder), loss, device)
+    if together:
+        del model  # its share makes room for the dense root's
+    dense_loss = planned.validate(teacher or root())
     print(f"Dense model: held-out loss {dense_loss:.4f}", flush=True)
+    if distributed.rank():
+        return None
+    if together:
+        # No process has the whole model, but the state of the last step has.
+        model = prepared()
+        planned.state.restore_parameters(model)
+    model = chosen.module.finish(model)
 
     with tempfile.TemporaryDirectory() as folder:
         curve = Path(folder) / "curve.parquet"
@@ -159,6 +186,7 @@ def recover(
 
 def _check_windows(windows: Windows, held_out: Windows, parent: Path, options: RecoverOptions) -> None:
     """Raises UserError where windows are not what the step and the parent need, or hold the same documents."""
+    from coppice import store
     from coppice.files import read_json
     from coppice.text import assert_disjoint, check_tokenizer
 
@@ -169,7 +197,7 @@ def _check_windows(windows: Windows, held_out: Windows, parent: Path, options: R
                 f"The {use} windows have {used.manifest['length']} tokens, but the step's length is {options.length}; "
                 "tokenize the text with that length."
             )
-    limit = read_json(parent / "config.json").get("max_position_embeddings", options.length)
+    limit = read_json(store.local(parent / "config.json")).get("max_position_embeddings", options.length)
     if options.length > limit:
         raise UserError(f"length is {options.length}, but the model of {parent} reads {limit} at most; shorten it.")
     assert_disjoint(windows, held_out)
@@ -194,7 +222,10 @@ def _identity(
     budgets: tuple[int, ...],
     seed: int,
 ) -> dict[str, Any]:
-    """All that the result of a run depends on, flat, so that a difference can be named."""
+    """All that the result of a run depends on, flat, so that a difference can be named.
+
+    On how many GPUs it ran is no part of it.
+    """
     from coppice import trainer
     from coppice.laws import learning_curve
 
@@ -203,7 +234,7 @@ def _identity(
         code["law"] = sha256(Path(learning_curve.__file__))
     return {
         "method": chosen.name,
-        **{f"options.{key}": value for key, value in options.model_dump(mode="json").items()},
+        **{f"options.{key}": value for key, value in options.model_dump(mode="json", exclude={"gpus"}).items()},
         "seed": seed,
         "budgets": list(budgets),
         "parent": parent["fingerprint"],

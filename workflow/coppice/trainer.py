@@ -22,9 +22,11 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
+from coppice import distributed
 from coppice.errors import UserError
 from coppice.files import atomic_write
 from coppice.laws.learning_curve import pays_too_little
+from coppice.layers import leaves, mask
 from coppice.methods.base import RecoverOptions
 from coppice.text import Windows
 
@@ -120,17 +122,25 @@ def collate(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def held_out_loss(model: PreTrainedModel, windows: Windows, batch_size: int, precision: str) -> float:
-    """Mean negative log-likelihood of a token in nats, over all targets of the windows."""
+    """Mean negative log-likelihood of a token in nats, over all targets of the windows.
+
+    batch_size: windows at once on a device; several processes take turns.
+    """
     device = next(model.parameters()).device
     data = WindowData(windows, np.arange(len(windows.tokens)))
     training = model.training
     model.eval()
     total, count = 0.0, 0
-    for start in range(0, len(data), batch_size):
-        batch = collate([data[i] for i in range(start, min(start + batch_size, len(data)))])
+    for start in range(0, len(data), batch_size * distributed.count()):
+        first = start + batch_size * distributed.rank()
+        mine = range(first, min(first + batch_size, len(data)))
+        batch = collate([data[i] for i in mine or [0]])
+        if not mine:  # all processes call the model equally often: this one's call counts for nothing
+            batch["labels"].fill_(IGNORED)
         total += summed_loss(model, batch["input_ids"].to(device), batch["labels"].to(device), precision).item()
         count += int((batch["labels"][:, 1:] != IGNORED).sum())
     model.train(training)
+    total, count = distributed.summed((total, count), device)
     return total / count
 
 
@@ -152,7 +162,8 @@ class Progress:
 class StateFile:
     """Trained tensors, moments and progress of an interrupted run, in one safetensors file.
 
-    identity: flat, all that the run's result depends on. A state of another identity is refused.
+    identity: flat, all that the run's result depends on. A state of another identity is refused. Of a model that is
+    divided among processes it holds whole tensors, which the first process writes.
     """
 
     path: Path
@@ -161,9 +172,13 @@ class StateFile:
     def save(self, model: nn.Module, moments: torch.optim.Optimizer, progress: Progress) -> None:
         tensors: dict[str, Tensor] = {}
         for name, parameter in _trained(model).items():
-            tensors[f"parameter.{name}"] = parameter.detach()
-            for moment in MOMENTS:
-                tensors[f"{moment}.{name}"] = moments.state[parameter][moment]
+            parts = {"parameter": parameter.detach(), **{kind: moments.state[parameter][kind] for kind in MOMENTS}}
+            for part, tensor in parts.items():
+                complete = distributed.whole(tensor)
+                if distributed.rank() == 0:
+                    tensors[f"{part}.{name}"] = complete.cpu() if distributed.count() > 1 else complete
+        if distributed.rank():
+            return
         metadata = {"identity": json.dumps(self.identity), "progress": json.dumps(asdict(progress))}
         with atomic_write(self.path) as temporary:
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
@@ -197,7 +212,7 @@ class StateFile:
         """Gives AdamW the moments that it had after `step` steps."""
         with safe_open(self.path, framework="pt") as file:
             for name, parameter in _trained(model).items():
-                kept = {moment: file.get_tensor(f"{moment}.{name}").to(parameter.device) for moment in MOMENTS}
+                kept = {moment: distributed.share(file.get_tensor(f"{moment}.{name}"), parameter) for moment in MOMENTS}
                 moments.state[parameter] = {"step": torch.tensor(float(step)), **kept}
 
     def remove(self) -> None:
@@ -299,8 +314,11 @@ class Journal(TrainerCallback):
         self.clock = self.saved_at = time.monotonic()
 
     def on_step_begin(self, arguments, state, control, **_: Any) -> None:
-        # Dropout is a function of the step, so that a resumed run draws what an undisturbed one draws.
-        torch.manual_seed(int(np.random.SeedSequence((self.run.seed, self.progress.step)).generate_state(1)[0]))
+        # Dropout is a function of the step, so that a resumed run draws what an undisturbed one draws. The first of
+        # several processes draws what one that is alone does.
+        spawned = (distributed.rank(),) if distributed.rank() else ()
+        source = np.random.SeedSequence((self.run.seed, self.progress.step), spawn_key=spawned)
+        torch.manual_seed(int(source.generate_state(1)[0]))
 
     def on_step_end(self, arguments, state, control, model=None, optimizer=None, **_: Any) -> None:
         progress, steps = self.progress, self.run.course.steps
@@ -313,7 +331,7 @@ class Journal(TrainerCallback):
             self.add_row()
         now = time.monotonic()
         pause = max(self.run.state_every, self.save_seconds / STATE_SHARE)
-        if measured or now - self.saved_at >= pause:
+        if measured or distributed.agreed(now - self.saved_at >= pause, model.device):
             self.run.state.save(model, optimizer, progress)
             self.saved_at = time.monotonic()
             self.save_seconds = self.saved_at - now
@@ -325,7 +343,9 @@ class Journal(TrainerCallback):
 
 def diverged(what: str, loss: float, step: int, run: Run) -> UserError:
     """The error of a run that cannot be gone on with; its state is removed, as it leads here again."""
-    run.state.remove()
+    if distributed.rank() == 0:
+        run.state.remove()
+    distributed.wait()
     return UserError(
         f"Training diverged: the {what} is {loss} at step {step} ({run.tokens(step):,} tokens), and nothing was saved; "
         f"lower learning_rate ({run.options.learning_rate:g}), or give it a longer warmup."
@@ -338,17 +358,25 @@ class RecoveryTrainer(Trainer):
     loss_is_scaled_for_ga = True  # `compute_loss` divides by the targets of the whole step
 
     def __init__(
-        self, model: PreTrainedModel, windows: Windows, journal: Journal, folder: Path, loss: Loss | None
+        self,
+        model: PreTrainedModel,
+        windows: Windows,
+        journal: Journal,
+        folder: Path,
+        loss: Loss | None,
+        kept: list[tuple[nn.Parameter, Tensor]],
     ) -> None:
-        self.own_loss = loss
+        self.own_loss, self.kept = loss, kept
         self.journal, run, done = journal, journal.run, journal.progress.step
         options, steps = run.options, run.course.steps
-        at_once = options.micro_batch_size or options.batch_size
+        at_once = windows_at_once(options)
         arguments = TrainingArguments(
             output_dir=str(folder),
             num_train_epochs=1,
             per_device_train_batch_size=at_once,
-            gradient_accumulation_steps=options.batch_size // at_once,
+            gradient_accumulation_steps=options.batch_size // (at_once * distributed.count()),
+            # Processes keep a share of a gradient, the whole of it only until the micro-batch ends.
+            accelerator_config={"gradient_accumulation_kwargs": {"sync_each_batch": True}},
             max_grad_norm=options.gradient_clip,
             activation_checkpointing=options.gradient_checkpointing,
             train_sampling_strategy="sequential",
@@ -392,26 +420,62 @@ class RecoveryTrainer(Trainer):
         else:
             with in_precision(tokens.device, precision):
                 loss = self.own_loss(model, tokens, labels)
-        self.journal.observe(loss.item(), int((labels[:, 1:] != IGNORED).sum()))
-        return loss / num_items_in_batch
+        total, targets = distributed.summed((loss.item(), int((labels[:, 1:] != IGNORED).sum())), loss.device)
+        self.journal.observe(total, int(targets))
+        # Processes average their gradients, which are to be summed.
+        return loss * distributed.count() / num_items_in_batch
+
+    def training_step(self, *given: Any, **named: Any) -> Tensor:
+        """As Trainer's; pruned entries of a model that is divided among processes then have no gradient."""
+        loss = super().training_step(*given, **named)
+        for parameter, kept in self.kept:
+            parameter.grad.mul_(kept)
+        return loss
 
 
-def train(model: PreTrainedModel, windows: Windows, run: Run, folder: Path, loss: Loss | None = None) -> Progress:
+def windows_at_once(options: RecoverOptions) -> int:
+    """On each of the devices."""
+    return options.micro_batch_size or options.batch_size // distributed.count()
+
+
+def _trained_masks(model: nn.Module) -> dict[str, Tensor]:
+    """Those of masked linears whose weights train, by the linear's name.
+
+    Methods hook the gradients of such weights, but dividing a model makes its parameters anew, without hooks.
+    """
+    trained = {name: linear for name, linear in leaves(model).items() if linear.weight.requires_grad}
+    return {name: kept for name, linear in trained.items() if (kept := mask(linear)) is not None}
+
+
+def train(
+    model: PreTrainedModel,
+    windows: Windows,
+    run: Run,
+    folder: Path,
+    loss: Loss | None = None,
+    device: str = "cpu",
+) -> Progress:
     """Trains the model in place, from where the run's state says, and returns the whole curve.
 
-    folder: where the Trainer may write. loss: the method's own, `summed_loss` when None. Raises UserError where the
-    state is another run's and where training diverges.
+    folder: where the Trainer may write. loss: the method's own, `summed_loss` when None. device: of a model that
+    several processes train together, which lies on the CPU; it is divided among them. Raises UserError where the state
+    is another run's and where training diverges.
     """
     progress = run.state.progress()
     journal = Journal(run, progress)
+    masks = _trained_masks(model) if distributed.count() > 1 else {}
     if progress.step:
         run.state.restore_parameters(model)
+    distributed.shard(model, device, run.precision)
+    weights = {name: model.get_submodule(name).weight for name in masks}
+    kept = [(weight, distributed.share(masks[name], weight)) for name, weight in weights.items()]
+    if progress.step:
         print(f"Going on after step {progress.step} ({run.tokens(progress.step):,} tokens).", flush=True)
     else:
         journal.measure(model)
     if progress.step < run.course.steps and not run.ends_early(progress.rows):
         use_cache = model.config.use_cache
-        RecoveryTrainer(model, windows, journal, folder, loss).train()
+        RecoveryTrainer(model, windows, journal, folder, loss, kept).train()
         # Trainer switches it off for good; the model that is saved is to generate as its parent does.
         model.config.use_cache = use_cache
     return progress

@@ -31,6 +31,14 @@ def counted(tokens: float | None) -> str:
     return f"{tokens:.3g}"
 
 
+def duration(seconds: float) -> str:
+    """Seconds to two digits, as s, min, h or days."""
+    for length, unit in ((86400, "days"), (3600, "h"), (60, "min")):
+        if seconds >= 1.5 * length:
+            return f"{number(seconds / length, 2)} {unit}"
+    return f"{seconds:.0f} s"
+
+
 def sampled(names: list[str], most: int = 6) -> str:
     """The first names, and how many more there are."""
     return listed(names) if len(names) <= most else f"{', '.join(names[:most])} and {len(names) - most} more"

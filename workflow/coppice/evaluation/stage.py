@@ -14,8 +14,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from coppice import store
 from coppice.errors import UserError
-from coppice.files import atomic_directory, fingerprint, read_json, write_json
+from coppice.files import atomic_directory, described, fingerprint, read_json, write_json
 
 if TYPE_CHECKING:
     from coppice.biographies import World
@@ -112,7 +113,9 @@ def evaluate(
     }
     with atomic_directory(output, last="metrics.json") as temporary:
         write_items([{"node": node, **item} for item in items], temporary / "items.parquet")
-        write_json(temporary / "metrics.json", report)
+        files = described(temporary)
+        store.send(temporary, files)
+        write_json(temporary / "metrics.json", {**report, "files": files})
 
 
 def measure_quality(
@@ -220,7 +223,7 @@ def measure_cost(
     from coppice.evaluation import cost
 
     # The libraries' own memory is no part of the model's, so they are imported before the baseline is taken.
-    checkpoint.architecture(read_json(model_directory / "config.json")["model_type"])
+    checkpoint.architecture(read_json(store.local(model_directory / "config.json"))["model_type"])
     baseline = cost.resident_bytes()
     model = checkpoint.load_model(model_directory, device)
     metrics = cost.measure(

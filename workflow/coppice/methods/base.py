@@ -28,7 +28,8 @@ and the functions of one of these contracts:
 - training method: `prepare(model, options) -> model` and `finish(model) -> model`; a function
   `loss(model, tokens, labels, teacher, options) -> Tensor` beside them takes the place of the cross entropy, with the
   dense root as teacher; a function `tokens(options, parent) -> int` says, from the parent's manifest, on how many
-  tokens to train in the place of `options.tokens`.
+  tokens to train in the place of `options.tokens`. Under `gpus` the parameters are made anew when the model is divided,
+  without hooks that `prepare` put on them; zeros of masked linears are kept there by the trainer.
 """
 
 from __future__ import annotations
@@ -210,6 +211,12 @@ class RecoverOptions(MethodOptions):
         ge=1,
         description="Windows on the device at once, where a step does not fit; a divisor of batch_size.",
     )
+    gpus: int = Field(
+        default=1,
+        ge=1,
+        description="GPUs of one machine that train together: the model and the windows of a step are divided among "
+        "them, and the result is the same up to rounding. batch_size is a multiple of gpus times micro_batch_size.",
+    )
     learning_rate: float = Field(default=1e-4, gt=0, description="After warm-up.")
     schedule: Literal["constant", "cosine"] = Field(
         default="constant",
@@ -243,6 +250,11 @@ class RecoverOptions(MethodOptions):
             raise ValueError(
                 f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}; "
                 "make it one."
+            )
+        if self.batch_size % (self.gpus * (self.micro_batch_size or 1)):
+            at_once = f" times micro_batch_size {self.micro_batch_size}" if self.micro_batch_size else ""
+            raise ValueError(
+                f"batch_size {self.batch_size} is not a multiple of gpus {self.gpus}{at_once}; make it one."
             )
         return self
 

@@ -1,28 +1,18 @@
-"""A study as one page: `index.html`, which needs no other file, with its two figures beside it as SVG."""
+"""The page's tables: every number of the study as HTML, section by section."""
 
 from __future__ import annotations
 
-import argparse
 import json
+import re
 from collections.abc import Iterable
 from html import escape
-from pathlib import Path
 from typing import Any
 
 from coppice.decisions import Answer
-from coppice.decisions.stage import overview
-from coppice.figures import curves_figure, frontier_figure, profile_figure
-from coppice.files import atomic_write, read_json
-from coppice.study import Study, load_study
-from coppice.summary import (
-    comparisons_note,
-    measured,
-    names_of,
-    perplexities,
-    scores,
-    undistinguished,
-)
-from coppice.tables import SCHEMAS, Row, read_table
+from coppice.figures import profile_figure
+from coppice.study import Study
+from coppice.summary import comparisons_note, measured, names_of, perplexities, scores, undistinguished
+from coppice.tables import Row
 from coppice.tree import nodes
 from coppice.wording import counted, number, target_of
 
@@ -52,124 +42,39 @@ _RANKED = (
     "share. first in: the share of these in which the form has the lowest error."
 )
 
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #1c1e21; background: #fff; max-width: 1080px; margin: 2rem auto;
-  padding: 0 1rem; }
-h1 { font-size: 1.7rem; margin-bottom: .2rem }
-h2 { font-size: 1.2rem; margin-top: 2.4rem; border-bottom: 1px solid #ddd }
-h3 { font-size: 1rem; margin-bottom: .3rem }
-.lead, .note { color: #555 } .wide { overflow-x: auto }
-table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; margin: .5rem 0 }
-th, td { padding: .25rem .6rem; text-align: right; border-bottom: 1px solid #eee; white-space: nowrap }
-th { color: #555; font-weight: 600; border-bottom: 1px solid #999 }
-td.text, th.text { text-align: left } td.long { white-space: normal; text-align: left; min-width: 20rem }
-code { font-size: 12px; overflow-wrap: anywhere }
-svg { max-width: 100%; height: auto } summary { cursor: pointer; color: #555 }
-"""
 
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--study", required=True, type=Path, help="the study's YAML file")
-    parser.add_argument("--results", required=True, type=Path, help="folder of the study's results, with its tables")
-    parser.add_argument("--output", required=True, type=Path, help="folder of the page")
-
-
-def run(arguments: argparse.Namespace) -> None:
-    write_report(load_study(arguments.study), arguments.results, arguments.output)
-
-
-def write_report(study: Study, results: Path, output: Path) -> None:
-    """Writes frontier.svg, curves.svg and index.html, last. Raises UserError when the tables are missing."""
-    results, output = Path(results), Path(output)
-    tables = {name: read_table(results / "tables", name).to_pylist() for name in SCHEMAS if name != "items"}
-    laws = {path.parent.name: path.parent for path in sorted(results.glob("laws/*/fit.json"))}
-    fits = {name: read_json(folder / "fit.json") for name, folder in laws.items()}
-    frontier = frontier_figure(tables["nodes"], tables["metrics"])
-    curves = curves_figure(tables["nodes"], tables["curves"], _fitted(laws, fits))
-    page = _page(study, tables, fits, overview(results, tables), frontier, curves)
-    for name, text in (("frontier.svg", frontier), ("curves.svg", curves), ("index.html", page)):
-        with atomic_write(output / name) as temporary:
-            temporary.write_text(text, encoding="utf-8")
-
-
-def _fitted(laws: dict[str, Path], fits: dict[str, dict[str, Any]]) -> dict[str, list[tuple[float, float]]]:
-    """The law's loss along each run: (tokens, nats per token), for laws of recovery runs that could be fitted."""
-    found: dict[str, list[tuple[float, float]]] = {}
-    for name, folder in laws.items():
-        parameters = {key: entry["value"] for key, entry in fits[name]["parameters"].items()}
-        if None not in parameters.values() and (folder / "points.parquet").exists():
-            found |= _predicted(fits[name], parameters, folder / "points.parquet")
-    return found
-
-
-def _predicted(fit: dict[str, Any], parameters: dict[str, float], path: Path) -> dict[str, list[tuple[float, float]]]:
-    import numpy as np
-    import pyarrow.parquet as pq
-
-    from coppice import laws
-
-    law = laws.load(fit["law"])
-    table = pq.read_table(path)
-    if law.form is None or not {"run", "tokens", "dense_loss"} <= set(table.column_names):
-        return {}
-    found = {}
-    columns = {name: np.asarray(table[name].to_pylist()) for name in table.column_names}
-    scales = {name: entry["scale"] or 1.0 for name, entry in fit["units"].items()}
-    for run_name in np.unique(columns["run"]):
-        rows = np.flatnonzero(columns["run"] == run_name)
-        tokens = np.geomspace(columns["tokens"][rows].min(), columns["tokens"][rows].max(), 60)
-        points = {name: np.repeat(column[rows[:1]], len(tokens)) for name, column in columns.items()} | {
-            "tokens": tokens
-        }
-        scaled = {name: column / scales[name] if name in scales else column for name, column in points.items()}
-        loss = law.form.predict(parameters, scaled)
-        found[str(run_name)] = [(float(at), float(value)) for at, value in zip(tokens, loss, strict=True)]
-    return found
-
-
-# The page
-
-
-def _page(
-    study: Study,
-    tables: dict[str, list[Row]],
-    fits: dict[str, dict[str, Any]],
-    answers: list[Answer],
-    frontier: str,
-    curves: str,
+def sections_of(
+    study: Study, tables: dict[str, list[Row]], fits: dict[str, dict[str, Any]], answers: list[Answer]
 ) -> str:
+    """The sections that the study has rows for, each folded under its heading, as HTML.
+
+    tables: rows by table; fits: what each law's fit.json holds; answers: what the laws and the tables advise.
+    """
     rows, metrics, comparisons = tables["nodes"], tables["metrics"], tables["comparisons"]
     sections = [
-        ("Size and quality", perplexities(metrics) and frontier + _note(
-            "Bold: nodes that no other beats in both size and perplexity, which the dashed line joins. Filled points "
-            "were recovered on their path. Bars are 95% intervals. Point at a node to read its name."
-        )),
         ("Nodes", _nodes_table(rows, metrics, comparisons)),
         ("From probabilities to accuracy", _ladder_tables(metrics)),
         ("Hidden states", _intrinsic_tables(rows, metrics)),
         ("Connectivity", _connectivity_table(metrics)),
         ("Comparisons", _comparisons(comparisons)),
         ("Signals", _signals_table(tables["signals"])),
-        ("Recovery", tables["curves"] and curves + _note(
-            "Large points lie on the study's ladder of budgets; grey lines are the dense models' losses."
-        )),
         *((f"Law: {name}", _law(fit)) for name, fit in fits.items()),
         ("Decisions", _decisions(answers)),
         ("Costs", _costs_table(tables["costs"])),
         ("Roofline", _roofline_table(tables["costs"])),
         ("Failures", _failures_table(tables["failures"])),
         ("Provenance", _provenance(study, rows)),
-    ]  # fmt: skip
-    body = "\n".join(f"<h2>{escape(title)}</h2>\n{content}" for title, content in sections if content)
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(study.study)}</title>'
-        f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head>\n<body>'
-        f"<h1>Study {escape(study.study)}</h1>\n<p class=lead>{escape(_lead(study, tables))}</p>\n"
-        f"{body}\n</body></html>\n"
-    )
+    ]
+    return "\n".join(_section(title, content) for title, content in sections if content)
 
 
-def _lead(study: Study, tables: dict[str, list[Row]]) -> str:
+def _section(title: str, content: str) -> str:
+    name = re.sub(r"\W+", "-", title.lower())
+    summary = f"<summary><h3>{escape(title)}</h3></summary>"
+    return f'<details class="section" id="section-{name}">{summary}\n{content}\n</details>'
+
+
+def lead(study: Study, tables: dict[str, list[Row]]) -> str:
     """How much of the study there is."""
     planned, made = len(nodes(study)), len(tables["nodes"])
     failed = len({row["node"] for row in tables["failures"] if row["node"]})
@@ -258,7 +163,7 @@ def _ladder_tables(metrics: list[Row]) -> str:
     for evaluation, metric in names_of(metrics, suffix=end):
         task = metric.removesuffix(end)
         wanted = {f"{task}_{rung}": title for rung, title in _LADDER.items()}
-        parts += [f"<h3>{escape(f'{task} ({evaluation})')}</h3>", _metrics_table(metrics, evaluation, wanted)]
+        parts += [f"<h4>{escape(f'{task} ({evaluation})')}</h4>", _metrics_table(metrics, evaluation, wanted)]
     if not parts:
         return ""
     return "\n".join(parts) + _note(
@@ -294,7 +199,7 @@ def _intrinsic_tables(rows: list[Row], metrics: list[Row]) -> str:
             for node in _by_path(node for node, metric in cells if metric == entropy)
         ]
         titles_shown = ["node", "perplexity", *titles.values()]
-        parts += [f"<h3>{escape(f'{protocol} ({evaluation})')}</h3>", _foldable(titles_shown, table)]
+        parts += [f"<h4>{escape(f'{protocol} ({evaluation})')}</h4>", _foldable(titles_shown, table)]
     if not parts:
         return ""
     return "\n".join(parts) + _note(
@@ -389,7 +294,7 @@ def _flips_table(comparisons: list[Row]) -> str:
     if not rows:
         return ""
     titles = ["node", "task", "right \u2192 wrong", "wrong \u2192 right", "flipped", "McNemar's p"]
-    return "<h3>Answers that flipped against the dense model</h3>" + _foldable(titles, rows, texts=2)
+    return "<h4>Answers that flipped against the dense model</h4>" + _foldable(titles, rows, texts=2)
 
 
 def _signals_table(signals: list[Row]) -> str:
@@ -421,18 +326,18 @@ def _law(fit: dict[str, Any]) -> str:
     identifier = f"arXiv {source['arxiv']}" if "arxiv" in source else ""
     parts = [f"<p><code>{escape(source['equation'])}</code><br>{escape(source['title'])}, {escape(identifier)}</p>"]
     parts.append(_note(f"{'; '.join(_facts(fit))}."))
-    if verdict := _verdict(fit):
-        parts.append(f"<p>{escape(verdict)}</p>")
+    if sentence := verdict(fit):
+        parts.append(f"<p>{escape(sentence)}</p>")
     if parameters:
         parts.append(_parameters_table(parameters))
     parts += [profile_figure(name, profile, parameters[name]) for name, profile in fit.get("profiles", {}).items()]
     for test, errors in fit["held_out"].items():
-        parts += [f"<h3>Held out: {escape(test.replace('_', ' '))}</h3>", _held_out(fit, test, errors)]
+        parts += [f"<h4>Held out: {escape(test.replace('_', ' '))}</h4>", _held_out(fit, test, errors)]
     if any(len(ranks) > 1 for ranks in fit["ranking"].values()):
         parts.append(_note(_RANKED))
     parts += _details(fit.get("details", {}))
     if fit["notes"]:
-        parts += ["<h3>Notes</h3>", _list(fit["notes"])]
+        parts += ["<h4>Notes</h4>", _list(fit["notes"])]
     return "\n".join(parts)
 
 
@@ -454,7 +359,8 @@ def _facts(fit: dict[str, Any]) -> list[str]:
     ]
 
 
-def _verdict(fit: dict[str, Any]) -> str:
+def verdict(fit: dict[str, Any]) -> str:
+    """Whether the law passes its own tests, or why it does not; nothing for a fit that does not say."""
     if "passes" not in fit:
         return ""
     if fit["passes"]["ok"]:
@@ -520,7 +426,7 @@ def _details(details: dict[str, Any]) -> list[str]:
     if numbers:
         parts.append(_numbers_table(numbers))
     for name, value in details.items():
-        title = f"<h3>{escape(name.replace('_', ' ').capitalize())}</h3>"
+        title = f"<h4>{escape(name.replace('_', ' ').capitalize())}</h4>"
         if isinstance(value, dict) and value and all(map(_is_number, value.values())):
             parts += [title, _numbers_table(value)]
         elif entries := _entries(value):
@@ -581,7 +487,7 @@ def _decisions(answers: list[Answer]) -> str:
     """What the laws and the measurements advise, each with what it rests on."""
     parts = []
     for answer in answers:
-        parts += [f"<h3>{escape(answer['title'])}</h3>", _list(answer["sentences"]) if answer["sentences"] else ""]
+        parts += [f"<h4>{escape(answer['title'])}</h4>", _list(answer["sentences"]) if answer["sentences"] else ""]
         if "table" in answer:
             titles, *rows = answer["table"]
             parts.append(_table(titles, rows))

@@ -1,0 +1,82 @@
+"""What a person does in MLflow's pages, as steps in a browser: shared by the test of the UI and by the pictures of docs.
+
+The steps follow MLflow 3.17; they name what a person sees wherever the page has a name for it.
+"""
+
+from __future__ import annotations
+
+from playwright.sync_api import Locator, Page, expect
+
+SLOW = 60_000  # milliseconds: the pages load their parts one by one
+
+
+def open_runs(page: Page, server: str, experiment: str) -> None:
+    """The table of an experiment's runs, without the assistant's panel."""
+    page.goto(f"{server}/#/experiments/{experiment}/runs")
+    expect(page.get_by_text("matching runs")).to_be_visible(timeout=SLOW)
+    expect(page.locator(".ag-row").first).to_be_visible(timeout=SLOW)
+    close = page.locator("[data-component-id='mlflow.assistant.chat_panel.close']")
+    if close.count():
+        close.click()
+
+
+def expand_models(page: Page) -> None:
+    """Opens the dense models' rows, so that the nodes made from them show."""
+    closed = run_names(page).filter(has=page.locator("button svg path[d^='M7.25 7.25V4.5']"))  # a plus in a square
+    while closed.count():
+        closed.first.get_by_role("button").first.click()
+        page.wait_for_timeout(500)
+
+
+def run_names(page: Page) -> Locator:
+    return page.locator(".ag-row [col-id*='Run Name']")
+
+
+def select_all(page: Page) -> None:
+    page.get_by_label("Select all runs").click(force=True)
+
+
+def compare(page: Page) -> None:
+    """The page that compares the runs that are selected."""
+    page.get_by_role("button", name="Compare", exact=True).click()
+    expect(page.get_by_text("Comparing", exact=False).first).to_be_visible(timeout=SLOW)
+
+
+def choose(page: Page, field: str, names: list[str]) -> None:
+    """Adds names to a field of several values of the parallel coordinates: `Parameters:` or `Metrics:`."""
+    box = page.get_by_text(field, exact=True).locator("xpath=following::input[1]")
+    for name in names:
+        box.click(force=True)
+        page.keyboard.type(name)
+        page.locator(f".du-bois-light-select-item-option[title='{name}']:visible").click()
+        page.keyboard.press("Escape")
+
+
+def parallel_coordinates(page: Page, parameters: list[str], metrics: list[str]) -> None:
+    """The chart of parallel coordinates with these axes instead of those that the page chose."""
+    page.get_by_role("tab", name="Parallel Coordinates Plot").click()
+    page.get_by_role("button", name="Clear All").click()
+    choose(page, "Parameters:", parameters)
+    choose(page, "Metrics:", metrics)
+
+
+def scatter(page: Page, across: str, up: str) -> None:
+    """The scatter of one number of the runs against another."""
+    page.get_by_role("tab", name="Scatter Plot").click()
+    for axis, name in (("x", across), ("y", up)):
+        page.locator(f"#{axis}-axis-selector").click()
+        page.get_by_role("option", name=name, exact=True).last.click()
+
+
+def traces(page: Page) -> list[dict]:
+    """What the chart that shows draws: of each trace its type, how many points, and its dimensions' labels and counts."""
+    chart = page.locator(".js-plotly-plot:visible").first
+    expect(chart).to_be_visible(timeout=SLOW)
+    return chart.evaluate(
+        """chart => chart.data.map(trace => ({
+            type: trace.type,
+            points: trace.x ? Array.from(trace.x, Number).filter(Number.isFinite).length : 0,
+            dimensions: Object.fromEntries((trace.dimensions || []).map(
+                each => [each.label, Array.from(each.values).filter(value => value !== null).length])),
+        }))"""
+    )

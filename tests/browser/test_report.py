@@ -1,0 +1,336 @@
+"""The page of a study in a real browser: what it shows, its switches, its statistics, its keyboard, its looks."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from fake_results import fake_study, write_results
+
+from coppice import report, tables
+from coppice.uncertainty import mcnemar, paired_bootstrap
+
+A, B = "small/laco-25/full-1m", "small/laco-25"
+QUALITY = "quality/perplexity_stories"
+ANSWERS = "quality/biographies_acc"
+DOCUMENTS = np.arange(10, 74)  # tokens of each
+QUESTIONS = 120
+
+Items = dict[str, dict[str, np.ndarray]]
+
+
+def scattered_items(results: Path) -> Items:
+    """Gives every node items that differ at random: {node: {"loss": nats of a document, "right": 0 or 1 a question}}."""
+    generator = np.random.default_rng(0)
+    hardness = generator.normal(size=len(DOCUMENTS))
+    found = {}
+    for place, path in enumerate(sorted(results.glob("evaluations/**/quality/items.parquet"))):
+        node = str(path.parent.parent.relative_to(results / "evaluations"))
+        level = 1.5 + 0.05 * place
+        loss = DOCUMENTS * (level + 0.3 * hardness + 0.1 * generator.normal(size=len(DOCUMENTS)))
+        right = generator.random(QUESTIONS) < 0.9 - 0.05 * place
+        pq.write_table(_items(node, loss, right), path)
+        found[node] = {"loss": loss, "right": right.astype(float)}
+    return found
+
+
+def _items(node: str, loss: np.ndarray, right: np.ndarray) -> pa.Table:
+    questions, documents = len(right), len(loss)
+    rows = 2 * questions + documents
+    return pa.table(
+        {
+            "node": [node] * rows,
+            "task": ["biographies"] * (2 * questions) + ["stories"] * documents,
+            "item": [str(place // 2) for place in range(2 * questions)] + [str(place) for place in range(documents)],
+            "choice": [0, 1] * questions + [0] * documents,
+            "log_likelihood": [-1.5, -2.5] * questions + (-loss).tolist(),
+            "length": [7] * (2 * questions) + DOCUMENTS.tolist(),
+            "correct": np.repeat(right, 2).tolist() + [None] * documents,
+            "answer": [bool(one) == first for one in right for first in (True, False)] + [None] * documents,
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Items]:
+    """The page's file, and the items that it was made from."""
+    results = write_results(tmp_path_factory.mktemp("study") / "demo")
+    items = scattered_items(results)
+    tables.write_tables(fake_study(), results, results / "tables", partial=True)
+    report.write_report(fake_study(), results, results / "report")
+    return results / "report" / "index.html", items
+
+
+@pytest.fixture(scope="module")
+def opened(chromium, study) -> Iterator:
+    """One page for all tests; whatever the browser complained about or asked for is in `page.said`."""
+    page = chromium.new_page(viewport={"width": 1280, "height": 900}, color_scheme="light")
+    page.set_default_timeout(10_000)
+    said: list[str] = []
+    page.on("console", lambda message: said.append(f"{message.type}: {message.text}"))
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.on("request", lambda request: said.append(request.url))
+    page.goto(study[0].as_uri())
+    page.said = said
+    yield page
+    page.close()
+
+
+@pytest.fixture
+def page(opened):
+    """The page in its first state, after which it must have said nothing and asked for nothing but itself."""
+    opened.set_viewport_size({"width": 1280, "height": 900})
+    opened.emulate_media(media="screen", color_scheme="light")
+    view(opened, "")
+    yield opened
+    assert [line for line in opened.said if not re.match(r"file://.*/index\.html", line)] == []
+
+
+def view(page, state: str) -> None:
+    """Shows the state that the address would name."""
+    page.evaluate("state => { location.hash = state; }", state)
+    painted(page)
+
+
+def painted(page) -> None:
+    page.evaluate("() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(() => setTimeout(done))))")
+
+
+def shown(page) -> set[str]:
+    """The nodes that the chart shows."""
+    script = "document.getElementById('frontier-chart').data.flatMap(trace => trace.customdata ?? [])"
+    return set(page.evaluate(script))
+
+
+def title(page, axis: str) -> str:
+    return page.evaluate(f"document.getElementById('frontier-chart').layout.{axis}axis.title.text")
+
+
+def switch(page, group: str, value: str):
+    return page.locator(f"#frontier input[data-group={group}][value='{value}']")
+
+
+def numbers(text: str) -> list[float]:
+    return [float(found) for found in re.findall(r"-?\d+\.?\d*(?:e-?\d+)?", text.replace("\u2212", "-"))]
+
+
+def test_the_page_draws_every_node_and_asks_for_nothing(page) -> None:
+    assert len(shown(page)) == 10
+    assert page.locator("#frontier-chart .points path").count() >= 10
+    assert page.locator("h1").inner_text() == "demo"
+    assert "10 of 10 nodes shown" in page.locator("#frontier .status").inner_text()
+    assert page.locator("#failures li").count() == 2
+    assert "no such thing" in page.locator("#failures").inner_text()
+    names = page.evaluate("Object.keys(window).filter(name => /^(study|state|nodes|draw|frontier)/.test(name))")
+    assert set(names) <= {"study", "frontier", "nodes"}, "only the elements' ids may stand in the window"
+
+
+def test_switches_hide_and_show(page) -> None:
+    switch(page, "model", "small").uncheck()
+    painted(page)
+    assert shown(page) == {node for node in shown(page) if node.startswith("medium")}
+    assert len(shown(page)) == 5
+    switch(page, "family", "recover").uncheck()
+    painted(page)
+    assert len(shown(page)) == 4
+    page.get_by_role("button", name="Last step: none").click()
+    painted(page)
+    assert shown(page) == set()
+    assert "0 of 10 nodes shown" in page.locator("#frontier .status").inner_text()
+    switch(page, "model", "small").check()
+    page.get_by_role("button", name="Last step: all").click()
+    painted(page)
+    assert len(shown(page)) == 10
+    switch(page, "budget", "0").uncheck()
+    painted(page)
+    assert shown(page) == {f"{model}/laco-25/full-1m{end}" for model in ("small", "medium") for end in ("", "/gptq-4")}
+
+
+def test_front_only(page) -> None:
+    page.get_by_label("Front only").check()
+    painted(page)
+    values = page.evaluate("document.getElementById('frontier-chart').data.filter(trace => trace.customdata)"
+                           ".flatMap(trace => trace.customdata.map((_, at) => [trace.x[at], trace.y[at]]))")  # fmt: skip
+    assert 0 < len(values) < 10
+    ordered = sorted(values)
+    assert [y for _, y in ordered] == sorted((y for _, y in ordered), reverse=True), "each larger one is better"
+
+
+def test_axes_and_scale_change(page) -> None:
+    page.get_by_label("Across", exact=True).select_option("bits_per_weight")
+    page.get_by_label("Up", exact=True).select_option(ANSWERS)
+    painted(page)
+    assert "bits per weight" in title(page, "x")
+    assert "accuracy, biographies, higher is better" in title(page, "y")
+    kind = "document.getElementById('frontier-chart').layout.xaxis.type"
+    assert page.evaluate(kind) == "log"
+    page.get_by_label("Log scale across").uncheck()
+    painted(page)
+    assert page.evaluate(kind) == "linear"
+
+
+def test_intervals_can_be_left_out(page) -> None:
+    bars = "document.getElementById('frontier-chart').data.filter(t => /intervals/.test(t.name)).flatMap(t => t.x).length"
+    assert page.evaluate(bars) >= 30
+    page.get_by_label("95% intervals").uncheck()
+    painted(page)
+    assert page.evaluate(bars) == 0
+
+
+def test_the_paired_test_is_that_of_the_package(page, study) -> None:
+    items = study[1]
+    view(page, f"a={A}&b={B}&quality={QUALITY}")
+    sentence = page.locator(".verdict p").nth(1).inner_text()
+    expected = paired_bootstrap((items[A]["loss"] - items[B]["loss"])[:, None], DOCUMENTS.astype(float))
+    difference, _, low, high, p_value, count = numbers(sentence)[:6]
+    assert difference == pytest.approx(expected.difference[0], abs=6e-4)
+    width = float(expected.high[0] - expected.low[0])
+    assert low == pytest.approx(expected.low[0], abs=0.1 * width)
+    assert high == pytest.approx(expected.high[0], abs=0.1 * width)
+    assert p_value == pytest.approx(expected.p_value[0], rel=0.2, abs=1e-4)
+    assert count == len(DOCUMENTS)
+    ratio = numbers(sentence)[6]
+    assert ratio == pytest.approx(math.exp(expected.difference[0]), abs=6e-3)
+
+
+def test_flips_are_counted_and_tested(page, study) -> None:
+    first, second = (study[1][node]["right"] for node in (A, B))
+    view(page, f"a={A}&b={B}&quality={ANSWERS}")
+    cells = [int(text) for text in page.locator(".flips td:not(.text)").all_inner_texts()]
+    gained, lost = int(np.sum((first == 1) & (second == 0))), int(np.sum((first == 0) & (second == 1)))
+    assert cells == [int(np.sum(first * second)), gained, lost, int(np.sum((1 - first) * (1 - second)))]
+    assert numbers(page.locator(".flips .note").inner_text())[-1] == pytest.approx(mcnemar(lost, gained), rel=0.06)
+    difference = numbers(page.locator(".verdict p").nth(1).inner_text())[0]
+    assert difference == pytest.approx(100 * (first - second).mean(), abs=0.06)
+
+
+def test_two_clicks_choose_a_pair(page) -> None:
+    def click(node: str) -> None:
+        page.evaluate("node => document.getElementById('frontier-chart').emit('plotly_click', {points: [{customdata: node}]})", node)
+        painted(page)
+
+    click(B)
+    assert page.locator("#node h3").inner_text() == B
+    click(A)
+    assert page.locator("#node h3").inner_text() == A
+    assert [page.get_by_label(side, exact=True).input_value() for side in ("A", "B")] == [A, B]
+    assert page.locator(".verdict").count() == 1
+    assert "manifest.json" in page.locator("#node .command code").first.inner_text()
+
+
+def test_keyboard_alone(page) -> None:
+    page.evaluate("document.activeElement.blur(); scrollTo(0, 0)")
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.className") == "skip"
+    page.keyboard.press("Enter")
+    assert page.evaluate("document.activeElement.id") == "frontier"
+    for _ in range(30):
+        page.keyboard.press("Tab")
+        if page.evaluate("document.activeElement.dataset.group"):
+            break
+    first = page.evaluate("document.activeElement.value")
+    page.keyboard.press("Space")
+    painted(page)
+    assert shown(page) == {node for node in shown(page) if not node.startswith(first)} != set()
+    page.keyboard.press("Enter")
+    painted(page)
+    assert len(shown(page)) == 10
+    ring = page.evaluate("getComputedStyle(document.activeElement.closest('label')).outlineStyle")
+    assert ring == "solid"
+    page.locator("#node-list").focus()
+    for key in ("Home", "ArrowDown", "ArrowDown", "ArrowUp", "Enter"):
+        page.keyboard.press(key)
+    painted(page)
+    assert page.locator("#node h3").inner_text() == page.locator("#node-list [role=option]").nth(1).get_attribute("title")
+    assert page.locator("#node-list [aria-selected=true]").count() == 1
+
+
+def test_every_control_has_a_name(page) -> None:
+    view(page, f"a={A}&b={B}")
+    nameless = page.evaluate("""() => [...document.querySelectorAll('button, input, select, [tabindex="0"]')]
+        .filter(one => !(one.getAttribute('aria-label') || one.labels?.[0]?.textContent || one.textContent.trim()))
+        .map(one => one.outerHTML)""")
+    assert nameless == []
+
+
+def test_the_charts_have_tables(page) -> None:
+    page.get_by_text("These points as a table").click()
+    page.get_by_text("These curves as a table").click()
+    assert page.locator("#frontier tbody tr").count() == 10
+    assert page.locator("#recovery tbody tr").count() == 12
+    for part in ("frontier", "recovery"):
+        page.locator(f"#{part} summary", has_text="as a table").click()
+
+
+def test_recovery_runs_and_extrapolation(page) -> None:
+    data = "document.getElementById('recovery-chart').data.map(trace => trace.name)"
+    names = page.evaluate(data)
+    assert {f"{A}: p2", f"{A}: band", A} <= set(names)
+    dashes = page.evaluate(f"document.getElementById('recovery-chart').data.filter(t => t.name === '{A}: p2').map(t => t.line.dash)")
+    assert dashes == ["solid", "6px,4px"]
+    assert page.evaluate("document.getElementById('recovery-chart').layout.shapes[0].x0") == 1_000_000
+    page.locator(f"#recovery input[value='{A}']").uncheck()
+    painted(page)
+    assert A not in page.evaluate(data)
+
+
+def test_dark(page) -> None:
+    colors = """() => [getComputedStyle(document.body).backgroundColor,
+        getComputedStyle(document.querySelector('#frontier-chart .xtitle')).fill]"""
+    light = page.evaluate(colors)
+    page.emulate_media(color_scheme="dark")
+    painted(page)
+    dark = page.evaluate(colors)
+    assert all(one != other for one, other in zip(light, dark, strict=True))
+    page.locator("#theme").click()
+    painted(page)
+    assert page.evaluate(colors) == light, "the button turns it back"
+
+
+def test_narrow(page) -> None:
+    page.set_viewport_size({"width": 360, "height": 740})
+    view(page, f"a={A}&b={B}")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360
+    assert page.evaluate("document.getElementById('frontier-chart').offsetWidth") <= 360
+
+
+def test_print_is_light_and_without_switches(page) -> None:
+    view(page, "theme=dark")
+    page.emulate_media(media="print", color_scheme="dark")
+    painted(page)
+    assert not page.locator(".switches").is_visible()
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    assert page.evaluate("document.getElementById('frontier-chart').layout.width") <= 700
+    assert len(shown(page)) == 10
+
+
+def test_the_address_restores_the_view(page, study) -> None:
+    switch(page, "model", "small").uncheck()
+    page.get_by_label("Up", exact=True).select_option(ANSWERS)
+    page.get_by_label("Names").uncheck()
+    painted(page)
+    address = page.url
+    view(page, "")
+    assert len(shown(page)) == 10
+    page.goto(study[0].as_uri() + "#no-model=nobody&y=nothing&a=small")
+    page.goto(address)
+    painted(page)
+    assert len(shown(page)) == 5
+    assert "accuracy" in title(page, "y")
+    assert not page.get_by_label("Names").is_checked()
+
+
+def test_without_script_the_figures_and_tables_are_there(chromium, study) -> None:
+    context = chromium.new_context(java_script_enabled=False)
+    page = context.new_page()
+    page.goto(study[0].as_uri())
+    assert page.locator("noscript svg").count() >= 2
+    assert page.locator("#tables details").count() >= 5
+    assert not page.locator("#interactive").is_visible()
+    context.close()

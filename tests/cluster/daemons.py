@@ -1,0 +1,158 @@
+"""A real Slurm of one node with two GPUs that are none, started and stopped by process ids."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "squeue", "scancel")
+SEARCHED = f"{os.environ['PATH']}:/usr/sbin:/sbin"
+
+SLURM = """
+ClusterName=coppice
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={controller_port}
+SlurmdPort={node_port}
+SlurmUser=root
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge.socket,cred_expire=5
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/slurmd.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+MpiDefault=none
+ReturnToService=2
+KillWait=2
+SchedulerParameters=sched_interval=2,batch_sched_delay=0
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core_Memory
+AccountingStorageType=accounting_storage/none
+JobAcctGatherType=jobacct_gather/linux
+GresTypes=gpu
+PlugStackConfig=/dev/null
+SlurmdParameters=config_overrides
+NodeName={host} NodeAddr=127.0.0.1 CPUs=2 RealMemory=12000 Gres=gpu:2
+PartitionName=main Nodes={host} Default=YES MaxTime=INFINITE State=UP
+"""
+
+
+class Slurm:
+    """The daemons of a cluster of one node, in a folder of their own; `environment` is what reaches them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.environment = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf")}
+        self.daemons: dict[str, subprocess.Popen] = {}
+
+    def start(self) -> None:
+        host = socket.gethostname().partition(".")[0]
+        ports = free_ports(2)
+        text = SLURM.format(folder=self.folder, host=host, controller_port=ports[0], node_port=ports[1])
+        (self.folder / "slurm.conf").write_text(text)
+        (self.folder / "gres.conf").write_text(f"NodeName={host} Name=gpu File=/dev/null,/dev/zero\n")
+        key = self.folder / "munge.key"
+        key.write_bytes(os.urandom(128))
+        key.chmod(0o400)
+        files = {name: self.folder / f"munge.{name}" for name in ("socket", "pid", "log", "seed")}
+        self.run_daemon(
+            *("munged", "--foreground", "--force", f"--socket={files['socket']}", f"--key-file={key}"),
+            *(f"--pid-file={files['pid']}", f"--log-file={files['log']}", f"--seed-file={files['seed']}"),
+        )
+        wait_until(files["socket"].exists, 10, "munged opens its socket")
+        self.run_daemon("slurmctld", "-D", "-f", self.environment["SLURM_CONF"])
+        self.start_node()
+        wait_until(lambda: self.ask("sinfo", "--noheader", "--format=%t") == "idle", 60, "the node is idle")
+
+    def run_daemon(self, program: str, *words: str) -> None:
+        path = shutil.which(program, path=SEARCHED)
+        log = (self.folder / f"{program}.out").open("ab")
+        self.daemons[program] = subprocess.Popen(
+            [path, *words], env=self.environment, stdout=log, stderr=log, start_new_session=True
+        )
+
+    def start_node(self) -> None:
+        self.run_daemon("slurmd", "-D", "-f", self.environment["SLURM_CONF"])
+
+    def lose_node(self) -> None:
+        """The node's daemon and all that it runs end at once, as when the power fails."""
+        daemon = self.daemons.pop("slurmd")
+        started = [pid for step in self.step_daemons() for pid in (step, *descendants(step))]
+        daemon.kill()
+        daemon.wait()
+        for pid in started:
+            kill(pid)
+
+    def step_daemons(self) -> list[int]:
+        """The processes that hold this cluster's jobs; they outlive slurmd."""
+        return [pid for pid in processes() if reads(pid, "comm").strip() == "slurmstepd" and self.owns(pid)]
+
+    def owns(self, pid: int) -> bool:
+        return f"SLURM_CONF={self.environment['SLURM_CONF']}" in reads(pid, "environ").split("\0")
+
+    def ask(self, *words: str) -> str:
+        return subprocess.run(words, env=self.environment, capture_output=True, text=True, check=False).stdout.strip()
+
+    def running(self) -> list[str]:
+        """Numbers of the running jobs."""
+        return self.ask("squeue", "--noheader", "--states=RUNNING", "--format=%i").split()
+
+    def stop(self) -> None:
+        self.ask("scancel", "--state=RUNNING", "--state=PENDING", "--user=root")
+        if "slurmd" in self.daemons:
+            self.lose_node()
+        for daemon in reversed(self.daemons.values()):
+            daemon.terminate()
+            try:
+                daemon.wait(timeout=10)
+            except subprocess.TimeoutExpired:
+                daemon.kill()
+                daemon.wait()
+
+
+def processes() -> list[int]:
+    return [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()]
+
+
+def reads(pid: int, file: str) -> str:
+    """A file of a process; empty when the process is gone."""
+    try:
+        return (Path("/proc") / str(pid) / file).read_text(errors="replace")
+    except OSError:
+        return ""
+
+
+def descendants(pid: int) -> list[int]:
+    children = [other for other in processes() if reads(other, "stat").rpartition(")")[2].split()[1:2] == [str(pid)]]
+    return [found for child in children for found in (child, *descendants(child))]
+
+
+def kill(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [opened.getsockname()[1] for opened in sockets]
+    for opened in sockets:
+        opened.close()
+    return ports
+
+
+def wait_until(condition: Callable[[], Any], seconds: float, awaited: str) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"{awaited}: not within {seconds} seconds"
+        time.sleep(0.2)

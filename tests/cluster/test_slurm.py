@@ -1,0 +1,157 @@
+"""A study runs to its end on a real Slurm, also when jobs are cancelled and the node is lost."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from pathlib import Path
+
+from coppice.files import read_json
+from tests.cluster.daemons import Slurm, wait_until
+from tests.cluster.study import assert_same_tables, make_study, results, snakemake_command
+
+# A module that Python imports at its start. Each `coppice` writes down which devices it was given, and holds a lock on
+# each as long as it lives; one that finds a device locked, or is given none, says so.
+SITECUSTOMIZE = """
+import fcntl
+import os
+import sys
+from pathlib import Path
+
+STAGES = {"calibrate", "compress", "recover", "evaluate"}
+words = sys.orig_argv
+if "GPU_RECORD" in os.environ and words[1:3] == ["-m", "coppice"] and words[3] in STAGES:
+    record = Path(os.environ["GPU_RECORD"])
+    devices = os.environ.get("CUDA_VISIBLE_DEVICES", "none")
+    held = []
+    for device in devices.split(","):
+        lock = open(record / f"device-{device}", "w")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            (record / f"shared-{device}-{os.getpid()}").touch()
+        held.append(lock)
+    (record / f"job-{words[3]}-{os.getpid()}").write_text(f"{devices} {os.environ.get('SLURM_ARRAY_JOB_ID', '')}")
+    # A job that waits stays as long as the file is there.
+    while (record / f"hold-{words[3]}").exists():
+        import time
+
+        time.sleep(0.1)
+    sys.held = held
+"""
+OVERRIDES = [
+    *("--workflow-profile", "profiles/slurm", "--slurm-status-command", "squeue", "--latency-wait", "5"),
+    *("--slurm-init-seconds-before-status-checks", "1", "--seconds-between-status-checks", "1"),
+    *("--default-resources", "slurm_partition=main", "mem_mb=2000", "runtime=10"),
+    *("--set-threads", "compress=1", "recover=1", "evaluate=1"),
+]
+
+
+class Study:
+    """A study that runs on Slurm, and what its jobs wrote down."""
+
+    def __init__(self, slurm: Slurm, folder: Path) -> None:
+        self.folder = folder
+        self.record = folder / "record"
+        self.record.mkdir()
+        (folder / "module").mkdir()
+        (folder / "module" / "sitecustomize.py").write_text(SITECUSTOMIZE)
+        search = os.pathsep.join(filter(None, [str(folder / "module"), os.environ.get("PYTHONPATH")]))
+        self.environment = {**slurm.environment, "GPU_RECORD": str(self.record), "PYTHONPATH": search}
+
+    def start(self) -> None:
+        command = snakemake_command(self.folder, *OVERRIDES, environment=self.environment)
+        self.log = self.folder / "run.log"
+        with self.log.open("w") as printed:
+            self.process = subprocess.Popen(**{**command, "stdout": printed})
+
+    def hold(self, stage: str) -> None:
+        """Jobs of a stage wait at their start until `release`."""
+        (self.record / f"hold-{stage}").touch()
+
+    def release(self, stage: str) -> None:
+        (self.record / f"hold-{stage}").unlink()
+
+    def jobs(self, stage: str) -> list[tuple[str, str]]:
+        """The devices of each job of a stage, and the array that it belongs to."""
+        records = [file.read_text().partition(" ") for file in self.record.glob(f"job-{stage}-*")]
+        return [(devices, array) for devices, _, array in records]
+
+    def wait_for(self, stage: str, count: int) -> None:
+        """Until so many jobs of a stage were begun."""
+
+        def begun() -> bool:
+            assert self.process.poll() is None, self.log.read_text()
+            return len(self.jobs(stage)) >= count
+
+        wait_until(begun, 600, f"{count} jobs of {stage} begin")
+
+    def finish(self) -> None:
+        assert self.process.wait(timeout=1200) == 0, self.log.read_text()
+
+    def shared_devices(self) -> list[str]:
+        return [file.name for file in self.record.glob("shared-*")]
+
+
+def test_a_study_runs_on_slurm_with_arrays_and_a_gpu_for_each_job(
+    slurm: Slurm, local_folder: Path, tmp_path: Path
+) -> None:
+    study = Study(slurm, make_study(tmp_path / "study"))
+    # Two jobs run at once: each holds its device until the other has begun.
+    study.hold("compress")
+    study.start()
+    study.wait_for("compress", 2)
+    assert sorted(devices for devices, _ in study.jobs("compress")) == ["0", "1"]
+    study.release("compress")
+    study.finish()
+
+    for stage in ("compress", "evaluate"):
+        [array] = {array for _, array in study.jobs(stage)}
+        assert array.isdigit()
+    [(devices, array)] = study.jobs("recover")
+    assert (devices in ("0", "1"), array) == (True, "")
+    assert study.shared_devices() == []
+    assert_same_tables(study.folder, local_folder)
+    # Light stages ran here, and asked Slurm for nothing.
+    assert sorted(path.name for path in (study.folder / "results/slurm-logs").glob("rule_*")) == []
+
+
+def test_a_cancelled_job_and_a_lost_node_end_in_the_same_tables(
+    slurm: Slurm, local_folder: Path, begun_folder: Path
+) -> None:
+    study = Study(slurm, begun_folder)
+    study.hold("compress")
+    study.hold("recover")
+    study.start()
+
+    study.wait_for("compress", 2)
+    cancelled = slurm.running()[0]
+    slurm.ask("scancel", cancelled)
+    study.release("compress")
+
+    study.wait_for("recover", 1)
+    slurm.lose_node()
+    study.release("recover")
+    time.sleep(2)
+    slurm.start_node()
+    study.finish()
+
+    printed = study.log.read_text()
+    assert f"SLURM-job '{cancelled}' failed, SLURM status is: 'CANCELLED'" in printed
+    assert len(study.jobs("compress")) == 3
+    assert len(study.jobs("recover")) == 2
+    assert study.shared_devices() == []
+    assert_same_tables(study.folder, local_folder)
+    manifest = read_json(results(study.folder) / "models/tiny/magnitude-50/full/manifest.json")
+    assert manifest["node"] == "tiny/magnitude-50/full"
+
+
+def test_an_unknown_partition_is_named(slurm: Slurm, begun_folder: Path) -> None:
+    study = Study(slurm, begun_folder)
+    words = [word.replace("=main", "=fast") for word in OVERRIDES]
+    target = "results/clustered/models/tiny/rtn-4/manifest.json"
+    command = snakemake_command(study.folder, *words, "--retries", "0", environment=study.environment, target=target)
+    done = subprocess.run(**command, check=False)
+    assert done.returncode != 0
+    assert "SLURM sbatch failed. The error message was 'sbatch: error: invalid partition specified: fast" in done.stdout

@@ -1,0 +1,195 @@
+"""A study whose results lie in a bucket or in a shared folder, gone on with on machines that never saw it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from coppice import store
+from coppice.errors import UserError
+
+boto3 = pytest.importorskip("boto3", reason="needs boto3, which snakemake-storage-plugin-s3 brings")
+moto_server = pytest.importorskip("moto.moto_server.threaded_moto_server", reason="needs moto[server]")
+
+ROOT = Path(__file__).resolve().parents[2]
+PARTS = ("rules", "workflow", "profiles", "config", "envs", "resources/models/bio-tiny")
+PREFIX = "s3://coppice/team"
+RESULTS = "team/results/away"
+STUDY = {
+    "study": "away",
+    "models": {"bio": {"shipped": "bio-tiny"}},
+    "texts": {"bio": {"builtin": "biographies", "people": 50}},
+    "steps": {
+        "magnitude-50": {"method": "magnitude", "sparsity": 0.5},
+        "rtn-4": {"method": "rtn", "bits": 4, "group_size": 32},
+    },
+    "recipes": [["magnitude-50"]],
+    "evaluations": {
+        "quality": {
+            "kind": "quality",
+            "nodes": ["*/magnitude-50", "*/rtn-4"],
+            "perplexity": {"own": {"text": "bio", "length": 32, "windows": 4}},
+        }
+    },
+}
+
+
+def checkout(folder: Path, study: dict[str, Any]) -> Path:
+    """A machine: a fresh copy of the repository, every file dated now as after a clone, with a study."""
+    folder.mkdir()
+    shutil.copyfile(ROOT / "Snakefile", folder / "Snakefile")
+    skipped = shutil.ignore_patterns("__pycache__", "*.egg-info")
+    for part in PARTS:
+        shutil.copytree(ROOT / part, folder / part, copy_function=shutil.copyfile, ignore=skipped)
+    (folder / "study.yaml").write_text(yaml.safe_dump(study))
+    return folder
+
+
+def run(machine: Path, provider: str, prefix: str, *words: str) -> subprocess.CompletedProcess:
+    """Snakemake on a machine, to its end; `stdout` holds all that it printed."""
+    command = [sys.executable, "-m", "snakemake", *words, "--cores", "2", "--configfile", "study.yaml"]
+    command += ["--default-storage-provider", provider, "--default-storage-prefix", prefix]
+    environment = {name: value for name, value in os.environ.items() if name != store.VARIABLE}
+    return subprocess.run(
+        command, cwd=machine, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+    )
+
+
+def jobs(finished: subprocess.CompletedProcess) -> list[str]:
+    """The rules whose jobs ran, in alphabetical order."""
+    return sorted(re.findall(r"^(?:local)?rule (\w+):", finished.stdout, re.MULTILINE))
+
+
+def succeed(finished: subprocess.CompletedProcess) -> subprocess.CompletedProcess:
+    assert finished.returncode == 0, finished.stdout[-6000:]
+    return finished
+
+
+class Bucket:
+    """The bucket of a server on this machine, and what was asked of it."""
+
+    def __init__(self, address: str, requests: list[tuple[str, str]]) -> None:
+        self.address, self.requests = address, requests
+        self.client = boto3.client(
+            "s3",
+            endpoint_url=address,
+            region_name="us-east-1",
+            aws_access_key_id="somebody",
+            aws_secret_access_key="something",
+        )
+
+    def sizes(self) -> dict[str, int]:
+        pages = self.client.get_paginator("list_objects_v2").paginate(Bucket="coppice")
+        return {entry["Key"]: entry["Size"] for page in pages for entry in page["Contents"]}
+
+    def read(self, key: str) -> bytes:
+        return self.client.get_object(Bucket="coppice", Key=key)["Body"].read()
+
+    def files(self, node: str) -> dict[str, str]:
+        """SHA-256 of a node's files."""
+        manifest = json.loads(self.read(f"{RESULTS}/models/{node}/manifest.json"))
+        return {name: entry["sha256"] for name, entry in manifest["files"].items()}
+
+    def objects(self, method: str, since: int) -> set[str]:
+        """The objects of the store that were asked for since so many requests."""
+        asked = {path.partition("?")[0] for verb, path in self.requests[since:] if verb == method}
+        return {path.rpartition("/")[2] for path in asked if "/objects/" in path} - {""}
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[Bucket]:
+    """An S3 server on a free port, known to Snakemake's plugin by its own variables."""
+    requests: list[tuple[str, str]] = []
+
+    class Noting(moto_server.MotoRequestHandler):
+        def log_request(self, code: Any = "-", size: Any = "-") -> None:
+            requests.append((self.command, self.path))
+
+    monkeypatch.setattr(moto_server, "MotoRequestHandler", Noting)
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    server = moto_server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    address = "http://{}:{}".format(*server.get_host_and_port())
+    for name, value in {"ENDPOINT_URL": address, "ACCESS_KEY": "somebody", "SECRET_KEY": "something"}.items():
+        monkeypatch.setenv(f"SNAKEMAKE_STORAGE_S3_{name}", value)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    yield Bucket(address, requests)
+    server.stop()
+
+
+def test_a_study_in_a_bucket_goes_on_anywhere(bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    succeed(run(checkout(tmp_path / "first", STUDY), "s3", PREFIX, "report"))
+    held = bucket.sizes()
+    for name in ("models/bio/manifest.json", "tables/nodes.parquet", "report/index.html", "logs/root/bio.log"):
+        assert f"{RESULTS}/{name}" in held
+    assert not [key for key in held if key.startswith(RESULTS) and key.endswith(".safetensors")]
+    parent = bucket.files("bio/magnitude-50")
+    # The tokenizer is the root's: the store has it once.
+    assert parent["tokenizer.json"] == bucket.files("bio")["tokenizer.json"]
+    stored = {key.rpartition("/")[2]: size for key, size in held.items() if "/objects/" in key}
+    assert set(parent.values()) <= stored.keys()
+    print(f"{sum(stored.values()):,} bytes in the store")
+
+    # A machine that has nothing adds a node: it makes that node, and fetches the weights of its parent alone.
+    longer = STUDY | {"recipes": [["magnitude-50", "rtn-4"]]}
+    before = len(bucket.requests)
+    finished = succeed(run(checkout(tmp_path / "second", longer), "s3", PREFIX, "tables"))
+    assert jobs(finished) == ["compress", "evaluate", "study", "tables", "tables"][: len(jobs(finished))]
+    fetched = bucket.objects("GET", before)
+    weights = {
+        node: bucket.files(node)["model.safetensors"] for node in ("bio", "bio/magnitude-50", "bio/magnitude-50/rtn-4")
+    }
+    assert fetched & set(weights.values()) == {weights["bio/magnitude-50"]}
+    print(f"{sum(stored.get(name, 0) for name in fetched):,} bytes fetched for a node")
+
+    # Tables need small files only.
+    tables = [key for key in bucket.sizes() if key.startswith(f"{RESULTS}/tables/")]
+    bucket.client.delete_objects(Bucket="coppice", Delete={"Objects": [{"Key": key} for key in tables]})
+    before = len(bucket.requests)
+    finished = succeed(run(checkout(tmp_path / "third", longer), "s3", PREFIX, "tables"))
+    assert jobs(finished) == ["tables", "tables"][: len(jobs(finished))]
+    fetched = bucket.objects("GET", before)
+    assert not fetched & set(weights.values())
+    assert not bucket.objects("PUT", before)
+    assert not list((tmp_path / "third" / ".snakemake").rglob("*.safetensors"))
+    print(f"{sum(stored.get(name, 0) for name in fetched):,} bytes fetched for tables")
+    assert sorted(set(bucket.sizes()) & set(tables)) == sorted(tables)
+
+    # A copy that changed in the bucket is refused.
+    damaged = f"team/objects/{weights['bio']}"
+    bucket.client.put_object(Bucket="coppice", Key=damaged, Body=b"\0" * stored[weights["bio"]])
+    server = bucket.address.removeprefix("http://")
+    monkeypatch.setenv(store.VARIABLE, f"{PREFIX}?scheme=http&endpoint_override={server}&region=us-east-1")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "somebody")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "something")
+    with pytest.raises(UserError, match=r"s3://coppice/team holds a damaged copy of .*Remove that object"):
+        store.obtain(tmp_path / "model.safetensors", weights["bio"])
+    assert not (tmp_path / "model.safetensors").exists()
+    with pytest.raises(UserError, match=r"the store s3://coppice/team has no copy of it"):
+        store.obtain(tmp_path / "model.safetensors", "0" * 64)
+
+
+@pytest.mark.skipif(shutil.which("rsync") is None, reason="needs rsync, which the storage plugin fs runs")
+def test_a_study_in_a_shared_folder_is_done_for_every_machine(tmp_path: Path) -> None:
+    cost = {"kind": "cost", "batch": 1, "prompt": 8, "generate": 2, "repeats": 1, "warmup": 0}
+    study = STUDY | {"recipes": [], "evaluations": {"cost": cost}}
+    shared = tmp_path / "shared"
+    succeed(run(checkout(tmp_path / "first", study), "fs", str(shared), "tables"))
+    manifest = json.loads((shared / "results/away/models/bio/manifest.json").read_text())
+    assert (shared / "results/away/tables/costs.parquet").is_file()
+    assert {entry["sha256"] for entry in manifest["files"].values()} <= {
+        path.name for path in (shared / "objects").iterdir()
+    }
+    second = succeed(run(checkout(tmp_path / "second", study), "fs", str(shared), "tables", "--dry-run"))
+    assert "Nothing to be done" in second.stdout

@@ -1,0 +1,92 @@
+"""Jobs on one machine get GPUs of their own; the devices are names, no GPU is used."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from coppice import devices
+from coppice.cli import claim_devices
+from coppice.errors import UserError
+
+# Claims what it is told, says what it got and waits to be killed.
+CLAIMS = (
+    "import os, sys, time\nfrom coppice import devices\ndevices.claim(int(sys.argv[1]))\n"
+    "print(os.environ['CUDA_VISIBLE_DEVICES'], flush=True)\ntime.sleep(600)"
+)
+
+
+@pytest.fixture
+def claims(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Starts processes that claim devices among those that are named; their claims end with the test."""
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    for name in devices.ALLOCATIONS:
+        monkeypatch.delenv(name, raising=False)
+    started = []
+
+    def start(among: str, count: int = 1, **variables: str) -> subprocess.Popen:
+        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": among, **variables}
+        words = [sys.executable, "-c", CLAIMS, str(count)]
+        process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=environment)
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def got(process: subprocess.Popen) -> list[str]:
+    return process.stdout.readline().strip().split(",")
+
+
+def test_two_jobs_get_distinct_devices_and_a_third_waits_for_one_that_is_killed(claims) -> None:
+    first, second = claims("GPU-a,GPU-b"), claims("GPU-a,GPU-b")
+    devices_of = {process: got(process) for process in (first, second)}
+    assert sorted(devices_of.values()) == [["GPU-a"], ["GPU-b"]]
+    third = claims("GPU-a,GPU-b")
+    assert third.stdout.readline() == "All 2 GPUs are taken; waiting for 1.\n"
+    first.send_signal(signal.SIGKILL)
+    assert got(third) == devices_of[first]
+
+
+def test_a_job_gets_as_many_as_its_step_asks_for(claims) -> None:
+    assert got(claims("0,1,2,3", 3)) == ["0", "1", "2"]
+    waiting = claims("0,1,2,3", 2)
+    assert waiting.stdout.readline() == "All 4 GPUs are taken; waiting for 2.\n"
+    # It holds none while it waits for two.
+    assert got(claims("0,1,2,3", 1)) == ["3"]
+
+
+def test_allocations_of_a_scheduler_name_their_devices_themselves(claims) -> None:
+    assert got(claims("0,1", SLURM_JOB_ID="7")) == got(claims("0,1", SLURM_JOB_ID="8")) == ["0"]
+    assert got(claims("0,1", SLURM_JOB_ID="8")) == ["1"]
+
+
+@pytest.mark.parametrize("among", ["", "-1", "GPU-a"])
+def test_nothing_is_claimed_where_there_is_no_choice(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, among) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", among)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    devices.claim()
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == among
+    assert not any(tmp_path.iterdir())
+
+
+def test_too_few_devices_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    with pytest.raises(UserError, match=r"asks for 2 GPUs \(gpus\), but this job sees 1; set gpus"):
+        devices.claim(2)
+
+
+def test_one_named_device_is_too_few_for_a_step_on_several() -> None:
+    arguments = argparse.Namespace(stage="recover", device="cuda:1", step={"options": {"gpus": 2}})
+    with pytest.raises(UserError, match="--device cuda:1 is one, but the step asks for 2 GPUs; pass auto or cuda"):
+        claim_devices(arguments)

@@ -1,0 +1,132 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from coppice import store
+from coppice.cli import main
+from coppice.errors import UserError
+from coppice.files import described, sha256, write_json
+
+
+@pytest.fixture
+def shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that is the store."""
+    folder = tmp_path / "a shared folder"
+    monkeypatch.setenv(store.VARIABLE, str(folder))
+    return folder
+
+
+def made(folder: Path, **files: str) -> Path:
+    """A folder with files and the manifest that names them, sent as a stage sends it."""
+    folder.mkdir(parents=True)
+    for name, text in files.items():
+        (folder / name).write_text(text)
+    entries = described(folder)
+    store.send(folder, entries)
+    write_json(folder / "manifest.json", {"files": entries})
+    return folder
+
+
+def elsewhere(node: Path, folder: Path) -> Path:
+    """What another machine has of a node: its manifest."""
+    folder.mkdir()
+    (folder / "manifest.json").write_bytes((node / "manifest.json").read_bytes())
+    return folder
+
+
+def test_content_is_stored_once_under_its_hash(
+    tmp_path: Path, shared: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parent = made(tmp_path / "parent", weights="1 2 3", tokenizer="a b c")
+    assert capsys.readouterr().err == "Store: sent 2 of 2 files, 10 bytes.\n"
+    child = made(tmp_path / "child", weights="1 0 3", tokenizer="a b c")
+    assert capsys.readouterr().err == "Store: sent 1 of 2 files, 5 bytes.\n"
+    stored = {path.name: path.read_text() for path in (shared / "objects").iterdir()}
+    expected = [parent / "weights", parent / "tokenizer", child / "weights"]
+    assert stored == {sha256(path): path.read_text() for path in expected}
+
+
+def test_a_file_is_fetched_when_it_is_opened_and_not_before(tmp_path: Path, shared: Path) -> None:
+    node = elsewhere(made(tmp_path / "made", weights="1 2 3", tokenizer="a b c"), tmp_path / "node")
+    assert [path.name for path in node.iterdir()] == ["manifest.json"]
+    assert store.local(node / "tokenizer").read_text() == "a b c"
+    assert not (node / "weights").exists()
+    # What stayed from a node that was made anew elsewhere gives way to what the manifest names.
+    (node / "weights").write_text("3 2 1")
+    assert store.local(node / "weights").read_text() == "1 2 3"
+
+
+def test_an_interrupted_copy_is_sent_again(tmp_path: Path, shared: Path) -> None:
+    node = made(tmp_path / "made", weights="1 2 3")
+    stored = shared / "objects" / sha256(node / "weights")
+    stored.write_text("1 2")
+    store.send(node, described(node))
+    assert stored.read_text() == "1 2 3"
+
+
+def test_a_damaged_or_missing_copy_is_refused(tmp_path: Path, shared: Path) -> None:
+    node = elsewhere(made(tmp_path / "made", weights="1 2 3"), tmp_path / "node")
+    [stored] = (shared / "objects").iterdir()
+    stored.write_text("1 2 4")
+    with pytest.raises(UserError, match=rf"holds a damaged copy of {node}/weights: objects/{stored.name}"):
+        store.local(node / "weights")
+    stored.unlink()
+    with pytest.raises(UserError, match=rf"{node}/weights is not here, and the store .* has no copy of it"):
+        store.local(node / "weights")
+    assert not (node / "weights").exists()
+
+
+@pytest.mark.parametrize("address", ["ftp://somewhere/prefix", "s3://"])
+def test_an_address_that_is_none_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, address: str) -> None:
+    monkeypatch.setenv(store.VARIABLE, address)
+    with pytest.raises(UserError, match=f"The store {address} is neither a folder nor"):
+        store.obtain(tmp_path / "weights", "0" * 64)
+
+
+def test_credentials_in_an_address_are_not_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(store.VARIABLE, "ftp://somebody:secret@host/prefix?token=secret")
+    with pytest.raises(UserError) as raised:
+        store.obtain(tmp_path / "weights", "0" * 64)
+    assert "The store ftp://host/prefix is" in str(raised.value)
+
+
+def test_without_a_store_nothing_travels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(store.VARIABLE, raising=False)
+    node = elsewhere(made(tmp_path / "made", weights="1 2 3"), tmp_path / "node")
+    assert not store.local(node / "weights").exists()
+    assert not store.obtain(node / "weights", sha256(tmp_path / "made" / "weights"))
+
+
+def test_a_manifest_without_a_list_names_nothing(tmp_path: Path, shared: Path) -> None:
+    write_json(tmp_path / "metrics.json", {"metrics": []})
+    assert not store.local(tmp_path / "items.parquet", "metrics.json").exists()
+
+
+def test_fetch_brings_small_files_once(
+    tmp_path: Path, shared: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    node = made(shared / "results/demo/models/bio", weights="1 2 3")
+    (node / "weights").unlink()
+    monkeypatch.chdir(tmp_path)
+    assert main(["fetch", "--results", "results/demo"]) == 0
+    here = tmp_path / "results/demo/models/bio"
+    assert [path.name for path in here.iterdir()] == ["manifest.json"]
+    assert store.local(here / "weights").read_text() == "1 2 3"
+    capsys.readouterr()
+    assert main(["fetch", "--store", str(shared), "--results", "results/demo"]) == 0
+    assert capsys.readouterr().out == "0 files fetched to results/demo.\n"
+
+
+def test_fetch_says_what_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv(store.VARIABLE, raising=False)
+    assert main(["fetch", "--results", "results/demo"]) == 1
+    assert main(["fetch", "--store", str(tmp_path), "--results", str(tmp_path)]) == 1
+    assert main(["fetch", "--store", str(tmp_path), "--results", "results/none"]) == 1
+    errors = capsys.readouterr().err.splitlines()
+    assert errors[0] == "error: No store is named; pass --store, or set COPPICE_STORE."
+    assert "is not below the storage's prefix" in errors[1]
+    assert errors[2].startswith(f"error: The store {tmp_path} cannot be used")

@@ -1,0 +1,155 @@
+"""`coppice export`: a node in a form that other programs read, checked against the node's own logits."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import asdict
+from importlib import import_module
+from io import StringIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from coppice.errors import UserError
+from coppice.files import atomic_directory, read_json, write_json
+from coppice.wording import number
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from coppice.export.check import Difference, Tolerance
+
+FORMATS = {
+    "dense": "coppice.export.dense",
+    "compressed-tensors": "coppice.export.compressed_tensors",
+    "peft": "coppice.export.peft",
+    "gguf": "coppice.export.gguf",
+}
+RECORD = "export.json"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("node", nargs="?", help="the node's name, with --results")
+    parser.add_argument("--results", type=Path, metavar="DIR", help="folder of the study's results")
+    parser.add_argument("--model", type=Path, metavar="DIR", help="folder of a checkpoint, instead of a node's name")
+    parser.add_argument("--to", choices=FORMATS, default="dense", help="the form (default: dense)")
+    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder to write")
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        metavar="NATS",
+        help="largest difference of log-probabilities (default: 0.001; 1 where weights are rounded to bfloat16 anew)",
+    )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    folder = source_folder(arguments.node, arguments.results, arguments.model)
+    export(folder, arguments.to, arguments.output, arguments.tolerance)
+
+
+def source_folder(node: str | None, results: Path | None, model: Path | None) -> Path:
+    """The checkpoint that the arguments name. Raises UserError unless it is a node of results, or a folder."""
+    if model is not None and node is None and results is None:
+        return model
+    if model is None and node is not None and results is not None:
+        return results / "models" / node
+    raise UserError("Pass a node's name and --results, or --model with the folder of a checkpoint, and not both.")
+
+
+def export(folder: Path, to: str, output: Path, tolerance: float | None = None) -> Difference:
+    """Writes the checkpoint of `folder` as `to`, one of `FORMATS`, and prints how near its logits are.
+
+    tolerance: the largest difference of log-probabilities [nats], the only test then; None for those of `check`.
+    Raises UserError, and leaves nothing behind, when the node has no such form, the folder to write holds something
+    else, the format's own reader cannot read the export, or it gives other logits.
+    """
+    from coppice.checkpoint import refuse_rounding
+    from coppice.export import check
+    from coppice.export.node import read_node
+
+    node, form = read_node(folder), import_module(FORMATS[to])
+    refuse_rounding(node.manifest, form.HOLDER)
+    reason = form.reason_against(node)
+    if reason is not None:
+        raise UserError(f"The node {node.name!r} cannot go to {to}, because {reason}.")
+    refuse_other_files(output, to)
+    inputs, ours = check.of_node(folder)
+    with removed_when_it_fails(output), atomic_directory(output, last=RECORD) as temporary:
+        written = form.write(node, temporary)
+        found = check.difference(ours, check.log_probabilities(read_back(form, temporary), inputs))
+        limit = check.tolerance(written.rounded, node.dtype)
+        if tolerance is not None:
+            limit = check.Tolerance(tolerance, math.inf)
+        if not check.within(found, limit):
+            raise UserError(
+                f"The export of {node.name!r} to {to} gives other logits than the node: {described(found, limit)}. "
+                "Nothing was written; pass a wider --tolerance if that is near enough."
+            )
+        write_json(temporary / RECORD, record(node.manifest, to, form.READER, found, limit))
+    print(
+        f"{output}: {node.name} as {to}, read back by {form.READER}. Over {found.tokens} tokens, "
+        f"{described(found, limit)}."
+    )
+    for note in written.notes:
+        print(note)
+    return found
+
+
+def described(found: Difference, limit: Tolerance) -> str:
+    """A difference and its tolerance in words."""
+    words = f"log-probabilities differ by up to {number(found.largest)} nats (tolerance {number(limit.largest)})"
+    words += f", and the divergence is {number(found.divergence)} nats a token"
+    return words if limit.divergence == math.inf else f"{words} (tolerance {number(limit.divergence)})"
+
+
+def record(manifest: dict[str, Any], to: str, reader: str, found: Difference, limit: Tolerance) -> dict[str, Any]:
+    """What `export.json` says: what was exported, and how it was checked."""
+    return {
+        "format": to,
+        "node": manifest["node"],
+        "fingerprint": manifest["fingerprint"],
+        "read_back_by": reader,
+        "difference": asdict(found),
+        "tolerance": {name: value for name, value in asdict(limit).items() if value != math.inf},
+        "versions": manifest["versions"],
+    }
+
+
+def read_back(form: Any, folder: Path) -> PreTrainedModel:
+    """The model that the format's own reader makes of an export. Raises UserError with its reason when it cannot."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        # Readers report each tensor there, even so.
+        with redirect_stderr(StringIO()):
+            return form.load(folder)
+    except Exception as error:  # each reader raises types of its own; all mean that the export is of no use
+        reason = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
+        raise UserError(f"{form.READER} cannot read the export ({reason}). Nothing was written.") from error
+
+
+def refuse_other_files(output: Path, to: str) -> None:
+    """Raises UserError when the folder to write holds anything but an earlier export of this format."""
+    if output.is_file():
+        raise UserError(f"{output} is a file; pass a folder to write.")
+    # What a killed export left is removed with the next one.
+    if not output.exists() or all(path.name.startswith(".partial-") for path in output.iterdir()):
+        return
+    if not (output / RECORD).exists() or read_json(output / RECORD)["format"] != to:
+        raise UserError(f"{output} holds other files; pass an empty folder, or one of an earlier export to {to}.")
+
+
+@contextmanager
+def removed_when_it_fails(output: Path) -> Iterator[None]:
+    """Removes the folder after an error, if it was not there before."""
+    there = output.exists()
+    try:
+        yield
+    except BaseException:
+        if not there and output.exists():
+            output.rmdir()
+        raise

@@ -1,0 +1,304 @@
+"""What the page's script draws: a study's tables, laws and records as JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from coppice import __version__
+from coppice.decisions.recipe import lower_is_better
+from coppice.errors import UserError
+from coppice.report.item_scores import item_scores
+from coppice.report.law_lines import Line
+from coppice.report.layer_records import layer_records
+from coppice.report.sections import lead, verdict
+from coppice.study import Study
+from coppice.summary import interval, names_of, perplexities, scores
+from coppice.tables import Row, read_table
+
+_RUN = "--cores all --configfile study.yaml"
+_DIGITS = 6  # significant ones of every number on the page
+
+# Sizes of a node that its row tells: column of the page's nodes -> title, unit.
+_SIZES = {
+    "stored_mb": ("stored size", "MB"),
+    "bits_per_weight": ("bits per weight", "bits/parameter"),
+    "bits_per_linear_weight": ("bits per weight of the linears", "bits/parameter"),
+    "parameters": ("parameters", "parameters"),
+}
+_IN_NODES = {"stored_bytes", "bits_per_weight", "bits_per_linear_weight", "parameters"}  # costs that these repeat
+
+# The metric that a measure of comparisons is about, and which way metrics are better whose names do not tell.
+_METRIC_OF = {"accuracy": "{}_acc", "loss": "perplexity_{}", "log_probability": "{}_log_probability"}
+_BETTER = {"squared error": "lower", "probability": "higher", "nats": "higher", "tokens/s": "higher"}
+
+
+def page_data(
+    study: Study,
+    results: Path,
+    tables: Mapping[str, list[Row]],
+    fits: Mapping[str, dict[str, Any]],
+    lines: Mapping[str, Mapping[str, Line]],
+) -> dict[str, Any]:
+    """All that the page shows, as plain values without NaN.
+
+    tables: rows by table, without items, which are read here; fits: what each law's fit.json holds; lines: of each law
+    its line along each run.
+    """
+    rows, metrics, costs = tables["nodes"], tables["metrics"], tables["costs"]
+    measured = _ordered(metrics)
+    of_items = perplexities(metrics) + scores(metrics) + names_of(metrics, suffix="_exact_match")
+    items, left_out = item_scores(read_table(results / "tables", "items"), of_items)
+    data = {
+        "study": study.study,
+        "lead": lead(study, tables),
+        "seed": study.seed,
+        "version": f"coppice {__version__}",
+        "models": list(study.models),
+        "nodes": _nodes(study, rows),
+        "qualities": [_quality(rows_of[0], measured) for rows_of in measured.values()],
+        "sizes": _sizes(costs),
+        "values": {
+            **{name: {row["node"]: _with_interval(row) for row in rows_of} for name, rows_of in measured.items()},
+            **_cost_values(costs),
+        },
+        "alike": _alike(tables["comparisons"]),
+        "pairs": _pairs(tables["comparisons"]),
+        "items": items,
+        **({"items_left_out": left_out} if left_out else {}),
+        "layers": layer_records(rows, results / "models"),
+        "recoveries": _recoveries(rows, tables["curves"]),
+        "laws": {name: _law(fits[name], runs) for name, runs in lines.items()},
+        "failures": [{name: row[name] for name in ("node", "stage", "error", "log")} for row in tables["failures"]],
+        "config": _without_passwords((results / "study.yaml").read_text(encoding="utf-8")),
+        "reproduce": [
+            f"cp results/{study.study}/study.yaml study.yaml",
+            f"snakemake {_RUN}",
+        ],
+        "versions": _versions(rows),
+    }
+    return _plain(data)
+
+
+def as_json(data: dict[str, Any]) -> str:
+    """JSON that may stand in an HTML page's script: nothing in it closes a tag."""
+    return json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+
+
+def _without_passwords(text: str) -> str:
+    """The text with the password of every address blotted out: a page is passed on."""
+    return re.sub(r"(://[^/\s:@]*):[^/\s@]+@", r"\1:...@", text)
+
+
+def _plain(value: Any) -> Any:
+    """The value with its floats rounded, and with None for what is no number."""
+    if isinstance(value, dict):
+        return {name: _plain(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    if isinstance(value, float):
+        return float(f"{value:.{_DIGITS}g}") if math.isfinite(value) else None
+    return value
+
+
+# Nodes
+
+
+def _nodes(study: Study, rows: list[Row]) -> list[dict[str, Any]]:
+    by_name = {row["node"]: row for row in rows}
+    return [_node(study, row, by_name) for row in sorted(rows, key=lambda row: row["node"].split("/"))]
+
+
+def _node(study: Study, row: Row, by_name: dict[str, Row]) -> dict[str, Any]:
+    parts = row["node"].split("/")
+    names = ["/".join(parts[: length + 1]) for length in range(1, len(parts))]
+    path = [by_name[name] for name in names if name in by_name]
+    same = ("node", "parent", "model", "recipe", "depth", "step", "method", "seed", "marks", "fingerprint")
+    numbers = ("bits_per_weight", "bits_per_linear_weight", "rho", "rho_nonzero", "parameters")
+    return {
+        **{name: row[name] for name in same},
+        "family": row["family"] or "dense",
+        "composition": " > ".join(step["family"] for step in path) or "dense",
+        "budget": row["path_recovery_tokens"] or 0,
+        "stored_mb": row["stored_bytes"] / 1e6,
+        **{name: row[name] for name in (*numbers, "recovered_share", "wall_seconds")},
+        "path": [
+            {**{name: step[name] for name in ("step", "method", "family")}, "options": json.loads(step["options"])}
+            for step in path
+        ],
+        # What follows --configfile would be read as another of its files.
+        "command": f"snakemake results/{study.study}/models/{row['node']}/manifest.json {_RUN}",
+    }
+
+
+def _versions(rows: list[Row]) -> dict[str, str]:
+    """What made the nodes: each software with all its versions."""
+    found: dict[str, set[str]] = {}
+    for row in rows:
+        for name, version in json.loads(row["versions"]).items():
+            found.setdefault(name, set()).add(version)
+    return {name: ", ".join(sorted(versions)) for name, versions in sorted(found.items())}
+
+
+# Qualities and sizes
+
+
+def _ordered(metrics: list[Row]) -> dict[str, list[Row]]:
+    """The rows of each quality by `<evaluation>/<metric>`: perplexities first, then accuracies, then the others."""
+    first = perplexities(metrics) + scores(metrics)
+    rest = sorted({(row["evaluation"], row["metric"]) for row in metrics} - set(first))
+    found: dict[str, list[Row]] = {f"{evaluation}/{metric}": [] for evaluation, metric in first + rest}
+    for row in metrics:
+        found[f"{row['evaluation']}/{row['metric']}"].append(row)
+    return found
+
+
+def _quality(row: Row, measured: Mapping[str, list[Row]]) -> dict[str, Any]:
+    evaluation, metric, unit = row["evaluation"], row["metric"], row["unit"]
+    title = metric.replace("_", " ")
+    if metric.startswith("perplexity_"):
+        title = f"perplexity, {metric.removeprefix('perplexity_')}"
+    elif metric.endswith("_acc"):
+        title = f"accuracy, {metric.removesuffix('_acc')}"
+    if len({name.partition("/")[0] for name in measured}) > 1:
+        title += f" ({evaluation})"
+    return {
+        "id": f"{evaluation}/{metric}",
+        "evaluation": evaluation,
+        "metric": metric,
+        "title": title,
+        "unit": "" if unit in ("perplexity", "accuracy") else unit,
+        "better": _better(metric, unit),
+        "log": metric.startswith("perplexity_"),
+    }
+
+
+def _better(metric: str, unit: str) -> str | None:
+    """Which way a metric is better; None where neither its name nor its unit tells."""
+    try:
+        return "lower" if lower_is_better(metric, unit) else "higher"
+    except UserError:
+        return _BETTER.get(unit)
+
+
+def _with_interval(row: Row) -> list[float | None]:
+    low, high = interval(row) or (None, None) if row["value"] is not None else (None, None)
+    return [row["value"], low, high]
+
+
+def _sizes(costs: list[Row]) -> list[dict[str, Any]]:
+    sizes = [
+        {"id": name, "title": title, "unit": unit, "log": True, "better": "lower", "simulated": False}
+        for name, (title, unit) in _SIZES.items()
+    ]
+    kinds = {_cost_id(row): row for row in costs if row["metric"] not in _IN_NODES}
+    for name, row in sorted(kinds.items(), key=lambda pair: (pair[1]["evaluation"] is None, pair[0])):
+        sizes.append(
+            {
+                "id": name,
+                "title": _cost_title(row),
+                "unit": row["unit"],
+                "log": True,
+                "better": _BETTER.get(row["unit"], "lower"),
+                "simulated": row["simulated"],
+            }
+        )
+    return sizes
+
+
+def _cost_id(row: Row) -> str:
+    source = row["evaluation"] or ("roofline" if row["simulated"] else "stored")
+    return "/".join(filter(None, (source, row["metric"], row["device"])))
+
+
+def _cost_title(row: Row) -> str:
+    """The metric, and whether a device measured it or its lower bound was computed: 'decode latency, cpu (cost)'."""
+    title = ", ".join(filter(None, (row["metric"].replace("_", " "), row["device"])))
+    if row["evaluation"]:
+        title += f" ({row['evaluation']})"
+    return f"{title}, simulated" if row["simulated"] else title
+
+
+def _cost_values(costs: list[Row]) -> dict[str, dict[str, list[float | None]]]:
+    """Value, and value less and plus its spread over repeats, of each cost that the nodes' rows do not tell."""
+    found: dict[str, dict[str, list[float | None]]] = {}
+    for row in costs:
+        if row["metric"] not in _IN_NODES:
+            value, spread = row["value"], row["spread"]
+            ends = [None, None] if spread is None or value is None else [value - spread, value + spread]
+            found.setdefault(_cost_id(row), {})[row["node"]] = [value, *ends]
+    return found
+
+
+# Pairs of nodes
+
+
+def _quality_of(row: Row) -> str:
+    return f"{row['evaluation']}/{_METRIC_OF[row['measure']].format(row['task'])}"
+
+
+def _alike(comparisons: list[Row]) -> dict[str, list[list[Any]]]:
+    """Neighbours in rank that are not told apart: [node, the next better one, adjusted p] of each quality."""
+    found: dict[str, list[list[Any]]] = {}
+    for row in comparisons:
+        if row["relation"] == "next" and not row["distinguishable"]:
+            found.setdefault(_quality_of(row), []).append([row["node"], row["other"], row["p_adjusted"]])
+    return found
+
+
+def _pairs(comparisons: list[Row]) -> dict[str, list[dict[str, Any]]]:
+    """Every comparison once, by quality."""
+    found: dict[str, dict[tuple[str, str], dict[str, Any]]] = {}
+    for row in comparisons:
+        pair = {
+            "a": row["node"],
+            "b": row["other"],
+            "p": row["p_value"],
+            "items": row["n"],
+            "test": "paired bootstrap",
+            **{name: row[name] for name in ("difference", "low", "high", "p_adjusted", "distinguishable", "unit")},
+        }
+        found.setdefault(_quality_of(row), {})[row["node"], row["other"]] = pair
+    return {name: list(pairs.values()) for name, pairs in found.items()}
+
+
+# Recoveries and laws
+
+
+def _recoveries(rows: list[Row], curves: list[Row]) -> list[dict[str, Any]]:
+    model = {row["node"]: row["model"] for row in rows}
+    runs: dict[str, list[Row]] = {}
+    for row in sorted(curves, key=lambda row: (row["node"].split("/"), row["tokens"])):
+        if row["split"] == "validation":
+            runs.setdefault(row["node"], []).append(row)
+    return [
+        {
+            "node": node,
+            "model": model[node],
+            **{name: [point[name] for point in points] for name in ("tokens", "loss", "budget")},
+            "dense_loss": points[-1]["dense_loss"],
+        }
+        for node, points in runs.items()
+    ]
+
+
+def _law(fit: dict[str, Any], runs: Mapping[str, Line]) -> dict[str, Any]:
+    return {
+        "law": fit["law"],
+        "passes": fit.get("passes", {}).get("ok"),
+        "sentence": verdict(fit),
+        "runs": {
+            node: {
+                "tokens": line.tokens.tolist(),
+                "loss": line.loss.tolist(),
+                "low": None if line.low is None else line.low.tolist(),
+                "high": None if line.high is None else line.high.tolist(),
+                "fitted_to": line.fitted_to,
+            }
+            for node, line in runs.items()
+        },
+    }

@@ -1,0 +1,80 @@
+"""What the steps of a node's path made of each layer: rank, sparsity, bits, error, units kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from coppice.files import read_json
+from coppice.tables import Row
+
+Picture = dict[str, dict[str, float]]  # module -> title of a column -> value
+
+# Of a linear's record: what stays true of it after later steps, and the error of the step itself.
+_LASTING = {
+    "rank": "rank",
+    "bond": "bond dimension",
+    "keep": "part kept",
+    "sparsity": "sparsity",
+    "bits": "bits",
+    "input_bits": "input bits",
+}
+_ERRORS = {"error": "error", "weight_error": "weight error"}
+_OF_LINEARS = _LASTING | _ERRORS
+_OF_BLOCKS = ("blocks kept", "key/value groups kept", "neurons kept", "block influence")
+
+
+def layer_records(rows: Iterable[Row], models: Path) -> dict[str, dict[str, Any]]:
+    """Of each node whose path compressed layers: {"modules": names, "columns": {title: a number or None of each}}.
+
+    rows: of the table nodes; models: the folder of the checkpoints. A step that works on linears gives each a row, that
+    keeps what earlier steps made of it, errors aside; a step that removes units of the model gives each block a row.
+    """
+    pictures: dict[str, Picture] = {}
+    for row in sorted(rows, key=lambda row: row["depth"]):
+        manifest = read_json(models / row["node"] / "manifest.json")
+        pictures[row["node"]] = _picture(manifest, pictures.get(row["parent"], {}))
+    return {node: _columns(picture) for node, picture in pictures.items() if any(picture.values())}
+
+
+def _picture(manifest: dict[str, Any], parent: Picture) -> Picture:
+    """The picture of a node from its manifest and the picture of its parent."""
+    if "units" in manifest["achieved"]:
+        return _blocks(manifest["achieved"])
+    own = {name.removeprefix("model."): _named(record) for name, record in manifest["layers"].items()}
+    before = {
+        name: {title: row[title] for title in row if title not in _ERRORS.values()} for name, row in parent.items()
+    }
+    if any(own.values()) and any(title in _OF_BLOCKS for row in before.values() for title in row):
+        return own
+    return before | {name: before.get(name, {}) | row for name, row in own.items()}
+
+
+def _named(record: dict[str, Any]) -> dict[str, float]:
+    return {title: record[name] for name, title in _OF_LINEARS.items() if record.get(name) is not None}
+
+
+def _blocks(achieved: dict[str, Any]) -> Picture:
+    """What a removal of units left of each block of the parent."""
+    units, gone = achieved["units"], achieved.get("removed_blocks", [])
+    influence = achieved.get("block_influence")
+    picture: Picture = {}
+    for index in range(units["blocks"]["of"]):
+        row = {"blocks kept": int(index not in gone)} if gone else {}
+        for kind, title in (("kv_groups", "key/value groups kept"), ("neurons", "neurons kept")):
+            if units[kind]["removed"]:
+                row[title] = 0 if index in gone else units[kind]["of"] - units[kind]["removed"]
+        if influence is not None:
+            row["block influence"] = influence[index]
+        picture[f"layers.{index}"] = row
+    return picture
+
+
+def _columns(picture: Picture) -> dict[str, Any]:
+    titles = [*_OF_LINEARS.values(), *_OF_BLOCKS]
+    found = {title for row in picture.values() for title in row}
+    return {
+        "modules": list(picture),
+        "columns": {title: [row.get(title) for row in picture.values()] for title in titles if title in found},
+    }

@@ -1,0 +1,150 @@
+"""Descriptions in Markdown, which MLflow shows on the page of a run or an experiment."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from coppice.study import Study
+from coppice.tables import Row
+from coppice.uncertainty import mean_interval
+from coppice.wording import counted, listed, number, shortened
+
+OPTIONS = 400  # characters of a step's options at most
+_LINK = re.compile(r"\[([^\]]+)\]\(node:([^)\s]+)\)")
+
+
+def linked(note: str, experiment: str, runs: Mapping[str, str]) -> str:
+    """The note with its links to nodes as links to their runs in the UI; plain names where there is no run."""
+
+    def link(found: re.Match[str]) -> str:
+        text, node = found.groups()
+        return f"[{text}](#/experiments/{experiment}/runs/{runs[node]})" if node in runs else text
+
+    return _LINK.sub(link, note)
+
+
+def node_note(study: Study, row: Row, path: list[Row], metrics: list[Row], failed: list[Row]) -> str:
+    """Of a node: what failed, the recipe step by step, sizes, qualities with intervals, how to make it anew.
+
+    path: the rows of the nodes on its path, the dense model first.
+    """
+    made_from = f", made from {_link(row['parent'])}" if row["parent"] else ""
+    blocks = [
+        f"**{row['node']}**: {composition(path)}{made_from}.",
+        _failures(failed),
+        _table(("step", "method", "options"), [_step(step) for step in path]),
+        _table(("size", ""), _sizes(row)),
+        _table(("quality", "value", "95% interval"), [_quality(metric) for metric in metrics]),
+        remake(study, row["node"]),
+    ]
+    return "\n\n".join(block for block in blocks if block)
+
+
+def failed_note(study: Study, node: str, parent: str, failed: list[Row]) -> str:
+    """Of a node that could not be made."""
+    made_from = f", to be made from {_link(parent)}" if parent else ""
+    return "\n\n".join([f"**{node}**{made_from}: not made.", _failures(failed), remake(study, node)])
+
+
+def live_note(study: Study, node: str, parent: str | None) -> str:
+    """Of a node that is being made or measured."""
+    made_from = f", made from {_link(parent)}" if parent else ""
+    return f"**{node}**{made_from}: under way. Another run takes the place of this one when all of it is there."
+
+
+def study_note(study: Study, rows: list[Row], failures: list[Row]) -> str:
+    """Of the study's own run."""
+    return (
+        f"The study **{study.study}** itself: {len(rows)} nodes made, {len(failures)} failed outputs. Its tables, laws "
+        "and report are under Artifacts; `report/index.html` opens in a browser, `study.yaml` is the whole config."
+    )
+
+
+def experiment_note(study: Study) -> str:
+    """Of the experiment: what is in it, and how to compare."""
+    models = listed([f"`{model}`" for model in study.models])
+    evaluations = [f"`{name}` ({evaluation.kind})" for name, evaluation in study.evaluations.items()]
+    measured = f" Measured by {listed(evaluations)}." if evaluations else ""
+    return (
+        f"The study **{study.study}**: {models} cut back, regrown and measured; one run a node, nested under its dense "
+        f"model, and one run for the study itself.{measured}\n\n"
+        "To compare: choose runs and press Compare. The axes of a chart are metrics, whose names end in their unit: "
+        "`stored_mb`, `bits_per_weight`, `rho` and `sparsity` are sizes, `perplexity_*` and `*_acc` are qualities; "
+        "losses are in nats per token, with tokens as steps. Parameters such as `prune.sparsity` are the options of "
+        "the recipe. Group and filter by tags:\n\n"
+        '- ``tags.`coppice.family` = "prune"`` (the last step), ``tags.`coppice.composition` = "prune > recover"``\n'
+        '- ``tags.`coppice.model` = "..."``, ``tags.`coppice.method` = "..."``, ``tags.`coppice.budget` = "..."`` '
+        "(tokens of recovery)\n"
+        '- ``tags.`coppice.front` = "yes"``: no other node is both smaller and better on some quality'
+    )
+
+
+def composition(path: list[Row]) -> str:
+    """The families of a path: "prune > recover"; "dense" for a dense model."""
+    return " > ".join(step["family"] for step in path if step["step"]) or "dense"
+
+
+def remake(study: Study, node: str) -> str:
+    target = f"results/{study.study}/models/{node}/manifest.json"
+    return (
+        "To make it anew (`study.yaml` is an artifact of the study's own run):\n\n"
+        f"```\nsnakemake --cores all --configfile study.yaml --force {target}\n```"
+    )
+
+
+def _link(node: str) -> str:
+    return f"[{node}](node:{node})"
+
+
+def _failures(failed: list[Row]) -> str:
+    return "\n\n".join(f"**Failed** at {row['stage']}: {row['error']}" for row in failed)
+
+
+def _step(row: Row) -> tuple[str, ...]:
+    name = f"[{row['step'] or row['node']}](node:{row['node']})"
+    if not row["step"]:
+        return name, "dense model", f"{row['source_kind'] or ''} {row['source'] or ''}".strip()
+    options = {key: value for key, value in json.loads(row["options"]).items() if value is not None}
+    said = ", ".join(f"{key} {_plain(value)}" for key, value in options.items())
+    return name, f"{row['method']} ({row['family']})", shortened(said, OPTIONS)
+
+
+def _plain(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _sizes(row: Row) -> list[tuple[str, ...]]:
+    sizes = [
+        ("stored", f"{number(row['stored_bytes'] / 1e6)} MB"),
+        ("bits per weight of the dense model", number(row["bits_per_weight"])),
+        ("parameters", f"{counted(row['parameters'])} of {counted(row['dense_parameters'])}"),
+        ("removed (rho)", f"{row['rho']:.1%}"),
+        ("removed, zeros counted", f"{row['rho_nonzero']:.1%}"),
+    ]
+    if row["path_recovery_tokens"]:
+        sizes.append(("recovery", f"{counted(row['path_recovery_tokens'])} tokens"))
+    return sizes
+
+
+def _quality(row: Row) -> tuple[str, ...]:
+    return f"{row['metric']} ({row['evaluation']})", number(row["value"], 4), interval(row)
+
+
+def interval(row: Row) -> str:
+    """The 95% interval of a metric: its own, or the normal one of its standard error; blank where it has neither."""
+    ends = (row["low"], row["high"])
+    if None in ends:
+        if row["stderr"] is None or row["value"] is None:
+            return ""
+        ends = mean_interval(row["value"], row["stderr"])
+    return f"{number(ends[0], 4)} to {number(ends[1], 4)}"
+
+
+def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    if not rows:
+        return ""
+    lines = [head, ("---",) * len(head), *rows]
+    return "\n".join(f"| {' | '.join(cell.replace('|', '&#124;') for cell in line)} |" for line in lines)

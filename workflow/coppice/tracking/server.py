@@ -1,0 +1,338 @@
+"""MLflow as it is spoken to: bounded retries, runs that are made whole, and several trackers at once.
+
+How trackers agree is in `agreement`; here its plans are carried out.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import re
+import secrets
+import tempfile
+from collections.abc import Iterator, Mapping
+from collections.abc import Set as AbstractSet
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from coppice.errors import UserError
+from coppice.files import write_json
+from coppice.study import Study
+from coppice.tracking.agreement import FIRST, Plan, Shown, Turn, plan
+from coppice.tracking.mirror import STUDY, Mirror, key
+from coppice.tracking.notes import experiment_note, linked
+from coppice.tree import model_of
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Experiment, Run
+    from mlflow.exceptions import MlflowException
+
+SQLITE = "sqlite:///"
+# What a request may take, and how often it is made again (after 0, 2, 4 and 8 s, and up to one more): a server that is
+# down is given up within 20 s, one that hangs within 3 minutes.
+PATIENCE = {
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "4",
+    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+}
+AT_ONCE = 4  # runs made between two listings: fewer are made twice by trackers that run at once, but more is listed
+CONFLICTS = 50  # listings without an end, beyond those that the work needs
+
+# Limits of MLflow.
+_VALUE, _TAG, _BATCH, _PARAMETERS, _DIGEST = 6000, 8000, 900, 100, 36
+_NOTE, _PARENT = "mlflow.note.content", "mlflow.parentRunId"
+_FINGERPRINT, _NODE, _TURN, _LIVE = "coppice.fingerprint", "coppice.node", "coppice.turn", "coppice.live"
+
+
+def tracking_uri(uri: str | None, results: Path) -> str:
+    """The URI with an absolute path; the default is the database mlflow.db beside the study's folder."""
+    if uri is None:
+        return f"{SQLITE}{results.parent / 'mlflow.db'}"
+    if uri.startswith(SQLITE):
+        return f"{SQLITE}{Path(uri.removeprefix(SQLITE)).resolve()}"
+    return uri
+
+
+def connect(uri: str) -> MlflowClient:
+    """A client that reports to nobody but the server at `uri`, and that waits for it as `PATIENCE` says."""
+    for variable in ("MLFLOW_DISABLE_TELEMETRY", "DO_NOT_TRACK"):
+        os.environ[variable] = "true"
+    os.environ["_MLFLOW_TELEMETRY_PRE_WARM_DATABRICKS_SDK"] = "false"
+    for variable, value in PATIENCE.items():
+        os.environ.setdefault(variable, value)
+    from mlflow import MlflowClient, set_tracking_uri
+
+    set_tracking_uri(uri)  # artifacts that a server hands on are found through it
+    return MlflowClient(tracking_uri=uri)
+
+
+@contextmanager
+def speaking_to(uri: str, results: Path) -> Iterator[None]:
+    """Turns what goes wrong with MLflow into one sentence: what, that the results are whole, and what to run later."""
+    from mlflow.exceptions import MlflowException, RestException
+    from requests import RequestException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        yield
+    except (MlflowException, RequestException, SQLAlchemyError) as error:
+        reason = _reason(error)
+        if uri.startswith("http") and not isinstance(error, RestException):
+            what = f"MLflow at {_shown(uri)} does not answer ({reason})"
+        else:
+            what = f"MLflow at {_shown(uri)} refused ({reason})"
+        again = f"coppice track --study {results}/study.yaml --results {results} --uri {_shown(uri)}"
+        raise UserError(
+            f"{what}; the results in {results} are whole and were not touched, so once it answers run "
+            f"`{again} --output {results}/tracking/runs.json`."
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    """The cause of an error without the layers around it."""
+    text = " ".join(str(error).split())
+    for cause in ("Connection refused", "Read timed out", "Name or service not known", "No route to host"):
+        if cause in text:
+            return cause[0].lower() + cause[1:]
+    return _shown(text)[:300]
+
+
+def _shown(text: str) -> str:
+    """The text without the password of an address."""
+    return re.sub(r"(://[^/\s:@]*):[^/\s@]+@", r"\1:...@", text)
+
+
+def ready_experiment(client: MlflowClient, study: Study, artifacts: str | None) -> Experiment:
+    """The study's experiment, made, or fetched from the trash; `artifacts` None leaves their place to the server."""
+    from mlflow.exceptions import MlflowException
+
+    found = client.get_experiment_by_name(study.study)
+    if found is None:
+        try:
+            client.create_experiment(study.study, artifact_location=artifacts)
+        except MlflowException:  # another tracker made it meanwhile, or else there is none still
+            if client.get_experiment_by_name(study.study) is None:
+                raise
+        found = client.get_experiment_by_name(study.study)
+    if found.lifecycle_stage == "deleted":
+        try:
+            client.restore_experiment(found.experiment_id)
+        except MlflowException:  # another tracker fetched it meanwhile
+            if client.get_experiment_by_name(study.study).lifecycle_stage == "deleted":
+                raise
+    # The UI then opens its table of runs, not that of traces.
+    for tag, value in {_NOTE: experiment_note(study), "mlflow.experimentKind": "custom_model_development"}.items():
+        if found.tags.get(tag) != value:
+            client.set_experiment_tag(found.experiment_id, tag, value)
+    return found
+
+
+def runs_of(client: MlflowClient, experiment: str) -> list[Run]:
+    """Every run of an experiment that bears a node, those in the trash included."""
+    from mlflow.entities import ViewType
+
+    found, token = [], None
+    while True:
+        page = client.search_runs([experiment], run_view_type=ViewType.ALL, max_results=1000, page_token=token)
+        found += [run for run in page if _NODE in run.data.tags]
+        token = page.token
+        if not token:
+            return found
+
+
+def shown(run: Run) -> Shown:
+    tags, live = run.data.tags, run.data.tags.get(_LIVE) == "yes"
+    number, finished, chance = tags.get(_TURN, "0-0-").split("-")
+    return Shown(
+        id=run.info.run_id,
+        node=tags[_NODE],
+        fingerprint=tags.get(_FINGERPRINT, ""),
+        turn=(int(number), int(finished), chance),
+        whole=live or run.info.status in ("FINISHED", "FAILED"),
+        active=run.info.lifecycle_stage == "active",
+        live=live,
+    )
+
+
+def next_turn(runs: list[Run], finished: bool = True) -> Turn:
+    """A turn above all that the runs bear. finished: of a tracker that shows finished work only."""
+    return max((shown(run).turn for run in runs), default=FIRST)[0] + 1, int(finished), secrets.token_hex(4)
+
+
+def synchronize(
+    client: MlflowClient, experiment: str, mirrors: list[Mirror], known: AbstractSet[str], turn: Turn
+) -> dict[str, str]:
+    """Brings the experiment to one run for each mirror; returns the ids of the runs that stand.
+
+    known: all nodes that the study has; runs of others go to the trash. Raises UserError where other trackers change
+    the runs again and again.
+    """
+    from mlflow.exceptions import MlflowException
+
+    by_name = {mirror.name: mirror for mirror in mirrors}
+    wanted = {mirror.name: mirror.fingerprint for mirror in mirrors}
+    for _ in range(CONFLICTS + len(mirrors)):
+        runs = {run.info.run_id: run for run in runs_of(client, experiment)}
+        planned = plan([shown(run) for run in runs.values()], wanted, known | {STUDY}, turn)
+        try:
+            if planned.settled:
+                _relabel(client, experiment, planned.stands, by_name, runs)
+                return planned.stands
+            _carry_out(client, experiment, planned, by_name, runs, turn)
+        except MlflowException as error:
+            if not _lost(error):
+                raise
+    raise UserError("Other trackers change the same runs of MLflow again and again; run this one when they are done.")
+
+
+def _lost(error: MlflowException) -> bool:
+    """Whether another tracker moved the run to the trash meanwhile: the next listing tells why."""
+    return "must be in the 'active' state" in str(error) or error.error_code == "RESOURCE_DOES_NOT_EXIST"
+
+
+def _carry_out(
+    client: MlflowClient,
+    experiment: str,
+    planned: Plan,
+    by_name: Mapping[str, Mirror],
+    runs: Mapping[str, Run],
+    turn: Turn,
+) -> None:
+    for run in planned.claimed:
+        if runs[run].info.lifecycle_stage == "deleted":
+            client.restore_run(run)
+        client.set_tag(run, _TURN, _written(turn))
+    for node in _chosen(planned.missing or planned.contested):
+        run = _begin(client, experiment, by_name[node], planned.stands, turn)
+        _fill(client, run, by_name[node])
+    for run in planned.trash:
+        client.delete_run(run)
+
+
+def _chosen(missing: list[str]) -> list[str]:
+    """Some of the nodes: dense models first, which the others are nested under, and drawn by chance.
+
+    So trackers that run at once share the work.
+    """
+    roots = [node for node in missing if "/" not in node]
+    return random.sample(roots or missing, min(len(roots or missing), max(AT_ONCE, len(missing) // 20)))
+
+
+def _begin(client: MlflowClient, experiment: str, mirror: Mirror, stands: Mapping[str, str], turn: Turn) -> str:
+    tags = _labels(experiment, mirror, stands) | {
+        _NODE: mirror.name,
+        _FINGERPRINT: mirror.fingerprint,
+        _TURN: _written(turn),
+        **({_LIVE: "yes"} if mirror.live else {}),
+    }
+    name = mirror.tags["coppice.study"] if mirror.name == STUDY else mirror.name
+    return client.create_run(experiment, start_time=mirror.start, tags=tags, run_name=name).info.run_id
+
+
+def _written(turn: Turn) -> str:
+    return "-".join(map(str, turn))
+
+
+def _labels(experiment: str, mirror: Mirror, stands: Mapping[str, str]) -> dict[str, str]:
+    """The tags of a run that tell of other runs too, and so may change while it stands."""
+    tags = mirror.tags | {_NOTE: linked(mirror.note, experiment, stands)}
+    root = stands.get(model_of(mirror.name))
+    if root and "/" in mirror.name:
+        tags[_PARENT] = root
+    return {name: value[:_TAG] for name, value in tags.items()}
+
+
+def _relabel(
+    client: MlflowClient,
+    experiment: str,
+    stands: Mapping[str, str],
+    by_name: Mapping[str, Mirror],
+    runs: Mapping[str, Run],
+) -> None:
+    """Brings the tags of the runs that stand up to date, but for those of a newer view, which tells more."""
+    from mlflow.entities import RunTag
+
+    for node, run in stands.items():
+        there = runs[run].data.tags
+        if there[_FINGERPRINT] != by_name[node].fingerprint:
+            continue
+        labels = _labels(experiment, by_name[node], stands)
+        changed = [RunTag(name, value) for name, value in labels.items() if there.get(name) != value]
+        if changed:
+            client.log_batch(run, tags=changed)
+
+
+def _fill(client: MlflowClient, run: str, mirror: Mirror) -> None:
+    """Writes a run; its status becomes final last, so that one cut short is made again."""
+    log_parameters(client, run, mirror.parameters)
+    log_metrics(client, run, mirror)
+    if mirror.datasets:
+        client.log_inputs(run, _inputs(mirror))
+    if mirror.live:
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        for place, path in mirror.files.items():
+            link = Path(folder) / place
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(path.resolve())
+        for place, value in mirror.texts.items():
+            write_json(Path(folder) / place, value)
+        client.log_artifacts(run, folder)
+    client.set_terminated(run, mirror.status, end_time=mirror.end)
+
+
+def log_parameters(client: MlflowClient, run: str, values: Mapping[str, Any]) -> None:
+    from mlflow.entities import Param
+
+    parameters = [Param(name, str(value)[:_VALUE]) for name, value in values.items()]
+    for first in range(0, len(parameters), _PARAMETERS):
+        client.log_batch(run, params=parameters[first : first + _PARAMETERS])
+
+
+def log_metrics(client: MlflowClient, run: str, mirror: Mirror) -> None:
+    """Logged again, a point of the same name, value, step and time is the same point."""
+    from mlflow.entities import Metric
+
+    metrics = [
+        Metric(key(name), value, mirror.end, step) for name, value, step in mirror.metrics if math.isfinite(value)
+    ]
+    for first in range(0, len(metrics), _BATCH):
+        client.log_batch(run, metrics=metrics[first : first + _BATCH])
+
+
+def _inputs(mirror: Mirror) -> list[Any]:
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    schema = json.dumps({"mlflow_colspec": [{"name": name, "type": "integer"} for name in ("token", "document")]})
+    return [
+        DatasetInput(
+            Dataset(
+                data.name,
+                data.digest[:_DIGEST],
+                "local",
+                json.dumps({"uri": data.source or data.name}),
+                schema,
+                json.dumps(dict(data.profile)),
+            ),
+            [InputTag("mlflow.data.context", data.use)],
+        )
+        for data in mirror.datasets
+    ]
+
+
+class Extension:
+    """What a tracker that watches has sent of the runs under way, so that it sends what is new."""
+
+    def __init__(self) -> None:
+        self.sent: dict[str, set[tuple[str, float, int]]] = {}
+
+    def send(self, client: MlflowClient, run: str, mirror: Mirror) -> None:
+        there = self.sent.setdefault(run, set())
+        new = [point for point in mirror.metrics if point not in there]
+        log_metrics(client, run, replace(mirror, metrics=new))
+        there.update(new)

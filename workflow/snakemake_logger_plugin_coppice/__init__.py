@@ -1,0 +1,170 @@
+"""`snakemake --logger coppice`: the progress of a run as a person reads it, instead of Snakemake's record of every job.
+
+On a terminal a line a stage, changed in place; with `--quiet` failures alone. Elsewhere, and in dry runs, Snakemake's
+own output stays as it is, unless `--logger-coppice-show lines` asks for an occasional line. Snakemake finds this
+package by its name.
+"""
+
+# Annotations are evaluated here: Snakemake makes command line options of the types in `LogHandlerSettings`.
+import logging
+import os
+import shutil
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+
+from snakemake_interface_logger_plugins.base import LogHandlerBase
+from snakemake_interface_logger_plugins.common import LogEvent
+from snakemake_interface_logger_plugins.settings import LogHandlerSettingsBase
+
+from snakemake_logger_plugin_coppice.progress import Progress, failure_sentence, job_name, job_weight
+
+SECONDS_BETWEEN_LINES = 60
+# What of Snakemake's `--quiet` asks for silence about jobs.
+SILENCED = {"ALL", "PROGRESS", "RULES"}
+
+
+@dataclass
+class LogHandlerSettings(LogHandlerSettingsBase):
+    show: str = field(
+        default="auto",
+        metadata={
+            "help": "What is shown: `live` (a line a stage, changed in place), `lines` (a line a minute), `snakemake` "
+            "(Snakemake's own output), or `auto`: live on a terminal, snakemake elsewhere.",
+            "choices": ["auto", "live", "lines", "snakemake"],
+        },
+    )
+
+
+class LogHandler(LogHandlerBase):
+    """Follows a run by its events. view: live, lines, failures, or snakemake, which leaves the output to Snakemake."""
+
+    def __post_init__(self) -> None:
+        self.stream = sys.stderr
+        self.view = view(self.common_settings, self.settings.show if self.settings else "auto", self.stream)
+        self.progress = Progress()
+        self.drawn = 0
+        self.over = self.settled = False
+        self.said_at = 0.0
+        self.closed = threading.Event()
+        if self.view == "live":
+            threading.Thread(target=self.tick, daemon=True).start()
+
+    @property
+    def writes_to_stream(self) -> bool:
+        # Where this is false, Snakemake sets up its own output.
+        return self.view != "snakemake"
+
+    @property
+    def writes_to_file(self) -> bool:
+        return False
+
+    @property
+    def has_filter(self) -> bool:
+        return True
+
+    @property
+    def has_formatter(self) -> bool:
+        return True
+
+    @property
+    def needs_rulegraph(self) -> bool:
+        return False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self.view == "snakemake":
+            return
+        try:
+            self.follow(record)
+        except Exception:  # as every handler of the standard library does: a run does not end by what shows it
+            self.handleError(record)
+
+    def follow(self, record: logging.LogRecord) -> None:
+        """Takes an event into account, and shows what it changes."""
+        progress, now = self.progress, record.created
+        match getattr(record, "event", None):
+            case LogEvent.RUN_INFO:
+                progress.plan(record.stats, now)
+            case LogEvent.JOB_INFO:
+                self.over = self.settled = False
+                weight = job_weight(record.shellcmd)
+                progress.start(record.jobid, record.rule_name, job_name(record.log, record.output), weight, now)
+            case LogEvent.JOB_FINISHED:
+                progress.finish(record.job_id, now)
+                self.over = progress.done() == progress.total()
+                self.say_progress(now)
+            case LogEvent.JOB_ERROR:
+                name = job_name(record.log, record.output)
+                progress.fail(record.jobid)
+                self.say(failure_sentence(record.rule_name, name, record.log))
+            case LogEvent.ERROR if "CalledProcessError" not in str(record.msg):
+                self.say(str(record.msg))  # a command that failed has its own event, with its log
+            case LogEvent.SHELLCMD if self.common_settings.printshellcmds:
+                self.say(str(record.msg))
+            case None:
+                self.repeat(record)
+            case _:
+                return
+        self.draw()
+
+    def repeat(self, record: logging.LogRecord) -> None:
+        """Snakemake's own words: warnings always, the rest before and after the jobs."""
+        if record.levelno >= logging.ERROR and not self.progress.running:
+            self.over = True
+        about_jobs = self.progress.totals and not self.over
+        if record.levelno >= logging.WARNING or (self.view != "failures" and not about_jobs):
+            self.say(str(record.msg))
+
+    def say(self, text: str) -> None:
+        """Writes text above what is changed in place."""
+        self.erase()
+        if text not in ("", "None"):
+            self.stream.write(f"{text}\n")
+        self.stream.flush()
+
+    def say_progress(self, now: float) -> None:
+        """A line of progress: one a minute, and one when all is done."""
+        if self.view == "lines" and (now - self.said_at >= SECONDS_BETWEEN_LINES or self.over):
+            self.said_at = now
+            self.say(f"{time.strftime('%H:%M:%S')} {self.progress.line(now)}")
+
+    def draw(self) -> None:
+        """Shows the stages anew, in the place of what was drawn before."""
+        if self.view != "live" or not self.progress.totals or self.settled:
+            return
+        columns, rows = shutil.get_terminal_size()
+        lines = [line[: columns - 1] for line in self.progress.lines(time.time())][: max(rows - 1, 1)]
+        self.erase()
+        self.stream.write("".join(f"{line}\n" for line in lines))
+        self.stream.flush()
+        # What is drawn once all is over stays: what follows may be another program's.
+        self.drawn, self.settled = (0, True) if self.over else (len(lines), False)
+
+    def erase(self) -> None:
+        """Removes what was drawn: up so many lines, then to the end of the screen."""
+        if self.drawn:
+            self.stream.write(f"\x1b[{self.drawn}F\x1b[J")
+            self.drawn = 0
+
+    def tick(self) -> None:
+        """Draws once a second while jobs run."""
+        while not self.closed.wait(1):
+            with self.lock:
+                if self.drawn and self.progress.running:
+                    self.draw()
+
+    def close(self) -> None:
+        self.closed.set()
+        super().close()
+
+
+def view(common: object, asked: str, stream: object) -> str:
+    """What to show, by what Snakemake was told and where its output goes."""
+    if common.dryrun or common.verbose or common.debug_dag or asked == "snakemake":
+        return "snakemake"
+    if SILENCED & {quietness.name for quietness in common.quiet or ()}:
+        return "failures"
+    if asked != "auto":
+        return asked
+    return "live" if stream.isatty() and os.environ.get("TERM", "dumb") != "dumb" else "snakemake"
