@@ -3,7 +3,7 @@ PYTHON ?= python3
 CORES ?= 2
 BIN := .venv/bin
 
-.PHONY: demo test test-cluster test-services crosscheck bench-solvers lint ui docs clean
+.PHONY: demo test test-cluster test-services test-browser crosscheck bench-solvers lint ui docs pictures clean
 
 demo: .venv/ready
 	$(BIN)/snakemake --cores $(CORES)
@@ -17,6 +17,9 @@ test-cluster: .venv/ready
 
 test-services: .venv/ready
 	$(BIN)/python -m pytest tests/services
+
+test-browser: .venv/ready
+	$(BIN)/python -m pytest tests/browser
 
 crosscheck: .venv-crosscheck/ready
 	.venv-crosscheck/bin/python -m pytest crosscheck
@@ -40,6 +43,9 @@ results/mlflow.db:
 
 docs: .venv/ready
 	$(BIN)/python -m coppice.documentation
+
+pictures: .venv/ready
+	$(BIN)/python docs/pictures.py
 
 clean:
 	rm -rf results/demo results/mlflow.db results/mlartifacts .snakemake

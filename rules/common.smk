@@ -354,6 +354,11 @@ def job_options(stage, wildcards):
     return {}
 
 
+def all_cores():
+    """The cores that a run may use. A cluster has none of its own; its profile says how many a job gets."""
+    return workflow.resource_settings.cores or 1
+
+
 def recovery_gpus(wildcards):
     """A recovery asks for as many GPUs as its step names."""
     return STUDY.steps[made_node(wildcards).step].options.gpus
@@ -369,6 +374,14 @@ def stored_elsewhere():
 def here(files):
     """Files that lie where Snakemake runs, in no storage. There their dates do not count: every checkout has its own."""
     return ancient(local(files)) if stored_elsewhere() else files
+
+
+def study_files():
+    """The files of the study where results lie elsewhere: what was made of an older study there is outdated.
+
+    On one machine Snakemake's own records say so, but they do not travel.
+    """
+    return local(config_files()) if stored_elsewhere() else []
 
 
 def noticed(content):

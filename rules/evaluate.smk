@@ -74,7 +74,7 @@ rule cost:
     conda:
         "../envs/coppice.yaml"
     # Nothing else may run while time is measured.
-    threads: workflow.cores or 1
+    threads: all_cores()
     resources:
         mem_mb=memory("evaluate"),
         disk_mb=disk("evaluate"),

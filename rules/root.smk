@@ -7,6 +7,8 @@ localrules:
 
 
 rule study:
+    input:
+        study_files(),
     output:
         "<results>/study.yaml",
     log:

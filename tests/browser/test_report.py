@@ -26,7 +26,7 @@ Items = dict[str, dict[str, np.ndarray]]
 
 
 def scattered_items(results: Path) -> Items:
-    """Gives every node items that differ at random: {node: {"loss": nats of a document, "right": 0 or 1 a question}}."""
+    """Gives every node items that differ at random: {node: {"loss": nats a document, "right": 0 or 1 a question}}."""
     generator = np.random.default_rng(0)
     hardness = generator.normal(size=len(DOCUMENTS))
     found = {}
@@ -71,7 +71,8 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Items]:
 def opened(chromium, study) -> Iterator:
     """One page for all tests; whatever the browser complained about or asked for is in `page.said`."""
     page = chromium.new_page(viewport={"width": 1280, "height": 900}, color_scheme="light")
-    page.set_default_timeout(10_000)
+    page.set_default_timeout(30_000)
+    page.set_default_navigation_timeout(90_000)
     said: list[str] = []
     page.on("console", lambda message: said.append(f"{message.type}: {message.text}"))
     page.on("pageerror", lambda error: said.append(str(error)))
@@ -99,7 +100,9 @@ def view(page, state: str) -> None:
 
 
 def painted(page) -> None:
-    page.evaluate("() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(() => setTimeout(done))))")
+    page.evaluate(
+        "() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(() => setTimeout(done))))"
+    )
 
 
 def shown(page) -> set[str]:
@@ -155,8 +158,8 @@ def test_switches_hide_and_show(page) -> None:
 def test_front_only(page) -> None:
     page.get_by_label("Front only").check()
     painted(page)
-    values = page.evaluate("document.getElementById('frontier-chart').data.filter(trace => trace.customdata)"
-                           ".flatMap(trace => trace.customdata.map((_, at) => [trace.x[at], trace.y[at]]))")  # fmt: skip
+    values = page.evaluate("""() => document.getElementById('frontier-chart').data.filter(trace => trace.customdata)
+        .flatMap(trace => trace.customdata.map((_, at) => [trace.x[at], trace.y[at]]))""")
     assert 0 < len(values) < 10
     ordered = sorted(values)
     assert [y for _, y in ordered] == sorted((y for _, y in ordered), reverse=True), "each larger one is better"
@@ -176,7 +179,9 @@ def test_axes_and_scale_change(page) -> None:
 
 
 def test_intervals_can_be_left_out(page) -> None:
-    bars = "document.getElementById('frontier-chart').data.filter(t => /intervals/.test(t.name)).flatMap(t => t.x).length"
+    bars = (
+        "document.getElementById('frontier-chart').data.filter(t => /intervals/.test(t.name)).flatMap(t => t.x).length"
+    )
     assert page.evaluate(bars) >= 30
     page.get_by_label("95% intervals").uncheck()
     painted(page)
@@ -212,7 +217,10 @@ def test_flips_are_counted_and_tested(page, study) -> None:
 
 def test_two_clicks_choose_a_pair(page) -> None:
     def click(node: str) -> None:
-        page.evaluate("node => document.getElementById('frontier-chart').emit('plotly_click', {points: [{customdata: node}]})", node)
+        page.evaluate(
+            "node => document.getElementById('frontier-chart').emit('plotly_click', {points: [{customdata: node}]})",
+            node,
+        )
         painted(page)
 
     click(B)
@@ -247,7 +255,9 @@ def test_keyboard_alone(page) -> None:
     for key in ("Home", "ArrowDown", "ArrowDown", "ArrowUp", "Enter"):
         page.keyboard.press(key)
     painted(page)
-    assert page.locator("#node h3").inner_text() == page.locator("#node-list [role=option]").nth(1).get_attribute("title")
+    assert page.locator("#node h3").inner_text() == page.locator("#node-list [role=option]").nth(1).get_attribute(
+        "title"
+    )
     assert page.locator("#node-list [aria-selected=true]").count() == 1
 
 
@@ -272,7 +282,9 @@ def test_recovery_runs_and_extrapolation(page) -> None:
     data = "document.getElementById('recovery-chart').data.map(trace => trace.name)"
     names = page.evaluate(data)
     assert {f"{A}: p2", f"{A}: band", A} <= set(names)
-    dashes = page.evaluate(f"document.getElementById('recovery-chart').data.filter(t => t.name === '{A}: p2').map(t => t.line.dash)")
+    dashes = page.evaluate(
+        f"document.getElementById('recovery-chart').data.filter(t => t.name === '{A}: p2').map(t => t.line.dash)"
+    )
     assert dashes == ["solid", "6px,4px"]
     assert page.evaluate("document.getElementById('recovery-chart').layout.shapes[0].x0") == 1_000_000
     page.locator(f"#recovery input[value='{A}']").uncheck()
@@ -304,7 +316,9 @@ def test_print_is_light_and_without_switches(page) -> None:
     view(page, "theme=dark")
     page.emulate_media(media="print", color_scheme="dark")
     painted(page)
-    assert not page.locator(".switches").is_visible()
+    assert not page.locator(".controls").first.is_visible()
+    assert not page.get_by_label("Last step: all").is_visible()
+    assert switch(page, "model", "small").is_visible(), "the models and steps stay, as the legend"
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     assert page.evaluate("document.getElementById('frontier-chart').layout.width") <= 700
     assert len(shown(page)) == 10
@@ -315,6 +329,7 @@ def test_the_address_restores_the_view(page, study) -> None:
     page.get_by_label("Up", exact=True).select_option(ANSWERS)
     page.get_by_label("Names").uncheck()
     painted(page)
+    page.wait_for_url("**no-model=small**")
     address = page.url
     view(page, "")
     assert len(shown(page)) == 10

@@ -53,7 +53,11 @@ class Slurm:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.environment = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf")}
+        self.environment = {
+            **os.environ,
+            "SLURM_CONF": str(folder / "slurm.conf"),
+            "PATH": f"{folder / 'bin'}{os.pathsep}{SEARCHED}",
+        }
         self.daemons: dict[str, subprocess.Popen] = {}
 
     def start(self) -> None:
@@ -62,6 +66,12 @@ class Slurm:
         text = SLURM.format(folder=self.folder, host=host, controller_port=ports[0], node_port=ports[1])
         (self.folder / "slurm.conf").write_text(text)
         (self.folder / "gres.conf").write_text(f"NodeName={host} Name=gpu File=/dev/null,/dev/zero\n")
+        # Snakemake's plugin takes SLURM_CONF away from the `srun` of its jobs, and /etc is not ours to write to.
+        command = self.folder / "bin" / "srun"
+        command.parent.mkdir()
+        program = shutil.which("srun", path=SEARCHED)
+        command.write_text(f'#!/bin/sh\nSLURM_CONF={self.environment["SLURM_CONF"]} exec {program} "$@"\n')
+        command.chmod(0o755)
         key = self.folder / "munge.key"
         key.write_bytes(os.urandom(128))
         key.chmod(0o400)

@@ -23,8 +23,8 @@ from coppice.checkpoint import read_manifest
 
 LENGTH = 16
 TRAINING = {"text": "a", "validation": "b", "length": LENGTH, "tokens": 480, "batch_size": 4, "learning_rate": 1e-2}
-# What only another order of sums explains, in float32; AdamW's first steps divide by gradients near zero.
-LOSS, WEIGHT = 2e-6, 2e-4
+# What another order of sums explains in float32: measured are 8e-7 nats and 6e-7 in a weight.
+LOSS, WEIGHT = 2e-6, 2e-5
 
 
 def job(place: Path, name: str, parent: str, method: str, output: Path, seed: int = 0, **options: Any) -> dict:
@@ -53,7 +53,7 @@ CASES = {
     "tied": ("tied", "full", {}),
     "narrow": ("dense", "full", {"precision": "bfloat16"}),
 }
-LONG = {"tokens": 4_000, "learning_rate": 1e-3}
+LONG = {"tokens": 2_000, "learning_rate": 1e-3}
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +143,7 @@ def assert_alike(one: Path, two: Path, loss: float = LOSS, weight: float = WEIGH
     rows, others = curve(one), curve(two)
     assert len(rows) == len(others) > 5
     for row, other in zip(rows, others, strict=True):
-        assert row == pytest.approx(other, abs=loss, rel=loss)
+        assert row == {key: value if value is None else pytest.approx(value, abs=loss) for key, value in other.items()}
     weights, trained = (load_file(folder / "model.safetensors") for folder in (one, two))
     assert weights.keys() == trained.keys()
     for name, tensor in weights.items():
@@ -168,7 +168,7 @@ def test_pruned_entries_stay_zero(place: Path, ran: Path) -> None:
 
 
 def test_bfloat16_is_as_near_as_its_rounding(ran: Path) -> None:
-    assert_alike(ran / "narrow-one", ran / "narrow-two", loss=5e-3, weight=5e-2)
+    assert_alike(ran / "narrow-one", ran / "narrow-two", loss=2e-2, weight=5e-2)
 
 
 def test_a_killed_process_ends_the_job_with_a_sentence(killed: dict[str, Any]) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
-import time
+from math import ceil
 from pathlib import Path
 
 from coppice.files import read_json
+from coppice.needs import memory_bytes
 from tests.cluster.daemons import Slurm, wait_until
 from tests.cluster.study import assert_same_tables, make_study, results, snakemake_command
 
@@ -94,38 +96,25 @@ class Study:
         return [file.name for file in self.record.glob("shared-*")]
 
 
-def test_a_study_runs_on_slurm_with_arrays_and_a_gpu_for_each_job(
+def asked(printed: str, rule: str, resource: str) -> list[int]:
+    """What the jobs of a rule asked for, in the order in which Snakemake chose them."""
+    found = re.findall(rf"^rule {rule}:\n(?:    .*\n)*?    resources: .*\b{resource}=(\d+)", printed, re.MULTILINE)
+    return [int(amount) for amount in found]
+
+
+def test_a_cancelled_job_and_a_lost_node_end_in_the_tables_of_an_undisturbed_run(
     slurm: Slurm, local_folder: Path, tmp_path: Path
 ) -> None:
     study = Study(slurm, make_study(tmp_path / "study"))
-    # Two jobs run at once: each holds its device until the other has begun.
-    study.hold("compress")
-    study.start()
-    study.wait_for("compress", 2)
-    assert sorted(devices for devices, _ in study.jobs("compress")) == ["0", "1"]
-    study.release("compress")
-    study.finish()
-
-    for stage in ("compress", "evaluate"):
-        [array] = {array for _, array in study.jobs(stage)}
-        assert array.isdigit()
-    [(devices, array)] = study.jobs("recover")
-    assert (devices in ("0", "1"), array) == (True, "")
-    assert study.shared_devices() == []
-    assert_same_tables(study.folder, local_folder)
-    # Light stages ran here, and asked Slurm for nothing.
-    assert sorted(path.name for path in (study.folder / "results/slurm-logs").glob("rule_*")) == []
-
-
-def test_a_cancelled_job_and_a_lost_node_end_in_the_same_tables(
-    slurm: Slurm, local_folder: Path, begun_folder: Path
-) -> None:
-    study = Study(slurm, begun_folder)
     study.hold("compress")
     study.hold("recover")
     study.start()
 
+    # Two jobs of an array run at once, on a device each.
     study.wait_for("compress", 2)
+    assert sorted(devices for devices, _ in study.jobs("compress")) == ["0", "1"]
+    [array] = {array for _, array in study.jobs("compress")}
+    assert array.isdigit()
     cancelled = slurm.running()[0]
     slurm.ask("scancel", cancelled)
     study.release("compress")
@@ -133,18 +122,25 @@ def test_a_cancelled_job_and_a_lost_node_end_in_the_same_tables(
     study.wait_for("recover", 1)
     slurm.lose_node()
     study.release("recover")
-    time.sleep(2)
     slurm.start_node()
     study.finish()
 
+    assert_same_tables(study.folder, local_folder)
+    assert study.shared_devices() == []
     printed = study.log.read_text()
     assert f"SLURM-job '{cancelled}' failed, SLURM status is: 'CANCELLED'" in printed
+    # The second attempt asks for more.
+    root = read_json(results(study.folder) / "models/tiny/manifest.json")
+    needed = ceil(memory_bytes("compress", root) / 1e6)
+    assert asked(printed, "compress", "mem_mb") == [needed, needed, 2 * needed]
+    assert asked(printed, "compress", "runtime") == [480, 480, 960]
     assert len(study.jobs("compress")) == 3
-    assert len(study.jobs("recover")) == 2
-    assert study.shared_devices() == []
-    assert_same_tables(study.folder, local_folder)
-    manifest = read_json(results(study.folder) / "models/tiny/magnitude-50/full/manifest.json")
-    assert manifest["node"] == "tiny/magnitude-50/full"
+    # Slurm itself began the recovery again; it is no array, as is no job that comes alone.
+    assert asked(printed, "recover", "gpu") == [1]
+    assert [array for _, array in study.jobs("recover")] == ["", ""]
+    assert all(devices in ("0", "1") for stage in ("recover", "evaluate") for devices, _ in study.jobs(stage))
+    # Light stages ran beside Snakemake.
+    assert all(f"localrule {stage}:" in printed for stage in ("study", "root", "tokenize", "tables"))
 
 
 def test_an_unknown_partition_is_named(slurm: Slurm, begun_folder: Path) -> None:

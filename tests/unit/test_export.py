@@ -53,10 +53,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     ("node", "to"),
     [
         ("factorized", "dense"),
-        ("half", "dense"),
         ("half", "compressed-tensors"),
         ("masked-compensated", "peft"),
-        ("factorized", "gguf"),
     ],
 )
 def test_an_export_gives_the_logits_of_its_node(folders: dict[str, Path], node: str, to: str, tmp_path: Path) -> None:

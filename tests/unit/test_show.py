@@ -68,7 +68,9 @@ def test_a_recovery(before: Path) -> None:
     text = show(before, "small/laco-25/full-1m")
     assert "Recovery: 1M tokens (1.5 times through them) in 140 steps, 23.7 s, 71% of the loss" in text
     [losses] = [line for line in text.splitlines() if "held-out loss" in line]
-    assert len(losses.split()) == 3 + 5 + 1  # before, four budgets; the dense model's
+    # Before, at 50k tokens and the four budgets; then the dense model's.
+    assert len(losses.split()) == 3 + 6 + 1
+    assert losses.split()[-1] == "1.800"
     assert "Made of it: gptq-4" in text
 
 
@@ -91,7 +93,7 @@ def test_a_failure_is_told_with_its_log(before: Path) -> None:
 def test_costs_are_told(before: Path) -> None:
     text = show(before, "small")
     assert "Made in 12.5 s with 0.123 GB at most." in text
-    assert "prefill latency" in text
+    assert "decode latency: 0.0110 +- 5.0e-04 s/token (cpu)" in text
 
 
 @pytest.mark.parametrize(

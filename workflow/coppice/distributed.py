@@ -72,10 +72,14 @@ def launch(words: Sequence[str], processes: int) -> None:
 
 
 def _failure(error: Exception, processes: int) -> str:
-    """What ended the processes. Where one was killed, the others only lost it."""
-    failures = error.failures
-    rank = min(failures, key=lambda rank: (failures[rank].exitcode >= 0, failures[rank].timestamp))
-    failure = failures[rank]
+    """What ended the processes. Where one was killed, others only lost it; where one failed, others were told to end."""
+
+    def late(rank: int) -> tuple[bool, bool, int]:
+        failure = error.failures[rank]
+        return failure.exitcode == -signal.SIGTERM, failure.exitcode >= 0, failure.timestamp
+
+    rank = min(error.failures, key=late)
+    failure = error.failures[rank]
     which = f"Process {rank + 1} of {processes}"
     if failure.exitcode < 0:
         return (

@@ -59,10 +59,6 @@ class Size(NamedTuple):
     stored: float
     how: str
 
-    @property
-    def widest(self) -> int:
-        return max(self.shape.hidden, self.shape.intermediate)
-
 
 class Job(NamedTuple):
     """A job of the workflow.
@@ -329,7 +325,10 @@ def jobs(study: Study, sizes: Mapping[str, Size | None]) -> list[Job]:
     uses = tree.token_uses(study)
     nodes = tree.nodes(study)
     for model in study.models:
-        found.append(Job("root", model, checkpoint(model), model=model, disk=stored(sizes[model])))
+        operations = 0.0 if sizes[model] else None
+        found.append(
+            Job("root", model, checkpoint(model), model=model, operations=operations, disk=stored(sizes[model]))
+        )
     asked: dict[str, Job] = {}
 
     def windows(model: str, use: str) -> str:
@@ -352,7 +351,9 @@ def jobs(study: Study, sizes: Mapping[str, Size | None]) -> list[Job]:
     fits = [Job("fit", law, f"laws/{law}/fit.json", ("tables/nodes.parquet",)) for law in study.laws]
     read = ("tables/nodes.parquet", *(job.output for job in fits))
     found += [*fits, Job("report", "report", "report/index.html", read)]
-    return [*found, Job("track", "track", "tracking/runs.json", (*read, "report/index.html"))]
+    # Weights that are mirrored are stored twice.
+    mirrored = sum(map(stored, sizes.values())) if study.tracking.weights == "all" else 0.0
+    return [*found, Job("track", "track", "tracking/runs.json", (*read, "report/index.html"), disk=mirrored)]
 
 
 def checkpoint(node: str) -> str:
@@ -648,12 +649,12 @@ def problems(made: Mapping[str, Any], left: list[Job], memory: Mapping[str, Rang
             f"is {job.stage} {job.name} with {between(value, gigabytes)}. Run them where there is more memory, or "
             "shorten their batches (micro_batch_size) and windows (length)."
         )
-    if perhaps:
+    elif perhaps:
         sentences.append(
             f"Memory: {perhaps[-1].stage} {perhaps[-1].name} may need more than the {room} that there are."
         )
     at_once = sum(value.high for value, _ in known[-machine["cores"] :])
-    if not too_large and not perhaps and at_once > machine["memory"]:
+    if not (too_large or perhaps) and at_once > machine["memory"]:
         sentences.append(
             f"Memory: the {min(machine['cores'], len(known))} largest jobs at once may hold {gigabytes(at_once)}, and "
             f"there are {room}; run fewer at once with `--cores`."

@@ -276,7 +276,7 @@ function known(key, value) {
   if (key === "x" || key === "y") return measureOf.has(value);
   if (key === "quality") return isQuality(value);
   if (key === "a" || key === "b") return nodeOf.has(value);
-  return key !== "law" || value in laws;
+  return key !== "law" || value === "" || value in laws;
 }
 
 function writeHash() {
@@ -301,11 +301,14 @@ function draw(...parts) {
   });
 }
 
-/** Changes the state and draws what shows it. */
+let writing = 0;
+
+/** Changes the state and draws what shows it; the address, which browsers write slowly, follows after the frame. */
 function change(changes, ...parts) {
   Object.assign(state, changes);
-  writeHash();
   draw(...parts);
+  clearTimeout(writing);
+  writing = setTimeout(writeHash, 50);
 }
 
 // ---------------------------------------------------------------------------------------------------------------
@@ -321,10 +324,15 @@ const touched = matchMedia("(pointer: coarse)");
 const printed = matchMedia("print");
 let printing = false;
 
-/** The theme's colour of a name, as Plotly reads it. */
+const palette = new Map();
+
+/** The theme's colour of a name, as Plotly reads it; asked of the browser once for a theme. */
 function themed(name) {
-  probe.style.color = `var(--${name})`;
-  return getComputedStyle(probe).color;
+  if (!palette.has(name)) {
+    probe.style.color = `var(--${name})`;
+    palette.set(name, getComputedStyle(probe).color);
+  }
+  return palette.get(name);
 }
 
 const faint = (hex, opacity) => `rgba(${[1, 3, 5].map((at) => parseInt(hex.slice(at, at + 2), 16))}, ${opacity})`;
@@ -510,13 +518,13 @@ const isLog = (key) => Boolean(measureOf.get(state[key]).log) !== state[`${key}o
 
 function drawFrontier() {
   if (!frontier.chart) return;
+  const width = widthOf(frontier.chart); // read first: after changes of the page it would have to be laid out again
   syncFrontier();
   const all = shownPoints();
   const front = frontOf(all);
   const points = state.front ? front : all;
   frontier.points = points;
   frontier.front = new Set(front.map(({ node }) => node.node));
-  const width = widthOf(frontier.chart);
   const margin = { l: width < 520 ? 52 : 66, r: 14, t: 14, b: 54 };
   const layout = baseLayout(width, Math.round(Math.min(560, Math.max(360, width * 0.56))), margin);
   if (!points.length) layout.annotations = [nothing("No node is shown: switch something on.")];
@@ -616,7 +624,16 @@ function modelTraces(points, model, ranges) {
 
 const clipped = ([, low, high], [bottom, top]) => [Math.max(low, Math.min(bottom, low > 0 ? low : bottom)), Math.min(high, top * 10)];
 
-function hoverText({ node, x, y }) {
+/** What is told of a point beside the pointer; kept until the axes change, because there may be many points. */
+function hoverText(point) {
+  const axes = `${state.x} ${state.y}`;
+  if (frontier.told?.axes !== axes) frontier.told = { axes, texts: new Map() };
+  const { texts } = frontier.told;
+  if (!texts.has(point.node)) texts.set(point.node, hoverLines(point));
+  return texts.get(point.node);
+}
+
+function hoverLines({ node, x, y }) {
   const lines = [`<b>${plain(node.node)}</b>`];
   for (const [id, value] of [[state.x, x], [state.y, y]]) lines.push(`${plain(measureOf.get(id).title)}: ${told(id, value)}`);
   lines.push(plain(arrows(node.composition)) + (node.budget ? `, ${counted(node.budget)} recovery tokens` : ""));
@@ -936,10 +953,10 @@ function drawLayers() {
   const picked = (name) => change({ column: name }, drawLayers);
   const rows = folded("These values as a table", () => table(["module", ...columns.map(columnTitle)],
     found.modules.map((module, place) => [module, ...columns.map((name) => shown(found.columns[name][place]))])));
-  const bar = columns.length > 1
-    ? make("div", { class: "controls" }, chooser("By layer", [["", columns.map((name) => [name, columnTitle(name)])]], column, picked).label)
-    : make("h4", {}, `By layer: ${columnTitle(column)}`);
-  story.layers.replaceChildren(bar, chart, rows.details);
+  const options = [["", columns.map((name) => [name, columnTitle(name)])]];
+  fill(story.layers, make("h4", {}, `By layer: ${columnTitle(column)}`),
+    columns.length > 1 ? make("div", { class: "controls" }, chooser("What is shown", options, column, picked).label) : null,
+    chart, rows.details);
   const values = found.columns[column];
   const parts = found.modules.map((module) => LAYER.exec(module)).map((part) => part && [part[0], part[1], part[2] ?? "block"]);
   parts.every(Boolean) ? heatmap(chart, parts, values, column) : bars(chart, found.modules, values, column);
@@ -995,14 +1012,14 @@ function floats(text) {
   return Float64Array.from({ length: bytes.length / 4 }, (_, place) => view.getFloat32(4 * place, true));
 }
 
-/** Numbers in [0, 1) that a seed decides (mulberry32, of the public domain). */
+/** Numbers in [0, 1) that a seed decides: Marsaglia's xorshift of 32 bits (Journal of Statistical Software 8, 2003). */
 function generator(seed) {
-  let current = seed >>> 0;
+  let bits = Math.imul(seed + 1, 0x9e3779b1) || 1;
   return () => {
-    current = (current + 0x6d2b79f5) >>> 0;
-    let mixed = Math.imul(current ^ (current >>> 15), current | 1);
-    mixed ^= mixed + Math.imul(mixed ^ (mixed >>> 7), mixed | 61);
-    return ((mixed ^ (mixed >>> 14)) >>> 0) / 4294967296;
+    bits ^= bits << 13;
+    bits ^= bits >>> 17;
+    bits ^= bits << 5;
+    return (bits >>> 0) / 4294967296;
   };
 }
 
@@ -1492,6 +1509,7 @@ const dark = matchMedia("(prefers-color-scheme: dark)");
 const isDark = () => !printing && (state.theme ? state.theme === "dark" : dark.matches);
 
 function applyTheme() {
+  palette.clear();
   document.documentElement.style.colorScheme = isDark() ? "dark" : "light";
   byId("theme").setAttribute("aria-pressed", String(isDark()));
 }

@@ -11,7 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -313,9 +313,12 @@ def _job_files(results: Path, node: str) -> dict[str, Path]:
 def _datasets(study: Study, results: Path, row: Row) -> list[Dataset]:
     """The token sets that a node was calibrated, trained and measured on."""
     found = []
-    if row["calibration"]:
-        found.append(Dataset(row["calibration"], row["calibration_fingerprint"], "calibration"))
     folder = results / "tokens" / row["model"]
+    if row["calibration"]:
+        place = folder / f"calibration.{row['calibration']}"
+        there = (place / "manifest.json").exists()
+        data = _dataset(study, place, "calibration") if there else Dataset("", "", "calibration")
+        found.append(replace(data, name=row["calibration"], digest=row["calibration_fingerprint"]))
     trained = row["family"] == "recover"
     uses = {f"{use}.{row['step']}": use for use in ("recovery", "validation") if trained}
     uses |= {path.parent.name: "evaluation" for path in folder.glob("evaluation.*/manifest.json")}

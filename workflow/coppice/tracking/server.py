@@ -34,9 +34,9 @@ if TYPE_CHECKING:
 
 SQLITE = "sqlite:///"
 # What a request may take, and how often it is made again (after 0, 2, 4 and 8 s, and up to one more): a server that is
-# down is given up within 20 s, one that hangs within 3 minutes.
+# down is given up within 20 s, one that hangs within 6 minutes.
 PATIENCE = {
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "60",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "4",
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
 }
@@ -63,6 +63,7 @@ def connect(uri: str) -> MlflowClient:
     for variable in ("MLFLOW_DISABLE_TELEMETRY", "DO_NOT_TRACK"):
         os.environ[variable] = "true"
     os.environ["_MLFLOW_TELEMETRY_PRE_WARM_DATABRICKS_SDK"] = "false"
+    os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
     for variable, value in PATIENCE.items():
         os.environ.setdefault(variable, value)
     from mlflow import MlflowClient, set_tracking_uri
@@ -271,8 +272,7 @@ def _fill(client: MlflowClient, run: str, mirror: Mirror) -> None:
     """Writes a run; its status becomes final last, so that one cut short is made again."""
     log_parameters(client, run, mirror.parameters)
     log_metrics(client, run, mirror)
-    if mirror.datasets:
-        client.log_inputs(run, _inputs(mirror))
+    _log_inputs(client, run, mirror)
     if mirror.live:
         return
     with tempfile.TemporaryDirectory() as folder:
@@ -303,6 +303,21 @@ def log_metrics(client: MlflowClient, run: str, mirror: Mirror) -> None:
     ]
     for first in range(0, len(metrics), _BATCH):
         client.log_batch(run, metrics=metrics[first : first + _BATCH])
+
+
+def _log_inputs(client: MlflowClient, run: str, mirror: Mirror) -> None:
+    """Data sets are unique in an experiment: MLflow refuses one that another tracker makes at the same moment.
+
+    Asked again, it takes that one.
+    """
+    from mlflow.exceptions import MlflowException
+
+    for refused in range(CONFLICTS if mirror.datasets else 0):
+        try:
+            return client.log_inputs(run, _inputs(mirror))
+        except MlflowException as error:
+            if "dataset_pk" not in str(error) or refused == CONFLICTS - 1:
+                raise
 
 
 def _inputs(mirror: Mirror) -> list[Any]:
