@@ -5,19 +5,14 @@ from __future__ import annotations
 import os
 import pwd
 import shutil
-import socket
 import subprocess
-import sys
 import tempfile
-import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-# Telemetry is off, and so are the server's jobs for generative models, which take seconds to start.
-QUIET = {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+from tests.servers import mlflow_server
 
 
 @pytest.fixture(scope="session")
@@ -48,33 +43,5 @@ def postgresql() -> Iterator[str]:
 def server(postgresql: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of `mlflow server` with PostgreSQL behind it, as a team runs it."""
     folder = tmp_path_factory.mktemp("server")
-    port = free_port()
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command += ["--backend-store-uri", postgresql, "--artifacts-destination", str(folder / "artifacts")]
-    with open(folder / "log", "w") as log:
-        process = subprocess.Popen(
-            command, stdout=log, stderr=log, cwd=folder, env=os.environ | QUIET, start_new_session=True
-        )
-    try:
-        address = f"http://127.0.0.1:{port}"
-        wait_for(address, folder / "log")
+    with mlflow_server(folder, postgresql, "--artifacts-destination", str(folder / "artifacts")) as address:
         yield address
-    finally:
-        os.killpg(process.pid, 15)
-        process.wait(timeout=30)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def wait_for(address: str, log: Path) -> None:
-    for _ in range(600):
-        try:
-            urllib.request.urlopen(f"{address}/health", timeout=1)
-            return
-        except OSError:
-            time.sleep(0.25)
-    raise RuntimeError(f"The tracking server did not start within 150 s:\n{log.read_text()[-2000:]}")

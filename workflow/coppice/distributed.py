@@ -72,7 +72,7 @@ def launch(words: Sequence[str], processes: int) -> None:
 
 
 def _failure(error: Exception, processes: int) -> str:
-    """What ended the processes. Where one was killed, others only lost it; where one failed, others were told to end."""
+    """What ended the processes. Where one was killed, others lost it; where one failed, others were told to end."""
 
     def late(rank: int) -> tuple[bool, bool, int]:
         failure = error.failures[rank]
