@@ -35,6 +35,7 @@ TaskPlugin=task/none
 MpiDefault=none
 ReturnToService=2
 KillWait=2
+SlurmdTimeout=20
 SchedulerParameters=sched_interval=2,batch_sched_delay=0
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core_Memory
@@ -83,7 +84,7 @@ class Slurm:
         wait_until(files["socket"].exists, 10, "munged opens its socket")
         self.run_daemon("slurmctld", "-D", "-f", self.environment["SLURM_CONF"])
         self.start_node()
-        wait_until(lambda: self.ask("sinfo", "--noheader", "--format=%t") == "idle", 60, "the node is idle")
+        wait_until(lambda: self.node_state() == "idle", 60, "the node is idle")
 
     def run_daemon(self, program: str, *words: str) -> None:
         path = shutil.which(program, path=SEARCHED)
@@ -103,6 +104,9 @@ class Slurm:
         daemon.wait()
         for pid in started:
             kill(pid)
+
+    def node_state(self) -> str:
+        return self.ask("sinfo", "--noheader", "--format=%t")
 
     def step_daemons(self) -> list[int]:
         """The processes that hold this cluster's jobs; they outlive slurmd."""

@@ -119,6 +119,7 @@ def test_a_cancelled_job_and_a_lost_node_end_in_the_tables_of_an_undisturbed_run
 
     study.wait_for("recover", 1)
     slurm.lose_node()
+    wait_until(lambda: slurm.node_state().startswith("down"), 300, "Slurm misses its node")
     study.release("recover")
     slurm.start_node()
     study.finish()
