@@ -132,10 +132,11 @@ def node_seed(wildcards):
 
 
 def node_step(wildcards):
-    """The step that makes a node, as JSON."""
+    """The step that makes a node, as JSON. On how many GPUs changes nothing of the node, and is a resource."""
     name = made_node(wildcards).step
     step = STUDY.steps[name]
-    return json.dumps({"name": name, "method": step.method, "options": step.options.model_dump(mode="json")})
+    told = step.options.model_dump(mode="json", exclude={"gpus"})
+    return json.dumps({"name": name, "method": step.method, "options": told})
 
 
 def source_files(method):

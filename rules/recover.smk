@@ -22,6 +22,8 @@ rule recover:
         disk_mb=disk("recover"),
         runtime=minutes("recover"),
         gpu=recovery_gpus,
+        # Read by the command. Other than a parameter, a resource that changes makes no node anew; and `gpu` may be None.
+        processes=recovery_gpus,
     params:
         **noticed(method_content),
         step=node_step,
@@ -32,4 +34,4 @@ rule recover:
         "python -m coppice recover --node {wildcards.parent}/{wildcards.part} --parent $(dirname {input.parent})"
         " --dense $(dirname {input.dense}) --tokens $(dirname {input.tokens})"
         " --validation $(dirname {input.validation}) --step {params.step:q} {params.budgets} --seed {params.seed}"
-        " --threads {threads} --state {params.state} --output $(dirname {output}) > {log} 2>&1"
+        " --gpus {resources.processes} --threads {threads} --state {params.state} --output $(dirname {output}) > {log} 2>&1"

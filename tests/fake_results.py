@@ -9,8 +9,10 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import ConfigDict
 
-from coppice.study import Calibration, Cost, Law, Protocol, Quality, Recipe, ShippedModel, Step, Study, Tracking
+from coppice.methods.base import MethodOptions
+from coppice.study import Calibration, Cost, Law, Quality, Recipe, ShippedModel, Step, Study, Tracking
 
 FAMILIES = {"wanda": "prune", "laco": "prune", "gptq": "quantize", "full": "recover"}
 OPTIONS = {
@@ -21,7 +23,14 @@ OPTIONS = {
 }
 DENSE = {"small": 490_000, "medium": 3_000_000}
 BUDGETS = (100_000, 200_000, 400_000, 1_000_000)
+PERPLEXITY = {"stories": {"text": "stories"}}
 RECIPES = (["wanda-50"], ["laco-25", "full-1m", "gptq-4"], ["broken-9"])
+
+
+class AnyOptions(MethodOptions):
+    """Of methods that need not exist."""
+
+    model_config = ConfigDict(extra="allow")
 
 
 def fake_study(weights: str = "none", uri: str | None = None) -> Study:
@@ -33,13 +42,15 @@ def fake_study(weights: str = "none", uri: str | None = None) -> Study:
         texts={},
         budgets=list(BUDGETS),
         steps={
-            name: Step.model_construct(method=name.partition("-")[0], calibration=None)
+            name: Step.model_construct(
+                method=name.partition("-")[0], calibration=None, options=AnyOptions(**OPTIONS.get(name, {}))
+            )
             for name in [*OPTIONS, "broken-9"]
         },
         calibrations={"default": Calibration(text="stories")},
         recipes=[Recipe(steps=steps) for steps in RECIPES],
         evaluations={
-            "quality": Quality(kind="quality", perplexity={"stories": Protocol(text="stories")}, tasks=["biographies"]),
+            "quality": Quality(kind="quality", perplexity=PERPLEXITY, tasks=["biographies"]),
             "cost": Cost(kind="cost", nodes=["small*"]),
         },
         laws={"p2": Law(law="p2")},
@@ -181,6 +192,7 @@ def _quality(folder: Path, node: str, perplexity: float) -> None:
         "node": node,
         "evaluation": "quality",
         "kind": "quality",
+        "options": {"kind": "quality", "perplexity": PERPLEXITY, "tasks": ["biographies"]},
         "metrics": metrics,
         "versions": {},
         "fingerprint": "e",
@@ -205,6 +217,7 @@ def _quality(folder: Path, node: str, perplexity: float) -> None:
 def _cost(folder: Path, node: str) -> None:
     metrics = [{"metric": "decode_latency", "value": 0.011, "spread": 0.001, "unit": "s/token", "simulated": False}]
     report = {"node": node, "evaluation": "cost", "kind": "cost", "device": "cpu", "metrics": metrics}
+    report["options"] = {"kind": "cost"}
     _write(folder / "metrics.json", json.dumps(report))
 
 

@@ -1,4 +1,4 @@
-"""What a person does in MLflow's pages, as steps in a browser: shared by the test of the UI and by the pictures of docs.
+"""What a person does in MLflow's pages, as steps in a browser: for the test of the UI and for the pictures of docs.
 
 The steps follow MLflow 3.17; they name what a person sees wherever the page has a name for it.
 """
@@ -8,13 +8,14 @@ from __future__ import annotations
 from playwright.sync_api import Locator, Page, expect
 
 SLOW = 60_000  # milliseconds: the pages load their parts one by one
+expect.set_options(timeout=SLOW)
 
 
 def open_runs(page: Page, server: str, experiment: str) -> None:
     """The table of an experiment's runs, without the assistant's panel."""
     page.goto(f"{server}/#/experiments/{experiment}/runs")
-    expect(page.get_by_text("matching runs")).to_be_visible(timeout=SLOW)
-    expect(page.locator(".ag-row").first).to_be_visible(timeout=SLOW)
+    expect(page.get_by_text("matching runs")).to_be_visible()
+    expect(page.locator(".ag-row").first).to_be_visible()
     close = page.locator("[data-component-id='mlflow.assistant.chat_panel.close']")
     if close.count():
         close.click()
@@ -39,7 +40,7 @@ def select_all(page: Page) -> None:
 def compare(page: Page) -> None:
     """The page that compares the runs that are selected."""
     page.get_by_role("button", name="Compare", exact=True).click()
-    expect(page.get_by_text("Comparing", exact=False).first).to_be_visible(timeout=SLOW)
+    expect(page.get_by_text("Comparing", exact=False).first).to_be_visible()
 
 
 def choose(page: Page, field: str, names: list[str]) -> None:
@@ -69,14 +70,56 @@ def scatter(page: Page, across: str, up: str) -> None:
 
 
 def traces(page: Page) -> list[dict]:
-    """What the chart that shows draws: of each trace its type, how many points, and its dimensions' labels and counts."""
+    """What the chart that shows draws, by traces: type, points and the last one's place, values by dimension."""
     chart = page.locator(".js-plotly-plot:visible").first
-    expect(chart).to_be_visible(timeout=SLOW)
+    expect(chart).to_be_visible()
     return chart.evaluate(
-        """chart => chart.data.map(trace => ({
-            type: trace.type,
-            points: trace.x ? Array.from(trace.x, Number).filter(Number.isFinite).length : 0,
-            dimensions: Object.fromEntries((trace.dimensions || []).map(
-                each => [each.label, Array.from(each.values).filter(value => value !== null).length])),
-        }))"""
+        """chart => (chart.data || []).map(trace => {
+            const across = Array.from(trace.x || [], Number).filter(Number.isFinite);
+            const values = dimension => Array.from(dimension.values).filter(value => value !== null).length;
+            return {
+                type: trace.type,
+                points: across.length,
+                last: across.length ? Math.max(...across) : null,
+                dimensions: Object.fromEntries((trace.dimensions || []).map(each => [each.label, values(each)])),
+            };
+        })"""
     )
+
+
+def wait_for_traces(page: Page, kind: str, points: int = 0, dimensions: int = 0) -> list[dict]:
+    """The traces of the chart that shows, once one of them is of this kind and holds as much."""
+    for _ in range(SLOW // 500):
+        drawn = [trace for trace in traces(page) if trace["type"].startswith(kind)]
+        if any(trace["points"] >= points and len(trace["dimensions"]) >= dimensions for trace in drawn):
+            return drawn
+        page.wait_for_timeout(500)
+    raise AssertionError(f"no {kind} with {points} points and {dimensions} dimensions, but {traces(page)}")
+
+
+def show_columns(page: Page, names: list[str], instead_of: list[str]) -> None:
+    """The table's columns: those with these names instead of the others."""
+    page.get_by_role("button", name="Columns").click()
+    search = page.get_by_placeholder("Search columns")
+    for name in [*instead_of, *names]:
+        search.fill(name)
+        page.locator(".du-bois-light-tree-title").get_by_text(name, exact=True).first.click()
+    page.keyboard.press("Escape")
+
+
+def filter_runs(page: Page, condition: str) -> None:
+    """Only the runs that meet a condition of MLflow's search."""
+    field = page.get_by_placeholder("metrics.rmse", exact=False)
+    field.fill(condition)
+    field.press("Enter")
+
+
+def curves(page: Page, server: str, experiment: str, metric: str) -> None:
+    """The chart of one metric along its steps, for all runs."""
+    page.goto(f"{server}/#/experiments/{experiment}/runs?compareRunsMode=CHART")
+    expect(page.locator(".ag-row").first).to_be_visible()
+    expand_models(page)  # rows that are closed have no curves
+    page.get_by_placeholder("Search metric charts").fill(metric)
+    page.get_by_label("Toggle visibility of runs").first.click()
+    page.get_by_role("menuitemradio", name="Show all runs").click()
+    expect(page.locator(".js-plotly-plot:visible").first).to_be_visible()

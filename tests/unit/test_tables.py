@@ -8,17 +8,18 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import duckdb
 import pandas as pd
 import polars as pl
 import pyarrow.parquet as pq
 import pytest
-from fake_results import fake_study, log, write_results
+from fake_results import AnyOptions, fake_study, log, write_results
 
 from coppice import tables
 from coppice.errors import UserError
-from coppice.study import Roofline, Step
+from coppice.study import Roofline, ShippedModel, Step, Study
 
 ROOT = Path(__file__).parents[2]
 
@@ -31,6 +32,7 @@ def results(tmp_path: Path) -> Path:
         whole = folder / "models" / model / "wanda-50" / "manifest.json"
         node.mkdir()
         broken = json.loads(whole.read_text()) | {"node": f"{model}/broken-9"}
+        broken["step"] |= {"name": "broken-9", "method": "broken", "options": {}}
         (node / "manifest.json").write_text(json.dumps(broken))
         for file in ("config.json", "compression.json"):
             shutil.copy(whole.with_name(file), node / file)
@@ -183,7 +185,7 @@ def test_a_missing_result_is_named(partial: Path) -> None:
         ("models/small/wanda-50/manifest.json", b'{"node": ', "not valid JSON"),
         ("models/small/wanda-50/manifest.json", b"{}", "lacks 'step'"),
         ("models/small/wanda-50/config.json", b"{}", "config.json lacks 'hidden_size'"),
-        ("evaluations/small/quality/metrics.json", b'{"metrics": []}', "lacks 'kind'"),
+        ("evaluations/small/quality/metrics.json", b'{"metrics": []}', "lacks 'options'"),
         ("evaluations/small/quality/items.parquet", b"PAR1", "not a whole Parquet file"),
         ("models/small/laco-25/full-1m/curve.parquet", b"", "not a whole Parquet file"),
     ],
@@ -198,6 +200,83 @@ def test_a_broken_result_is_named(results: Path, path: str, content: bytes, mess
     assert failure["stage"] == "tables"
     assert failure["log"] == path
     assert message in failure["error"]
+
+
+def remade(study: Study, step: str, **options: Any) -> Study:
+    """The study with other options of a step."""
+    changed = study.steps[step].model_copy(update={"options": AnyOptions(**options)})
+    return study.model_copy(update={"steps": {**study.steps, step: changed}})
+
+
+def remeasured(study: Study) -> Study:
+    quality = study.evaluations["quality"].model_copy(update={"shots": 3})
+    return study.model_copy(update={"evaluations": {**study.evaluations, "quality": quality}})
+
+
+@pytest.mark.parametrize(
+    ("study", "path", "said"),
+    [
+        (
+            remade(fake_study(), "laco-25", ratio=0.3),
+            "models/medium/laco-25/manifest.json",
+            r"The node 'medium/laco-25' was made before the study's step 'laco-25' changed: ratio \(was 0.25, is 0.3\)",
+        ),
+        (
+            fake_study().model_copy(update={"models": {"small": ShippedModel(shipped="tiny")}}),
+            "models/small/manifest.json",
+            r"the study's model 'small' changed: shipped \(was small, is tiny\)",
+        ),
+        (
+            fake_study().model_copy(update={"seed": 7}),
+            "models/medium/manifest.json",
+            r"the study's model 'medium' changed: seed \(was 0, is 7\)",
+        ),
+        (
+            remeasured(fake_study()),
+            "evaluations/medium/quality/metrics.json",
+            r"'quality' of 'medium' was made before the study's evaluation 'quality' changed: shots \(was 0, is 3\)",
+        ),
+    ],
+)
+def test_results_of_another_study_are_refused(results: Path, study: Study, path: str, said: str) -> None:
+    study = study.model_copy(update={"models": dict(sorted(study.models.items()))})
+    with pytest.raises(UserError, match=said) as caught:
+        tables.write_tables(study, results, results / "tables")
+    assert f"a new name, or remove {results / path} from where the results are stored" in str(caught.value)
+    assert not (results / "tables").exists()
+
+
+def test_partial_tables_leave_out_what_was_made_of_another_study(results: Path) -> None:
+    study = remade(fake_study(), "laco-25", ratio=0.3)
+    written = tables.write_tables(study, results, results / "tables", partial=True)
+    failed = {row["node"]: row["error"] for row in written["failures"].to_pylist() if row["node"].startswith("small/")}
+    assert set(failed) == {"small/laco-25", "small/laco-25/full-1m", "small/laco-25/full-1m/gptq-4"}
+    assert "ratio (was 0.25, is 0.3)" in failed["small/laco-25"]
+    assert failed["small/laco-25/full-1m"] == "It was made from small/laco-25, which the tables leave out."
+    for name in ("nodes", "metrics", "items", "costs", "curves"):
+        assert not failed.keys() & set(written[name]["node"].to_pylist())
+    # What was measured otherwise is left out; the nodes stay.
+    written = tables.write_tables(remeasured(fake_study()), results, results / "tables", partial=True)
+    assert len(written["nodes"]) == len(written["failures"]) == 12
+    assert (len(written["metrics"]), len(written["items"])) == (0, 0)
+
+
+def test_options_that_a_version_did_not_know_are_no_change(results: Path) -> None:
+    """`gpus` and `precision` were not recorded; and on how many GPUs a step trains changes nothing."""
+    path = results / "models/small/laco-25/full-1m/manifest.json"
+    manifest = json.loads(path.read_text())
+    step = Step.model_validate({"method": "full", "text": "a", "validation": "b", "tokens": 9, "gpus": 2})
+    options = step.options.model_dump(mode="json", exclude={"gpus", "precision"})
+    path.write_text(json.dumps(manifest | {"step": {**manifest["step"], "options": options}}))
+    study = fake_study()
+    study = study.model_copy(
+        update={"steps": {**study.steps, "full-1m": step}, "models": {"small": study.models["small"]}}
+    )
+    tables.write_tables(study, results, results / "tables")
+    options["precision"] = "float32"
+    path.write_text(json.dumps(manifest | {"step": {**manifest["step"], "options": options}}))
+    with pytest.raises(UserError, match=r"precision \(was float32, is auto\)"):
+        tables.write_tables(study, results, results / "tables")
 
 
 def test_missing_items_are_named(results: Path) -> None:

@@ -6,13 +6,16 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+STARTUP = Path(__file__).with_name("startup")
 PARTS = ("Snakefile", "rules", "workflow", "profiles", "config", "envs")
 
 
@@ -34,13 +37,12 @@ def snakemake_command(repository: Path) -> Callable[..., dict[str, Any]]:
 
     def arguments(directory: Path, *words: str, environment: dict[str, str] | None = None) -> dict[str, Any]:
         command = [sys.executable, "-m", "snakemake", "--snakefile", str(repository / "Snakefile"), "--cores", "2"]
-        offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
         return {
             "args": [*command, "--directory", str(directory), *words],
             "stdout": subprocess.PIPE,
             "stderr": subprocess.STDOUT,
             "text": True,
-            "env": {**os.environ, **offline, **(environment or {})},
+            "env": {**os.environ, **OFFLINE, **(environment or {})},
         }
 
     return arguments
@@ -54,3 +56,16 @@ def snakemake(snakemake_command: Callable[..., dict[str, Any]]) -> Callable[...,
         return subprocess.run(**snakemake_command(directory, *words, **options), check=False)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def forks() -> Iterator[dict[str, str]]:
+    """The environment in which jobs that load models are forks of one process, which has imported torch once."""
+    address = f"coppice-{uuid4()}"
+    # A process that has threads must not fork.
+    alone = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+    command = [sys.executable, str(STARTUP / "forks.py"), address]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=os.environ | OFFLINE | alone) as server:
+        assert server.stdout.readline() == b"Ready.\n"
+        yield {"FORKS": address, "PYTHONPATH": str(STARTUP)}
+        server.terminate()

@@ -352,7 +352,7 @@ def test_windows_of_another_tokenizer_are_refused(
 
 
 def test_other_branches_finish_and_a_corrected_study_completes(
-    snakemake: Callable, place: Path, tmp_path: Path
+    snakemake: Callable, forks: dict[str, str], place: Path, tmp_path: Path
 ) -> None:
     """A failed node is a row, and a run of MLflow that failed; the rest of the study is there."""
     shutil.copytree(place / "tiny", tmp_path / "tiny")
@@ -363,7 +363,7 @@ def test_other_branches_finish_and_a_corrected_study_completes(
     words = ["--configfile", str(tmp_path / "study.yaml")]
 
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(broken, sort_keys=False))
-    done = snakemake(tmp_path, *words)
+    done = snakemake(tmp_path, *words, environment=forks)
     assert done.returncode != 0
     assert {"tiny", "tiny/magnitude-50"} == set(pd.read_parquet(results / "tables/nodes.parquet").node)
     assert {"tiny/magnitude-50"} == set(pd.read_parquet(results / "tables/metrics.parquet").node)
@@ -380,7 +380,7 @@ def test_other_branches_finish_and_a_corrected_study_completes(
 
     fixed = broken | {"steps": study()["steps"]}
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(fixed, sort_keys=False))
-    done = snakemake(tmp_path, *words)
+    done = snakemake(tmp_path, *words, environment=forks)
     assert done.returncode == 0, done.stdout
     assert "coppice root" not in done.stdout
     assert pd.read_parquet(results / "tables/failures.parquet").empty

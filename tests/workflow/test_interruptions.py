@@ -21,52 +21,11 @@ from coppice.files import read_json, sha256
 from tests.nodes import save_text, save_tokenizer
 from tests.tiny import tiny_model
 
+STARTUP = Path(__file__).with_name("startup")
 STAGES = ["study", "root", "tokenize", "calibrate", "compress", "recover", "evaluate"]
 STAGES += ["tables", "fit", "report", "track"]
 TIMES = {"nodes": ["wall_seconds", "peak_memory_bytes"], "curves": ["seconds"]}
 NODE = "tiny/wanda-50/full"
-
-# A module that Python imports at its start. $FAULTS is a folder of files <stage>.<fault>; the process of that stage
-# which takes one away suffers it:
-# - kill: SIGKILL just before the last of its files is put in its place;
-# - interrupt: SIGINT, as by Ctrl-C, just before the first is;
-# - wait: it waits just before the first is, having made the file <stage>.waits.
-SITECUSTOMIZE = """
-import os
-import signal
-import sys
-import time
-from pathlib import Path
-
-LAST = ("manifest.json", "metrics.json", "study.yaml", "items.parquet", "fit.json", "index.html", "runs.json")
-
-
-def suffer(stage, faults, replace):
-    def disturbed(source, target, **options):
-        last = Path(target).name in LAST and not Path(target).parent.name.startswith(".partial-")
-        if last and taken("kill"):
-            os.kill(os.getpid(), signal.SIGKILL)
-        if taken("interrupt"):
-            os.kill(os.getpid(), signal.SIGINT)
-        if taken("wait"):
-            (faults / f"{stage}.waits").touch()
-            time.sleep(300)
-        return replace(source, target, **options)
-
-    def taken(fault):
-        try:
-            (faults / f"{stage}.{fault}").unlink()
-        except FileNotFoundError:
-            return False
-        return True
-
-    return disturbed
-
-
-words = sys.orig_argv
-if "FAULTS" in os.environ and words[1:3] == ["-m", "coppice"]:
-    os.replace = suffer(words[3], Path(os.environ["FAULTS"]), os.replace)
-"""
 
 
 def make_study(folder: Path) -> Path:
@@ -127,11 +86,9 @@ def assert_same_results(folder: Path, undisturbed: Path) -> None:
 
 @pytest.fixture(scope="module")
 def faults(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
-    """The folder of faults, and the environment in which processes suffer them."""
+    """The folder of faults, and the environment in which jobs suffer them (see startup/faults.py)."""
     folder = tmp_path_factory.mktemp("faults")
-    (folder / "module").mkdir()
-    (folder / "module" / "sitecustomize.py").write_text(SITECUSTOMIZE)
-    return folder, {"FAULTS": str(folder), "PYTHONPATH": str(folder / "module")}
+    return folder, {"FAULTS": str(folder), "PYTHONPATH": str(STARTUP)}
 
 
 @pytest.fixture(scope="module")
@@ -147,13 +104,18 @@ def in_folder(folder: Path) -> list[str]:
 
 
 def test_every_stage_is_killed_and_interrupted_and_run_again(
-    snakemake: Callable, undisturbed: Path, faults: tuple[Path, dict[str, str]], tmp_path: Path
+    snakemake: Callable,
+    undisturbed: Path,
+    faults: tuple[Path, dict[str, str]],
+    forks: dict[str, str],
+    tmp_path: Path,
 ) -> None:
+    """The jobs that load models are forks; those of the other tests here are new interpreters."""
     folder, (queue, environment) = make_study(tmp_path / "study"), faults
     for stage in STAGES:
         for fault in ("kill", "interrupt"):
             (queue / f"{stage}.{fault}").touch()
-    done = snakemake(folder, *in_folder(folder), "--retries", "2", environment=environment)
+    done = snakemake(folder, *in_folder(folder), "--retries", "2", environment=environment | forks)
     assert done.returncode == 0, done.stdout
     assert sorted(queue.glob("*.kill")) == sorted(queue.glob("*.interrupt")) == []
     # Snakemake says of each attempt that it failed, and tries again.

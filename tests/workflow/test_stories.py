@@ -30,6 +30,7 @@ from coppice.uncertainty import paired_difference
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "config" / "examples" / "stories.yaml"
 PAIRS = 100
+TRAINED = 50_000
 # Accuracy of the dense model on the first hundred pairs (PROVENANCE.md of the data); chance is 0.5.
 DENSE_ACCURACY = {
     "irregular_past_participle_verbs": 0.95,
@@ -39,7 +40,7 @@ DENSE_ACCURACY = {
     "determiner_noun_agreement_2": 0.62,
     "tough_vs_raising_1": 0.69,
 }
-EVERYWHERE = list(DENSE_ACCURACY)[:3]
+EVERYWHERE = list(DENSE_ACCURACY)[:2]
 TARGETS = ("laws", "report")
 
 
@@ -85,8 +86,14 @@ def pairs(path: Path) -> Iterator[dict[str, Any]]:
 
 
 @pytest.fixture(scope="session")
-def study(shared_data: Path, snakemake: Callable, tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    """The example study with minimal pairs as benchmarks, run once for all tests here."""
+def study(
+    shared_data: Path, snakemake: Callable, forks: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> Finished:
+    """The example study with minimal pairs as benchmarks, run once for all tests here.
+
+    Its jobs that load models are forks; those of test_interruptions, which end with the same tables as others that are
+    forks, are new interpreters.
+    """
     folder = tmp_path_factory.mktemp("stories")
     (folder / "tasks").mkdir()
     for task in DENSE_ACCURACY:
@@ -99,15 +106,20 @@ def study(shared_data: Path, snakemake: Callable, tmp_path_factory: pytest.TempP
     extend(described)
     (folder / "study.yaml").write_text(yaml.safe_dump(described, sort_keys=False))
     words = [*TARGETS, "--configfile", str(folder / "study.yaml")]
-    done = snakemake(folder, *words)
+    done = snakemake(folder, *words, environment=forks)
     assert done.returncode == 0, done.stdout
     tables = {path.stem: pd.read_parquet(path) for path in (folder / "results/stories/tables").glob("*.parquet")}
     return Finished(folder, words, tables)
 
 
 def extend(described: dict[str, Any]) -> None:
-    """Adds to the example: the control from scratch with two seeds, their connectivity, hidden states, more laws."""
-    described["budgets"] = [12_500, 25_000, 50_000, 75_000, 100_000]
+    """Adds to the example: the control from scratch with two seeds, their connectivity, hidden states, more laws.
+
+    It trains half as long, with more budgets on the way.
+    """
+    described["budgets"] = [10_000, 20_000, 30_000, 40_000, TRAINED]
+    for step in ("full", "lora"):
+        described["steps"][step]["tokens"] = TRAINED
     described["steps"]["scratch"] = described["steps"]["full"] | {"method": "scratch", "tokens": 10_000}
     described["recipes"].append({"steps": ["width-25", "scratch"], "seeds": [0, 1]})
     described["evaluations"]["quality"]["intrinsic"] = {"protocol": "stories", "length": 32, "windows": 16}
@@ -214,8 +226,7 @@ def test_recovery_lowers_the_held_out_loss(study: Finished, node: str) -> None:
     held_out = curves[(curves.node == f"stories/{node}") & (curves.split == "validation")].sort_values("tokens")
     assert held_out.loss.is_monotonic_decreasing
     assert held_out.tokens.iloc[0] == 0
-    assert held_out.tokens.iloc[-1] >= row.recovery_tokens >= 100_000
-    assert [budget for budget in (25_000, 50_000, 100_000) if (held_out.tokens >= budget).any()]
+    assert held_out.tokens.iloc[-1] >= row.recovery_tokens >= TRAINED
     assert 0 < row.recovered_share <= 1
 
 

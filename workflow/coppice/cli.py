@@ -83,7 +83,8 @@ def parse(words: list[str]) -> argparse.Namespace:
 
 def processes(arguments: argparse.Namespace) -> int:
     """How many the stage runs in: one, but for a step that trains on several GPUs."""
-    return getattr(arguments, "step", {}).get("options", {}).get("gpus", 1)
+    named = getattr(arguments, "step", {}).get("options", {}).get("gpus", 1)
+    return getattr(arguments, "gpus", None) or named
 
 
 def claim_devices(arguments: argparse.Namespace) -> None:

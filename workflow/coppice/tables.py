@@ -18,7 +18,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from coppice import store
+from coppice import outdated, store
 from coppice.comparisons import compare, signals
 from coppice.errors import UserError
 from coppice.evaluation import roofline
@@ -289,7 +289,8 @@ def collected(study: Study, results: Path) -> dict[str, list[Row]]:
 def collect(study: Study, results: Path, partial: bool = False, itemized: bool = True) -> dict[str, Any]:
     """Every table's rows, unsorted; items as Arrow tables, none where not `itemized`.
 
-    Results of nodes that are not in the study are left out.
+    Results of nodes that are not in the study are left out, as are those of nodes below one that cannot be read or was
+    made of another study.
     """
     tree = nodes(study)
     broken: list[Row] = []
@@ -304,14 +305,18 @@ def collect(study: Study, results: Path, partial: bool = False, itemized: bool =
             broken.append({"node": node, "stage": "tables", "error": str(error), "log": _relative(path, results)})
 
     checkpoints: dict[str, Row] = {}
-    curves: list[Row] = []
     for name, node in tree.items():
-        folder = results / "models" / name
-        for row in read(name, folder / "manifest.json", partial_of(node_row, study, node)):
+        path = results / "models" / name / "manifest.json"
+        if refused := next((row["node"] for row in broken if name.startswith(f"{row['node']}/")), None):
+            error = f"It was made from {refused}, which the tables leave out."
+            broken.append({"node": name, "stage": "tables", "error": error, "log": _relative(path, results)})
+            continue
+        for row in read(name, path, partial_of(node_row, study, node)):
             checkpoints[name] = row
-            if row["family"] == "recover":
-                for rows in read(name, folder / "curve.parquet", partial_of(curve_rows, name)):
-                    curves += rows
+    curves: list[Row] = []
+    for name in [name for name, row in checkpoints.items() if row["family"] == "recover"]:
+        for rows in read(name, results / "models" / name / "curve.parquet", partial_of(curve_rows, name)):
+            curves += rows
     _relate(checkpoints, curves)
     metrics: list[Row] = []
     costs = [row for checkpoint in checkpoints.values() for row in _manifest_costs(checkpoint)]
@@ -319,13 +324,13 @@ def collect(study: Study, results: Path, partial: bool = False, itemized: bool =
         for rows in read(name, results / "models" / name / "config.json", partial_of(roofline_rows, study, name)):
             costs += rows
     items: list[pa.Table] = []
-    for name, evaluation in [(node, evaluation) for node in tree for evaluation in evaluations(study, node)]:
+    for name, evaluation in [(node, evaluation) for node in checkpoints for evaluation in evaluations(study, node)]:
         folder = results / "evaluations" / name / evaluation
-        for measured in read(name, folder / "metrics.json", partial_of(measured_rows, name, evaluation)):
+        for measured in read(name, folder / "metrics.json", partial_of(measured_rows, study, name, evaluation)):
             metrics += measured["metrics"]
             costs += measured["costs"]
-        if itemized and study.evaluations[evaluation].kind == "quality":
-            items += read(name, folder / "items.parquet", partial_of(item_rows, name, evaluation), "metrics.json")
+            if itemized and study.evaluations[evaluation].kind == "quality":
+                items += read(name, folder / "items.parquet", partial_of(item_rows, name, evaluation), "metrics.json")
     asked = {name: protocols(evaluation) for name, evaluation in study.evaluations.items()}
     return {
         "nodes": list(checkpoints.values()),
@@ -341,9 +346,13 @@ def collect(study: Study, results: Path, partial: bool = False, itemized: bool =
 
 
 def node_row(study: Study, node: Node, path: Path) -> Row:
-    """The row of a checkpoint from its manifest; what other nodes tell of it is still missing."""
+    """The row of a checkpoint from its manifest; what other nodes tell of it is still missing.
+
+    Raises UserError where the manifest lacks something, or tells of another step than the study's.
+    """
     manifest = read_json(path)
     try:
+        outdated.refuse_other_node(study, node, manifest, path)
         step, recovery = manifest["step"], manifest["recovery"] or {"tokens": None, "tokens_total": 0}
         parameters, stored_bits = manifest["parameters"], manifest["stored_bits"]
         source = manifest.get("source") or {}
@@ -448,10 +457,14 @@ def recovery_losses(validation: list[Row]) -> Row:
     return {"loss_before": before, "loss_after": after, "dense_loss": dense, "recovered_share": share}
 
 
-def measured_rows(node: str, evaluation: str, path: Path) -> dict[str, list[Row]]:
-    """The rows of metrics and of costs in an evaluation's metrics.json."""
+def measured_rows(study: Study, node: str, evaluation: str, path: Path) -> dict[str, list[Row]]:
+    """The rows of metrics and of costs in an evaluation's metrics.json.
+
+    Raises UserError where it lacks something, or was measured by other options than the study's.
+    """
     report = read_json(path)
     try:
+        outdated.refuse_other_evaluation(study, node, evaluation, report["options"], path)
         costly = report["kind"] == "cost"
         rows = [_measured_row(node, evaluation, report, entry, costly) for entry in report["metrics"]]
     except (KeyError, TypeError) as error:

@@ -38,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=Path, required=True, help="windows to train on")
     parser.add_argument("--validation", type=Path, required=True, help="windows of the held-out loss")
     parser.add_argument("--step", type=json.loads, required=True, help="the step as JSON: name, method, options")
+    parser.add_argument("--gpus", type=int, default=0, help="to train on together (default: 0, what the step says)")
     parser.add_argument("--budgets", type=_budgets, default=(), help="ladder of tokens, with commas between")
     parser.add_argument("--seed", type=int, default=0, help="of the order of windows, new weights and dropout")
     parser.add_argument("--state", type=Path, required=True, help="folder for the state of an interrupted run")
@@ -53,13 +54,16 @@ def run(arguments: argparse.Namespace) -> None:
     """`coppice recover`, alone or as one of the processes that `distributed.launch` started."""
     if distributed.launched():
         distributed.join(arguments.device)
+    step = arguments.step
+    if arguments.gpus:
+        step = {**step, "options": {**step["options"], "gpus": arguments.gpus}}
     recover(
         arguments.node,
         arguments.parent,
         arguments.dense,
         arguments.tokens,
         arguments.validation,
-        arguments.step,
+        step,
         arguments.budgets,
         arguments.seed,
         arguments.state,

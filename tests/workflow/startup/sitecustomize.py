@@ -1,0 +1,17 @@
+"""Python imports this at its start where this folder is on PYTHONPATH: faults of jobs, and jobs that are forks."""
+
+import os
+import sys
+
+# Importing torch and transformers takes several times as long as what these do on the models of tests.
+LOADS_MODELS = ("root", "calibrate", "compress", "recover", "evaluate")
+
+if sys.orig_argv[1:3] == ["-m", "coppice"]:
+    if "FORKS" in os.environ and sys.orig_argv[3] in LOADS_MODELS:
+        import forks
+
+        forks.hand_over(os.environ["FORKS"])
+    elif "FAULTS" in os.environ:
+        import faults
+
+        faults.begin()
