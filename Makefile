@@ -9,10 +9,10 @@ demo: .venv/ready
 	$(BIN)/snakemake --cores $(CORES)
 	@$(BIN)/coppice summary --results results/demo
 
-test: .venv/ready
-	$(BIN)/python -m pytest -n $(CORES) --dist loadfile
+test: .venv/ready .venv/storage/ready
+	$(BIN)/python -m pytest -n $(CORES) --dist loadfile --no-loadscope-reorder
 
-test-cluster: .venv/ready
+test-cluster: .venv/ready .venv/storage/ready
 	$(BIN)/python -m pytest tests/cluster
 
 test-services: .venv/ready
@@ -46,6 +46,7 @@ docs: .venv/ready
 
 pictures: .venv/ready
 	$(BIN)/python docs/pictures.py
+	$(BIN)/python -m docs.mlflow_pictures
 
 clean:
 	rm -rf results/demo results/mlflow.db results/mlartifacts .snakemake
@@ -58,6 +59,10 @@ clean:
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --requirement requirements.lock
 	$(BIN)/python -m pip install --quiet --no-deps --editable .
 	touch .venv/ready
+
+.venv/storage/ready: tests/cluster/requirements.txt .venv/ready
+	$(BIN)/uv pip install --quiet --target .venv/storage --no-deps --requirement tests/cluster/requirements.txt
+	touch .venv/storage/ready
 
 .venv-crosscheck/ready: crosscheck/requirements.txt pyproject.toml
 	$(PYTHON) -m venv .venv-crosscheck

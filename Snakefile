@@ -52,8 +52,7 @@ localrules:
 rule all:
     default_target: True
     input:
-        [checkpoints(), metrics(), fits()],
-        [f"{RESULTS}/report/index.html", f"{RESULTS}/tracking/runs.json"],
+        everything(),
 
 
 for stage in "root tokens calibrate compress recover evaluate tables laws report track".split():

@@ -178,7 +178,7 @@ def main() -> None:
     data = generated(arguments.nodes)
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as started:
         path = Path(folder) / "index.html"
-        path.write_text(report._page("generated", "A generated study.", as_json(data), {}, ""), encoding="utf-8")
+        path.write_text(report.assemble("generated", "A generated study.", as_json(data), {}, ""), encoding="utf-8")
         print(f"{len(data['nodes'])} nodes, a page of {path.stat().st_size / 1e6:.1f} MB")
         browser = started.chromium.launch(executable_path=program, args=["--no-sandbox", "--disable-gpu"])
         page = browser.new_page(viewport={"width": 1280, "height": 900})

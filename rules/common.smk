@@ -62,6 +62,10 @@ def fits():
     return [f"{RESULTS}/laws/{law}/{file}" for law in STUDY.laws for file in files]
 
 
+def everything():
+    return [*checkpoints(), *metrics(), *fits(), f"{RESULTS}/report/index.html", f"{RESULTS}/tracking/runs.json"]
+
+
 def options(name, paths):
     """`--name DIR` for the folder of each path."""
     return [word for path in paths for word in (name, os.path.dirname(path))]

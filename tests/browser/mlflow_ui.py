@@ -16,6 +16,11 @@ def open_runs(page: Page, server: str, experiment: str) -> None:
     page.goto(f"{server}/#/experiments/{experiment}/runs")
     expect(page.get_by_text("matching runs")).to_be_visible()
     expect(page.locator(".ag-row").first).to_be_visible()
+    close_assistant(page)
+
+
+def close_assistant(page: Page) -> None:
+    """Closes the panel that MLflow opens at the right."""
     close = page.locator("[data-component-id='mlflow.assistant.chat_panel.close']")
     if close.count():
         close.click()
@@ -70,14 +75,15 @@ def scatter(page: Page, across: str, up: str) -> None:
 
 
 def traces(page: Page) -> list[dict]:
-    """What the chart that shows draws, by traces: type, points and the last one's place, values by dimension."""
-    chart = page.locator(".js-plotly-plot:visible").first
+    """What the chart that shows draws, by traces: name, type, points and the last one's place, values by dimension."""
+    chart = page.locator(".js-plotly-plot:visible").last  # a dialog's stands behind the page's
     expect(chart).to_be_visible()
     return chart.evaluate(
         """chart => (chart.data || []).map(trace => {
             const across = Array.from(trace.x || [], Number).filter(Number.isFinite);
             const values = dimension => Array.from(dimension.values).filter(value => value !== null).length;
             return {
+                name: trace.name,
                 type: trace.type,
                 points: across.length,
                 last: across.length ? Math.max(...across) : null,
@@ -115,11 +121,12 @@ def filter_runs(page: Page, condition: str) -> None:
 
 
 def curves(page: Page, server: str, experiment: str, metric: str) -> None:
-    """The chart of one metric along its steps, for all runs."""
-    page.goto(f"{server}/#/experiments/{experiment}/runs?compareRunsMode=CHART")
-    expect(page.locator(".ag-row").first).to_be_visible()
+    """The chart of one metric along its steps, for all runs, as large as the window."""
+    open_runs(page, server, experiment)
     expand_models(page)  # rows that are closed have no curves
+    page.goto(f"{server}/#/experiments/{experiment}/runs?compareRunsMode=CHART")
     page.get_by_placeholder("Search metric charts").fill(metric)
     page.get_by_label("Toggle visibility of runs").first.click()
     page.get_by_role("menuitemradio", name="Show all runs").click()
-    expect(page.locator(".js-plotly-plot:visible").first).to_be_visible()
+    page.locator("[data-component-id='fullscreen_button_chartcard']").first.click()
+    expect(page.get_by_role("dialog").locator(".js-plotly-plot")).to_be_visible()

@@ -1,12 +1,20 @@
-"""Recoveries in one group of processes, one after the other: their arguments are in the JSON file that is named."""
+"""Recoveries in one group of two processes, one after the other: their arguments are in the JSON file that is named.
+
+The processes are forked from this one, which imported what they need.
+"""
 
 from __future__ import annotations
 
 import json
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+import coppice.trainer  # noqa: F401 - for the processes that are forked
 from coppice import distributed
 from coppice.train import recover
 
@@ -18,6 +26,27 @@ def run(jobs: list[dict[str, Any]]) -> None:
         recover(**{**job, **paths, "budgets": tuple(job["budgets"])})
 
 
-if __name__ == "__main__":
+def run_together(jobs: list[dict[str, Any]]) -> None:
     distributed.join("cpu")
-    run(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
+    run(jobs)
+    distributed.leave()
+
+
+def launch(jobs: list[dict[str, Any]]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=2,
+            logs_specs=DefaultLogsSpecs(log_dir=folder),
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            local_addr="localhost",
+            start_method="fork",
+            max_restarts=0,
+        )
+        elastic_launch(config, run_together)(jobs)
+
+
+if __name__ == "__main__":
+    launch(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))

@@ -7,12 +7,13 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
 from coppice import devices
-from coppice.cli import claim_devices
+from coppice.cli import claim_devices, processes
 from coppice.errors import UserError
 
 # Claims what it is told, says what it got and waits to be killed.
@@ -80,10 +81,28 @@ def test_nothing_is_claimed_where_there_is_no_choice(monkeypatch: pytest.MonkeyP
     assert not any(tmp_path.iterdir())
 
 
+def test_locks_in_a_folder_of_another_user_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """In a folder that all may write to, another one may have made it, with links in it."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(os, "getuid", lambda: 12345)
+    (tmp_path / "coppice-12345").mkdir()
+    with pytest.raises(UserError, match=f"{tmp_path}/coppice-12345 is another user's; remove it, or set TMPDIR"):
+        devices.claim()
+
+
 def test_too_few_devices_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     with pytest.raises(UserError, match=r"asks for 2 GPUs \(gpus\), but this job sees 1; set gpus"):
         devices.claim(2)
+
+
+def test_what_the_workflow_tells_goes_before_what_the_step_says() -> None:
+    step = {"options": {"gpus": 2}}
+    asked = [argparse.Namespace(stage="recover", step=step, gpus=gpus) for gpus in (0, 4)]
+    assert [processes(arguments) for arguments in asked] == [2, 4]
+    assert processes(argparse.Namespace(stage="evaluate")) == 1
 
 
 def test_one_named_device_is_too_few_for_a_step_on_several() -> None:

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import yte
 from snakemake.settings.enums import Quietness
 from snakemake_interface_logger_plugins.common import LogEvent
 from snakemake_interface_logger_plugins.registry import LoggerPluginRegistry
@@ -132,6 +133,33 @@ def test_lines_are_rare(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(lines) == 6
     assert "1 of 100 jobs done, 3 s so far, about 5.0 min left" in lines[0]
     assert "100 of 100 jobs done, 5.0 min so far" in lines[-1]
+
+
+def test_an_error_of_its_own_ends_no_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    stream = Terminal()
+    shown = handler(monkeypatch, stream)
+    monkeypatch.setattr(Progress, "lines", lambda *_: 1 / 0)
+    run_that_fails(shown, tmp_path)
+    shown.close()
+    screen = stream.screen()
+    # One sentence, then failures alone.
+    [sentence] = [line for line in screen if "cannot be shown (ZeroDivisionError" in line]
+    assert "The run goes on" in sentence
+    assert [line.split()[0] for line in screen[screen.index(sentence) + 1 :]] == ["FAILED", "Exiting"]
+    # A terminal that is gone.
+    monkeypatch.setattr(stream, "write", lambda text: 1 / 0)
+    tell(shown, None, "more", level=logging.ERROR)
+    assert shown.view == "nothing"
+    tell(shown, None, "more", level=logging.ERROR)
+
+
+def test_a_run_needs_no_plugin() -> None:
+    profiles = Path(__file__).parents[2] / "profiles"
+    for name in ("default", "gpu"):
+        text = (profiles / name / "profile.yaml").read_text()
+        assert yte.process_yaml(text, require_use_yte=True)["logger"] == "coppice"
+        hidden = text.replace("snakemake_logger_plugin_coppice", "snakemake_logger_plugin_absent")
+        assert "logger" not in yte.process_yaml(hidden, require_use_yte=True)
 
 
 def test_remaining_time_by_stage_and_tokens() -> None:

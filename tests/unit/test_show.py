@@ -10,7 +10,7 @@ from fake_results import fake_study, log, write_results
 
 from coppice import tables
 from coppice.errors import UserError
-from coppice.show import made_nodes, named, show
+from coppice.show import chance, made_nodes, named, show
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def test_before_tables(before: Path) -> None:
     # By hand: 392,000 parameters of 490,000, stored with 5 bits each: 4 bits a weight of the dense model.
     [parameters] = [line.split() for line in lines if line.startswith("parameters")]
     assert parameters[1:] == ["392k", "392k", "490k"]
-    [bits] = [line.split() for line in lines if line.startswith("bits a weight of the dense")]
+    [bits] = [line.split() for line in lines if line.startswith("bits a weight of the dense model ")]
     assert bits[-3:] == ["4.00", "25.60", "32.00"]
     [perplexity] = [line for line in lines if line.startswith("perplexity stories (quality)")]
     assert perplexity.count("+-") == 3
@@ -61,7 +61,9 @@ def test_before_tables(before: Path) -> None:
     assert "bits asked" not in text
     assert "Largest error: layers.1.mlp.up_proj (0.0300)," in text
     assert "Paired tests" not in text
-    assert text.endswith(f"--force {before}/models/small/laco-25/full-1m/gptq-4/manifest.json")
+    assert "The same in each: bits 4." in lines
+    # The target is where the workflow writes, not where these results lie.
+    assert text.endswith("--force results/demo/models/small/laco-25/full-1m/gptq-4/manifest.json")
 
 
 def test_a_recovery(before: Path) -> None:
@@ -71,7 +73,7 @@ def test_a_recovery(before: Path) -> None:
     # Before, at 50k tokens and the four budgets; then the dense model's.
     assert len(losses.split()) == 3 + 6 + 1
     assert losses.split()[-1] == "1.800"
-    assert "Made of it: gptq-4" in text
+    assert "Made of it:   gptq-4" in text
 
 
 def test_with_tables_it_tells_what_is_told_apart(after: Path) -> None:
@@ -79,6 +81,13 @@ def test_with_tables_it_tells_what_is_told_apart(after: Path) -> None:
     assert "of biographies less that of the dense model:" in text
     assert "not told apart" in text
     assert ": told apart." in text
+    # Its parent is the dense model: each test is told once.
+    assert "that of its parent" not in text
+    assert text.count("loss of stories less that of the dense model:") == 1
+
+
+def test_a_p_value_is_no_more_exact_than_it_can_be() -> None:
+    assert [chance(p) for p in (0.04321, 0.001, 3.8e-28)] == ["p 0.043", "p 0.0010", "p < 0.001"]
 
 
 def test_a_failure_is_told_with_its_log(before: Path) -> None:
@@ -122,7 +131,7 @@ def test_names_that_are_not_clear(before: Path, asked: str, sentence: str) -> No
 
 
 def test_results_that_are_not_there(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="does not exist; name the folder"):
+    with pytest.raises(UserError, match="is no folder; name the folder"):
         show(tmp_path / "none", "small")
-    with pytest.raises(UserError, match="There is no node yet"):
+    with pytest.raises(UserError, match=r"There is no node in .* yet; run the study"):
         show(tmp_path, "small")

@@ -1,6 +1,10 @@
 from __future__ import annotations
 
+import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from time import sleep
+from typing import Any
 
 import pytest
 
@@ -85,11 +89,22 @@ def test_an_address_that_is_none_is_one_sentence(tmp_path: Path, monkeypatch: py
         store.obtain(tmp_path / "weights", "0" * 64)
 
 
-def test_credentials_in_an_address_are_not_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(store.VARIABLE, "ftp://somebody:secret@host/prefix?token=secret")
+@pytest.mark.parametrize(
+    ("address", "shown"),
+    [
+        ("ftp://somebody:secret@host/prefix?token=secret", "ftp://host/prefix"),
+        ("s3://AKIA:secret/with+slash@bucket/prefix", "s3://bucket/prefix"),
+        ("s3://AKIA:a secret@bucket", "s3://bucket"),
+    ],
+)
+def test_credentials_in_an_address_are_not_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, address: str, shown: str
+) -> None:
+    monkeypatch.setenv(store.VARIABLE, address)
     with pytest.raises(UserError) as raised:
         store.obtain(tmp_path / "weights", "0" * 64)
-    assert "The store ftp://host/prefix is" in str(raised.value)
+    assert f"The store {shown} is" in str(raised.value)
+    assert "secret" not in str(raised.value)
 
 
 def test_without_a_store_nothing_travels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,6 +132,59 @@ def test_fetch_brings_small_files_once(
     capsys.readouterr()
     assert main(["fetch", "--store", str(shared), "--results", "results/demo"]) == 0
     assert capsys.readouterr().out == "0 files fetched to results/demo.\n"
+
+
+def test_fetch_goes_by_what_the_storage_holds_whatever_the_clock_here_says(
+    tmp_path: Path, shared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored = shared / "results/demo/tables/nodes.parquet"
+    stored.parent.mkdir(parents=True)
+    stored.write_text("old")
+    monkeypatch.chdir(tmp_path)
+    assert store.fetch_results(str(shared), Path("results/demo")) == 1
+    # It was made anew there, as large, and its clock is behind.
+    stored.write_text("new")
+    os.utime(stored, (1e9, 1e9))
+    assert store.fetch_results(str(shared), Path("results/demo")) == 1
+    assert Path("results/demo/tables/nodes.parquet").read_text() == "new"
+
+
+def test_fetch_writes_nowhere_but_into_the_results(
+    tmp_path: Path, shared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bucket may hold a key with dots in it; a folder does not list one."""
+    from pyarrow import fs
+
+    class Bucket(fs.FileSystemHandler):
+        def get_file_info_selector(self, selector: fs.FileSelector) -> list[fs.FileInfo]:
+            return [fs.FileInfo(f"{selector.base_dir}/../../taken", fs.FileType.File, size=1, mtime_ns=1)]
+
+    for method in Bucket.__abstractmethods__:
+        setattr(Bucket, method, lambda self, *_: None)
+    Bucket.__abstractmethods__ = frozenset()
+    monkeypatch.setattr(store, "_open", lambda address: (fs.PyFileSystem(Bucket()), "prefix"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"prefix/results/demo/\.\./\.\./taken, which is no path of results; remove it"):
+        store.fetch_results("s3://prefix", Path("results/demo"))
+    assert not (tmp_path / "taken").exists()
+
+
+def test_jobs_that_open_a_file_at_once_fetch_it_once(
+    tmp_path: Path, shared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = elsewhere(made(tmp_path / "made", weights="1 2 3"), tmp_path / "node")
+    copy, copies = store._copy, []
+
+    def slowly(*arguments: Any) -> None:
+        copies.append(arguments)
+        sleep(0.2)
+        copy(*arguments)
+
+    monkeypatch.setattr(store, "_copy", slowly)
+    with ThreadPoolExecutor(4) as pool:
+        opened = list(pool.map(store.local, [node / "weights"] * 4))
+    assert [path.read_text() for path in opened] == ["1 2 3"] * 4
+    assert len(copies) == 1
 
 
 def test_fetch_says_what_is_missing(

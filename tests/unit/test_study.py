@@ -103,6 +103,10 @@ REFUSED: list[tuple[dict[str, Any] | Callable[[], dict[str, Any]], str]] = [
         "steps.wanda-50: wanda needs a calibration; name one of the study's: default, other.",
     ),
     (changed("calibrations", {}), "steps.wanda-50: wanda needs a calibration; describe one under `calibrations`."),
+    (
+        changed("tracking", {"uri": "postgresql://me:a/secret@host/runs"}),
+        "tracking.uri: An address with a password would stand in logs and reports; leave the password out, and set",
+    ),
     # Names
     (changed("study", "a/b"), "study: 'a/b' is no name"),
     (changed("steps.a/b", {"method": "rtn"}), "steps.a/b: 'a/b' is no name"),

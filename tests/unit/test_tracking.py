@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import requests
 from fake_results import fake_study, log, write_results
 
 from coppice import tables, tracking
@@ -235,6 +236,35 @@ def test_a_server_that_is_not_there(
     assert f"are whole and were not touched, so once it answers run `coppice track --study {results}/study.yaml" in said
     assert "secret" not in said
     assert sorted(results.rglob("*")) == before
+
+
+@pytest.mark.parametrize("password", ["secret", "a/secret", "a@secret", "a:secret?"])
+def test_passwords_of_addresses_are_not_shown(tmp_path: Path, password: str) -> None:
+    uri = f"http://me:{password}@host:5000"
+    said = r"MLflow at http://me:\.\.\.@host:5000 does not answer"
+    with pytest.raises(UserError, match=said) as raised, server.speaking_to(uri, tmp_path):
+        raise requests.ConnectionError(f"no route to {uri} today")
+    assert "secret" not in str(raised.value)
+
+
+def test_a_file_that_goes_while_it_is_read_ends_no_watching(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As the state of a recovery does when it ends."""
+    looks = iter([FileNotFoundError(2, "No such file or directory", "state.safetensors"), ({}, []), ({".": "1"}, [])])
+
+    def look(*_: object) -> object:
+        found = next(looks)
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    ends = iter([False, False, True])
+    monkeypatch.setattr(tracking, "_show", look)
+    monkeypatch.setattr(tracking, "sleep", lambda seconds: None)
+    monkeypatch.setattr(watching.Ending, "reached", lambda self, study: next(ends))
+    assert tracking.watch(fake_study(), tmp_path, None) == {".": "1"}
+    assert "0 of 12 nodes are in MLflow" in capsys.readouterr().out
 
 
 def test_uri(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

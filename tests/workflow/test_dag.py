@@ -260,13 +260,6 @@ def test_a_changed_law_is_fitted_anew_and_a_changed_engine_fits_all(
     assert fitted(engine / "held_out.py") == set(LAWS)
 
 
-def test_the_workflow_is_linted_and_formatted(directory):
-    assert "good condition" in snakemake(directory, "--configfile", str(directory / "study.yaml"), "--lint")
-    files = [str(ROOT / "Snakefile"), str(ROOT / "rules")]
-    formatted = subprocess.run([sys.executable, "-m", "snakefmt", "--check", "-l", "120", *files], check=False)
-    assert formatted.returncode == 0
-
-
 def test_the_snakefile_sets_up_and_rules_are_commands():
     assert len((ROOT / "Snakefile").read_text().splitlines()) <= 60
     for file in (ROOT / "rules").glob("*.smk"):

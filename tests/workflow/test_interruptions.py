@@ -110,7 +110,7 @@ def test_every_stage_is_killed_and_interrupted_and_run_again(
     forks: dict[str, str],
     tmp_path: Path,
 ) -> None:
-    """The jobs that load models are forks; those of the other tests here are new interpreters."""
+    """The jobs that load models are forks; those of the undisturbed study are new interpreters."""
     folder, (queue, environment) = make_study(tmp_path / "study"), faults
     for stage in STAGES:
         for fault in ("kill", "interrupt"):
@@ -129,8 +129,10 @@ def test_a_whole_run_is_killed_and_interrupted_and_run_again(
     snakemake_command: Callable,
     undisturbed: Path,
     faults: tuple[Path, dict[str, str]],
+    forks: dict[str, str],
     tmp_path: Path,
 ) -> None:
+    """The jobs that a signal reaches are new interpreters, in the process group of Snakemake."""
     folder, (queue, environment) = make_study(tmp_path / "study"), faults
 
     def disturbed(stage: str, number: int) -> str:
@@ -159,7 +161,7 @@ def test_a_whole_run_is_killed_and_interrupted_and_run_again(
     disturbed("recover", signal.SIGINT)
     log = (results(folder) / "logs/recover" / f"{NODE}.log").read_text()
     assert log.splitlines()[-1] == "error: Interrupted; run the same command again to go on."
-    done = snakemake(folder, *in_folder(folder))
+    done = snakemake(folder, *in_folder(folder), environment=forks)
     assert done.returncode == 0, done.stdout
     assert_same_results(folder, undisturbed)
 
@@ -198,7 +200,7 @@ def tables_words(folder: Path) -> list[str]:
 
 @pytest.mark.parametrize("words", [tokenize_words, calibrate_words, compress_words, tables_words])
 def test_a_disk_that_refuses_is_one_sentence_and_loses_nothing(
-    undisturbed: Path, tmp_path: Path, words: Callable[[Path], list[str]]
+    undisturbed: Path, forks: dict[str, str], tmp_path: Path, words: Callable[[Path], list[str]]
 ) -> None:
     """Files may not grow beyond a kilobyte, which the system refuses as it refuses to write to a full disk."""
     folder = tmp_path / "study"
@@ -216,7 +218,7 @@ def test_a_disk_that_refuses_is_one_sentence_and_loses_nothing(
     assert after == before
     assert not [path for path in output.iterdir() if "partial" in path.name]
 
-    assert coppice(folder, *words(folder)).returncode == 0
+    assert coppice(folder, *words(folder), env=os.environ | forks).returncode == 0
     assert_same_results(folder, undisturbed)
 
 

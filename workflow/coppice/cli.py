@@ -13,7 +13,7 @@ from coppice.errors import UserError
 
 STAGES = {
     "study": ("coppice.study", "check a study and print its tree"),
-    "plan": ("coppice.plan", "say what a study will take: time, memory, GPU hours, disk"),
+    "plan": ("coppice.plan.stage", "say what a study will take: time, memory, GPU hours, disk"),
     "root": ("coppice.root", "bring a dense model into a study"),
     "tokenize": ("coppice.text", "pack a text into windows of tokens"),
     "calibrate": ("coppice.calibrate", "gather statistics of a node's activations or gradients"),

@@ -78,11 +78,14 @@ def _lock(devices: list[str], count: int) -> list[str]:
 
 
 def _folder() -> Path:
-    """Of the locks of this user in this allocation, or on this machine."""
+    """Of the locks of this user in this allocation, or on this machine. Raises UserError where another user has it."""
     runtime = Path(os.environ.get("XDG_RUNTIME_DIR", ""))
     own = runtime.is_absolute() and runtime.is_dir()
     base = runtime if own else Path(tempfile.gettempdir()) / f"coppice-{os.getuid()}"
     allocation = next((os.environ[name] for name in ALLOCATIONS if os.environ.get(name)), "machine")
+    base.mkdir(exist_ok=True, mode=0o700)
+    if base.stat().st_uid != os.getuid():
+        raise UserError(f"{base} is another user's; remove it, or set TMPDIR to a folder of your own.")
     folder = base / "coppice-devices" / allocation
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    folder.mkdir(parents=True, exist_ok=True)
     return folder

@@ -93,7 +93,7 @@ def _failure(error: Exception, processes: int) -> str:
 
 def launched() -> bool:
     """Whether this process is one of several that train one model."""
-    return "LOCAL_RANK" in os.environ
+    return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def own_device(device: str) -> str:

@@ -12,7 +12,7 @@ from coppice import store
 from coppice.errors import UserError, nearest
 from coppice.files import read_json
 from coppice.summary import measured
-from coppice.tables import OUTPUTS, Row, curve_rows, last_words, measured_rows, read_table, recovery_losses
+from coppice.tables import Row, curve_rows, last_words, measured_rows, read_table, recovery_losses, without_output
 from coppice.tree import model_of, parent_of
 from coppice.wording import aligned, counted, listed, number, sampled, wrapped
 
@@ -38,11 +38,13 @@ def show(results: Path, asked: str) -> str:
     """The story of a node as plain text of at most 120 columns. Raises UserError where no node is so named."""
     results = Path(results)
     if not results.is_dir():
-        raise UserError(f"{results} does not exist; name the folder of a study's results with --results.")
-    made, failed = made_nodes(results), failures(results)
-    name = named(asked.strip("/"), sorted({*made, *(row["node"] for row in failed)}))
-    own_failures = [row for row in failed if row["node"] == name]
-    lines = [name, *failure_lines(results, own_failures)]
+        raise UserError(f"{results} is no folder; name the folder of a study's results with --results.")
+    made, missing = made_nodes(results), list(without_output(results))
+    known = sorted({*made, *(node for node, _, _ in missing)})
+    if not known:
+        raise UserError(f"There is no node in {results} yet; run the study, or name another folder with --results.")
+    name = named(asked.strip("/"), known)
+    lines = [name, *failure_lines([(stage, log) for node, stage, log in missing if node == name])]
     if name in made:
         manifests = {node: manifest_of(results, node) for node in lineage(name)}
         beside = [name, *dict.fromkeys(node for node in (parent_of(name), model_of(name)) if node not in (None, name))]
@@ -85,8 +87,6 @@ def named(asked: str, known: list[str]) -> str:
             return found[0]
         if found:
             raise UserError(f"{asked!r} may be {sampled(found)}; write more of its name.")
-    if not known:
-        raise UserError("There is no node yet; run the study first.")
     close = nearest(asked, known)
     hint = close if "Did you mean" in close else f" Known: {sampled(known)}."
     raise UserError(f"There is no node {asked!r}.{hint}")
@@ -105,25 +105,12 @@ def manifest_of(results: Path, node: str) -> dict[str, Any]:
 # Sections
 
 
-def failures(results: Path) -> list[Row]:
-    """The outputs that are missing although a job of theirs left a log: node, stage, error, log; laws left out."""
-    rows = []
-    for stage, (folder, file, parts) in OUTPUTS.items():
-        logs = results / "logs" / stage
-        for log in sorted(logs.rglob("*.log")):
-            path = log.relative_to(logs).with_suffix("")
-            if not (results / folder / path / file).exists():
-                node = "/".join(path.parts[: len(path.parts) - parts])
-                rows.append({"node": node, "stage": stage, "error": last_words(log), "log": log})
-    return rows
-
-
-def failure_lines(results: Path, rows: list[Row]) -> list[str]:
+def failure_lines(missing: list[tuple[str, Path]]) -> list[str]:
     """What failed or is under way, and the last lines of its log."""
     lines: list[str] = []
-    for row in rows:
-        lines += ["", *wrapped(f"NOT THERE: {row['stage']} ({row['error']}), by {row['log']}:")]
-        text = row["log"].read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    for stage, log in missing:
+        lines += ["", *wrapped(f"NOT THERE: {stage} ({last_words(log)}), by {log}:")]
+        text = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
         for line in text[-LOG_LINES:]:
             lines += wrapped(line, "  ")
     return lines
@@ -163,7 +150,7 @@ def size_lines(manifests: dict[str, dict[str, Any]], beside: list[str]) -> list[
         "removed of all": [f"{entry['rho']:.1%}" for entry in shown],
         "stored MB": [number(entry["stored_bytes"] / 1e6) for entry in shown],
         "bits a weight of the dense model": [f"{entry['bits_per_weight']:.2f}" for entry in shown],
-        "bits a weight of its blocks' linears": [f"{entry['bits_per_linear_weight']:.2f}" for entry in shown],
+        "bits a weight of the dense model's linears": [f"{entry['bits_per_linear_weight']:.2f}" for entry in shown],
     }
     return aligned([["Size", *titles(beside)], *([title, *cells] for title, cells in rows.items())])
 
@@ -176,7 +163,7 @@ def titles(beside: list[str]) -> list[str]:
 
 def metrics_of(results: Path, node: str) -> dict[tuple[str, str], Row]:
     """What was measured of a node, by evaluation and metric."""
-    rows = [row for path in evaluations_of(results, node) for row in _measured(results, node, path)["metrics"]]
+    rows = [row for path in evaluations_of(results, node) for row in _measured(node, path)["metrics"]]
     return {(row["evaluation"], row["metric"]): row for row in rows}
 
 
@@ -185,8 +172,8 @@ def evaluations_of(results: Path, node: str) -> list[Path]:
     return sorted(path.parent for path in (results / "evaluations" / node).glob("*/metrics.json"))
 
 
-def _measured(results: Path, node: str, folder: Path) -> dict[str, list[Row]]:
-    return measured_rows(node, folder.name, folder / "metrics.json")
+def _measured(node: str, folder: Path) -> dict[str, list[Row]]:
+    return measured_rows(None, node, folder.name, folder / "metrics.json")
 
 
 def quality_lines(results: Path, beside: list[str]) -> list[str]:
@@ -208,7 +195,8 @@ def comparison_lines(results: Path, name: str) -> list[str]:
     rows = [
         row
         for row in read_table(results / "tables", "comparisons").to_pylist()
-        if row["node"] == name and row["relation"] in ("parent", "dense")
+        # The dense model may be the parent: its tests are told once.
+        if row["node"] == name and row["relation"] == ("dense" if row["other"] == model_of(name) else "parent")
     ]
     lines = ["Paired tests (bootstrap of the items; p adjusted by Holm's method)"] if rows else []
     for row in rows:
@@ -222,10 +210,15 @@ def comparison_lines(results: Path, name: str) -> list[str]:
         lines += wrapped(
             f"{row['measure'].replace('_', ' ')} of {row['task']} less that of {against}: {number(row['difference'])} "
             f"[{number(row['low'])}, {number(row['high'])}] {row['unit']} over {row['n']} items, "
-            f"p {number(row['p_adjusted'], 2)}: {apart}{flips}.",
+            f"{chance(row['p_adjusted'])}: {apart}{flips}.",
             "  ",
         )
     return lines
+
+
+def chance(p: float) -> str:
+    """A p value; how far below a thousandth it lies, the interval's shape does not tell."""
+    return "p < 0.001" if p < 1e-3 else f"p {number(p, 2)}"
 
 
 def recovery_lines(results: Path, name: str, manifest: dict[str, Any]) -> list[str]:
@@ -263,10 +256,16 @@ def layer_lines(manifest: dict[str, Any]) -> list[str]:
     if not columns:
         return achieved_lines(manifest)
     table = [[f"Layers: {len(layers)} linears", "least", "middle", "most"]]
+    alike = []
     for key in columns:
         values = [entry[key] for entry in layers.values() if isinstance(entry.get(key), int | float)]
-        table.append([key.replace("_", " "), *map(number, (min(values), median(values), max(values)))])
-    lines = aligned(table)
+        ends = [said_number(value) for value in (min(values), median(values), max(values))]
+        if len(values) == len(layers) and min(values) == max(values):
+            alike.append(f"{key.replace('_', ' ')} {ends[0]}")
+        else:
+            table.append([key.replace("_", " "), *ends])
+    lines = aligned(table) if len(table) > 1 else [table[0][0]]
+    lines += wrapped(f"The same in each: {', '.join(alike)}.") if alike else []
     for key in HIGHER_IS_WORSE:
         if key in columns:
             worst = sorted(layers, key=lambda name: layers[name].get(key, 0), reverse=True)[:3]
@@ -275,11 +274,20 @@ def layer_lines(manifest: dict[str, Any]) -> list[str]:
     return lines
 
 
+def said_number(value: float) -> str:
+    """A number; a whole one, as of bits or ranks, without a point."""
+    return f"{value:.0f}" if value == int(value) and abs(value) < 1e6 else number(value)
+
+
 def achieved_lines(manifest: dict[str, Any]) -> list[str]:
     """Units that a step removed of the whole model."""
     units = manifest["achieved"].get("units", {})
-    cut = [f"{kind.replace('_', ' ')} {entry['removed']} of {entry['of']}" for kind, entry in units.items()]
-    return wrapped(f"Removed: {', '.join(cut)} (neurons and groups of each block).") if cut else []
+    cut = [
+        f"{entry['removed']} of {entry['of']} {kind.replace('_', ' ')}{'' if kind == 'blocks' else ' of each block'}"
+        for kind, entry in units.items()
+        if entry["removed"]
+    ]
+    return wrapped(f"Removed: {listed(cut)}.") if cut else []
 
 
 def cost_lines(results: Path, name: str, manifest: dict[str, Any]) -> list[str]:
@@ -287,12 +295,16 @@ def cost_lines(results: Path, name: str, manifest: dict[str, Any]) -> list[str]:
     lines = wrapped(
         f"Made in {number(manifest['wall_seconds'])} s with {number(manifest['peak_memory_bytes'] / 1e9)} GB at most."
     )
-    rows = [row for path in evaluations_of(results, name) for row in _measured(results, name, path)["costs"]]
+    rows = [row for path in evaluations_of(results, name) for row in _measured(name, path)["costs"]]
     for row in rows:
-        spread = "" if row["spread"] is None else f" +- {number(row['spread'] / 2, 2)}"
+        megabytes = row["unit"] == "bytes"
+        scale, unit = (1e6, "MB") if megabytes else (1, row["unit"])
+        spread = "" if row["spread"] is None else f" +- {number(row['spread'] / scale / 2, 2)}"
         simulated = ", simulated" if row["simulated"] else ""
-        words = f"{row['metric'].replace('_', ' ')}: {number(row['value'])}{spread} {row['unit']}"
+        words = f"{row['metric'].replace('_', ' ')}: {number(row['value'] / scale)}{spread} {unit}"
         lines += wrapped(f"{words} ({row['device']}{simulated})", "  ")
+    if any(row["spread"] is not None for row in rows):
+        lines.append("  +- is half the interquartile range of the repeats.")
     return lines
 
 
@@ -301,12 +313,13 @@ def place_lines(results: Path, name: str, made: list[str]) -> list[str]:
     folder = results / "models" / name
     below = [node.removeprefix(f"{name}/") for node in made if node.startswith(f"{name}/")]
     logs = list(_logs(results, name))
-    lines = wrapped(f"Files:    {folder}") if name in made else []
-    lines += wrapped(f"Logs:     {', '.join(logs)}") if logs else []
-    lines += wrapped(f"Made of it: {sampled(below)}") if below else []
-    # A command is not wrapped: it is there to be copied.
+    lines = wrapped(f"Files:        {folder}") if name in made else []
+    lines += wrapped(f"Logs:         {', '.join(logs)}") if logs else []
+    lines += wrapped(f"Made of it:   {sampled(below)}") if below else []
+    # A command is not wrapped: it is there to be copied. The workflow writes to results/<study>, wherever these lie.
+    made_anew = f"results/{results.resolve().name}/models/{name}/manifest.json"
     command = f"snakemake --cores all --configfile {results / 'study.yaml'}"
-    return [*lines, f"Make it anew: {command} --force {folder / 'manifest.json'}"]
+    return [*lines, f"Make it anew: {command} --force {made_anew}"]
 
 
 def _logs(results: Path, name: str) -> Iterator[str]:
@@ -316,4 +329,6 @@ def _logs(results: Path, name: str) -> Iterator[str]:
         if log.exists():
             yield str(log)
     for folder in evaluations_of(results, name):
-        yield str(results / "logs" / "evaluate" / name / f"{folder.name}.log")
+        log = results / "logs" / "evaluate" / name / f"{folder.name}.log"
+        if log.exists():
+            yield str(log)

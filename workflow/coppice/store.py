@@ -27,7 +27,7 @@ from coppice.errors import UserError
 from coppice.files import atomic_write, read_json, sha256
 
 if TYPE_CHECKING:
-    from pyarrow.fs import FileSystem
+    from pyarrow.fs import FileInfo, FileSystem
 
 VARIABLE = "COPPICE_STORE"
 TRANSFERS = 16  # small files that are fetched at once
@@ -153,8 +153,8 @@ def _open(address: str) -> tuple[FileSystem, str]:
             raise ValueError("it names no bucket")
     except (ValueError, OSError) as error:
         raise UserError(
-            f"The store {_shown(address)} is neither a folder nor an address of a bucket ({_reason(error)}); check "
-            f"{VARIABLE}."
+            f"The store {_shown(address)} is neither a folder nor an address of a bucket ({_reason(error, address)}); "
+            f"check {VARIABLE}."
         ) from error
     return filesystem, root
 
@@ -170,24 +170,26 @@ def _using(address: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(
-            f"The store {_shown(address)} cannot be used ({_reason(error)}); check its address, the network and the "
-            "credentials, then run again."
+            f"The store {_shown(address)} cannot be used ({_reason(error, address)}); check its address, the "
+            "network and the credentials, then run again."
         ) from error
 
 
 def _shown(address: str) -> str:
-    """The address without settings and credentials."""
-    return re.sub(r"//[^/@]*@", "//", address.partition("?")[0])
+    """The address without settings and credentials, also where a slash in a secret key was not written as %2F."""
+    return re.sub(r"//[^/@:]*(:.*)?@", "//", address.partition("?")[0])
 
 
-def _reason(error: Exception) -> str:
-    return str(error).splitlines()[0].rstrip(".")
+def _reason(error: Exception, address: str) -> str:
+    """What an error says first; Arrow's may quote the address."""
+    return str(error).splitlines()[0].replace(address, _shown(address)).rstrip(".")
 
 
 def fetch_results(address: str, results: Path) -> int:
     """Brings a study's small files (manifests, metrics, logs, tables, report) from a storage, and returns their number.
 
-    They lie there under the same path as here. Those that are here, as large and not older, stay as they are.
+    They lie there under the same path as here, and bear the same date, so that what did not change is known by it
+    whatever the clocks of the two say. Raises UserError where the storage is not to be used, or names a file outside.
     """
     from pyarrow.fs import FileSelector, FileType
 
@@ -195,22 +197,28 @@ def fetch_results(address: str, results: Path) -> int:
     remote = f"{root.rstrip('/')}/{results.as_posix()}"
 
     def place(path: str) -> Path:
-        return results / Path(path).relative_to(remote)
+        below = Path(path).relative_to(remote)
+        if ".." in below.parts:
+            raise UserError(
+                f"The storage {_shown(address)} holds {path}, which is no path of results; remove it there."
+            )
+        return results / below
 
-    def bring(path: str) -> None:
-        with atomic_write(place(path)) as temporary:
-            _copy(filesystem, path, temporary)
+    def bring(info: FileInfo) -> None:
+        with atomic_write(place(info.path)) as temporary:
+            _copy(filesystem, info.path, temporary)
+            os.utime(temporary, ns=(info.mtime_ns, info.mtime_ns))
 
-    def is_current(info: Any) -> bool:
+    def is_current(info: FileInfo) -> bool:
         here = place(info.path)
         if not here.is_file():
             return False
         known = here.stat()
-        return known.st_size == info.size and known.st_mtime >= info.mtime.timestamp()
+        return (known.st_size, known.st_mtime_ns) == (info.size, info.mtime_ns)
 
     with _using(address):
         found = filesystem.get_file_info(FileSelector(remote, recursive=True))
-        wanted = [info.path for info in found if info.type == FileType.File and not is_current(info)]
+        wanted = [info for info in found if info.type == FileType.File and not is_current(info)]
         with ThreadPoolExecutor(TRANSFERS) as pool:
             list(pool.map(bring, wanted))
     return len(wanted)

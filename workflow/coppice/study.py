@@ -28,6 +28,7 @@ from pydantic import (
     SerializerFunctionWrapHandler,
     Tag,
     ValidationError,
+    field_validator,
     model_serializer,
     model_validator,
 )
@@ -415,6 +416,16 @@ class Tracking(Section):
     weights: Literal["none", "pareto", "all"] = Field(
         default="none", description="Whose weights are uploaded: nobody's, those of the best at their size, or all."
     )
+
+    @field_validator("uri")
+    @classmethod
+    def _without_a_password(cls, value: str | None) -> str | None:
+        if value and re.search(r"://[^/@:]*:.*@", value):
+            raise ValueError(
+                "An address with a password would stand in logs and reports; leave the password out, and set "
+                "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (for a database: PGUSER and PGPASSWORD)."
+            )
+        return value
 
 
 def _readable_numbers(value: Any) -> Any:

@@ -457,14 +457,15 @@ def recovery_losses(validation: list[Row]) -> Row:
     return {"loss_before": before, "loss_after": after, "dense_loss": dense, "recovered_share": share}
 
 
-def measured_rows(study: Study, node: str, evaluation: str, path: Path) -> dict[str, list[Row]]:
+def measured_rows(study: Study | None, node: str, evaluation: str, path: Path) -> dict[str, list[Row]]:
     """The rows of metrics and of costs in an evaluation's metrics.json.
 
-    Raises UserError where it lacks something, or was measured by other options than the study's.
+    Raises UserError where it lacks something, or was measured by other options than the study's, if one is given.
     """
     report = read_json(path)
     try:
-        outdated.refuse_other_evaluation(study, node, evaluation, report["options"], path)
+        if study is not None:
+            outdated.refuse_other_evaluation(study, node, evaluation, report["options"], path)
         costly = report["kind"] == "cost"
         rows = [_measured_row(node, evaluation, report, entry, costly) for entry in report["metrics"]]
     except (KeyError, TypeError) as error:
@@ -548,19 +549,26 @@ def failures(results: Path, study: Study, tree: Mapping[str, Node]) -> list[Row]
 
     The error is the sentence of the log's last line `error: ...`, or `SILENT` where the log ends otherwise.
     """
-    rows = []
-    for stage, (folder, file, parts) in OUTPUTS.items():
-        logs = results / "logs" / stage
-        for log in sorted(logs.rglob("*.log")):
-            path = log.relative_to(logs).with_suffix("")
-            node = "/".join(path.parts[: len(path.parts) - parts])
-            if node in tree and not (results / folder / path / file).exists():
-                rows.append({"node": node, "stage": stage, "error": last_words(log), "log": _relative(log, results)})
+    rows = [
+        {"node": node, "stage": stage, "error": last_words(log), "log": _relative(log, results)}
+        for node, stage, log in without_output(results)
+        if node in tree
+    ]
     for law in study.laws:
         log = results / "logs" / "fit" / f"{law}.log"
         if log.exists() and not (results / "laws" / law / "fit.json").exists():
             rows.append({"node": None, "stage": "fit", "error": last_words(log), "log": _relative(log, results)})
     return rows
+
+
+def without_output(results: Path) -> Iterator[tuple[str, str, Path]]:
+    """(node, stage, log) of every job that left a log and not its output; of a token set, the model is the node."""
+    for stage, (folder, file, parts) in OUTPUTS.items():
+        logs = results / "logs" / stage
+        for log in sorted(logs.rglob("*.log")):
+            path = log.relative_to(logs).with_suffix("")
+            if not (results / folder / path / file).exists():
+                yield "/".join(path.parts[: len(path.parts) - parts]), stage, log
 
 
 def last_words(log: Path) -> str:

@@ -12,6 +12,7 @@ import shutil
 import sys
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from snakemake_interface_logger_plugins.base import LogHandlerBase
@@ -38,7 +39,10 @@ class LogHandlerSettings(LogHandlerSettingsBase):
 
 
 class LogHandler(LogHandlerBase):
-    """Follows a run by its events. view: live, lines, failures, or snakemake, which leaves the output to Snakemake."""
+    """Follows a run by its events.
+
+    view: live, lines, failures, nothing, or snakemake, which leaves the output to Snakemake.
+    """
 
     def __post_init__(self) -> None:
         self.stream = sys.stderr
@@ -73,12 +77,21 @@ class LogHandler(LogHandlerBase):
         return False
 
     def emit(self, record: logging.LogRecord) -> None:
-        if self.view == "snakemake":
+        if self.view in ("snakemake", "nothing"):
             return
         try:
             self.follow(record)
-        except Exception:  # as every handler of the standard library does: a run does not end by what shows it
-            self.handleError(record)
+        except Exception as error:  # a run does not end by what shows it
+            self.show_less(error)
+
+    def show_less(self, error: Exception) -> None:
+        """After an error of its own: failures alone, with a sentence that says so; after another one nothing."""
+        self.view = "nothing" if self.view == "failures" else "failures"
+        with suppress(Exception):
+            self.say(
+                f"The progress cannot be shown ({type(error).__name__}: {error}). The run goes on; its log is in "
+                ".snakemake/log, and `--logger-coppice-show snakemake` shows Snakemake's own words."
+            )
 
     def follow(self, record: logging.LogRecord) -> None:
         """Takes an event into account, and shows what it changes."""
@@ -133,7 +146,7 @@ class LogHandler(LogHandlerBase):
         """Shows the stages anew, in the place of what was drawn before."""
         if self.view != "live" or not self.progress.totals or self.settled:
             return
-        columns, rows = shutil.get_terminal_size()
+        columns, rows = size_of(self.stream)
         lines = [line[: columns - 1] for line in self.progress.lines(time.time())][: max(rows - 1, 1)]
         self.erase()
         self.stream.write("".join(f"{line}\n" for line in lines))
@@ -152,11 +165,22 @@ class LogHandler(LogHandlerBase):
         while not self.closed.wait(1):
             with self.lock:
                 if self.drawn and self.progress.running:
-                    self.draw()
+                    try:
+                        self.draw()
+                    except Exception as error:  # as in `emit`
+                        self.show_less(error)
 
     def close(self) -> None:
         self.closed.set()
         super().close()
+
+
+def size_of(stream: object) -> tuple[int, int]:
+    """Columns and rows of the terminal that a stream writes to; its standard output may go elsewhere."""
+    try:
+        return os.get_terminal_size(stream.fileno())
+    except OSError:  # of a stream that is no terminal, or has no number
+        return shutil.get_terminal_size()
 
 
 def view(common: object, asked: str, stream: object) -> str:

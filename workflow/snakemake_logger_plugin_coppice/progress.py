@@ -86,7 +86,7 @@ class Progress:
         failed = f", {len(self.failed)} failed" if self.failed else ""
         text = f"{self.done()} of {self.total()} jobs done{failed}, {duration(now - self.began)} so far"
         left, untimed = self.remaining(now)
-        besides = f", besides {', '.join(untimed)}" if untimed else ""
+        besides = f", not counting {', '.join(untimed)}" if untimed else ""
         return f"{text}, about {duration(left)} left{besides}" if left else text
 
     def line(self, now: float) -> str:

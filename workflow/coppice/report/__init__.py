@@ -17,7 +17,13 @@ from coppice.report.sections import lead, sections_of
 from coppice.study import Study, load_study
 from coppice.tables import SCHEMAS, read_table
 
-HERE = Path(__file__).parent  # of the page's template, style and script
+HERE = Path(__file__).parent  # of the page's template, style and scripts
+
+# The parts of the page's script, page.<name>.js, as they follow one another.
+SCRIPTS = (
+    "study", "words", "elements", "state", "charts", "frontier", "marks", "recovery", "node", "layers", "statistics",
+    "pair", "reproduce", "start",
+)  # fmt: skip
 
 # What is told under each figure where the page runs no script.
 CAPTIONS = {
@@ -55,7 +61,7 @@ def write_report(study: Study, results: Path, output: Path) -> None:
         "layers": layers_figure(data["layers"]),
     }
     sections = sections_of(study, tables, fits, overview(results, tables))
-    page = _page(study.study, lead(study, tables), as_json(data), figures, sections)
+    page = assemble(study.study, lead(study, tables), as_json(data), figures, sections)
     for name, text in [*((f"{name}.svg", figure) for name, figure in figures.items()), ("index.html", page)]:
         with atomic_write(output / name) as temporary:
             temporary.write_text(text, encoding="utf-8")
@@ -67,11 +73,15 @@ def _chosen(lines: dict[str, dict[str, Line]], fits: dict[str, dict[str, Any]]) 
     return {run: line for name in order for run, line in lines[name].items()}
 
 
-def _page(title: str, sentence: str, data: str, figures: dict[str, str], sections: str) -> str:
-    """The page as one file: template, style, script and plotting library are written into it."""
+def assemble(title: str, sentence: str, data: str, figures: dict[str, str], sections: str) -> str:
+    """The page as one file: template, style, scripts and plotting library are written into it.
+
+    title, sentence: plain text; data: what the script draws, as JSON; figures: SVG by name; sections: tables as HTML.
+    """
     from plotly.offline import get_plotlyjs
 
-    style, script, template = ((HERE / f"page.{kind}").read_text(encoding="utf-8") for kind in ("css", "js", "html"))
+    style, template = ((HERE / f"page.{kind}").read_text(encoding="utf-8") for kind in ("css", "html"))
+    script = "\n".join((HERE / f"page.{name}.js").read_text(encoding="utf-8") for name in SCRIPTS)
     return Template(template).substitute(
         title=escape(title),
         lead=escape(sentence),
@@ -83,5 +93,5 @@ def _page(title: str, sentence: str, data: str, figures: dict[str, str], section
         sections=sections,
         data=data,
         plotly=get_plotlyjs(),
-        script=script,
+        script=f'(() => {{\n"use strict";\n{script}}})();',
     )

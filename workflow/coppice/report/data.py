@@ -26,11 +26,27 @@ _DIGITS = 6  # significant ones of every number on the page
 # Sizes of a node that its row tells: column of the page's nodes -> title, unit.
 _SIZES = {
     "stored_mb": ("stored size", "MB"),
-    "bits_per_weight": ("bits per weight", "bits/parameter"),
-    "bits_per_linear_weight": ("bits per weight of the linears", "bits/parameter"),
+    "bits_per_weight": ("bits per weight", ""),
+    "bits_per_linear_weight": ("bits per weight of the linears", ""),
     "parameters": ("parameters", "parameters"),
 }
 _IN_NODES = {"stored_bytes", "bits_per_weight", "bits_per_linear_weight", "parameters"}  # costs that these repeat
+
+# Titles of metrics as people say them: the end or the whole of a metric's name -> title; a task's name follows a comma.
+_OF_TASKS = {
+    "_choice_probability": "probability of the right choice",
+    "_log_probability": "log probability of the right choice",
+    "_exact_match": "exact match",
+    "_acc_norm": "accuracy by length",
+    "_brier": "Brier score",
+    "_acc": "accuracy",
+}
+_TITLES = {
+    "kv_cache_bytes": "key/value cache",
+    "nonzero_parameters": "nonzero parameters",
+    "cka": "CKA",
+    "barrier_loss": "loss barrier",
+}
 
 # The metric that a measure of comparisons is about, and which way metrics are better whose names do not tell.
 _METRIC_OF = {"accuracy": "{}_acc", "loss": "perplexity_{}", "log_probability": "{}_log_probability"}
@@ -159,11 +175,7 @@ def _ordered(metrics: list[Row]) -> dict[str, list[Row]]:
 
 def _quality(row: Row, measured: Mapping[str, list[Row]]) -> dict[str, Any]:
     evaluation, metric, unit = row["evaluation"], row["metric"], row["unit"]
-    title = metric.replace("_", " ")
-    if metric.startswith("perplexity_"):
-        title = f"perplexity, {metric.removeprefix('perplexity_')}"
-    elif metric.endswith("_acc"):
-        title = f"accuracy, {metric.removesuffix('_acc')}"
+    title = _title(metric)
     if len({name.partition("/")[0] for name in measured}) > 1:
         title += f" ({evaluation})"
     return {
@@ -171,10 +183,21 @@ def _quality(row: Row, measured: Mapping[str, list[Row]]) -> dict[str, Any]:
         "evaluation": evaluation,
         "metric": metric,
         "title": title,
-        "unit": "" if unit in ("perplexity", "accuracy") else unit,
+        "unit": "" if unit in ("perplexity", "accuracy", "probability", "squared error") else unit,
         "better": _better(metric, unit),
         "log": metric.startswith("perplexity_"),
     }
+
+
+def _title(metric: str) -> str:
+    """A metric's name as people say it: 'accuracy, biographies'."""
+    for start in ("perplexity", "loss"):
+        if metric.startswith(f"{start}_"):
+            return f"{start}, {metric.removeprefix(f'{start}_')}"
+    for end, title in _OF_TASKS.items():
+        if metric.endswith(end):
+            return f"{title}, {metric.removesuffix(end)}"
+    return _TITLES.get(metric, metric.replace("_", " "))
 
 
 def _better(metric: str, unit: str) -> str | None:
@@ -196,11 +219,12 @@ def _sizes(costs: list[Row]) -> list[dict[str, Any]]:
         for name, (title, unit) in _SIZES.items()
     ]
     kinds = {_cost_id(row): row for row in costs if row["metric"] not in _IN_NODES}
+    several = len({row["evaluation"] for row in kinds.values() if row["evaluation"]}) > 1
     for name, row in sorted(kinds.items(), key=lambda pair: (pair[1]["evaluation"] is None, pair[0])):
         sizes.append(
             {
                 "id": name,
-                "title": _cost_title(row),
+                "title": _cost_title(row, several),
                 "unit": row["unit"],
                 "log": True,
                 "better": _BETTER.get(row["unit"], "lower"),
@@ -215,10 +239,11 @@ def _cost_id(row: Row) -> str:
     return "/".join(filter(None, (source, row["metric"], row["device"])))
 
 
-def _cost_title(row: Row) -> str:
-    """The metric, and whether a device measured it or its lower bound was computed: 'decode latency, cpu (cost)'."""
-    title = ", ".join(filter(None, (row["metric"].replace("_", " "), row["device"])))
-    if row["evaluation"]:
+def _cost_title(row: Row, several: bool) -> str:
+    """The metric and its device: 'decode latency, H200, simulated'; with the evaluation where there are several."""
+    device = (row["device"] or "").removesuffix(" (roofline)")
+    title = ", ".join(filter(None, (_title(row["metric"]), device)))
+    if several and row["evaluation"]:
         title += f" ({row['evaluation']})"
     return f"{title}, simulated" if row["simulated"] else title
 

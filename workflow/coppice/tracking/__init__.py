@@ -40,7 +40,7 @@ def track(study: Study, results: Path, uri: str | None) -> dict[str, str]:
 def watch(study: Study, results: Path, uri: str | None, every: float = EVERY) -> dict[str, str]:
     """Follows a study under way to its end, and then returns what `track` returns.
 
-    A server that does not answer is asked again at the next look.
+    A server that does not answer is asked again at the next look, as is a file that went while it was read.
     """
     results = Path(results).resolve()
     ending, extension, said = watching.Ending(results), server.Extension(), ""
@@ -49,7 +49,7 @@ def watch(study: Study, results: Path, uri: str | None, every: float = EVERY) ->
             shown, mirrors = _show(study, results, uri, watching.live_mirrors, extension)
             live = sum(mirror.live for mirror in mirrors)
             told = f"{len(shown) - live} of {len(nodes(study))} nodes are in MLflow, {live} are under way."
-        except UserError as error:
+        except (UserError, FileNotFoundError) as error:
             told = str(error)
         if told != said:
             print(told, flush=True)
@@ -105,6 +105,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     study = load_study(arguments.study)
+    if not arguments.every > 0:
+        raise UserError(f"--every {arguments.every:g} is no pause; pass a number of seconds above 0.")
     if not arguments.watch:
         write_json(arguments.output, track(study, arguments.results, arguments.uri))
         return

@@ -193,7 +193,8 @@ def _node_files(results: Path, node: str, weights: Iterable[str]) -> dict[str, P
     for path in sorted((results / "evaluations" / node).glob("*/metrics.json")):
         files[f"evaluations/{path.parent.name}/metrics.json"] = path
     files |= {f"weights/{name}": folder / name for name in weights} | _job_files(results, node)
-    return {place: store.local(path) for place, path in files.items() if store.local(path).exists()}
+    here = {place: store.local(path) for place, path in files.items()}
+    return {place: path for place, path in here.items() if path.exists()}
 
 
 def _identity(row: Row, parts: dict[str, list[Row]], repeated: frozenset[str], upload: bool) -> str:
@@ -209,8 +210,9 @@ def _timeless(row: Row) -> Row:
 
 
 def _parameters(row: Row) -> dict[str, Any]:
-    names = ("model", "recipe", "depth", "step", "method", "family", "seed", "calibration", "source", "source_revision")
-    return {name: row[name] for name in names if row[name] is not None} | {"marks": ",".join(row["marks"])}
+    names = ("model", "recipe", "depth", "step", "seed", "calibration", "source", "source_revision")
+    made_by = {name: row[name] or "dense" for name in ("method", "family")}
+    return {name: row[name] for name in names if row[name] is not None} | made_by | {"marks": ",".join(row["marks"])}
 
 
 def _recipe_parameters(recipe: list[Row]) -> dict[str, Any]:

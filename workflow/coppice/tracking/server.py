@@ -104,8 +104,8 @@ def _reason(error: Exception) -> str:
 
 
 def _shown(text: str) -> str:
-    """The text without the password of an address."""
-    return re.sub(r"(://[^/\s:@]*):[^/\s@]+@", r"\1:...@", text)
+    """The text without the passwords of addresses in it."""
+    return re.sub(r"(://[^/\s:@]*):\S*@", r"\1:...@", text)
 
 
 def ready_experiment(client: MlflowClient, study: Study, artifacts: str | None) -> Experiment:

@@ -1,0 +1,71 @@
+// Numbers and words
+
+const MINUS = "\u2212";
+
+/** A number to so many significant digits, without an exponent where it is readable so. */
+function shown(value, digits = 3) {
+  if (value === null || value === undefined) return "";
+  if (value === 0) return "0";
+  const size = Math.abs(value);
+  if (size >= 1e6 || size < 1e-3)
+    return value
+      .toExponential(digits - 1)
+      .replace("e+", "e")
+      .replaceAll("-", MINUS);
+  const text = size >= 10 ** (digits - 1) ? value.toFixed(0) : value.toPrecision(digits);
+  return text.replace("-", MINUS);
+}
+
+/** A count in thousands, millions or billions: 1.4M. */
+function counted(value) {
+  for (const [scale, letter] of [
+    [1e9, "B"],
+    [1e6, "M"],
+    [1e3, "k"],
+  ]) {
+    if (Math.abs(value) >= scale) return `${Number((value / scale).toPrecision(3))}${letter}`;
+  }
+  return String(Number(value.toPrecision(3)));
+}
+
+const PREFIXES = [
+  [1, ""],
+  [1e-3, "m"],
+  [1e-6, "\u00b5"],
+  [1e-9, "n"],
+];
+const isTime = (unit) => /^s(\/|$)/.test(unit);
+const ownUnit = (unit) => isTime(unit) || unit === "bytes"; // their values carry a unit with its prefix
+
+/** A value of a measure; times and bytes with their unit, so that they have few digits. */
+function quantity(id, value, format = shown) {
+  const unit = measureOf.get(id).unit ?? "";
+  if (unit === "bytes") return counted(value).replace(/[kMB]?$/, (letter) => ` ${letter === "B" ? "G" : letter}B`);
+  if (unit === "parameters") return counted(value);
+  if (!isTime(unit)) return format(value);
+  const [scale, prefix] = PREFIXES.find(([size]) => Math.abs(value) >= size) ?? PREFIXES.at(-1);
+  return `${format(value / scale)} ${prefix}${unit}`;
+}
+
+const signed = (value) => (value > 0 ? `+${shown(value)}` : shown(value));
+const several = (count, word) => `${count} ${word}${count === 1 ? "" : "s"}`;
+const withUnit = ({ title, unit }) => (unit && unit !== title && !ownUnit(unit) ? `${title}, ${unit}` : title);
+const withBetter = (id) => withUnit(measureOf.get(id)) + (better(id) ? `, ${better(id)} is better` : "");
+const chance = (p) => (p < 1e-4 ? "p < 0.0001" : p > 0.995 ? "p = 1" : `p = ${shown(p, 2)}`);
+
+/** Text for Plotly, which reads some tags. */
+const plain = (text) => text.replaceAll("&", "&amp;").replaceAll("<", "&lt;");
+
+/** A value with its interval, for one cell of a table. */
+function interval(id, [value, low, high]) {
+  return (
+    quantity(id, value) + (low === null || high === null ? "" : ` (${quantity(id, low)} to ${quantity(id, high)})`)
+  );
+}
+
+/** A value with its interval and unit, for one line. */
+function told(id, [value, low, high]) {
+  const { title, unit } = measureOf.get(id);
+  const ends = low === null || high === null ? "" : ` (${quantity(id, low)} to ${quantity(id, high)})`;
+  return `${quantity(id, value)}${unit && unit !== title && !ownUnit(unit) ? ` ${unit}` : ""}${ends}`;
+}
