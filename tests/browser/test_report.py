@@ -136,6 +136,8 @@ def test_the_page_draws_every_node_and_asks_for_nothing(page) -> None:
     assert page.locator("h1").inner_text() == "demo"
     assert "10 of 10 nodes shown" in page.locator("#frontier .status").inner_text()
     assert page.locator("#failures li").count() == 2
+    assert page.locator("[data-title^='Zoom']").count() > 0
+    assert page.locator("[data-title^='Share']").count() == 0, "no button sends a chart away"
     assert "no such thing" in page.locator("#failures").inner_text()
     names = page.evaluate("Object.keys(window).filter(name => /^(study|state|nodes|draw|frontier)/.test(name))")
     assert set(names) <= {"study", "frontier", "nodes"}, "only the elements' ids may stand in the window"
@@ -278,7 +280,8 @@ def test_every_control_has_a_name(page) -> None:
 def test_the_charts_have_tables(page) -> None:
     page.get_by_text("These points as a table").click()
     page.get_by_text("These curves as a table").click()
-    assert page.locator("#frontier tbody tr").count() == 10
+    assert page.locator("#frontier details tbody tr").count() == 10
+    assert page.locator("#frontier .take tbody tr").count() == 5, "the front has its own"
     assert page.locator("#recovery tbody tr").count() == 12
     for part in ("frontier", "recovery"):
         page.locator(f"#{part} summary", has_text="as a table").click()

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import shutil
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,7 @@ from coppice.cli import main
 from coppice.errors import UserError
 from coppice.export import check, gguf
 from coppice.export.stage import export
-from coppice.files import read_json
+from coppice.files import read_json, write_json
 from coppice.layers import Quantized
 
 
@@ -35,18 +38,40 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "masked": make(base / "masked", root, "magnitude", sparsity=0.5),
         "factorized": make(base / "factorized", root, "svd", keep=0.6),
         "symmetric": make(base / "symmetric", root, "rtn", bits=4, group_size=16, symmetric=True),
-        "asymmetric": make(base / "asymmetric", root, "rtn", bits=3, group_size=32, symmetric=False),
-        "codebook": make(base / "codebook", root, "k-bit", bits=4),
     }
     for name in ("symmetric", "masked"):
         moments = gather(nodes[name], windows, "moments", base / f"{name}-moments")
         nodes[f"{name}-compensated"] = make(
             base / f"{name}-compensated", nodes[name], "eora", [moments], rank=3, reference=root
         )
-    nodes["inputs"] = make(base / "inputs", nodes["symmetric"], "round-inputs", bits=6)
+    # What is refused before work is told by a node's JSON alone.
+    nodes["codebook"] = described(base / "codebook", root, "compression.json", {"model.layers.0": {"type": "Coded"}})
+    nodes["inputs"] = described(base / "inputs", root, "manifest.json", {"marks": ["quantized-inputs"]})
     half = save_root(base / "half", dtype=torch.bfloat16, **shape)
     nodes["half"] = make(base / "half-quantized", half, "rtn", bits=3, group_size=32, symmetric=False)
     return nodes
+
+
+def described(folder: Path, node: Path, file: str, changes: dict[str, Any]) -> Path:
+    """The JSON of another node, with changes in one of its files."""
+    folder.mkdir()
+    for name in ("config.json", "compression.json", "manifest.json"):
+        shutil.copy(node / name, folder / name)
+    write_json(folder / file, {**read_json(node / file), **changes})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exported(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
+    """The folder of a node's export, which tests may read and none may change."""
+    base = tmp_path_factory.mktemp("exports")
+
+    @cache
+    def written(node: str, to: str) -> Path:
+        export(folders[node], to, base / node / to)
+        return base / node / to
+
+    return written
 
 
 @pytest.mark.parametrize(
@@ -57,18 +82,40 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         ("masked-compensated", "peft"),
     ],
 )
-def test_an_export_gives_the_logits_of_its_node(folders: dict[str, Path], node: str, to: str, tmp_path: Path) -> None:
-    found = export(folders[node], to, tmp_path / "out")
-    written = read_json(tmp_path / "out" / "export.json")
+def test_an_export_gives_the_logits_of_its_node(
+    folders: dict[str, Path], exported: Callable[[str, str], Path], node: str, to: str
+) -> None:
+    out = exported(node, to)
+    written = read_json(out / "export.json")
     assert (written["format"], written["node"]) == (to, read_manifest(folders[node])["node"])
     assert written["fingerprint"] == read_manifest(folders[node])["fingerprint"]
-    assert written["difference"]["largest"] == found.largest
-    assert found.largest < (0.2 if node == "half" else 1e-4)
-    assert not any(path.suffix in {".bin", ".pt", ".pkl"} for path in (tmp_path / "out").rglob("*"))
+    assert written["difference"]["largest"] < (0.2 if node == "half" else 1e-4)
+    assert not any(path.suffix in {".bin", ".pt", ".pkl"} for path in out.rglob("*"))
 
 
-def test_the_reader_gives_the_logits_on_other_tokens_too(folders: dict[str, Path], tmp_path: Path) -> None:
-    export(folders["symmetric"], "gguf", tmp_path / "out")
+def test_the_command_takes_a_node_and_its_reader_gives_the_logits_on_other_tokens_too(
+    folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = tmp_path / "results"
+    (results / "models" / "tiny").mkdir(parents=True)
+    shutil.copytree(folders["symmetric"], results / "models" / "tiny" / "rtn-4")
+    words = ["export", "rtn-4", "--results", str(results), "--to", "gguf", "--output", str(tmp_path / "out")]
+    assert main(words) == 0
+    said = capsys.readouterr().out
+    assert "as gguf, read back by transformers. Over 222 tokens" in said
+    assert "nats (tolerance 0.001), and" in said
+    assert "holds no tokenizer" in said
+    for wrong, sentence in (
+        (["--model", str(folders["root"])], "Pass a node's name and --results, or --model"),
+        (["--tolerance", "-1"], "--tolerance -1 means nothing"),
+    ):
+        assert main([*words, *wrong]) == 1
+        assert sentence in capsys.readouterr().err
+    assert main(["export", "tiny/rnt-4", *words[2:]]) == 1
+    assert "There is no node 'tiny/rnt-4'. Did you mean 'tiny/rtn-4'?" in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    assert main([*words[:-1], str(tmp_path / "file" / "below")]) == 1
+    assert "Not a directory; pass another --output" in capsys.readouterr().err
     ours = logits(load_model(folders["symmetric"]), tiny_tokens())
     assert torch.allclose(logits(gguf.load(tmp_path / "out").eval(), tiny_tokens()), ours, atol=1e-4)
     assert not torch.allclose(logits(load_model(folders["root"]), tiny_tokens()), ours, atol=0.1)
@@ -125,17 +172,19 @@ def test_blocks_hold_a_grid_exactly_or_not_at_all(bits: int, symmetric: bool, sc
         assert torch.equal(torch.from_numpy(back), linear.weight)
 
 
-def test_compressed_tensors_holds_what_its_library_describes(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_compressed_tensors_holds_what_its_library_describes(
+    folders: dict[str, Path], exported: Callable[[str, str], Path]
+) -> None:
     from compressed_tensors.quantization import QuantizationConfig
 
-    for node, asymmetric in (("symmetric", False), ("asymmetric", True)):
-        export(folders[node], "compressed-tensors", tmp_path / node)
-        described = read_json(tmp_path / node / "config.json")["quantization_config"]
-        assert described.pop("dequantize", False) == asymmetric
-        (group,) = QuantizationConfig.model_validate(described).config_groups.values()
+    for node, asymmetric in (("symmetric", False), ("half", True)):
+        out = exported(node, "compressed-tensors")
+        config = read_json(out / "config.json")["quantization_config"]
+        assert config.pop("dequantize", False) == asymmetric
+        (group,) = QuantizationConfig.model_validate(config).config_groups.values()
         assert (group.targets, group.weights.symmetric) == (["Linear"], not asymmetric)
-        assert not (tmp_path / node / "compression.json").exists()
-        ours, theirs = (load_file(folder / "model.safetensors") for folder in (folders[node], tmp_path / node))
+        assert not (out / "compression.json").exists()
+        ours, theirs = (load_file(folder / "model.safetensors") for folder in (folders[node], out))
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
@@ -204,8 +253,10 @@ def test_other_logits_are_refused_and_leave_nothing(
     assert {path.name for path in (tmp_path / "out").glob("*.gguf")} == {"model.gguf"}
 
 
-def test_an_export_is_written_over_its_like_alone(folders: dict[str, Path], tmp_path: Path) -> None:
-    export(folders["masked"], "dense", tmp_path / "out")
+def test_an_export_is_written_over_its_like_alone(
+    folders: dict[str, Path], exported: Callable[[str, str], Path], tmp_path: Path
+) -> None:
+    shutil.copytree(exported("factorized", "dense"), tmp_path / "out")
     export(folders["root"], "dense", tmp_path / "out")
     assert read_json(tmp_path / "out" / "export.json")["node"] == "tiny"
     with pytest.raises(UserError, match="out holds other files; pass an empty folder"):
@@ -228,18 +279,3 @@ def test_a_difference_is_what_its_definition_says() -> None:
     assert not check.within(broken, check.Tolerance(math.inf, math.inf))
     assert not check.within(check.Difference(0.5, 0.1, 1), check.tolerance(True, torch.bfloat16))
     assert [batch.shape for batch in check.batches(61, 10)] == [(3, 1), (3, 9), (3, 10)]
-
-
-def test_the_command_takes_a_node_or_a_folder(
-    folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    results = tmp_path / "results"
-    (results / "models" / "tiny").mkdir(parents=True)
-    (results / "models" / "tiny" / "root").symlink_to(folders["root"])
-    words = ["export", "tiny/root", "--results", str(results), "--to", "gguf", "--output", str(tmp_path / "out")]
-    assert main(words) == 0
-    said = capsys.readouterr().out
-    assert "tiny as gguf, read back by transformers. Over 222 tokens" in said
-    assert "holds no tokenizer" in said
-    assert main([*words, "--model", str(folders["root"])]) == 1
-    assert "Pass a node's name and --results, or --model" in capsys.readouterr().err

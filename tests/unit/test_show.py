@@ -133,5 +133,5 @@ def test_names_that_are_not_clear(before: Path, asked: str, sentence: str) -> No
 def test_results_that_are_not_there(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is no folder; name the folder"):
         show(tmp_path / "none", "small")
-    with pytest.raises(UserError, match=r"There is no node in .* yet; run the study"):
+    with pytest.raises(UserError, match="There is no node yet; run the study"):
         show(tmp_path, "small")

@@ -105,7 +105,7 @@ REFUSED: list[tuple[dict[str, Any] | Callable[[], dict[str, Any]], str]] = [
     (changed("calibrations", {}), "steps.wanda-50: wanda needs a calibration; describe one under `calibrations`."),
     (
         changed("tracking", {"uri": "postgresql://me:a/secret@host/runs"}),
-        "tracking.uri: An address with a password would stand in logs and reports; leave the password out, and set",
+        "tracking.uri: an address with a password would stand in logs and reports; leave the password out, and set",
     ),
     # Names
     (changed("study", "a/b"), "study: 'a/b' is no name"),

@@ -62,7 +62,7 @@ def snakemake(snakemake_command: Callable[..., dict[str, Any]]) -> Callable[...,
 def forks() -> Iterator[dict[str, str]]:
     """The environment in which jobs that load models are forks of one process, which has imported torch once."""
     address = f"coppice-{uuid4()}"
-    # A process that has threads must not fork.
+    # Threads of OpenMP and BLAS would not outlive a fork.
     alone = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
     command = [sys.executable, str(STARTUP / "forks.py"), address]
     with subprocess.Popen(command, stdout=subprocess.PIPE, env=os.environ | OFFLINE | alone) as server:

@@ -41,8 +41,6 @@ def show(results: Path, asked: str) -> str:
         raise UserError(f"{results} is no folder; name the folder of a study's results with --results.")
     made, missing = made_nodes(results), list(without_output(results))
     known = sorted({*made, *(node for node, _, _ in missing)})
-    if not known:
-        raise UserError(f"There is no node in {results} yet; run the study, or name another folder with --results.")
     name = named(asked.strip("/"), known)
     lines = [name, *failure_lines([(stage, log) for node, stage, log in missing if node == name])]
     if name in made:
@@ -77,6 +75,8 @@ def named(asked: str, known: list[str]) -> str:
 
     Raises UserError with those that it may be.
     """
+    if not known:
+        raise UserError("There is no node yet; run the study, or name another folder with --results.")
     if asked in known:
         return asked
     for found in (

@@ -31,7 +31,7 @@ RECORD = "export.json"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("node", nargs="?", help="the node's name, with --results")
+    parser.add_argument("node", nargs="?", help="the node's name, or the end of it, with --results")
     parser.add_argument("--results", type=Path, metavar="DIR", help="folder of the study's results")
     parser.add_argument("--model", type=Path, metavar="DIR", help="folder of a checkpoint, instead of a node's name")
     parser.add_argument("--to", choices=FORMATS, default="dense", help="the form (default: dense)")
@@ -45,16 +45,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    if arguments.tolerance is not None and not arguments.tolerance >= 0:
+        raise UserError(f"--tolerance {arguments.tolerance:g} means nothing; pass nats, 0 or more.")
     folder = source_folder(arguments.node, arguments.results, arguments.model)
-    export(folder, arguments.to, arguments.output, arguments.tolerance)
+    try:
+        export(folder, arguments.to, arguments.output, arguments.tolerance)
+    except OSError as error:
+        raise UserError(f"{error.filename or arguments.output}: {error.strerror}; pass another --output.") from error
 
 
 def source_folder(node: str | None, results: Path | None, model: Path | None) -> Path:
-    """The checkpoint that the arguments name. Raises UserError unless it is a node of results, or a folder."""
+    """The checkpoint that the arguments name, a node as `coppice show` takes it.
+
+    Raises UserError unless it is a node of results, or a folder.
+    """
     if model is not None and node is None and results is None:
         return model
     if model is None and node is not None and results is not None:
-        return results / "models" / node
+        from coppice.show import made_nodes, named
+
+        return results / "models" / named(node.strip("/"), made_nodes(results))
     raise UserError("Pass a node's name and --results, or --model with the folder of a checkpoint, and not both.")
 
 
@@ -75,8 +85,8 @@ def export(folder: Path, to: str, output: Path, tolerance: float | None = None) 
     if reason is not None:
         raise UserError(f"The node {node.name!r} cannot go to {to}, because {reason}.")
     refuse_other_files(output, to)
-    inputs, ours = check.of_node(folder)
     with removed_when_it_fails(output), atomic_directory(output, last=RECORD) as temporary:
+        inputs, ours = check.of_node(folder)
         written = form.write(node, temporary)
         found = check.difference(ours, check.log_probabilities(read_back(form, temporary), inputs))
         limit = check.tolerance(written.rounded, node.dtype)
@@ -99,9 +109,9 @@ def export(folder: Path, to: str, output: Path, tolerance: float | None = None) 
 
 def described(found: Difference, limit: Tolerance) -> str:
     """A difference and its tolerance in words."""
-    words = f"log-probabilities differ by up to {number(found.largest)} nats (tolerance {number(limit.largest)})"
+    words = f"log-probabilities differ by up to {number(found.largest)} nats (tolerance {limit.largest:g})"
     words += f", and the divergence is {number(found.divergence)} nats a token"
-    return words if limit.divergence == math.inf else f"{words} (tolerance {number(limit.divergence)})"
+    return words if limit.divergence == math.inf else f"{words} (tolerance {limit.divergence:g})"
 
 
 def record(manifest: dict[str, Any], to: str, reader: str, found: Difference, limit: Tolerance) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 const probe = make("span", { class: "unseen", "aria-hidden": "true" });
 const CONFIG = {
   displaylogo: false,
+  showSendToCloud: false, // a study is nobody else's
   responsive: false,
   doubleClick: "reset",
   modeBarButtonsToRemove: ["lasso2d", "select2d", "autoScale2d"],

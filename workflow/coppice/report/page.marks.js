@@ -1,6 +1,7 @@
 // The marks of the first chart: Plotly draws its frame and zooms; the marks are drawn here, because to hide and move
 // five hundred that stand already takes a small part of the time of new traces.
 
+const RING = 10; // pixels: radius of the ring around a chosen mark
 const REACH = 18; // pixels from the pointer to the mark that it means
 const layer = {
   root: svg("svg", { class: "marks" }),
@@ -34,7 +35,13 @@ function buildMarks() {
     layer.points.set(node.node, point);
   }
   layer.tip = make("div", { class: "tip", hidden: true, "aria-hidden": "true" });
-  layer.pointed = svg("circle", { r: 10, fill: "none", stroke: "currentColor", "stroke-width": 1.2, display: "none" });
+  layer.pointed = svg("circle", {
+    r: RING,
+    fill: "none",
+    stroke: "currentColor",
+    "stroke-width": 1.2,
+    display: "none",
+  });
 }
 
 /** Shows these points and no others: [{node, x, y}]; `front`: those that the stairs join. */
@@ -153,7 +160,7 @@ function rings() {
     .filter((name) => layer.spots.has(name))
     .map((name) => {
       const [cx, cy] = layer.spots.get(name);
-      return svg("circle", { class: "ring", cx, cy, r: 10, fill: "none", stroke: "var(--ink)", "stroke-width": 1.6 });
+      return svg("circle", { class: "ring", cx, cy, r: RING, fill: "none", stroke: "var(--ink)", "stroke-width": 1.6 });
     });
 }
 
@@ -167,8 +174,9 @@ function namesOf(points, front, ranges, layout, place) {
     const spot = roomFor(text, [x, y], taken, layout);
     if (!spot) return [];
     const [anchor, vertical, right, up] = spot;
-    const baseline = y - up + { top: 11, middle: 4, bottom: -3 }[vertical];
-    return svg("text", { class: "name", x: round(x + right), y: round(baseline), "text-anchor": anchor }, text);
+    const away = isChosen(point) ? RING / 7 : 1; // beside the ring
+    const baseline = y - away * up + { top: 11, middle: 4, bottom: -3 }[vertical];
+    return svg("text", { class: "name", x: round(x + away * right), y: round(baseline), "text-anchor": anchor }, text);
   });
 }
 

@@ -69,13 +69,15 @@ function markInList() {
   active
     ? story.list.setAttribute("aria-activedescendant", active.id)
     : story.list.removeAttribute("aria-activedescendant");
-  if (active) {
-    // Scrolls the list alone, never the page.
-    const [top, bottom] = [active.offsetTop, active.offsetTop + active.offsetHeight];
-    if (top < story.list.scrollTop) story.list.scrollTop = top;
-    if (bottom > story.list.scrollTop + story.list.clientHeight)
-      story.list.scrollTop = bottom - story.list.clientHeight;
-  }
+}
+
+/** Scrolls the list, never the page, until its active node is in sight. */
+function scrollList() {
+  const active = byId(`option-${story.active}`);
+  if (!active) return;
+  const [top, bottom] = [active.offsetTop, active.offsetTop + active.offsetHeight];
+  if (top < story.list.scrollTop) story.list.scrollTop = top;
+  if (bottom > story.list.scrollTop + story.list.clientHeight) story.list.scrollTop = bottom - story.list.clientHeight;
 }
 
 function moveInList(event) {
@@ -91,6 +93,7 @@ function moveInList(event) {
   if (event.key in places) {
     story.active = Math.min(Math.max(places[event.key], 0), last);
     markInList();
+    scrollList();
   } else if (["Enter", " "].includes(event.key) && last >= 0) {
     choose(story.matching[story.active].node);
   } else {
@@ -112,6 +115,7 @@ function drawNode() {
     );
     return;
   }
+  scrollList();
   const node = nodeOf.get(state.a);
   story.layers = make("div");
   fill(

@@ -169,7 +169,7 @@ function perplexityRatio(test) {
 function testNote(test) {
   const parts = [
     test.source === "items"
-      ? `A paired bootstrap over the items, ${counted(RESAMPLES)} resamples, made here; p is at least that of a paired t test.`
+      ? `A paired bootstrap over the items, ${RESAMPLES} resamples, made here; p is at least that of a paired t test.`
       : "From the study's table of comparisons.",
   ];
   if (test.adjusted !== null && test.adjusted !== undefined) {
