@@ -219,6 +219,8 @@ def test_every_problem_is_listed():
 
 
 def test_files_that_are_no_study(tmp_path):
+    with pytest.raises(UserError, match="is a folder; name the study's YAML file"):
+        load_study(tmp_path)
     with pytest.raises(UserError, match=r"none\.yaml does not exist"):
         load_study(tmp_path / "none.yaml")
     (tmp_path / "broken.yaml").write_text("a: [1\n")

@@ -222,7 +222,7 @@ def test_the_stage_writes_metrics_with_the_regime(checkpoint, stranger, windows,
     assert row["path"] == [0, 0.25, 0.5, 0.75, 1]
     assert len(row["errors"]) == len(found["barrier_loss_people"]["losses"]) == 5
     assert row["n"] == int((windows.documents[:, 1:] >= 0).sum())
-    rows = measured_rows("tiny@1", "basin", tmp_path / "out" / "metrics.json")
+    rows = measured_rows(None, "tiny@1", "basin", tmp_path / "out" / "metrics.json")
     assert [entry["metric"] for entry in rows["metrics"]] == list(found)
     assert json.loads(rows["metrics"][0]["details"])["regime"] == row["regime"]
     assert rows["costs"] == []
