@@ -12,7 +12,7 @@ demo: .venv/ready
 test: .venv/ready .venv/storage/ready
 	$(BIN)/python -m pytest -n $(CORES) --dist loadfile --no-loadscope-reorder
 
-test-cluster: .venv/ready .venv/storage/ready
+test-cluster: .venv/ready
 	$(BIN)/python -m pytest tests/cluster
 
 test-services: .venv/ready
@@ -60,8 +60,8 @@ clean:
 	$(BIN)/python -m pip install --quiet --no-deps --editable .
 	touch .venv/ready
 
-.venv/storage/ready: tests/cluster/requirements.txt .venv/ready
-	$(BIN)/uv pip install --quiet --target .venv/storage --no-deps --requirement tests/cluster/requirements.txt
+.venv/storage/ready: tests/storage-requirements.txt .venv/ready
+	$(BIN)/uv pip install --quiet --target .venv/storage --no-deps --requirement tests/storage-requirements.txt
 	touch .venv/storage/ready
 
 .venv-crosscheck/ready: crosscheck/requirements.txt pyproject.toml

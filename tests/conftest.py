@@ -8,8 +8,8 @@ import pytest
 # `make test` gives each worker a file at a time, in the order of the tests. The first of these is a chain that keeps
 # one core busy for minutes: were it last, the other worker would wait.
 LONGEST = (
-    "test_interruptions.py", "test_composition.py", "test_slurm.py", "test_stories.py", "test_postgresql.py",
-    "test_distributed.py", "test_storage.py", "test_bad_input.py", "test_dag.py",
+    "test_interruptions.py", "test_stories.py", "test_composition.py", "test_postgresql.py", "test_storage.py",
+    "test_distributed.py", "test_bad_input.py", "test_dag.py",
 )  # fmt: skip
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 

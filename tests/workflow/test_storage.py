@@ -21,7 +21,7 @@ from coppice.errors import UserError
 
 # Apart from the environment, where they would be imported by every job.
 STORAGE = Path(sys.prefix) / "storage"
-LACKING = f"needs moto[server] and snakemake-storage-plugin-s3 in {STORAGE}, of tests/cluster/requirements.txt"
+LACKING = f"needs moto[server] and snakemake-storage-plugin-s3 in {STORAGE}, of tests/storage-requirements.txt"
 
 ROOT = Path(__file__).resolve().parents[2]
 PARTS = ("rules", "workflow", "profiles", "config", "envs", "resources/models/bio-tiny")

@@ -14,8 +14,8 @@ from typing import Any
 
 import pyarrow.parquet as parquet
 import pytest
+import together
 import torch
-from cluster import together
 from nodes import gather, make, save_root, save_windows
 from safetensors.torch import load_file
 
