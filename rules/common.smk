@@ -224,8 +224,9 @@ def evaluation_options(wildcards):
     evaluation = STUDY.evaluations[wildcards.evaluation]
     world = tree.world(STUDY, evaluation)
     described = {"world": STUDY.texts[world].model_dump(mode="json")} if world else {}
-    asked = evaluation.model_dump(mode="json", exclude={"nodes", "world"}, exclude_none=True)
-    return json.dumps({**asked, **described})
+    asked = evaluation.model_dump(mode="json", exclude={"nodes", "world"})
+    # Within a protocol null says something: all windows.
+    return json.dumps({**{key: value for key, value in asked.items() if value is not None}, **described})
 
 
 def token_sets():
@@ -343,9 +344,11 @@ def minutes(stage):
 
 
 def model_manifest(input):
-    """The manifest of the model that a job reads; None as long as it is not there."""
-    path = Path(input.parent if hasattr(input, "parent") else input.model)
-    return read_json(path) if path.is_file() else None
+    """The manifest of the model that a job reads; None as long as it is not there, or broken, as the job will say."""
+    try:
+        return read_json(Path(input.parent if hasattr(input, "parent") else input.model))
+    except UserError:
+        return None
 
 
 def job_options(stage, wildcards):

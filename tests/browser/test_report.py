@@ -340,7 +340,7 @@ def test_the_address_restores_the_view(page, study) -> None:
     page.get_by_label("Up", exact=True).select_option(ANSWERS)
     page.get_by_label("Names").uncheck()
     painted(page)
-    page.wait_for_url("**no-model=small**")
+    page.wait_for_url("**names=0**no-model=small**")  # it is written after the frame
     address = page.url
     view(page, "")
     assert len(shown(page)) == 10

@@ -1,4 +1,7 @@
-"""How far a run has come, by the events that Snakemake tells of it, and how long it will go on."""
+"""How far a run has come, by the events that Snakemake tells of it, and how long it will go on.
+
+Coppice is imported where it is used: Snakemake loads this before it reads the Snakefile, which says which Coppice it is.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,6 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, median
-
-from coppice.wording import duration, shortened
 
 TARGETS = ("all", "total", "checkpoints", "evaluations", "laws")  # what of Snakemake's counts is no job of a stage
 NAMES = 3  # running jobs of a stage that are named
@@ -83,6 +84,8 @@ class Progress:
 
     def heading(self, now: float) -> str:
         """All in one sentence."""
+        from coppice.wording import duration
+
         failed = f", {len(self.failed)} failed" if self.failed else ""
         text = f"{self.done()} of {self.total()} jobs done{failed}, {duration(now - self.began)} so far"
         left, untimed = self.remaining(now)
@@ -97,6 +100,8 @@ class Progress:
 
     def lines(self, now: float) -> list[str]:
         """A heading, and a line a stage: how many are done, which run, for how long."""
+        from coppice.wording import duration, shortened
+
         wide = max(map(len, self.totals))
         digits = max(len(str(total)) for total in self.totals.values())
         lines = [self.heading(now)]
@@ -112,6 +117,8 @@ class Progress:
 
     def usual(self, stage: str) -> str:
         """What a job of a stage took on average."""
+        from coppice.wording import duration
+
         times = self.finished.get(stage)
         return f"{duration(fmean(seconds for seconds, _ in times))} each" if times else ""
 

@@ -12,10 +12,11 @@ import random
 import re
 import secrets
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -129,8 +130,23 @@ def ready_experiment(client: MlflowClient, study: Study, artifacts: str | None) 
     # The UI then opens its table of runs, not that of traces.
     for tag, value in {_NOTE: experiment_note(study), "mlflow.experimentKind": "custom_model_development"}.items():
         if found.tags.get(tag) != value:
-            client.set_experiment_tag(found.experiment_id, tag, value)
+            _asked_again("experiment_tag_pk", partial(client.set_experiment_tag, found.experiment_id, tag, value))
     return found
+
+
+def _asked_again(key: str, request: Callable[[], None]) -> None:
+    """Makes a request that MLflow refuses where another tracker makes the same row at the same moment.
+
+    key: the name of what must be unique. Asked again, MLflow takes the row that is there.
+    """
+    from mlflow.exceptions import MlflowException
+
+    for refused in range(CONFLICTS):
+        try:
+            return request()
+        except MlflowException as error:
+            if key not in str(error) or refused == CONFLICTS - 1:
+                raise
 
 
 def runs_of(client: MlflowClient, experiment: str) -> list[Run]:
@@ -306,18 +322,9 @@ def log_metrics(client: MlflowClient, run: str, mirror: Mirror) -> None:
 
 
 def _log_inputs(client: MlflowClient, run: str, mirror: Mirror) -> None:
-    """Data sets are unique in an experiment: MLflow refuses one that another tracker makes at the same moment.
-
-    Asked again, it takes that one.
-    """
-    from mlflow.exceptions import MlflowException
-
-    for refused in range(CONFLICTS if mirror.datasets else 0):
-        try:
-            return client.log_inputs(run, _inputs(mirror))
-        except MlflowException as error:
-            if "dataset_pk" not in str(error) or refused == CONFLICTS - 1:
-                raise
+    """Data sets are unique in an experiment."""
+    if mirror.datasets:
+        _asked_again("dataset_pk", lambda: client.log_inputs(run, _inputs(mirror)))
 
 
 def _inputs(mirror: Mirror) -> list[Any]:
