@@ -1,6 +1,6 @@
 """How far a run has come, by the events that Snakemake tells of it, and how long it will go on.
 
-Coppice is imported where it is used: Snakemake loads this before it reads the Snakefile, which says which Coppice it is.
+Coppice is imported where it is used: Snakemake loads this before the Snakefile, which says which Coppice it is.
 """
 
 from __future__ import annotations
