@@ -3,14 +3,15 @@
 import json
 from math import ceil, inf
 from os.path import relpath
-from shlex import join
+from shlex import join, quote
 from urllib.parse import urlencode, urlsplit
 
 from coppice import laws, needs, tree
 from coppice.errors import UserError
 from coppice.files import fingerprint, read_json, sha256
 from coppice.methods.base import KINDS
-from coppice.study import SHIPPED, FileText, LocalModel, ShippedModel, effective, load_study
+from coppice.root import dense_files, locate
+from coppice.study import FileText, HubModel, effective, load_study
 
 # Patterns
 
@@ -74,17 +75,21 @@ def options(name, paths):
 # Roots and tokens
 
 
-def model_files(wildcards):
+def files_of_model(name):
     """The files of a local or shipped model: its config, its tokenizer and its weights."""
-    model = STUDY.models[wildcards.model]
-    if isinstance(model, ShippedModel):
-        folder = SHIPPED / model.shipped
-    elif isinstance(model, LocalModel):
-        folder = Path(model.path)
-    else:
+    model = STUDY.models[name]
+    if isinstance(model, HubModel):
         return []
-    patterns = ("config.json", "tokenizer.json", "*.safetensors")
-    return here(sorted(relpath(file) for pattern in patterns for file in folder.glob(pattern)))
+    return [relpath(file) for file in dense_files(locate(model.model_dump()))]
+
+
+def files_of_text(name):
+    text = STUDY.texts[name]
+    return [text.path] if isinstance(text, FileText) else []
+
+
+def model_files(wildcards):
+    return here(files_of_model(wildcards.model))
 
 
 def model_source(wildcards):
@@ -92,8 +97,7 @@ def model_source(wildcards):
 
 
 def text_files(wildcards):
-    text = STUDY.texts[token_use(wildcards).text]
-    return here([text.path] if isinstance(text, FileText) else [])
+    return here(files_of_text(token_use(wildcards).text))
 
 
 def token_use(wildcards):
@@ -148,7 +152,7 @@ def source_files(method):
 
     They are relative to the working directory, so that a project that moves as a whole stays done.
     """
-    return here([relpath(file) for file in method.files])
+    return [relpath(file) for file in method.files]
 
 
 def method_content(wildcards):
@@ -171,7 +175,7 @@ def compress_input(wildcards):
             [tokens(node.model, f"calibration.{calibration}")] if tree.reads_windows(STUDY.steps[node.step]) else []
         ),
         "reference": [checkpoint(tree.reference(STUDY, node.parent))] if method.family == "compensate" else [],
-        "method": source_files(method),
+        "method": code(source_files(method)),
     }
 
 
@@ -191,7 +195,7 @@ def recover_input(wildcards):
         "dense": checkpoint(node.model),
         "tokens": tokens(node.model, f"recovery.{node.step}"),
         "validation": tokens(node.model, f"validation.{node.step}"),
-        "method": source_files(tree.method_of(STUDY, node.step)),
+        "method": code(source_files(tree.method_of(STUDY, node.step))),
     }
 
 
@@ -230,10 +234,13 @@ def evaluation_options(wildcards):
 
 
 def token_sets():
-    """The token sets that the nodes are trained and measured on."""
-    trained = [node for node in NODES.values() if node.step and tree.trains(STUDY, node.step)]
-    found = {tokens(node.model, f"{use}.{node.step}") for node in trained for use in ("recovery", "validation")}
+    """The token sets that the nodes are calibrated, trained and measured on."""
+    found = set()
     for name, node in NODES.items():
+        if node.step and tree.trains(STUDY, node.step):
+            found |= {tokens(node.model, f"{use}.{node.step}") for use in ("recovery", "validation")}
+        elif node.step and (calibration := tree.calibration(STUDY, node.step)):
+            found.add(tokens(node.model, f"calibration.{calibration}"))
         for evaluation in tree.evaluations(STUDY, name):
             protocols = tree.protocols(STUDY.evaluations[evaluation])
             found |= {tokens(node.model, f"evaluation.{evaluation}.{protocol}") for protocol in protocols}
@@ -266,8 +273,8 @@ def law_name(wildcards):
     return STUDY.laws[wildcards.law].law
 
 
-def law_files(wildcards):
-    """The files of the law and of the engine, and that of the points where its options name one instead of the tables.
+def law_sources(wildcards):
+    """The files of the law and of the engine.
 
     A changed law is fitted anew, as is one that rests on it; a changed engine fits all of them anew.
     """
@@ -278,13 +285,23 @@ def law_files(wildcards):
         if file.is_file() and file not in found:
             found.add(file)
             waiting |= law_modules(file.read_text(encoding="utf-8"))
+    return sorted(map(relpath, found))
+
+
+def law_points(wildcards):
+    """The file of the points, where the law's options name one instead of the tables."""
     points = STUDY.laws[wildcards.law].options.get("file")
-    return here([*sorted(map(relpath, found)), *([points] if points else [])])
+    return [points] if points else []
+
+
+def law_files(wildcards):
+    """What a fit reads besides the tables."""
+    return [*code(law_sources(wildcards)), *here(law_points(wildcards))]
 
 
 def law_content(wildcards):
     """The content of the files of a law."""
-    return content(law_files(wildcards))
+    return content([*law_sources(wildcards), *law_points(wildcards)])
 
 
 def law_modules(text):
@@ -313,13 +330,16 @@ DISK = {"calibrate": 8, "compress": 8, "recover": 28, "evaluate": 4}
 
 
 def memory(stage):
-    """A function for the memory of a stage's jobs, by the size of the model that they read, in megabytes."""
+    """A function for the memory of a stage's jobs, by the size of the model that they read, in megabytes.
+
+    In whole gigabytes, as the disk is: jobs that ask for the same can be one array.
+    """
 
     def megabytes(wildcards, input, attempt):
         read = model_manifest(input)
         if read is None:
             return attempt * UNREAD["mem_mb"]
-        return attempt * ceil(needs.memory_bytes(stage, read, job_options(stage, wildcards)) / 1e6)
+        return attempt * 1_000 * ceil(needs.memory_bytes(stage, read, job_options(stage, wildcards)) / 1e9)
 
     return megabytes
 
@@ -329,7 +349,9 @@ def disk(stage):
 
     def megabytes(wildcards, input):
         read = model_manifest(input)
-        return UNREAD["disk_mb"] if read is None else 1_000 + ceil(DISK[stage] * read["parameters"]["total"] / 1e6)
+        return (
+            UNREAD["disk_mb"] if read is None else 1_000 * (1 + ceil(DISK[stage] * read["parameters"]["total"] / 1e9))
+        )
 
     return megabytes
 
@@ -384,12 +406,26 @@ def here(files):
     return ancient(local(files)) if stored_elsewhere() else files
 
 
-def study_files():
-    """The files of the study where results lie elsewhere: what was made of an older study there is outdated.
+def code(files):
+    """Source files as inputs, where their dates count.
 
-    On one machine Snakemake's own records say so, but they do not travel.
+    Where results lie elsewhere they do not: a change is `noticed` by its content. A job with a local input would run
+    beside Snakemake there, and not in a cluster's pod.
     """
-    return local(config_files()) if stored_elsewhere() else []
+    return [] if stored_elsewhere() else files
+
+
+def study_files():
+    """The files of the study, its models and its texts where results lie elsewhere.
+
+    What was made there of an older study is outdated. On one machine Snakemake's own records say so, but they do not
+    travel. Of models and texts only the tables are made again, which compare their content.
+    """
+    if not stored_elsewhere():
+        return []
+    models = [file for name in STUDY.models for file in files_of_model(name)]
+    texts = [file for name in STUDY.texts for file in files_of_text(name)]
+    return local([*config_files(), *models, *texts])
 
 
 def noticed(content):
@@ -406,13 +442,21 @@ def store_variables():
 
     The settings of the storage plugin hold for them too. Credentials stay out of the address, which logs may show.
     """
+    if not stored_elsewhere():
+        return {}
     settings = workflow.storage_settings
-    if not stored_elsewhere() or "COPPICE_STORE" in environ:
+    prefix = settings.default_storage_prefix or ""
+    if prefix and quote(prefix) != prefix:
+        raise SystemExit(
+            f"error: The storage prefix {prefix!r} holds a blank or another sign that a shell reads, and jobs' commands "
+            "name files below it; choose a prefix of letters, digits and the signs . _ - /"
+        )
+    if "COPPICE_STORE" in environ:
         return {}
     if settings.default_storage_provider == "fs":
-        return {"COPPICE_STORE": os.path.abspath(settings.default_storage_prefix)}
+        return {"COPPICE_STORE": os.path.abspath(prefix)}
     if settings.default_storage_provider == "s3":
-        return s3_variables(settings.default_storage_prefix)
+        return s3_variables(prefix)
     raise SystemExit(
         "error: Set COPPICE_STORE to where weights are to be stored beside the results of the storage provider "
         f"{settings.default_storage_provider}: a folder, or an address that Apache Arrow reads, as gs://bucket/prefix."
@@ -459,10 +503,11 @@ def config_changes():
 def partial_results(logs):
     """The command that gathers and tracks what a run with failures achieved; its tables are dated 1970.
 
-    Where nothing failed but tracking itself, tables and report are whole, and stay as they are.
+    Where nothing failed but tracking itself, tables and report are whole, and stay as they are. Who stops a run by
+    Ctrl-C does not wait for them, and what is interrupted has not failed.
     """
-    failed = {rule for log in logs for rule in re.findall(r"Error in rule (\w+)", Path(log).read_text())}
-    if failed == {"track"}:
+    said = "".join(Path(log).read_text() for log in logs)
+    if "Terminating processes on user request" in said or set(re.findall(r"Error in rule (\w+)", said)) == {"track"}:
         return "true"
     study = f"{RESULTS}/study.yaml"
     stages = [

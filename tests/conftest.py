@@ -1,17 +1,30 @@
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
 
 # `make test` gives each worker a file at a time, in the order of the tests. The first of these is a chain that keeps
 # one core busy for minutes: were it last, the other worker would wait.
 LONGEST = (
-    "test_interruptions.py", "test_stories.py", "test_composition.py", "test_postgresql.py", "test_storage.py",
-    "test_distributed.py", "test_bad_input.py", "test_dag.py",
+    "test_interruptions.py", "test_stories.py", "test_watch.py", "test_composition.py", "test_postgresql.py",
+    "test_storage.py", "test_distributed.py", "test_bad_input.py", "test_dag.py",
 )  # fmt: skip
+OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+STARTUP = Path(__file__).with_name("workflow") / "startup"
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+# Debian's Chromium, without what it would ask of the network by itself.
+ARGUMENTS = (
+    "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync",
+    "--no-first-run",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -27,3 +40,29 @@ def shared_data() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip("needs the public models and texts in ../shared/data")
     return SHARED_DATA
+
+
+@pytest.fixture(scope="session")
+def chromium() -> Iterator:
+    """A headless browser of Playwright's; tests are skipped where Chromium is absent."""
+    program = shutil.which("chromium")
+    if program is None:
+        pytest.skip("needs the program chromium (apt-get install chromium)")
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs the package playwright")
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=program, args=list(ARGUMENTS))
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="session")
+def forks() -> Iterator[dict[str, str]]:
+    """The environment in which jobs that load models are forks of one process, which has imported torch once."""
+    address = f"coppice-{uuid4()}"
+    # Threads of OpenMP and BLAS would not outlive a fork.
+    alone = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+    command = [sys.executable, str(STARTUP / "forks.py"), address]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=os.environ | OFFLINE | alone) as server:
+        assert server.stdout.readline() == b"Ready.\n"
+        yield {"FORKS": address, "PYTHONPATH": str(STARTUP)}
+        server.terminate()

@@ -19,9 +19,10 @@ from tests.cluster.study import begun_study, make_study, snakemake_command
 def slurm() -> Iterator[Slurm]:
     missing = [name for name in PROGRAMS if not shutil.which(name, path=SEARCHED)]
     if missing:
-        pytest.skip(f"needs a Slurm to start: {', '.join(missing)} is missing (Debian: slurmctld slurmd slurm-client)")
+        packages = "slurmctld slurmd slurmdbd slurm-client mariadb-server"
+        pytest.skip(f"needs a Slurm to start: {', '.join(missing)} is missing (Debian: {packages})")
     if os.geteuid() != 0:
-        pytest.skip("starts Slurm's daemons, which must be done as root")
+        pytest.skip("starts the daemons of Slurm, which must be done as root")
     # Sockets have short paths, so this is not pytest's folder.
     folder = Path(tempfile.mkdtemp(prefix="coppice-slurm-"))
     folder.chmod(0o755)
@@ -37,10 +38,10 @@ def slurm() -> Iterator[Slurm]:
 
 
 @pytest.fixture(scope="session")
-def local_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def local_folder(forks: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The study as this machine makes it without a cluster."""
     folder = make_study(tmp_path_factory.mktemp("local") / "study")
-    done = subprocess.run(**snakemake_command(folder, "--cores", "2", environment=dict(os.environ)), check=False)
+    done = subprocess.run(**snakemake_command(folder, "--cores", "2", environment=os.environ | forks), check=False)
     assert done.returncode == 0, done.stdout
     return folder
 

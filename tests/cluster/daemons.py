@@ -1,9 +1,10 @@
-"""A real Slurm of one node with two GPUs that are none, started and stopped by process ids."""
+"""A real Slurm of one node with two GPUs that are none, and its accounting, started and stopped by process ids."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -13,7 +14,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "squeue", "scancel")
+PROGRAMS = (
+    "munged", "slurmctld", "slurmd", "slurmdbd", "mariadbd", "mariadb-install-db",
+    "sbatch", "squeue", "sacct", "scancel",
+)  # fmt: skip
 SEARCHED = f"{os.environ['PATH']}:/usr/sbin:/sbin"
 
 SLURM = """
@@ -39,13 +43,38 @@ SlurmdTimeout=20
 SchedulerParameters=sched_interval=2,batch_sched_delay=0
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core_Memory
-AccountingStorageType=accounting_storage/none
+AccountingStorageType=accounting_storage/slurmdbd
+AccountingStorageHost=127.0.0.1
+AccountingStoragePort={accounting_port}
+AccountingStoragePass={folder}/munge.socket
 JobAcctGatherType=jobacct_gather/linux
+JobAcctGatherFrequency=task=1
+JobAcctGatherParams=OverMemoryKill
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 GresTypes=gpu
 PlugStackConfig=/dev/null
 SlurmdParameters=config_overrides
 NodeName={host} NodeAddr=127.0.0.1 CPUs=2 RealMemory=12000 Gres=gpu:2
 PartitionName=main Nodes={host} Default=YES MaxTime=INFINITE State=UP
+PartitionName=urgent Nodes={host} PriorityTier=10 MaxTime=INFINITE State=UP
+"""
+
+ACCOUNTING = """
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge.socket
+DbdHost={host}
+DbdAddr=127.0.0.1
+DbdPort={accounting_port}
+SlurmUser=root
+LogFile={folder}/slurmdbd.log
+PidFile={folder}/slurmdbd.pid
+StorageType=accounting_storage/mysql
+StorageHost=127.0.0.1
+StoragePort={database_port}
+StorageUser=slurm
+StoragePass={password}
+StorageLoc=slurm
 """
 
 
@@ -63,9 +92,9 @@ class Slurm:
 
     def start(self) -> None:
         host = socket.gethostname().partition(".")[0]
-        ports = free_ports(2)
-        text = SLURM.format(folder=self.folder, host=host, controller_port=ports[0], node_port=ports[1])
-        (self.folder / "slurm.conf").write_text(text)
+        names = ("controller_port", "node_port", "accounting_port", "database_port")
+        facts = {**dict(zip(names, free_ports(len(names)), strict=True)), "folder": self.folder, "host": host}
+        (self.folder / "slurm.conf").write_text(SLURM.format(**facts))
         (self.folder / "gres.conf").write_text(f"NodeName={host} Name=gpu File=/dev/null,/dev/zero\n")
         # Snakemake's plugin takes SLURM_CONF away from the `srun` of its jobs, and /etc is not ours to write to.
         command = self.folder / "bin" / "srun"
@@ -82,9 +111,38 @@ class Slurm:
             *(f"--pid-file={files['pid']}", f"--log-file={files['log']}", f"--seed-file={files['seed']}"),
         )
         wait_until(files["socket"].exists, 10, "munged opens its socket")
+        self.start_accounting(facts)
         self.run_daemon("slurmctld", "-D", "-f", self.environment["SLURM_CONF"])
         self.start_node()
         wait_until(lambda: self.node_state() == "idle", 60, "the node is idle")
+
+    def start_accounting(self, facts: dict[str, Any]) -> None:
+        """MariaDB with an empty database, and the daemon that writes into it what becomes of jobs."""
+        data, password = self.folder / "database", secrets.token_hex(16)
+        make = [
+            "mariadb-install-db",
+            "--user=root",
+            f"--datadir={data}",
+            "--skip-test-db",
+            "--auth-root-authentication-method=normal",
+        ]
+        subprocess.run(make, env=self.environment, check=True, stdout=subprocess.DEVNULL)
+        first = self.folder / "first.sql"
+        first.write_text(
+            f"CREATE DATABASE slurm;\nGRANT ALL ON slurm.* TO 'slurm'@'127.0.0.1' IDENTIFIED BY '{password}';\n"
+        )
+        self.run_daemon(
+            *("mariadbd", "--no-defaults", "--user=root", f"--datadir={data}", f"--init-file={first}"),
+            *("--bind-address=127.0.0.1", f"--port={facts['database_port']}", "--skip-name-resolve"),
+            *(f"--socket={self.folder / 'database.socket'}", f"--pid-file={self.folder / 'database.pid'}"),
+        )
+        wait_until(lambda: answers(facts["database_port"]), 60, "the database answers")
+        settings = self.folder / "slurmdbd.conf"
+        settings.touch(0o600)
+        settings.write_text(ACCOUNTING.format(**facts, password=password))
+        self.run_daemon("slurmdbd", "-D")
+        wait_until(lambda: answers(facts["accounting_port"]), 60, "the accounting answers")
+        self.ask("sacctmgr", "--immediate", "add", "cluster", "coppice")
 
     def run_daemon(self, program: str, *words: str) -> None:
         path = shutil.which(program, path=SEARCHED)
@@ -163,6 +221,13 @@ def free_ports(count: int) -> list[int]:
     for opened in sockets:
         opened.close()
     return ports
+
+
+def answers(port: int) -> bool:
+    """Whether somebody listens at a port of this machine."""
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+        return True
+    return False
 
 
 def wait_until(condition: Callable[[], Any], seconds: float, awaited: str) -> None:

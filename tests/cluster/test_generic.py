@@ -11,12 +11,12 @@ from tests.cluster.study import ROOT, results, snakemake_command
 
 def test_jobs_are_handed_in_asked_after_and_done(begun_folder: Path) -> None:
     words = ["--workflow-profile", "profiles/cluster-generic", "--seconds-between-status-checks", "1"]
-    target = "results/clustered/models/tiny/rtn-4/manifest.json"
-    command = snakemake_command(begun_folder, *words, environment=dict(os.environ), target=target)
+    target = "results/demo/models/medium/magnitude-50/manifest.json"
+    command = snakemake_command(begun_folder, *words, environment=dict(os.environ), targets=[target])
     done = subprocess.run(**command, check=False)
     assert done.returncode == 0, done.stdout
     assert done.stdout.count("Submitted job") == 1
-    assert (results(begun_folder) / "models/tiny/rtn-4/manifest.json").is_file()
+    assert (results(begun_folder) / "models/medium/magnitude-50/manifest.json").is_file()
     [job] = (begun_folder / ".snakemake/background").iterdir()
     assert (job / "exit").read_text() == "0\n"
 

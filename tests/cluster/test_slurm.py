@@ -1,17 +1,18 @@
-"""A study runs to its end on a real Slurm, also when jobs are cancelled and the node is lost."""
+"""The demo cut small runs to its end on a real Slurm, also when a job is cancelled and the node is lost."""
 
 from __future__ import annotations
 
 import os
 import re
 import subprocess
-from math import ceil
+from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
-from coppice.files import read_json
-from coppice.needs import memory_bytes
+import pytest
+
 from tests.cluster.daemons import Slurm, wait_until
-from tests.cluster.study import assert_same_tables, make_study, results, snakemake_command
+from tests.cluster.study import assert_same_results, make_study, results, snakemake_command
 
 # A module that Python imports at its start. Each `coppice` writes down which devices it was given, and holds a lock on
 # each as long as it lives; one that finds a device locked, or is given none, says so.
@@ -44,10 +45,14 @@ if "GPU_RECORD" in os.environ and words[1:3] == ["-m", "coppice"] and words[3] i
     sys.held = held
 """
 OVERRIDES = [
-    *("--workflow-profile", "profiles/slurm", "--slurm-status-command", "squeue", "--latency-wait", "5"),
-    *("--slurm-init-seconds-before-status-checks", "1", "--seconds-between-status-checks", "1"),
+    *("--workflow-profile", "profiles/slurm", "--latency-wait", "5"),
+    *("--slurm-arrays-init-seconds-before-status-checks", "1", "--seconds-between-status-checks", "1"),
     *("--default-resources", "slurm_partition=main", "mem_mb=2000", "runtime=10"),
-    *("--set-threads", "compress=1", "recover=1", "evaluate=1"),
+    *("--set-threads", "calibrate=1", "compress=1", "recover=1", "evaluate=1", "cost=2"),
+]
+# Four nodes of two models whose jobs ask for the same.
+PRUNED = [
+    f"results/demo/models/{model}/width-{rate}/manifest.json" for model in ("small", "medium") for rate in (25, 50)
 ]
 
 
@@ -63,8 +68,8 @@ class Study:
         search = os.pathsep.join(filter(None, [str(folder / "module"), os.environ.get("PYTHONPATH")]))
         self.environment = {**slurm.environment, "GPU_RECORD": str(self.record), "PYTHONPATH": search}
 
-    def start(self) -> None:
-        command = snakemake_command(self.folder, *OVERRIDES, environment=self.environment)
+    def start(self, *words: str, targets: Sequence[str] = ("all",)) -> None:
+        command = snakemake_command(self.folder, *OVERRIDES, *words, environment=self.environment, targets=targets)
         self.log = self.folder / "run.log"
         with self.log.open("w") as printed:
             self.process = subprocess.Popen(**{**command, "stdout": printed})
@@ -96,13 +101,22 @@ class Study:
         return [file.name for file in self.record.glob("shared-*")]
 
 
-def asked(printed: str, rule: str, resource: str) -> list[int]:
-    """What the jobs of a rule asked for, in the order in which Snakemake chose them."""
-    found = re.findall(rf"^rule {rule}:\n(?:    .*\n)*?    resources: .*\b{resource}=(\d+)", printed, re.MULTILINE)
-    return [int(amount) for amount in found]
+def asked(printed: str, rule: str) -> dict[str, list[dict[str, int]]]:
+    """What the jobs of a rule asked for, by Snakemake's number of the job, attempt by attempt."""
+    attempts = defaultdict(list)
+    for job, resources in re.findall(
+        rf"^rule {rule}:\n(?:    .*\n)*?    jobid: (\d+)\n(?:    .*\n)*?    resources: (.*)$", printed, re.MULTILINE
+    ):
+        attempts[job].append({name: int(amount) for name, amount in re.findall(r"(\w+)=(\d+)\b", resources)})
+    return attempts
 
 
-def test_a_cancelled_job_and_a_lost_node_end_in_the_tables_of_an_undisturbed_run(
+def arrays(printed: str, rule: str) -> list[int]:
+    """How many tasks each array of a rule had."""
+    return [int(count) for count in re.findall(rf"^Handed in (\d+) jobs of {rule} as tasks of", printed, re.MULTILINE)]
+
+
+def test_a_cancelled_job_and_a_lost_node_end_in_the_results_of_an_undisturbed_run(
     slurm: Slurm, local_folder: Path, tmp_path: Path
 ) -> None:
     study = Study(slurm, make_study(tmp_path / "study"))
@@ -112,7 +126,6 @@ def test_a_cancelled_job_and_a_lost_node_end_in_the_tables_of_an_undisturbed_run
 
     # Two jobs run at once, on a device each.
     study.wait_for("compress", 2)
-    assert sorted(study.jobs("compress")) == ["0", "1"]
     cancelled = slurm.running()[0]
     slurm.ask("scancel", cancelled)
     study.release("compress")
@@ -120,34 +133,73 @@ def test_a_cancelled_job_and_a_lost_node_end_in_the_tables_of_an_undisturbed_run
     study.wait_for("recover", 1)
     slurm.lose_node()
     wait_until(lambda: slurm.node_state().startswith("down"), 300, "Slurm misses its node")
+    lost = len(study.jobs("recover"))
     study.release("recover")
     slurm.start_node()
     study.finish()
 
-    assert_same_tables(study.folder, local_folder)
+    assert_same_results(study.folder, local_folder)
+    assert (results(study.folder) / "report" / "index.html").is_file()
     assert study.shared_devices() == []
+    used = {device for stage in ("calibrate", "compress", "recover", "evaluate") for device in study.jobs(stage)}
+    assert used == {"0", "1"}
     printed = study.log.read_text()
     assert f"SLURM-job '{cancelled}' failed, SLURM status is: 'CANCELLED'" in printed
-    # The second attempt asks for more.
-    root = read_json(results(study.folder) / "models/tiny/manifest.json")
-    needed = ceil(memory_bytes("compress", root) / 1e6)
-    assert asked(printed, "compress", "mem_mb") == [needed, needed, 2 * needed]
-    assert asked(printed, "compress", "runtime") == [480, 480, 960]
-    # Two, the second attempt, and what the node lost of it.
-    assert len(study.jobs("compress")) in (3, 4)
-    # Slurm itself began the recovery again.
-    assert asked(printed, "recover", "gpu") == [1]
-    assert len(study.jobs("recover")) == 2
-    assert {*study.jobs("recover"), *study.jobs("evaluate")} <= {"0", "1"}
-    # Light stages ran beside Snakemake.
-    assert all(f"localrule {stage}:" in printed for stage in ("study", "root", "tokenize", "tables"))
+    assert len(re.findall("^Error in rule", printed, re.MULTILINE)) == 1
+    # The second attempt asks for twice as much.
+    attempts = asked(printed, "compress")
+    [(first, second)] = [each for each in attempts.values() if len(each) > 1]
+    assert second["mem_mb"] == 2 * first["mem_mb"]
+    assert (first["runtime"], second["runtime"]) == (480, 960)
+    assert first["gpu"] == second["gpu"] == 1
+    # What the node lost Slurm itself began again.
+    recovered = asked(printed, "recover")
+    assert all(len(each) == 1 for each in recovered.values())
+    assert len(study.jobs("recover")) == len(recovered) + lost
+    # Jobs that were ready together were handed in as arrays, and light stages ran beside Snakemake.
+    assert arrays(printed, "calibrate") and arrays(printed, "compress")
+    assert all(f"localrule {stage}:" in printed for stage in ("study", "root", "tokenize", "tables", "report"))
+
+
+@pytest.mark.parametrize("told_by", ["sacct", "squeue"])
+def test_arrays_hold_what_is_chosen_of_what_is_ready(slurm: Slurm, begun_folder: Path, told_by: str) -> None:
+    study = Study(slurm, begun_folder)
+    study.start("--jobs", "3", "--slurm-arrays-status-command", told_by, targets=PRUNED)
+    study.finish()
+    assert all((study.folder / node).is_file() for node in PRUNED)
+    assert arrays(study.log.read_text(), "compress") == [3]
+    assert len(study.jobs("compress")) == 4
+
+
+def test_a_job_that_gives_way_to_an_urgent_one_is_begun_again_by_slurm(slurm: Slurm, begun_folder: Path) -> None:
+    study = Study(slurm, begun_folder)
+    study.hold("compress")
+    study.start(targets=PRUNED[:1])
+    study.wait_for("compress", 1)
+    slurm.ask("sbatch", "--wait", "--partition=urgent", "--exclusive", "--output=/dev/null", "--wrap=true")
+    study.wait_for("compress", 2)
+    study.release("compress")
+    study.finish()
+    assert "Error in rule" not in study.log.read_text()
+    assert len(study.jobs("compress")) == 2
+
+
+def test_a_job_that_took_too_much_memory_is_done_again_with_more(slurm: Slurm, begun_folder: Path) -> None:
+    study = Study(slurm, begun_folder)
+    # Snakemake and PyTorch together take more than 300 MB.
+    study.start("--set-resources", "compress:mem_mb=attempt*300", targets=PRUNED[:1])
+    study.finish()
+    [attempts] = asked(study.log.read_text(), "compress").values()
+    assert [attempt["mem_mb"] for attempt in attempts] in ([300, 600], [300, 600, 900])
+    logs = "".join(log.read_text() for log in (study.folder / "results" / "slurm-logs").rglob("*.log"))
+    assert "exceeded memory limit" in logs
 
 
 def test_an_unknown_partition_is_named(slurm: Slurm, begun_folder: Path) -> None:
     study = Study(slurm, begun_folder)
-    words = [word.replace("=main", "=fast") for word in OVERRIDES]
-    target = "results/clustered/models/tiny/rtn-4/manifest.json"
-    command = snakemake_command(study.folder, *words, "--retries", "0", environment=study.environment, target=target)
+    words = [*(word.replace("=main", "=fast") for word in OVERRIDES), "--retries", "0"]
+    command = snakemake_command(study.folder, *words, environment=study.environment, targets=PRUNED[:2])
     done = subprocess.run(**command, check=False)
     assert done.returncode != 0
-    assert "SLURM sbatch failed. The error message was 'sbatch: error: invalid partition specified: fast" in done.stdout
+    refusal = "The error message was 'sbatch: error: invalid partition specified: fast"
+    assert f"SLURM sbatch failed for an array. {refusal}" in done.stdout

@@ -6,17 +6,16 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import pytest
 
+from tests.conftest import OFFLINE
+
 ROOT = Path(__file__).resolve().parents[2]
-OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-STARTUP = Path(__file__).with_name("startup")
-PARTS = ("Snakefile", "rules", "workflow", "profiles", "config", "envs")
+PARTS = ("Snakefile", "rules", "workflow", "profiles", "config", "envs", "resources")
 
 
 @pytest.fixture(scope="session")
@@ -56,16 +55,3 @@ def snakemake(snakemake_command: Callable[..., dict[str, Any]]) -> Callable[...,
         return subprocess.run(**snakemake_command(directory, *words, **options), check=False)
 
     return run
-
-
-@pytest.fixture(scope="session")
-def forks() -> Iterator[dict[str, str]]:
-    """The environment in which jobs that load models are forks of one process, which has imported torch once."""
-    address = f"coppice-{uuid4()}"
-    # Threads of OpenMP and BLAS would not outlive a fork.
-    alone = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-    command = [sys.executable, str(STARTUP / "forks.py"), address]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, env=os.environ | OFFLINE | alone) as server:
-        assert server.stdout.readline() == b"Ready.\n"
-        yield {"FORKS": address, "PYTHONPATH": str(STARTUP)}
-        server.terminate()
