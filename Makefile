@@ -12,14 +12,14 @@ demo: .venv/ready
 test: .venv/ready .venv/storage/ready
 	$(BIN)/python -m pytest -n $(CORES) --dist loadfile --no-loadscope-reorder
 
-test-cluster: .venv/ready
+test-cluster: .venv/ready .venv/storage/ready .venv/kubernetes/ready
 	$(BIN)/python -m pytest tests/cluster
 
 test-services: .venv/ready
 	$(BIN)/python -m pytest tests/services
 
 test-browser: .venv/ready
-	$(BIN)/python -m pytest tests/browser
+	$(BIN)/python -m pytest tests/browser tests/workflow/test_watch.py
 
 crosscheck: .venv-crosscheck/ready
 	.venv-crosscheck/bin/python -m pytest crosscheck
@@ -63,6 +63,13 @@ clean:
 .venv/storage/ready: tests/storage-requirements.txt .venv/ready
 	$(BIN)/uv pip install --quiet --target .venv/storage --no-deps --requirement tests/storage-requirements.txt
 	touch .venv/storage/ready
+
+# The wheels are what an image for pods holds: profiles/kubernetes/Dockerfile.
+.venv/kubernetes/ready: tests/kubernetes-requirements.txt .venv/storage/ready
+	$(BIN)/uv pip install --quiet --target .venv/kubernetes --no-deps --requirement tests/kubernetes-requirements.txt
+	$(BIN)/python -m pip download --quiet --no-deps --dest .venv/kubernetes/wheels \
+	  $(shell grep -h '^snakemake-storage-plugin' requirements.lock tests/storage-requirements.txt)
+	touch .venv/kubernetes/ready
 
 .venv-crosscheck/ready: crosscheck/requirements.txt pyproject.toml
 	$(PYTHON) -m venv .venv-crosscheck
