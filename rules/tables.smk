@@ -23,6 +23,7 @@ rule tables:
     input:
         checkpoints(),
         metrics(),
+        token_sets(),
         study="<results>/study.yaml",
     output:
         collect("<results>/tables/{table}.parquet", table=TABLES),

@@ -12,14 +12,14 @@ import pyarrow.parquet as pq
 from pydantic import ConfigDict
 
 from coppice.methods.base import MethodOptions
-from coppice.study import Calibration, Cost, Law, Quality, Recipe, ShippedModel, Step, Study, Tracking
+from coppice.study import Calibration, Cost, FileText, Law, Quality, Recipe, ShippedModel, Step, Study, Tracking
 
 FAMILIES = {"wanda": "prune", "laco": "prune", "gptq": "quantize", "full": "recover"}
 OPTIONS = {
     "wanda-50": {"sparsity": 0.5, "propagate": False},
     "laco-25": {"ratio": 0.25},
     "gptq-4": {"bits": 4, "group_size": 32},
-    "full-1m": {"tokens": 1_000_000, "learning_rate": 0.001, "text": "stories"},
+    "full-1m": {"tokens": 1_000_000, "learning_rate": 0.001, "text": "stories", "validation": "stories"},
 }
 DENSE = {"small": 490_000, "medium": 3_000_000}
 BUDGETS = (100_000, 200_000, 400_000, 1_000_000)
@@ -39,7 +39,7 @@ def fake_study(weights: str = "none", uri: str | None = None) -> Study:
         study="demo",
         seed=0,
         models={name: ShippedModel(shipped=name) for name in DENSE},
-        texts={},
+        texts={"stories": FileText(path="stories.txt")},
         budgets=list(BUDGETS),
         steps={
             name: Step.model_construct(
@@ -83,7 +83,8 @@ def write_results(results: Path) -> Path:
             "Traceback ...\nerror: model.layers.3 has no such thing; choose another.\n",
         )
         for use in ("recovery.full-1m", "validation.full-1m", "evaluation.quality.stories"):
-            _write(results / "tokens" / model / use / "manifest.json", json.dumps({"fingerprint": use[0] * 64}))
+            manifest = {"fingerprint": use[0] * 64, "text": {"path": "stories.txt"}}
+            _write(results / "tokens" / model / use / "manifest.json", json.dumps(manifest))
     _law(results / "laws" / "p2")
     _write(results / "study.yaml", "study: demo\n")
     _write(results / "benchmarks" / "compress" / "small" / "wanda-50.jsonl", '{"s": 1.5, "max_rss": 200.0}\n')

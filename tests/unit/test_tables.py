@@ -265,7 +265,7 @@ def test_options_that_a_version_did_not_know_are_no_change(results: Path) -> Non
     """`gpus` and `precision` were not recorded; and on how many GPUs a step trains changes nothing."""
     path = results / "models/small/laco-25/full-1m/manifest.json"
     manifest = json.loads(path.read_text())
-    step = Step.model_validate({"method": "full", "text": "a", "validation": "b", "tokens": 9, "gpus": 2})
+    step = Step.model_validate({"method": "full", "text": "stories", "validation": "stories", "tokens": 9, "gpus": 2})
     options = step.options.model_dump(mode="json", exclude={"gpus", "precision"})
     path.write_text(json.dumps(manifest | {"step": {**manifest["step"], "options": options}}))
     study = fake_study()

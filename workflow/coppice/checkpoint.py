@@ -16,6 +16,7 @@ import platform
 import resource
 import shutil
 import sys
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -279,6 +280,7 @@ def computing_dtype(directory: Path, device: str) -> torch.dtype:
     return torch.float32 if torch.device(device).type == "cpu" else stored_dtype(directory)
 
 
+@cache
 def versions() -> dict[str, str]:
     """The versions of what made a file."""
     installed = {name: importlib.metadata.version(name) for name in PACKAGES}

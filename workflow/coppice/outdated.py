@@ -5,25 +5,34 @@ On the machine that made them Snakemake's records notice this. They do not trave
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from coppice import tree
+from coppice import store, tree
 from coppice.errors import UserError
-from coppice.study import Study
+from coppice.files import read_json, sha256
+from coppice.root import locate
+from coppice.study import FileText, HubModel, Study
 
 # Says on how many GPUs a step trained, not what it computed.
 NO_MATTER = frozenset({"gpus"})
 
 
 def refuse_other_node(study: Study, node: tree.Node, manifest: Mapping[str, Any], path: Path) -> None:
-    """Raises UserError where the manifest at `path` is of another model, method, seed or option than the study's."""
+    """Raises UserError where the manifest at `path` is of another model, method, seed or option than the study's.
+
+    Where results lie elsewhere, so it does where a file of a model that the study names by path has changed.
+    """
     if node.step is None:
         model = study.models[node.model]
-        of, was, now = f"model {node.model!r}", manifest["source"], model.model_dump(mode="json")
+        of, was, now = f"model {node.model!r}", dict(manifest["source"]), model.model_dump(mode="json")
+        if not isinstance(model, HubModel):
+            _add_files(was, now, manifest.get("source_files", {}), locate(now))
     else:
         step, recorded = study.steps[node.step], manifest["step"]
         of, now = f"step {node.step!r}", {"method": step.method, **step.options.model_dump(mode="json")}
@@ -44,6 +53,64 @@ def refuse_other_evaluation(study: Study, node: str, name: str, recorded: Mappin
         was["world"] = recorded["world"]
         now["world"] = study.texts[tree.world(study, evaluation)].model_dump(mode="json")
     _refuse(f"The evaluation {name!r} of {node!r}", f"evaluation {name!r}", was, now, path)
+
+
+def refuse_other_tokens(study: Study, uses: Iterable[str], tokens: Path) -> None:
+    """Raises UserError where a token set of these uses was cut from another text than the study's.
+
+    So it does where a calibration's windows are others; those of steps and evaluations are among these ones' options.
+    Where results lie elsewhere, so it does where the text's file has changed.
+
+    tokens: the folder of a model's token sets; those that it does not hold tell nothing.
+    """
+    for use in uses:
+        path = tokens / use / "manifest.json"
+        if path.is_file():
+            _refuse_other_token_set(study, use, read_json(path), path)
+
+
+def _refuse_other_token_set(study: Study, use: str, manifest: Mapping[str, Any], path: Path) -> None:
+    name = _text_of(study, use)
+    text = study.texts[name]
+    of, now = f"text {name!r}", text.model_dump(mode="json")
+    was = _completed(type(text), manifest["text"])
+    if isinstance(text, FileText) and "text_sha256" in manifest:
+        _add_files(was, now, {Path(text.path).name: manifest["text_sha256"]}, Path(text.path).parent)
+    kind, _, owner = use.partition(".")
+    if kind == "calibration":
+        of = f"calibration {owner!r} or its {of}"
+        was |= {"windows": manifest["windows"], "length": manifest["length"], "pack": manifest["packed"]}
+        now |= study.calibrations[owner].model_dump(mode="json", exclude={"text"})
+    _refuse(f"The token set {use!r}", of, was, now, path)
+
+
+def _text_of(study: Study, use: str) -> str:
+    """The name of the text that a token set is cut from."""
+    kind, _, name = use.partition(".")
+    if kind == "calibration":
+        return study.calibrations[name].text
+    if kind == "evaluation":
+        evaluation, _, protocol = name.partition(".")
+        return study.evaluations[evaluation].perplexity[protocol].text
+    options = study.steps[name].options
+    return options.text if kind == "recovery" else options.validation
+
+
+def _add_files(was: dict[str, Any], now: dict[str, Any], recorded: Mapping[str, str], folder: Path) -> None:
+    """Adds the first digits of the SHA-256 of files: as recorded, and as they are, of those that are in the folder.
+
+    Only where results lie elsewhere: otherwise the files' dates count.
+    """
+    here = [name for name in recorded if (folder / name).is_file()] if store.VARIABLE in os.environ else []
+    for name in here:
+        status = (folder / name).stat()
+        was[name], now[name] = recorded[name][:12], _digest(folder / name, status.st_size, status.st_mtime_ns)[:12]
+
+
+@cache
+def _digest(path: Path, size: int, changed: int) -> str:
+    """The file's SHA-256, computed once for each size and date: whoever watches a study asks again and again."""
+    return sha256(path)
 
 
 def _completed(options: type[BaseModel], recorded: Mapping[str, Any]) -> dict[str, Any]:

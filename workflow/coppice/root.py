@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from coppice.errors import UserError
-from coppice.files import read_json
+from coppice.files import read_json, sha256
 
 SHIPPED = Path(__file__).parents[2] / "resources" / "models"
 
@@ -53,6 +53,7 @@ def import_root(node: str, source: dict[str, Any], seed: int, output: Path) -> N
         "seed": seed,
         "marks": [],
         "source": {**source, "folder_config": config.get("_name_or_path")},
+        "source_files": {path.name: sha256(path) for path in dense_files(folder)},
         "asked": {},
         "achieved": {},
         "layers": {},
@@ -61,6 +62,13 @@ def import_root(node: str, source: dict[str, Any], seed: int, output: Path) -> N
         "wall_seconds": time.monotonic() - started,
     }
     save_checkpoint(model, output, folder, manifest, stored_dtype(folder))
+
+
+def dense_files(folder: Path) -> list[Path]:
+    """The files of a model that a root depends on: its config, its tokenizer and its weights."""
+    return sorted(
+        file for pattern in ("config.json", "tokenizer.json", "*.safetensors") for file in folder.glob(pattern)
+    )
 
 
 def locate(source: dict[str, Any]) -> Path:

@@ -24,7 +24,7 @@ from coppice.errors import UserError
 from coppice.evaluation import roofline
 from coppice.files import atomic_write, read_json
 from coppice.study import Study, load_study
-from coppice.tree import Node, evaluations, nodes, protocols
+from coppice.tree import Node, evaluations, model_of, nodes, protocols
 
 Row = dict[str, Any]
 
@@ -311,7 +311,7 @@ def collect(study: Study, results: Path, partial: bool = False, itemized: bool =
             error = f"It was made from {refused}, which the tables leave out."
             broken.append({"node": name, "stage": "tables", "error": error, "log": _relative(path, results)})
             continue
-        for row in read(name, path, partial_of(node_row, study, node)):
+        for row in read(name, path, partial_of(_checkpoint_row, study, node, results)):
             checkpoints[name] = row
     curves: list[Row] = []
     for name in [name for name, row in checkpoints.items() if row["family"] == "recover"]:
@@ -326,7 +326,8 @@ def collect(study: Study, results: Path, partial: bool = False, itemized: bool =
     items: list[pa.Table] = []
     for name, evaluation in [(node, evaluation) for node in checkpoints for evaluation in evaluations(study, node)]:
         folder = results / "evaluations" / name / evaluation
-        for measured in read(name, folder / "metrics.json", partial_of(measured_rows, study, name, evaluation)):
+        reader = partial_of(_evaluation_rows, study, name, evaluation, results)
+        for measured in read(name, folder / "metrics.json", reader):
             metrics += measured["metrics"]
             costs += measured["costs"]
             if itemized and study.evaluations[evaluation].kind == "quality":
@@ -343,6 +344,23 @@ def collect(study: Study, results: Path, partial: bool = False, itemized: bool =
         # Where nothing is missing, a log that ends in an error is an earlier run's.
         "failures": broken + failures(results, study, tree) if partial else [],
     }
+
+
+def _checkpoint_row(study: Study, node: Node, results: Path, path: Path) -> Row:
+    """The node's row. Raises UserError also where what it was calibrated or trained on was of another text."""
+    row = node_row(study, node, path)
+    uses = [f"calibration.{row['calibration']}"] if row["calibration"] else []
+    if row["family"] == "recover":
+        uses += [f"recovery.{row['step']}", f"validation.{row['step']}"]
+    outdated.refuse_other_tokens(study, uses, results / "tokens" / node.model)
+    return row
+
+
+def _evaluation_rows(study: Study, node: str, evaluation: str, results: Path, path: Path) -> dict[str, list[Row]]:
+    """The evaluation's rows. Raises UserError also where what the node was measured on was of another text."""
+    uses = [f"evaluation.{evaluation}.{protocol}" for protocol in protocols(study.evaluations[evaluation])]
+    outdated.refuse_other_tokens(study, uses, results / "tokens" / model_of(node))
+    return measured_rows(study, node, evaluation, path)
 
 
 def node_row(study: Study, node: Node, path: Path) -> Row:

@@ -384,6 +384,7 @@ def tokenize(
         "format_version": 1,
         "fingerprint": fingerprint(identity),
         "text": text,
+        **({"text_sha256": sha256(text["path"])} if "path" in text else {}),
         **identity,
         "tokens": int((owners >= 0).sum()),
         "tokens_read": sum(map(len, rows)),

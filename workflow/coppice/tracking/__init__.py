@@ -74,8 +74,7 @@ def _show(
         # Before the results are read: who reads later has the higher turn.
         turn = server.next_turn(server.runs_of(client, found.experiment_id) if found else [], extension is None)
         mirrors = mirrors_of(study, results)
-        artifacts = None if uri.startswith("http") else (results.parent / "mlartifacts").as_uri()
-        experiment = server.ready_experiment(client, study, artifacts).experiment_id
+        experiment = server.ready_experiment(client, study, _artifacts(uri, results)).experiment_id
         shown = server.synchronize(client, experiment, mirrors, frozenset(nodes(study)), turn)
         for mirror in mirrors if extension else ():
             if mirror.live:
@@ -90,6 +89,17 @@ def _alone(uri: str, results: Path) -> AbstractContextManager:
     lock = Path(f"{uri.removeprefix(SQLITE)}.lock") if uri.startswith(SQLITE) else results / "tracking" / ".lock"
     lock.parent.mkdir(parents=True, exist_ok=True)
     return FileLock(lock)
+
+
+def _artifacts(uri: str, results: Path) -> str | None:
+    """Where artifacts go: the folder mlartifacts beside a database file, else beside the study's; None: a server says.
+
+    Of results that lie elsewhere the study's folder is a cache, which must not hold them.
+    """
+    if uri.startswith("http"):
+        return None
+    beside = Path(uri.removeprefix(SQLITE)) if uri.startswith(SQLITE) else results
+    return (beside.parent / "mlartifacts").as_uri()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
