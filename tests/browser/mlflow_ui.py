@@ -75,21 +75,18 @@ def scatter(page: Page, across: str, up: str) -> None:
 
 
 def traces(page: Page) -> list[dict]:
-    """What the chart that shows draws, by traces: name, type, points and the last one's place, values by dimension."""
+    """What the chart that shows draws, by traces: name, type, points as pairs (x, y), values of each dimension."""
     chart = page.locator(".js-plotly-plot:visible").last  # a dialog's stands behind the page's
     expect(chart).to_be_visible()
     return chart.evaluate(
-        """chart => (chart.data || []).map(trace => {
-            const across = Array.from(trace.x || [], Number).filter(Number.isFinite);
-            const values = dimension => Array.from(dimension.values).filter(value => value !== null).length;
-            return {
-                name: trace.name,
-                type: trace.type,
-                points: across.length,
-                last: across.length ? Math.max(...across) : null,
-                dimensions: Object.fromEntries((trace.dimensions || []).map(each => [each.label, values(each)])),
-            };
-        })"""
+        """chart => (chart.data || []).map(trace => ({
+            name: trace.name,
+            type: trace.type,
+            points: Array.from(trace.x || [], (across, place) => [Number(across), Number(trace.y[place])])
+                .filter(point => point.every(Number.isFinite)),
+            dimensions: Object.fromEntries(
+                (trace.dimensions || []).map(each => [each.label, Array.from(each.values)])),
+        }))"""
     )
 
 
@@ -97,7 +94,7 @@ def wait_for_traces(page: Page, kind: str, points: int = 0, dimensions: int = 0)
     """The traces of the chart that shows, once one of them is of this kind and holds as much."""
     for _ in range(SLOW // 500):
         drawn = [trace for trace in traces(page) if trace["type"].startswith(kind)]
-        if any(trace["points"] >= points and len(trace["dimensions"]) >= dimensions for trace in drawn):
+        if any(len(trace["points"]) >= points and len(trace["dimensions"]) >= dimensions for trace in drawn):
             return drawn
         page.wait_for_timeout(500)
     raise AssertionError(f"no {kind} with {points} points and {dimensions} dimensions, but {traces(page)}")
