@@ -1,6 +1,7 @@
 """Functions that the rules share: names as patterns, names as paths, and what a node is made from."""
 
 import json
+from contextlib import suppress
 from math import ceil, inf
 from os.path import relpath
 from shlex import join, quote
@@ -366,11 +367,16 @@ def minutes(stage):
 
 
 def model_manifest(input):
-    """The manifest of the model that a job reads; None as long as it is not there, or broken, as the job will say."""
-    try:
-        return read_json(Path(input.parent if hasattr(input, "parent") else input.model))
-    except UserError:
-        return None
+    """The manifest of the model that a job reads, or of its root, which is no smaller, where that is not at hand.
+
+    A model may be not yet made, or made in a pod. None as long as neither is there, or broken, as the job will say.
+    """
+    models = f"{RESULTS}/models/"
+    before, _, node = (input.parent if hasattr(input, "parent") else input.model).rpartition(models)
+    for name in (node, f"{node.partition('/')[0]}/manifest.json"):
+        with suppress(UserError):
+            return read_json(Path(f"{before}{models}{name}"))
+    return None
 
 
 def job_options(stage, wildcards):

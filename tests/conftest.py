@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -15,7 +16,7 @@ import pytest
 # one core busy for minutes: were it last, the other worker would wait.
 LONGEST = (
     "test_interruptions.py", "test_stories.py", "test_watch.py", "test_composition.py", "test_postgresql.py",
-    "test_storage.py", "test_distributed.py", "test_bad_input.py", "test_dag.py",
+    "test_storage.py", "test_distributed.py", "test_bad_input.py", "test_terminal.py", "test_dag.py",
 )  # fmt: skip
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 STARTUP = Path(__file__).with_name("workflow") / "startup"
@@ -25,6 +26,11 @@ ARGUMENTS = (
     "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync",
     "--no-first-run",
 )  # fmt: skip
+
+
+def pytest_configure() -> None:
+    """A shell lets what it starts in the background ignore Ctrl-C, and so would the processes that tests interrupt."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -55,11 +55,13 @@ def save_text(path: Path, documents: int = 40, words: int = 30) -> dict[str, Any
     return {"path": str(path), "splits": {"calibration": 0.5, "recovery": 0.3, "evaluation": 0.2}}
 
 
-def save_windows(folder: Path, root: Path, role: str = "calibration", length: int = 16, **options: Any) -> Path:
+def save_windows(
+    folder: Path, root: Path, role: str = "calibration", length: int = 16, documents: int = 40, **options: Any
+) -> Path:
     """All windows of `save_text` for a role, packed with the root's tokenizer."""
     from coppice.text import save_windows as write
 
-    write(tokenize(root, save_text(folder.with_suffix(".txt")), role, 0, length, **options), folder)
+    write(tokenize(root, save_text(folder.with_suffix(".txt"), documents), role, 0, length, **options), folder)
     return folder
 
 

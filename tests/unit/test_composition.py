@@ -14,7 +14,7 @@ from rows import ROWS
 from safetensors.torch import load_file
 from studies import tiny_folder
 from tiny import logits, tiny_tokens
-from torch import nn
+from torch import Tensor, nn
 
 from coppice import layers, tree
 from coppice.checkpoint import export_dense, load_model, read_manifest
@@ -69,7 +69,8 @@ class Workshop:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.folders = {"tiny": save_root(directory / "root", num_hidden_layers=2)}
-        self.windows = save_windows(directory / "windows", self.folders["tiny"])
+        # 9 windows of 16 tokens, three times as many as the widest linear has inputs: no second moment is singular.
+        self.windows = save_windows(directory / "windows", self.folders["tiny"], documents=10)
         calibration = {"text": "biographies", "windows": 4, "length": 32}
         self.study = Study.model_validate(
             {
@@ -105,6 +106,11 @@ class Workshop:
             self.folders[name] = self.make(parent, step, self.directory / "models" / name)
         return self.folders[name]
 
+    @cache  # noqa: B019
+    def model(self, name: str) -> nn.Module:
+        """A parent's model, to be looked at."""
+        return load_model(self.node(name))
+
     def make(self, parent: str, step: str, folder: Path, **changes: Any) -> Path:
         inputs = {"statistics": self.statistics(parent, step)} | changes
         if method(base(step)).family == "compensate":
@@ -136,8 +142,8 @@ def test_steps_compose_or_are_refused(workshop: Workshop, steps: tuple[str, ...]
     parent, node = "/".join(("tiny", *steps[:-1])), "/".join(("tiny", *steps))
     reason = workshop.refusal(steps)
     if reason is None:
-        check_node(workshop, parent, node)
-        check_export(workshop.node(node), tmp_path / "dense")
+        computed = check_node(workshop, parent, node)
+        check_export(workshop.node(node), computed, tmp_path / "dense")
         return
     if "nothing to compensate" in reason:
         assert base(steps[-1]) == "eora" or steps[0] == "eora"
@@ -148,13 +154,16 @@ def test_steps_compose_or_are_refused(workshop: Workshop, steps: tuple[str, ...]
     assert not (tmp_path / "node").exists()
 
 
-def check_node(workshop: Workshop, parent: str, node: str) -> None:
+def check_node(workshop: Workshop, parent: str, node: str) -> Tensor:
+    """Its logits, once all is found to be as the manifest says."""
     folder = workshop.node(node)
     manifest, model = read_manifest(folder), load_model(folder)
     assert manifest["marks"] == sorted(tree.marks(workshop.study, node))
-    assert torch.isfinite(logits(model, tiny_tokens())).all()
-    check_modules(load_model(workshop.node(parent)), model, manifest)
+    computed = logits(model, tiny_tokens())
+    assert torch.isfinite(computed).all()
+    check_modules(workshop.model(parent), model, manifest)
     check_accounting(folder, model, manifest, read_manifest(workshop.folders["tiny"]))
+    return computed
 
 
 def check_modules(before: nn.Module, after: nn.Module, manifest: dict[str, Any]) -> None:
@@ -218,15 +227,14 @@ def check_accounting(folder: Path, model: nn.Module, manifest: dict[str, Any], r
     )
 
 
-def check_export(folder: Path, dense: Path) -> None:
+def check_export(folder: Path, computed: Tensor, dense: Path) -> None:
     if {"quantized-inputs", "quantized-cache"} & set(read_manifest(folder)["marks"]):
         with pytest.raises(UserError, match="which a dense checkpoint cannot hold"):
             export_dense(folder, dense)
         return
     export_dense(folder, dense)
-    tokens = tiny_tokens()
     model = load_model(dense)
-    assert torch.allclose(logits(model, tokens), logits(load_model(folder), tokens), atol=1e-3, rtol=1e-4)
+    assert torch.allclose(logits(model, tiny_tokens()), computed, atol=1e-3, rtol=1e-4)
     assert read_json(dense / "compression.json") == {}
     assert all(type(linear) is nn.Linear for linear in layers.leaves(layers.blocks(model)).values())
 

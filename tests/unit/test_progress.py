@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,7 +27,7 @@ class Terminal(io.StringIO):
 
     def screen(self) -> list[str]:
         lines: list[str] = []
-        for part in self.getvalue().replace("\x1b[J", "\x1b[J\n").splitlines():
+        for part in self.getvalue().replace("\r", "").replace("\x1b[J", "\x1b[J\n").splitlines():
             if part.endswith("F\x1b[J"):
                 del lines[-int(part[2:-4]) :]
             else:
@@ -36,6 +37,7 @@ class Terminal(io.StringIO):
 
 def handler(monkeypatch: pytest.MonkeyPatch, stream: io.StringIO, show: str = "auto", **told: Any) -> LogHandler:
     monkeypatch.setattr("sys.stderr", stream)
+    monkeypatch.setattr("sys.excepthook", sys.excepthook)  # which the handler replaces
     monkeypatch.setenv("TERM", "xterm")
     common = {"dryrun": False, "verbose": False, "debug_dag": False, "quiet": None, "printshellcmds": False}
     return LogHandler(SimpleNamespace(**{**common, **told}), LogHandlerSettings(show=show))
@@ -119,6 +121,49 @@ def test_quiet_says_failures_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     run_that_fails(shown, tmp_path)
     lines = stream.getvalue().splitlines()
     assert [line.split()[0] for line in lines] == ["FAILED", "Exiting"]
+
+
+LEAVE = "Stopped with 0 of 1 jobs done. What is done stays; the same command goes on from there."
+
+
+@pytest.mark.parametrize("expected", [True, False])
+def test_ctrl_c_is_no_failure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, expected: bool) -> None:
+    """One that Snakemake waits for after, and one that ends it at once, with Python's last words."""
+    stream = Terminal()
+    shown = handler(monkeypatch, stream)
+    tell(shown, LogEvent.RUN_INFO, "Job stats", stats={"compress": 1, "total": 1})
+    start(shown, 1, "compress", "medium/rtn-3", 10)
+    if expected:
+        tell(shown, None, "Terminating processes on user request, this might take some time.")
+    else:
+        sys.excepthook(KeyboardInterrupt, KeyboardInterrupt(), None)
+    said = ["Stopping: the running jobs are interrupted."] if expected else [LEAVE]
+    assert stream.screen()[2:] == said
+    # Jobs that end by it, and what Snakemake makes of that.
+    log = tmp_path / "a.log"
+    log.write_text("error: Interrupted; run the same command again to go on.\n")
+    tell(shown, LogEvent.JOB_ERROR, level=logging.ERROR, jobid=1, rule_name="compress", log=[str(log)], output=[])
+    tell(shown, LogEvent.ERROR, "At least one job did not complete successfully.", level=logging.ERROR)
+    assert stream.screen()[2:] == said
+    shown.close()
+    sys.excepthook(KeyboardInterrupt, KeyboardInterrupt(), None)
+    assert stream.screen()[2:] == ([*said, LEAVE] if expected else said)
+
+
+def test_a_job_that_tells_of_ctrl_c_before_snakemake_does_has_not_failed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    stream = Terminal()
+    shown = handler(monkeypatch, stream)
+    tell(shown, LogEvent.RUN_INFO, "Job stats", stats={"compress": 1, "total": 1})
+    start(shown, 1, "compress", "medium/rtn-3", 10)
+    log = tmp_path / "logs" / "compress" / "a.log"
+    log.parent.mkdir(parents=True)
+    log.write_text("error: Interrupted; run the same command again to go on.\n")
+    tell(shown, LogEvent.JOB_ERROR, level=logging.ERROR, jobid=1, rule_name="compress", log=[str(log)], output=[])
+    shown.close()
+    assert stream.screen()[0] == "Interrupted: compress a"
+    assert "failed" not in stream.getvalue()
 
 
 def test_lines_are_rare(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import TextIO
 
 import pytest
 import yaml
+from snakemake.cli import main as snakemake_command
 from studies import small_study, tiny_folder
 
 from coppice.tables import SCHEMAS
 
 ROOT = Path(__file__).resolve().parents[2]
+processes = multiprocessing.get_context("fork")
 PLUGIN = '''"""A method of another package."""
 from pydantic import Field
 from coppice.methods.base import LayerOptions, Masked, Source
@@ -38,16 +43,36 @@ def compress(linear, statistics, options):
 
 def snakemake(directory: Path, *words: str, environment: dict[str, str] | None = None) -> str:
     """What Snakemake prints; an AssertionError with it when it fails."""
-    done = finished(directory, *words, environment=environment)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout + done.stderr
+    code, printed = finished(directory, *words, environment=environment)
+    assert code == 0, printed
+    return printed
 
 
-def finished(directory: Path, *words: str, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile"), "--directory", str(directory)]
-    return subprocess.run(
-        [*command, *words], capture_output=True, text=True, check=False, env={**os.environ, **(environment or {})}
-    )
+def finished(directory: Path, *words: str, environment: dict[str, str] | None = None) -> tuple[int, str]:
+    """Snakemake's exit code, and what it prints: in a new interpreter where an environment is given, else in a fork.
+
+    A fork of this process need not import Snakemake again, which takes as long as planning a small study.
+    """
+    command = ["--snakefile", str(ROOT / "Snakefile"), "--directory", str(directory), *words]
+    with tempfile.TemporaryFile("w+") as printed:
+        if environment is None:
+            process = processes.Process(target=plan, args=(command, printed))
+            process.start()
+            process.join()
+            code = process.exitcode
+        else:
+            new = [sys.executable, "-m", "snakemake", *command]
+            code = subprocess.run(new, stdout=printed, stderr=printed, env=os.environ | environment).returncode
+        printed.seek(0)
+        return code, printed.read()
+
+
+def plan(command: list[str], printed: TextIO) -> None:
+    """In a fork: Snakemake with these arguments; whatever it prints goes into a file."""
+    for number in (1, 2):
+        os.dup2(printed.fileno(), number)
+    sys.stdout = sys.stderr = printed
+    snakemake_command(command)
 
 
 def counts(printed: str) -> dict[str, int]:
@@ -71,7 +96,9 @@ def directory(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def planned(directory) -> str:
-    return snakemake(directory, "--configfile", str(directory / "study.yaml"), "--dry-run", "--printshellcmds")
+    """The plan of a new interpreter: nothing is imported that the Snakefile does not import itself."""
+    words = ["--configfile", str(directory / "study.yaml"), "--dry-run", "--printshellcmds"]
+    return snakemake(directory, *words, environment={})
 
 
 def test_every_shared_job_is_planned_once(planned):
@@ -178,9 +205,9 @@ def test_a_configfile_replaces_the_default_study_and_config_changes_keys(directo
 
 
 def test_a_broken_study_is_refused_with_its_sentence(directory):
-    done = finished(directory, "--configfile", str(directory / "study.yaml"), "--dry-run", "--config", "sed=1")
-    assert done.returncode != 0
-    assert "There is no key 'sed'. Did you mean 'seed'?" in done.stdout + done.stderr
+    code, printed = finished(directory, "--configfile", str(directory / "study.yaml"), "--dry-run", "--config", "sed=1")
+    assert code != 0
+    assert "There is no key 'sed'. Did you mean 'seed'?" in printed
 
 
 def test_a_changed_method_makes_its_nodes_anew_and_no_others(tmp_path):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -132,13 +131,13 @@ def test_a_whole_run_is_killed_and_interrupted_and_run_again(
     forks: dict[str, str],
     tmp_path: Path,
 ) -> None:
-    """The jobs that a signal reaches are new interpreters, in the process group of Snakemake."""
+    """The job that a signal reaches is a new interpreter, in the process group of Snakemake; those before are forks."""
     folder, (queue, environment) = make_study(tmp_path / "study"), faults
 
     def disturbed(stage: str, number: int) -> str:
         """What a run prints whose whole process group gets a signal while a stage waits."""
         (queue / f"{stage}.wait").touch()
-        command = snakemake_command(folder, *in_folder(folder), environment=environment)
+        command = snakemake_command(folder, *in_folder(folder), environment=environment | forks | {"ALONE": stage})
         process = subprocess.Popen(**command, start_new_session=True)
         deadline = time.monotonic() + 300
         while not (queue / f"{stage}.waits").exists():
@@ -200,15 +199,19 @@ def tables_words(folder: Path) -> list[str]:
 
 @pytest.mark.parametrize("words", [tokenize_words, calibrate_words, compress_words, tables_words])
 def test_a_disk_that_refuses_is_one_sentence_and_loses_nothing(
-    undisturbed: Path, forks: dict[str, str], tmp_path: Path, words: Callable[[Path], list[str]]
+    undisturbed: Path,
+    faults: tuple[Path, dict[str, str]],
+    forks: dict[str, str],
+    tmp_path: Path,
+    words: Callable[[Path], list[str]],
 ) -> None:
-    """Files may not grow beyond a kilobyte, which the system refuses as it refuses to write to a full disk."""
-    folder = tmp_path / "study"
+    folder, (queue, environment) = tmp_path / "study", faults
     shutil.copytree(undisturbed, folder)
     output = Path(words(folder)[-1])
     before = {path.name: sha256(path) for path in output.iterdir() if path.is_file()}
 
-    done = coppice(folder, *words(folder), preexec_fn=small_files)
+    (queue / f"{words(folder)[0]}.full").touch()
+    done = coppice(folder, *words(folder), env=os.environ | environment | forks)
     assert done.returncode == 1
     sentences = done.stderr.strip().splitlines()
     assert len(sentences) == 1
@@ -220,10 +223,6 @@ def test_a_disk_that_refuses_is_one_sentence_and_loses_nothing(
 
     assert coppice(folder, *words(folder), env=os.environ | forks).returncode == 0
     assert_same_results(folder, undisturbed)
-
-
-def small_files() -> None:
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, 1024))
 
 
 def coppice(folder: Path, *words: str, **options: Any) -> subprocess.CompletedProcess:

@@ -14,16 +14,19 @@ import threading
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
+from math import ceil
 
 from snakemake_interface_logger_plugins.base import LogHandlerBase
 from snakemake_interface_logger_plugins.common import LogEvent
 from snakemake_interface_logger_plugins.settings import LogHandlerSettingsBase
 
-from snakemake_logger_plugin_coppice.progress import Progress, failure_sentence, job_name, job_weight
+from snakemake_logger_plugin_coppice.progress import Progress, failure_sentence, interrupted, job_name, job_weight
 
 SECONDS_BETWEEN_LINES = 60
 # What of Snakemake's `--quiet` asks for silence about jobs.
 SILENCED = {"ALL", "PROGRESS", "RULES"}
+# What Snakemake says at Ctrl-C, while it waits for its jobs, which the terminal or the cluster interrupts.
+INTERRUPTED = "Terminating processes on user request"
 
 
 @dataclass
@@ -42,16 +45,21 @@ class LogHandler(LogHandlerBase):
     """Follows a run by its events.
 
     view: live, lines, failures, nothing, or snakemake, which leaves the output to Snakemake.
+    drawn: the lengths of the lines that are changed in place; settled: what is drawn stays, as all is over.
+    stopped: by Ctrl-C; left: the last sentence of a run that was stopped is said.
     """
 
     def __post_init__(self) -> None:
         self.stream = sys.stderr
         self.view = view(self.common_settings, self.settings.show if self.settings else "auto", self.stream)
         self.progress = Progress()
-        self.drawn = 0
-        self.over = self.settled = False
+        self.drawn: list[int] = []
+        self.over = self.settled = self.stopped = self.left = False
         self.said_at = 0.0
         self.closed = threading.Event()
+        if self.view != "snakemake":
+            self.other_errors = sys.excepthook
+            sys.excepthook = self.end
         if self.view == "live":
             threading.Thread(target=self.tick, daemon=True).start()
 
@@ -96,7 +104,10 @@ class LogHandler(LogHandlerBase):
     def follow(self, record: logging.LogRecord) -> None:
         """Takes an event into account, and shows what it changes."""
         progress, now = self.progress, record.created
-        match getattr(record, "event", None):
+        event = getattr(record, "event", None)
+        if self.stopped and event in (LogEvent.JOB_INFO, LogEvent.JOB_ERROR, LogEvent.ERROR):
+            return  # what is interrupted has not failed
+        match event:
             case LogEvent.RUN_INFO:
                 progress.plan(record.stats, now)
             case LogEvent.JOB_INFO:
@@ -105,21 +116,54 @@ class LogHandler(LogHandlerBase):
                 progress.start(record.jobid, record.rule_name, job_name(record.log, record.output), weight, now)
             case LogEvent.JOB_FINISHED:
                 progress.finish(record.job_id, now)
-                self.over = progress.done() == progress.total()
+                self.over = self.stopped or progress.done() == progress.total()
                 self.say_progress(now)
             case LogEvent.JOB_ERROR:
                 name = job_name(record.log, record.output)
-                progress.fail(record.jobid)
-                self.say(failure_sentence(record.rule_name, name, record.log))
+                if interrupted(record.log):  # before Snakemake itself was
+                    progress.running.pop(record.jobid, None)
+                    self.say(f"Interrupted: {record.rule_name} {name}")
+                else:
+                    progress.fail(record.jobid)
+                    self.say(failure_sentence(record.rule_name, name, record.log))
             case LogEvent.ERROR if "CalledProcessError" not in str(record.msg):
                 self.say(str(record.msg))  # a command that failed has its own event, with its log
             case LogEvent.SHELLCMD if self.common_settings.printshellcmds:
                 self.say(str(record.msg))
+            case None if str(record.msg).startswith(INTERRUPTED):
+                self.stop()
+                self.answer("Stopping: the running jobs are interrupted.")
             case None:
                 self.repeat(record)
             case _:
                 return
         self.draw()
+
+    def stop(self) -> None:
+        """Ctrl-C: what is drawn stays, and nothing is drawn any more."""
+        self.over = True
+        self.draw()
+        self.stopped = True
+
+    def take_leave(self) -> None:
+        """The last sentence of a run that was stopped, once."""
+        if not self.left:
+            self.left = True
+            done = f" with {self.progress.done()} of {self.progress.total()} jobs done" if self.progress.totals else ""
+            self.answer(f"Stopped{done}. What is done stays; the same command goes on from there.")
+
+    def answer(self, text: str) -> None:
+        """Writes text over the `^C` that a terminal shows of the key."""
+        self.say(f"\r{text}" if self.stream.isatty() else text)
+
+    def end(self, kind: type[BaseException], error: BaseException, trace: object) -> None:
+        """Python's last words; none at a Ctrl-C that Snakemake does not expect: before its jobs, or a second one."""
+        if not issubclass(kind, KeyboardInterrupt):
+            return self.other_errors(kind, error, trace)
+        with self.lock:
+            if not self.stopped:
+                self.stop()
+            self.take_leave()
 
     def repeat(self, record: logging.LogRecord) -> None:
         """Snakemake's own words: warnings always, the rest before and after the jobs."""
@@ -147,18 +191,23 @@ class LogHandler(LogHandlerBase):
         if self.view != "live" or not self.progress.totals or self.settled:
             return
         columns, rows = size_of(self.stream)
-        lines = [line[: columns - 1] for line in self.progress.lines(time.time())][: max(rows - 1, 1)]
+        lines = [line[: columns - 1] for line in self.progress.lines(time.time(), columns - 1)][: max(rows - 1, 1)]
         self.erase()
         self.stream.write("".join(f"{line}\n" for line in lines))
         self.stream.flush()
         # What is drawn once all is over stays: what follows may be another program's.
-        self.drawn, self.settled = (0, True) if self.over else (len(lines), False)
+        self.drawn, self.settled = ([], True) if self.over else ([len(line) for line in lines], False)
 
     def erase(self) -> None:
-        """Removes what was drawn: up so many lines, then to the end of the screen."""
+        """Removes what was drawn: up so many rows, then to the end of the screen.
+
+        A terminal that became narrower since has wrapped lines that are now too long, as nearly all do.
+        """
         if self.drawn:
-            self.stream.write(f"\x1b[{self.drawn}F\x1b[J")
-            self.drawn = 0
+            columns, _ = size_of(self.stream)
+            rows = sum(max(1, ceil(length / columns)) for length in self.drawn)
+            self.stream.write(f"\x1b[{rows}F\x1b[J")
+            self.drawn = []
 
     def tick(self) -> None:
         """Draws once a second while jobs run."""
@@ -172,15 +221,18 @@ class LogHandler(LogHandlerBase):
 
     def close(self) -> None:
         self.closed.set()
+        if self.stopped:
+            self.take_leave()
         super().close()
 
 
 def size_of(stream: object) -> tuple[int, int]:
     """Columns and rows of the terminal that a stream writes to; its standard output may go elsewhere."""
-    try:
-        return os.get_terminal_size(stream.fileno())
-    except OSError:  # of a stream that is no terminal, or has no number
-        return shutil.get_terminal_size()
+    with suppress(OSError):  # of a stream that is no terminal, or has no number
+        size = os.get_terminal_size(stream.fileno())
+        if all(size):  # a terminal that nobody told its size says 0
+            return size
+    return shutil.get_terminal_size()
 
 
 def view(common: object, asked: str, stream: object) -> str:

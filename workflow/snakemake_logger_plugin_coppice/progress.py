@@ -6,6 +6,7 @@ Coppice is imported where it is used: Snakemake loads this before the Snakefile,
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, median
@@ -98,13 +99,15 @@ class Progress:
         stages = ", ".join(f"{stage} {self.done(stage)}/{self.totals[stage]}" for stage in under_way)
         return self.heading(now) + (f" ({stages})" if stages else "")
 
-    def lines(self, now: float) -> list[str]:
-        """A heading, and a line a stage: how many are done, which run, for how long."""
+    def lines(self, now: float, width: int) -> list[str]:
+        """A heading, wrapped to a width, and a line a stage: how many are done, which run, for how long."""
         from coppice.wording import duration, shortened
 
         wide = max(map(len, self.totals))
         digits = max(len(str(total)) for total in self.totals.values())
-        lines = [self.heading(now)]
+        usual = {stage: self.usual(stage) for stage in self.totals}
+        column = max(map(len, usual.values()))
+        lines = textwrap.wrap(self.heading(now), width, subsequent_indent="  ")
         for stage, total in self.totals.items():
             failed = sum(name == stage for name in self.failed.values())
             running = [job for job in self.running.values() if job.stage == stage]
@@ -112,7 +115,7 @@ class Progress:
             names += [f"{len(running) - NAMES} more"] if len(running) > NAMES else []
             names += [f"{failed} failed"] if failed else []
             done = f"{self.done(stage):>{digits}}/{total:<{digits}}"
-            lines.append(f"  {stage:<{wide}}  {done}  {self.usual(stage):>9}  {', '.join(names)}".rstrip())
+            lines.append(f"  {stage:<{wide}}  {done}  {usual[stage]:>{column}}  {', '.join(names)}".rstrip())
         return lines
 
     def usual(self, stage: str) -> str:
@@ -134,6 +137,13 @@ def job_weight(command: str | None) -> float:
     """The tokens that a recovery's command asks for; 1 for another's."""
     asked = re.search(r'"tokens": (\d+)', command or "")
     return float(asked[1]) if asked else 1.0
+
+
+def interrupted(logs: Sequence[str]) -> bool:
+    """Whether a job ended by Ctrl-C, by the last line of its log."""
+    from coppice.tables import last_words
+
+    return any(Path(log).is_file() and last_words(Path(log)).startswith("Interrupted;") for log in logs)
 
 
 def failure_sentence(rule: str, name: str, logs: Sequence[str]) -> str:

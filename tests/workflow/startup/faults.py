@@ -2,10 +2,12 @@
 
 - kill: SIGKILL just before the last of its files is put in its place;
 - interrupt: SIGINT, as by Ctrl-C, just before the first is;
-- wait: it waits just before the first is, having made the file <stage>.waits.
+- wait: it waits just before the first is, having made the file <stage>.waits;
+- full: its files may not grow beyond a kilobyte, which the system refuses as it refuses to write to a full disk.
 """
 
 import os
+import resource
 import signal
 import sys
 import time
@@ -16,26 +18,31 @@ LAST = ("manifest.json", "metrics.json", "study.yaml", "items.parquet", "fit.jso
 
 def begin():
     """From now on this process, which runs `python -m coppice <stage>`, suffers the faults of its stage."""
-    os.replace = suffer(sys.orig_argv[3], Path(os.environ["FAULTS"]), os.replace)
+    faults = Path(os.environ["FAULTS"]) / sys.orig_argv[3]
+    if taken(faults, "full"):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1024, 1024))
+    os.replace = suffer(faults, os.replace)
 
 
-def suffer(stage, faults, replace):
+def suffer(faults, replace):
     def disturbed(source, target, **options):
         last = Path(target).name in LAST and not Path(target).parent.name.startswith(".partial-")
-        if last and taken("kill"):
+        if last and taken(faults, "kill"):
             os.kill(os.getpid(), signal.SIGKILL)
-        if taken("interrupt"):
+        if taken(faults, "interrupt"):
             os.kill(os.getpid(), signal.SIGINT)
-        if taken("wait"):
-            (faults / f"{stage}.waits").touch()
+        if taken(faults, "wait"):
+            faults.with_suffix(".waits").touch()
             time.sleep(300)
         return replace(source, target, **options)
 
-    def taken(fault):
-        try:
-            (faults / f"{stage}.{fault}").unlink()
-        except FileNotFoundError:
-            return False
-        return True
-
     return disturbed
+
+
+def taken(faults, fault):
+    """Whether a fault of a stage was there to be taken away."""
+    try:
+        faults.with_suffix(f".{fault}").unlink()
+    except FileNotFoundError:
+        return False
+    return True

@@ -1,4 +1,7 @@
-"""Python imports this at its start where this folder is on PYTHONPATH: faults of jobs, and jobs that are forks."""
+"""Python imports this at its start where this folder is on PYTHONPATH: faults of jobs, and jobs that are forks.
+
+The jobs of the stage $ALONE are new interpreters all the same.
+"""
 
 import os
 import sys
@@ -7,7 +10,7 @@ import sys
 LOADS_MODELS = ("root", "calibrate", "compress", "recover", "evaluate")
 
 if sys.orig_argv[1:3] == ["-m", "coppice"]:
-    if "FORKS" in os.environ and sys.orig_argv[3] in LOADS_MODELS:
+    if "FORKS" in os.environ and sys.orig_argv[3] in LOADS_MODELS and sys.orig_argv[3] != os.environ.get("ALONE"):
         import forks
 
         forks.hand_over(os.environ["FORKS"])
