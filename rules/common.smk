@@ -513,7 +513,8 @@ def partial_results(logs):
     Ctrl-C does not wait for them, and what is interrupted has not failed.
     """
     said = "".join(Path(log).read_text() for log in logs)
-    if "Terminating processes on user request" in said or set(re.findall(r"Error in rule (\w+)", said)) == {"track"}:
+    failed = set(re.findall(r"Error in rule (\w+)", said))
+    if "Terminating processes on user request" in said or failed == {"track"}:
         return "true"
     study = f"{RESULTS}/study.yaml"
     stages = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 from collections import defaultdict
 from collections.abc import Sequence
@@ -182,6 +183,17 @@ def test_a_job_that_gives_way_to_an_urgent_one_is_begun_again_by_slurm(slurm: Sl
     study.finish()
     assert "Error in rule" not in study.log.read_text()
     assert len(study.jobs("compress")) == 2
+
+
+def test_ctrl_c_ends_the_jobs_of_an_array(slurm: Slurm, begun_folder: Path) -> None:
+    study = Study(slurm, begun_folder)
+    study.hold("compress")
+    study.start(targets=PRUNED)
+    study.wait_for("compress", 2)
+    study.process.send_signal(signal.SIGINT)
+    assert study.process.wait(timeout=120) != 0
+    # Also those that wait in the queue.
+    wait_until(lambda: slurm.ask("squeue", "--noheader") == "", 60, "the queue is empty")
 
 
 def test_a_job_that_took_too_much_memory_is_done_again_with_more(slurm: Slurm, begun_folder: Path) -> None:
