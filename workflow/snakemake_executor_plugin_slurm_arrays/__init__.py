@@ -24,6 +24,8 @@ from snakemake_interface_common.exceptions import WorkflowError
 from snakemake_interface_executor_plugins.executors.base import SubmittedJobInfo
 from snakemake_interface_executor_plugins.jobs import JobExecutorInterface
 
+CLUSTERS = ("cluster", "clusters", "slurm_cluster")  # resources that name one
+
 
 class Executor(slurm.Executor):
     def __post_init__(self, *words: bool) -> None:
@@ -105,6 +107,8 @@ class Executor(slurm.Executor):
                 "SLURM sbatch failed for an array. "
                 f"The error message was '{done.stderr.strip()}'.\n    sbatch call:\n        {command}"
             )
+        # Where several clusters may have been asked, jobs are cancelled on all of them.
+        self._submitted_job_clusters |= {first.resources.get(name) for name in CLUSTERS} - {None}
         return validate_or_get_slurm_job_id(done.stdout.strip().split(";")[0], done.stdout)
 
     def log_folder(self, job: JobExecutorInterface) -> Path:
