@@ -19,7 +19,7 @@ from fake_results import AnyOptions, fake_study, log, write_results
 
 from coppice import tables
 from coppice.errors import UserError
-from coppice.study import Roofline, ShippedModel, Step, Study
+from coppice.study import FileText, Roofline, ShippedModel, Step, Study
 
 ROOT = Path(__file__).parents[2]
 
@@ -259,6 +259,17 @@ def test_partial_tables_leave_out_what_was_made_of_another_study(results: Path) 
     written = tables.write_tables(remeasured(fake_study()), results, results / "tables", partial=True)
     assert len(written["nodes"]) == len(written["failures"]) == 12
     assert (len(written["metrics"]), len(written["items"])) == (0, 0)
+
+
+def test_partial_tables_leave_out_what_was_trained_or_measured_on_another_text(results: Path) -> None:
+    study = fake_study().model_copy(update={"texts": {"stories": FileText(path="others.txt")}})
+    written = tables.write_tables(study, results, results / "tables", partial=True)
+    failed = {row["node"]: row["error"] for row in written["failures"].to_pylist()}
+    changed = "was made before the study's text 'stories' changed: path (was stories.txt, is others.txt)"
+    assert f"The token set 'recovery.full-1m' {changed}" in failed["small/laco-25/full-1m"]
+    assert f"The token set 'evaluation.quality.stories' {changed}" in failed["small/laco-25"]
+    assert (len(written["metrics"]), len(written["curves"])) == (0, 0)
+    assert "small/laco-25" in written["nodes"]["node"].to_pylist()
 
 
 def test_options_that_a_version_did_not_know_are_no_change(results: Path) -> None:

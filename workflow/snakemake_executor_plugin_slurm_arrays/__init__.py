@@ -101,6 +101,7 @@ class Executor(slurm.Executor):
         command = get_submit_command(first, parameters, settings=settings, failed_nodes=self._failed_nodes)
         command += f"{set_gres_string(first)} --array=0-{len(jobs) - 1}"
         script = array_script([self.format_job_exec(job) for job in jobs])
+        # By a shell, as the plugin hands in single jobs: `slurm_extra` may be written for one.
         done = subprocess.run(command, shell=True, input=script, capture_output=True, text=True, check=False)
         if done.returncode:
             raise WorkflowError(
