@@ -207,6 +207,19 @@ def test_a_job_that_took_too_much_memory_is_done_again_with_more(slurm: Slurm, b
     assert "exceeded memory limit" in logs
 
 
+def test_a_job_whose_time_is_over_is_done_again_with_more(slurm: Slurm, begun_folder: Path) -> None:
+    study = Study(slurm, begun_folder)
+    study.hold("compress")
+    study.start("--set-resources", "compress:runtime=attempt", targets=PRUNED[:1])
+    study.wait_for("compress", 2)
+    study.release("compress")
+    study.finish()
+    printed = study.log.read_text()
+    assert "SLURM status is: 'TIMEOUT'" in printed
+    [attempts] = asked(printed, "compress").values()
+    assert [attempt["runtime"] for attempt in attempts] == [1, 2]
+
+
 def test_an_unknown_partition_is_named(slurm: Slurm, begun_folder: Path) -> None:
     study = Study(slurm, begun_folder)
     words = [*(word.replace("=main", "=fast") for word in OVERRIDES), "--retries", "0"]
