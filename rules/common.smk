@@ -367,9 +367,10 @@ def minutes(stage):
 
 
 def model_manifest(input):
-    """The manifest of the model that a job reads, or of its root, which is no smaller, where that is not at hand.
+    """The manifest of the model that a job reads, or of its root where that is not at hand.
 
-    A model may be not yet made, or made in a pod. None as long as neither is there, or broken, as the job will say.
+    A root is seldom smaller than what is made of it. A model may be not yet made, or made in a pod. None as long as
+    neither is there, or broken, as the job will say.
     """
     models = f"{RESULTS}/models/"
     before, _, node = (input.parent if hasattr(input, "parent") else input.model).rpartition(models)
