@@ -12,6 +12,8 @@ from uuid import uuid4
 
 import pytest
 
+from tests.servers import QUIET
+
 # `make test` gives each worker a file at a time, in the order of the tests. The first of these is a chain that keeps
 # one core busy for minutes: were it last, the other worker would wait.
 LONGEST = (
@@ -48,9 +50,12 @@ def shared_data() -> Path:
     return SHARED_DATA
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def chromium() -> Iterator:
-    """A headless browser of Playwright's; tests are skipped where Chromium is absent."""
+    """A headless browser of Playwright's; tests are skipped where Chromium is absent.
+
+    It ends with a file's tests: as long as Playwright runs so does its event loop, and no other can run in the thread.
+    """
     program = shutil.which("chromium")
     if program is None:
         pytest.skip("needs the program chromium (apt-get install chromium)")
@@ -63,12 +68,12 @@ def chromium() -> Iterator:
 
 @pytest.fixture(scope="session")
 def forks() -> Iterator[dict[str, str]]:
-    """The environment in which jobs that load models are forks of one process, which has imported torch once."""
+    """The environment in which jobs are forks of one process, which has imported torch once."""
     address = f"coppice-{uuid4()}"
     # Threads of OpenMP and BLAS would not outlive a fork.
     alone = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
     command = [sys.executable, str(STARTUP / "forks.py"), address]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, env=os.environ | OFFLINE | alone) as server:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=os.environ | OFFLINE | QUIET | alone) as server:
         assert server.stdout.readline() == b"Ready.\n"
         yield {"FORKS": address, "PYTHONPATH": str(STARTUP)}
         server.terminate()

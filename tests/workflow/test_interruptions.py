@@ -109,7 +109,7 @@ def test_every_stage_is_killed_and_interrupted_and_run_again(
     forks: dict[str, str],
     tmp_path: Path,
 ) -> None:
-    """The jobs that load models are forks; those of the undisturbed study are new interpreters."""
+    """The jobs are forks; those of the undisturbed study are new interpreters."""
     folder, (queue, environment) = make_study(tmp_path / "study"), faults
     for stage in STAGES:
         for fault in ("kill", "interrupt"):

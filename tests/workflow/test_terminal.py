@@ -186,7 +186,7 @@ def started(
     save_text(folder / "words.txt", documents=60)
     (folder / "faults").mkdir()
     (folder / "study.yaml").write_text(yaml.safe_dump(study(), sort_keys=False))
-    environment = {**forks, "FAULTS": str(folder / "faults")}
+    environment = {**forks, "FAULTS": str(folder / "faults"), "ALONE": "tokenize"}  # which the terminal interrupts
     words = ["tables", "--configfile", str(folder / "study.yaml")]
 
     def start(columns: int, *more: str) -> Terminal:

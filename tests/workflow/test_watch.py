@@ -251,7 +251,7 @@ class Pages:
     results: Path
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def ui(chromium: object) -> ModuleType:
     return import_module("tests.browser.mlflow_ui")
 

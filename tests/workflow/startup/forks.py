@@ -1,5 +1,7 @@
 """Jobs that need not import torch each: `python forks.py ADDRESS` imports it once and forks a process for every job.
 
+Importing what a job needs takes several times as long as what it does on the models of tests.
+
 `hand_over`, in the process that the job's shell command starts, passes its words, folder, environment and open files
 on, and ends as the fork ends. The fork runs `python -m coppice` with them as a new interpreter would: Coppice itself is
 imported anew by each.
@@ -20,7 +22,12 @@ PRELOADED = (
     "lm_eval.evaluator",
     "lm_eval.models.huggingface",
     "peft.tuners.lora",
+    "pandas",
     "pyarrow.parquet",
+    "pydantic",
+    "scipy.optimize",
+    "scipy.stats",
+    "mlflow.store.tracking.sqlalchemy_store",
 )
 
 

@@ -6,11 +6,8 @@ The jobs of the stage $ALONE are new interpreters all the same.
 import os
 import sys
 
-# Importing torch and transformers takes several times as long as what these do on the models of tests.
-LOADS_MODELS = ("root", "calibrate", "compress", "recover", "evaluate")
-
 if sys.orig_argv[1:3] == ["-m", "coppice"]:
-    if "FORKS" in os.environ and sys.orig_argv[3] in LOADS_MODELS and sys.orig_argv[3] != os.environ.get("ALONE"):
+    if "FORKS" in os.environ and sys.orig_argv[3] != os.environ.get("ALONE"):
         import forks
 
         forks.hand_over(os.environ["FORKS"])
