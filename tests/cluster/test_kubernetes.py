@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 import pytest
 
+from coppice.files import read_json
 from coppice.needs import memory_bytes
 from tests.cluster.daemons import descendants, kill, wait_until
 from tests.cluster.study import ROOT, TIMES
@@ -35,26 +36,35 @@ bucket = test_storage.bucket
 STUDY = {
     "study": "podded",
     "models": {"bio": {"shipped": "bio-tiny"}},
-    "texts": {"bio": {"builtin": "biographies", "people": 50}},
+    "texts": {"bio": {"builtin": "biographies", "people": 200}},
+    "calibrations": {"default": {"text": "bio", "windows": 4, "length": 32}},
+    "budgets": [512, 1024],
     "steps": {
-        "magnitude-50": {"method": "magnitude", "sparsity": 0.5},
+        "wanda-50": {"method": "wanda", "sparsity": 0.5},
         "rtn-4": {"method": "rtn", "bits": 4, "group_size": 32},
+        "full": {
+            "method": "full",
+            **{"text": "bio", "validation": "bio", "length": 32, "batch_size": 4, "validation_windows": 4},
+            **{"tokens": 1024, "learning_rate": 1e-3},
+        },
     },
-    "recipes": [["magnitude-50"], ["rtn-4"]],
+    "recipes": [["wanda-50", "full"], ["rtn-4"]],
     "evaluations": {
         "quality": {
             "kind": "quality",
-            "nodes": ["*/magnitude-50"],
+            "nodes": ["*/wanda-50"],
             "perplexity": {"own": {"text": "bio", "length": 32, "windows": 4}},
         }
     },
+    "laws": {"p2": {"law": "p2", "options": {"bootstrap": 4, "starts": 4}}},
 }
 RESULTS = "results/podded"
 # What a user edits at the top of the profile.
 EDITED = ["--kubernetes-namespace", "studies", "--container-image", "registry.example.org/team/coppice:1"]
 EDITED += ["--default-storage-prefix", "s3://coppice/team"]
-# Of a job with four cores that runs a model; memory and disk are by its stage.
-LIMITS = {"cpu": "4000m", "memory": "", "ephemeral-storage": "", "nvidia.com/gpu": "1"}
+# Cores and GPUs of the pods of a stage; memory and disk are by its stage and model.
+MODEL, TABLES = {"cpu": "4000m", "nvidia.com/gpu": "1"}, {"cpu": "2000m"}
+LIMITS = dict.fromkeys(("calibrate", "compress", "recover", "evaluate"), MODEL) | {"fit": TABLES}
 # Pods find no Coppice but the one that they are sent: this machine's installation is taken off their path.
 SITECUSTOMIZE = """
 import sys
@@ -109,7 +119,7 @@ class Run:
 
     def __init__(self, folder: Path, cluster: Cluster) -> None:
         self.folder, self.cluster, self.log = folder, cluster, folder.parent / "run.log"
-        command = [sys.executable, "-m", "snakemake", "tables", "--workflow-profile", "profiles/kubernetes"]
+        command = [sys.executable, "-m", "snakemake", "laws", "--workflow-profile", "profiles/kubernetes"]
         command += ["--configfile", "study.yaml", "--seconds-between-status-checks", "1", *EDITED]
         searched = [str(STORAGE), str(PACKAGES), *filter(None, [os.environ.get("PYTHONPATH")])]
         variables = {"KUBECONFIG": str(cluster.kubeconfig), "PYTHONPATH": os.pathsep.join(searched)}
@@ -166,7 +176,7 @@ def bucket_tables(bucket: Bucket) -> dict[str, pd.DataFrame]:
 def local_tables(folder: Path) -> dict[str, pd.DataFrame]:
     """Those of the same study without a cluster and without a bucket."""
     checkout(folder, STUDY)
-    command = [sys.executable, "-m", "snakemake", "tables", "--cores", "2", "--configfile", "study.yaml"]
+    command = [sys.executable, "-m", "snakemake", "laws", "--cores", "2", "--configfile", "study.yaml"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return tables({file.stem: file for file in (folder / RESULTS / "tables").glob("*.parquet")})
@@ -195,21 +205,27 @@ def test_a_killed_and_an_evicted_pod_end_in_the_tables_of_a_local_run(
         pd.testing.assert_frame_equal(found[name], wanted[name], check_exact=True)
     assert found["failures"].empty
     assert not found["metrics"].empty
+    law = f"{RESULTS}/laws/p2/fit.json"
+    assert json.loads(bucket.read(f"team/{law}")) == read_json(tmp_path / "local" / law)
 
     # A pod may use what its stage says; at the second attempt, twice the memory.
     root = json.loads(bucket.read(f"team/{RESULTS}/models/bio/manifest.json"))
     for stage, attempts in {"compress": (1, 1, 2), "evaluate": (1, 2)}.items():
         # What a pod made is in the bucket alone, and is taken to be as large as its root.
         needed = ceil(memory_bytes(stage, root) / 1e9)
-        assert [asked(pod)["memory"] for pod in run.pods(stage)] == [f"{times * needed}000M" for times in attempts]
-    for pod in cluster.history:
-        assert asked(pod) | {"memory": "", "ephemeral-storage": ""} == LIMITS
-        assert pod.container["resources"]["requests"] == {**asked(pod), "cpu": "3800m"}
-        assert pod.container["image"] == "registry.example.org/team/coppice:1"
-        assert pod.spec["tolerations"][0]["key"] == "nvidia.com/gpu"
+        memory = sorted(int(asked(pod)["memory"].removesuffix("000M")) for pod in run.pods(stage))
+        assert memory == [times * needed for times in attempts]
     # Stages of seconds ran beside Snakemake, all others in pods.
-    assert {pod.rule for pod in cluster.history} == {"compress", "evaluate"}
+    assert {pod.rule for pod in cluster.history} == LIMITS.keys()
     assert all(f"localrule {stage}:" in printed for stage in ("study", "root", "tokenize", "tables"))
+    for pod in cluster.history:
+        assert asked(pod).items() >= LIMITS[pod.rule].items()
+        assert asked(pod).keys() - LIMITS[pod.rule].keys() == {"memory", "ephemeral-storage"}
+        cores = int(asked(pod)["cpu"].removesuffix("m"))
+        assert pod.container["resources"]["requests"] == {**asked(pod), "cpu": f"{cores * 95 // 100}m"}
+        assert pod.container["image"] == "registry.example.org/team/coppice:1"
+        tolerated = [toleration["key"] for toleration in pod.spec.get("tolerations", ())]
+        assert tolerated == [name for name in ("nvidia.com/gpu",) if name in asked(pod)]
 
     # The killed pod's log is kept and named; of an evicted one nothing is left.
     kept = run.folder / ".snakemake/auxiliary/kubernetes-logs" / f"{killed.job}.log"
