@@ -22,6 +22,7 @@ from torch import Tensor
 
 from coppice import layers
 from coppice.checkpoint import TOKENIZER_FILES, densify, load_model
+from coppice.export import gguf_tokenizer
 from coppice.export.node import Node, Written
 
 if TYPE_CHECKING:
@@ -39,6 +40,8 @@ FLOATS = {
     torch.bfloat16: ("BF16", "MOSTLY_BF16"),
 }
 CONVERTER = "export it to dense and convert that with convert_hf_to_gguf.py of llama.cpp"
+# Where a model's name holds one of these, llama.cpp treats special tokens as that family does, or refuses the file.
+NAMED_FAMILIES = ("phi-3", "phi3", "modern-bert")
 
 
 class Stored(NamedTuple):
@@ -71,6 +74,7 @@ def reason_against(node: Node) -> str | None:
 def write(node: Node, folder: Path) -> Written:
     import gguf
 
+    vocabulary, notes = gguf_tokenizer.read(node.folder, node.config["vocab_size"])
     model = load_model(node.folder, dtype=torch.float32)
     packed = packed_linears(model)
     replaced = {name for name, entry in node.planned.items() if entry["type"] != "Masked"}
@@ -79,17 +83,19 @@ def write(node: Node, folder: Path) -> Written:
     kinds = {stored.kind for stored in packed.values()}
     common = f"MOSTLY_{max(kinds)}" if kinds else FLOATS[node.dtype][1]
     write_metadata(writer, model.config, node.name, gguf.LlamaFileType[common])
+    gguf_tokenizer.write(writer, vocabulary)
     for name, stored in stored_tensors(model, packed, FLOATS[node.dtype][0]):
         writer.add_tensor(name, stored.data, raw_dtype=gguf.GGMLQuantizationType[stored.kind])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    if vocabulary is not None:
+        gguf_tokenizer.check(folder / FILE, vocabulary, node.folder)
     for name in TOKENIZER_FILES:
         if (node.folder / name).exists():
             shutil.copyfile(node.folder / name, folder / name)
-    note = f"{FILE} holds no tokenizer: programs are to pass tokens, of the tokenizer.json beside it."
-    return Written(rounded=bool(replaced - packed.keys()), notes=(note,))
+    return Written(rounded=bool(replaced - packed.keys()), notes=notes)
 
 
 def write_metadata(writer: GGUFWriter, config: Any, name: str, file_type: int) -> None:
@@ -97,8 +103,7 @@ def write_metadata(writer: GGUFWriter, config: Any, name: str, file_type: int) -
     import gguf
 
     writer.add_type(gguf.GGUFType.MODEL)
-    # The word alone would have transformers take a node named after its architecture for another one.
-    writer.add_name(f"coppice {name}")
+    writer.add_name(written_name(name))
     writer.add_file_type(file_type)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_vocab_size(config.vocab_size)
@@ -113,7 +118,12 @@ def write_metadata(writer: GGUFWriter, config: Any, name: str, file_type: int) -
     writer.add_rope_dimension_count(head_size(config))
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_tokenizer_model("none")
+
+
+def written_name(name: str) -> str:
+    """A node's name after a word without which transformers would take one named after its architecture for another
+    one; the word alone for a name that llama.cpp would read something into."""
+    return "coppice" if any(family in name.lower() for family in NAMED_FAMILIES) else f"coppice {name}"
 
 
 def head_size(config: Any) -> int:

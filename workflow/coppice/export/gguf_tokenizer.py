@@ -1,0 +1,484 @@
+"""The tokenizer of a GGUF file, of the two kinds that llama.cpp runs to the same tokens; no others are written.
+
+Byte-level BPE, which llama.cpp calls `gpt2`: ranked merges inside the pieces that a pre-tokenizer cuts. llama.cpp knows
+pre-tokenizers by name, so that one is written only if its definition equals that of a name in `FAMILIES`.
+
+BPE over characters with bytes as fallback, as converted from SentencePiece, which llama.cpp calls `llama`. There the
+neighbours whose union has the best score become one, the leftmost of equals; in tokenizer.json it is the best-ranked
+pair. The two agree on every text if (a) any neighbours whose union is a token are a pair of the merges, and (b) the
+pairs of one token follow each other, so that a score can stand for them. For where a token is made, what was merged
+inside it before is what either way merges in its text alone. Say both agree on shorter texts: then any shorter token
+is made of one pair, the same both ways, however many pairs it has, and the leftmost of the best-scored neighbours are
+the leftmost of the best-ranked pair; the last merge of a text has no choice.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from itertools import pairwise, permutations
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+from unicodedata import normalize
+
+from coppice.errors import UserError
+from coppice.text import load_tokenizer, optional_json
+
+if TYPE_CHECKING:
+    from gguf import GGUFWriter
+    from tokenizers import Tokenizer
+
+SPECIAL = ("bos", "eos", "unk", "pad")
+SPACE = "▁"
+BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
+CONVERTER = "export it to dense and convert that with convert_hf_to_gguf.py of llama.cpp"
+
+WHOLE = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
+WORDS = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+DIGITS = {"type": "Digits", "individual_digits": True}
+LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+def isolated(pattern: str) -> dict[str, Any]:
+    """A step that cuts every match out."""
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+
+
+# Steps of the pre-tokenizer, and whether a piece that is a token stays whole, under the name that has llama.cpp do so
+# (src/llama-vocab.cpp). Names whose pattern only comes near their tokenizer's there, such as tekken, are left out.
+FAMILIES: dict[str, tuple[list[dict[str, Any]], bool]] = {
+    "gpt-2": ([WORDS], False),
+    "smollm": ([DIGITS, WORDS], False),
+    "qwen2": ([isolated(LETTERS + r"\p{N}" + REST), WHOLE], False),
+    "llama-bpe": ([isolated(LETTERS + r"\p{N}{1,3}" + REST), WHOLE], True),
+    "smaug-bpe": ([isolated(LETTERS + r"\p{N}{1,3}" + REST), WHOLE], False),
+}
+# Normalizer and pre-tokenizer of the second kind, and whether a space is put before each stretch of text.
+REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+SPACES = (
+    ([{"type": "Prepend", "prepend": SPACE}, REPLACE], [], True),
+    ([REPLACE], [], False),
+    ([], [{"type": "Metaspace", "replacement": SPACE, "prepend_scheme": "never", "split": False}], False),
+)
+# Tokens that llama.cpp finds in a text as control tokens, whatever their type says (src/llama-vocab.cpp).
+CONTROLS = {
+    "</s>", "<eos>", "[EOS]", "<EOT>", "_<EOT>", "[EOT]", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<|im_end|>",
+    "<|ifm|im_end|>", "<end_of_turn>", "<turn|>", "<end_of_utterance>", "<|endoftext|>", "<|end_of_text|>",
+    "<｜end▁of▁sentence｜>", "[e~[", "<|return|>", "<|call|>", "<|calls|>", "<|flush|>", "<|tool_response>",
+    "<|start|>", "<|channel|>", "<|constrain|>", "<|message|>", "<PAD>", "[PAD]", "<REPO>", "<reponame>",
+    "<|repo_name|>", "<|file_sep|>", "<PRE>", "<SUF>", "<MID>", "▁<PRE>", "▁<SUF>", "▁<MID>", "<fim-prefix>",
+    "<fim-suffix>", "<fim-middle>", "<fim-pad>", "<fim-repo>", "<fim_prefix>", "<fim_suffix>", "<fim_middle>",
+    "<fim_pad>", "<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>", "<|fim_pad|>", "<|fim_repo|>", "<|prefix|>",
+    "<|suffix|>", "<|middle|>", "<|code_prefix|>", "<|code_suffix|>", "<|code_middle|>", "<｜fim▁begin｜>",
+    "<｜fim▁hole｜>", "<｜fim▁end｜>", "<|plamo:fim_prefix|>", "<|plamo:fim_suffix|>", "<|plamo:fim_middle|>",
+    "<|plamo:file_separator|>",
+}  # fmt: skip
+COMPOSED = "llama.cpp does not bring text to the form NFC, as the node's tokenizer does: pass it text in that form."
+# What the check tokenizes, beside every special token within words.
+SAMPLES = (
+    "Hello, world! It's the dog's; they'LL say we've 3 cats.",
+    "0 12 345 6789 1234567890 3.14e-10 ½ ² Ⅷ ٣٤",
+    "  two   three\t\ttabs\n\n\nlines \r\n end   ",
+    "\u00a0\u2003\u3000wide\u200bspaces\x85\x1c",
+    "naïve Ελληνικά русский עברית العربية हिन्दी ไทย 中文 日本語 한국어",
+    "😀👩\u200d👩\u200d👧 e\u0323\u030a zͤ \U0001f1e9\U0001f1ea \ufffd \U0010fffd",
+    "def f(x): return {'a': [1, 2]}  # ---- ==== //// .... \\n <|x|> <0x41> ▁▁",
+)
+
+
+class Vocabulary(NamedTuple):
+    """What the file says of the tokenizer. tokens, types: one for each row of the model's embedding; ids, adds: of the
+    special tokens, and whether a text gets them, by short name; merges are there for `gpt2`, scores and prefix (whether
+    a space is put before each stretch of text) for `llama`."""
+
+    model: str
+    pre: str
+    tokens: list[str]
+    types: list[int]
+    ids: dict[str, int]
+    adds: dict[str, bool]
+    template: str | None
+    merges: list[str] | None = None
+    scores: list[float] | None = None
+    prefix: bool | None = None
+
+
+def read(folder: Path, size: int) -> tuple[Vocabulary | None, tuple[str, ...]]:
+    """The vocabulary for a model of `size` tokens, None where it cannot be exact, and sentences for the user."""
+    try:
+        tokenizer = load_tokenizer(folder)
+    except UserError as error:
+        return None, (f"The file holds no tokenizer. {error}",)
+    # The library spells out what older files leave out, and gives merges as pairs.
+    definition = json.loads(tokenizer.to_str())
+    ids, model = special_ids(folder, tokenizer, size), definition["model"]
+    known = tokenizer.get_vocab(with_added_tokens=True)
+    tokens, types = listed(definition, known, size)
+    reason = (
+        reason_against_model(model)
+        or reason_against_list(known, tokens)
+        or reason_against_controls(tokens, types)
+        or (
+            reason_against_characters(definition, tokens)
+            if model["byte_fallback"]
+            else reason_against_bytes(definition)
+        )
+        or reason_against_added(definition)
+        or reason_against_ends(ids, added_around(tokenizer))
+    )
+    if reason is not None:
+        return None, (unwritten(reason),)
+    adds = {name: bool(affix) for name, affix in zip(("bos", "eos"), added_around(tokenizer), strict=True)}
+    common = (tokens, types, ids, adds, chat_template(folder))
+    if model["byte_fallback"]:
+        scores, prefix = scores_of(model, tokens), spaces(definition)
+        return Vocabulary("llama", "default", *common, scores=scores, prefix=prefix), ()
+    notes = () if definition["normalizer"] is None else (COMPOSED,)
+    return Vocabulary("gpt2", family(definition), *common, merges=written_merges(model)), notes
+
+
+def unwritten(reason: str) -> str:
+    return (
+        f"The file holds no tokenizer, because {reason}. Programs are to pass tokens, of the tokenizer.json beside it; "
+        "llama-server gives embeddings alone without a tokenizer."
+    )
+
+
+def reason_against_model(model: dict[str, Any]) -> str | None:
+    if model["type"] != "BPE":
+        return f"llama.cpp has no tokenizer of its kind, {model['type']}"
+    if any(model[key] for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix")):
+        return "its merges drop out, or mark parts of words, which llama.cpp does not know"
+    return None
+
+
+def reason_against_list(known: Iterable[str], tokens: list[str]) -> str | None:
+    """known: the tokenizer's tokens; tokens: those to be written, one for each id."""
+    if len(set(tokens)) < len(tokens) or not set(known) <= set(tokens):
+        return "two of its tokens share a text or an id"
+    return None
+
+
+def reason_against_controls(tokens: list[str], types: list[int]) -> str | None:
+    from gguf import TokenType
+
+    for token, kind in zip(tokens, types, strict=True):
+        if kind == TokenType.NORMAL and token in CONTROLS:
+            return f"llama.cpp takes its token {token!r}, which is none of the added ones, for a control token"
+    if {"</s>", "<|tool_response>"} <= set(tokens):
+        return "llama.cpp does not find '</s>' in the text of a tokenizer that knows '<|tool_response>' too"
+    return None
+
+
+def reason_against_bytes(definition: dict[str, Any]) -> str | None:
+    """Of a byte-level BPE."""
+    from tokenizers import pre_tokenizers
+
+    if (definition["decoder"] or {}).get("type") != "ByteLevel":
+        return f"it is no byte-level BPE; {CONVERTER}"
+    if family(definition) is None:
+        return (
+            f"its pre-tokenizer is none of those that are known to be llama.cpp's ({', '.join(FAMILIES)}); {CONVERTER}"
+        )
+    if definition["normalizer"] not in (None, {"type": "NFC"}):
+        return f"llama.cpp does not know its normalizer; {CONVERTER}, if other tokens are near enough"
+    if not set(pre_tokenizers.ByteLevel.alphabet()) <= definition["model"]["vocab"].keys():
+        return "some bytes are no tokens of it"
+    return None
+
+
+def family(definition: dict[str, Any]) -> str | None:
+    """The name of its pre-tokenizer in llama.cpp."""
+    found = (steps(definition["pre_tokenizer"], "pretokenizers"), definition["model"]["ignore_merges"])
+    return next((name for name, known in FAMILIES.items() if known == found), None)
+
+
+def steps(definition: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
+    """The steps of a normalizer or pre-tokenizer in order, without what only moves the offsets of tokens."""
+    if definition is None:
+        return []
+    if definition["type"] == "Sequence":
+        return [step for part in definition[key] for step in steps(part, key)]
+    return [{name: value for name, value in definition.items() if name != "trim_offsets"}]
+
+
+def reason_against_characters(definition: dict[str, Any], tokens: list[str]) -> str | None:
+    """Of a BPE over characters that falls back on bytes, with (a) and (b) of the module's text; tokens: those to
+    be written."""
+    model = definition["model"]
+    vocabulary, pairs = model["vocab"], {tuple(pair) for pair in model["merges"]}
+    if spaces(definition) is None:
+        return f"llama.cpp does not treat spaces as its normalizer and pre-tokenizer do; {CONVERTER}"
+    if model["ignore_merges"] or not vocabulary.keys() >= set(BYTES):
+        return "its words stay whole, or some bytes are no tokens of it, which llama.cpp does not know"
+    if any(part in BYTES for pair in pairs for part in pair):
+        return "it merges bytes, which llama.cpp does not"
+    order = [left + right for left, right in model["merges"]]
+    changes = [token for token, before in zip(order, [None, *order], strict=False) if token != before]
+    if len(set(changes)) < len(changes):
+        return "no scores can stand for the order of its merges"
+    added = [token["content"] for token in definition["added_tokens"]]
+    for token in tokens:
+        # Text that holds an added token is cut there before anything is merged.
+        if any(content in token for content in added):
+            continue
+        for middle in range(1, len(token)):
+            left, right = token[:middle], token[middle:]
+            if all(len(part) == 1 or part in vocabulary for part in (left, right)) and (left, right) not in pairs:
+                return f"llama.cpp would merge {left!r} and {right!r}, which it does not"
+    return None
+
+
+def spaces(definition: dict[str, Any]) -> bool | None:
+    """Whether a space is put before each stretch of text; None where llama.cpp has no such treatment of spaces."""
+    found = (steps(definition["normalizer"], "normalizers"), steps(definition["pre_tokenizer"], "pretokenizers"))
+    return next((prefix for *known, prefix in SPACES if tuple(known) == found), None)
+
+
+def reason_against_added(definition: dict[str, Any]) -> str | None:
+    """llama.cpp cuts a text at added tokens, the longest first, as they stand; tokenizers takes the leftmost first."""
+    tokens = definition["added_tokens"]
+    for token in tokens:
+        content = token["content"]
+        if token["lstrip"] or token["rstrip"] or token["single_word"]:
+            return (
+                f"its added token {content!r} takes in spaces or wants a word of its own, which llama.cpp does not know"
+            )
+        plain = content.isascii() and definition["normalizer"] == {"type": "NFC"}
+        if token["normalized"] and definition["normalizer"] is not None and not plain:
+            return f"its added token {content!r} is looked for in normalized text, which llama.cpp does not do"
+        if definition["model"]["byte_fallback"] and (" " in content or SPACE in content):
+            return f"its added token {content!r} holds a space"
+    contents = [token["content"] for token in tokens]
+    starts = Counter(content[:end] for content in contents for end in range(1, len(content)))
+    for content in contents:
+        for start in range(1, len(content)):
+            if starts[content[start:]] > content.startswith(content[start:]):
+                return f"its added token {content!r} ends as another begins, which llama.cpp settles in another way"
+    if len({token["normalized"] for token in tokens}) > 1 and any(
+        one in other for one, other in permutations(contents, 2)
+    ):
+        return "some of its added tokens hold others, which llama.cpp settles in another way"
+    return None
+
+
+def reason_against_ends(ids: dict[str, int], affixes: tuple[list[int], list[int]] | None) -> str | None:
+    """affixes: ids that the post-processor puts before and after a text."""
+    if "eos" not in ids:
+        return "it names no token for the end of a text, and llama.cpp would take one of its own choice for it"
+    known = ([[], [ids.get("bos")]], [[], [ids["eos"]]])
+    if affixes is None or any(affix not in choices for affix, choices in zip(affixes, known, strict=True)):
+        return f"its post-processor adds more than the token for the beginning and the one for the end; {CONVERTER}"
+    return None
+
+
+def added_around(tokenizer: Tokenizer) -> tuple[list[int], list[int]] | None:
+    """The ids that the post-processor puts before and after a text; None where it does something else."""
+    bare, full = (tokenizer.encode("a b", add_special_tokens=special).ids for special in (False, True))
+    for start in range(len(full) - len(bare) + 1):
+        if full[start : start + len(bare)] == bare:
+            return full[:start], full[start + len(bare) :]
+    return None
+
+
+def special_ids(folder: Path, tokenizer: Tokenizer, size: int) -> dict[str, int]:
+    """By short name, below `size`: what tokenizer_config.json names, else the first id that config.json does."""
+    settings, config = (optional_json(folder / name) for name in ("tokenizer_config.json", "config.json"))
+    found = {}
+    for name in SPECIAL:
+        token = settings.get(f"{name}_token")
+        content = token.get("content") if isinstance(token, dict) else token
+        index = tokenizer.token_to_id(content) if content is not None else None
+        if index is None:
+            index = config.get(f"{name}_token_id")
+            index = index[0] if isinstance(index, list) and index else index
+        if isinstance(index, int) and 0 <= index < size:
+            found[name] = index
+    return found
+
+
+def listed(definition: dict[str, Any], vocabulary: dict[str, int], size: int) -> tuple[list[str], list[int]]:
+    """The texts of `size` tokens and their types; ids without a token are of the type `UNUSED`."""
+    from gguf import TokenType
+
+    tokens, types = [f"[PAD{index}]" for index in range(size)], [int(TokenType.UNUSED)] * size
+    for content, index in vocabulary.items():
+        tokens[index], types[index] = content, int(TokenType.NORMAL)
+    falls_back, unknown = (definition["model"].get(key) for key in ("byte_fallback", "unk_token"))
+    for content in vocabulary.keys() & set(BYTES) if falls_back else ():
+        types[vocabulary[content]] = int(TokenType.BYTE)
+    for token in definition["added_tokens"]:
+        kind = TokenType.CONTROL if token["special"] else TokenType.USER_DEFINED
+        if falls_back and token["content"] == unknown:
+            kind = TokenType.UNKNOWN
+        types[token["id"]] = int(kind)
+    return tokens, types
+
+
+def written_merges(model: dict[str, Any]) -> list[str]:
+    """Merges as llama.cpp reads them, two parts and a space between. One whose part holds a space is left out: bytes
+    are written as letters here, a space as one too, so that it never applies."""
+    return [f"{left} {right}" for left, right in model["merges"] if " " not in left + right]
+
+
+def scores_of(model: dict[str, Any], tokens: list[str]) -> list[float]:
+    """Of each token: 0, -1 ... in the order of merges; floats of 32 bits hold these exactly below 2^24."""
+    order = {token: place for place, token in enumerate(dict.fromkeys(left + right for left, right in model["merges"]))}
+    return [float(-order.get(token, 0)) for token in tokens]
+
+
+def chat_template(folder: Path) -> str | None:
+    """As transformers finds it: in a file of its own, else in tokenizer_config.json; of several, the default one."""
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    found = optional_json(folder / "tokenizer_config.json").get("chat_template")
+    if isinstance(found, list):
+        return next((choice["template"] for choice in found if choice["name"] == "default"), None)
+    return found
+
+
+def write(writer: GGUFWriter, vocabulary: Vocabulary | None) -> None:
+    """Under the names that llama.cpp reads; None says that there is no tokenizer."""
+    if vocabulary is None:
+        writer.add_tokenizer_model("none")
+        return
+    writer.add_tokenizer_model(vocabulary.model)
+    writer.add_tokenizer_pre(vocabulary.pre)
+    writer.add_token_list(vocabulary.tokens)
+    writer.add_token_types(vocabulary.types)
+    if vocabulary.merges is not None:
+        writer.add_token_merges(vocabulary.merges)
+    if vocabulary.scores is not None:
+        writer.add_token_scores(vocabulary.scores)
+        writer.add_add_space_prefix(vocabulary.prefix)
+    for name, index in vocabulary.ids.items():
+        getattr(writer, f"add_{name}_token_id")(index)
+    writer.add_add_bos_token(vocabulary.adds["bos"])
+    writer.add_add_eos_token(vocabulary.adds["eos"])
+    if vocabulary.template is not None:
+        writer.add_chat_template(vocabulary.template)
+
+
+def check(path: Path, vocabulary: Vocabulary, folder: Path) -> None:
+    """Reads the file's tokenizer back and compares it: its fields, and the tokens of `SAMPLES` by llama.cpp's rules.
+
+    Raises UserError when a field is another one, or a sample's tokens are not those of the folder's tokenizer.
+    """
+    from tokenizers import normalizers
+
+    found, tokenizer = read_back(path), load_tokenizer(folder)
+    different = [name for name in Vocabulary._fields if getattr(found, name) != getattr(vocabulary, name)]
+    if different:
+        raise UserError(f"The tokenizer of {path.name} reads back with other {', '.join(different)}.")
+    special = [token.content for token in tokenizer.get_added_tokens_decoder().values()]
+    texts = [*SAMPLES, *(f"a {content} b{content}{content}7" for content in special)]
+    if isinstance(tokenizer.normalizer, normalizers.NFC):
+        texts = [normalize("NFC", text) for text in texts]
+    for text, tokens in zip(texts, tokenized(found, texts), strict=True):
+        if tokens != tokenizer.encode(text).ids:
+            raise UserError(f"The tokenizer of {path.name} gives other tokens than the node's for {text!r}.")
+
+
+def read_back(path: Path) -> Vocabulary:
+    """The vocabulary that a GGUF file holds."""
+    from gguf import GGUFReader, Keys
+
+    fields, keys = GGUFReader(path).fields, Keys.Tokenizer
+
+    def value(key: str) -> Any:
+        return fields[key].contents() if key in fields else None
+
+    ids = {
+        name: value(key)
+        for name, key in zip(SPECIAL, (keys.BOS_ID, keys.EOS_ID, keys.UNK_ID, keys.PAD_ID), strict=True)
+    }
+    return Vocabulary(
+        model=value(keys.MODEL),
+        pre=value(keys.PRE),
+        tokens=value(keys.LIST),
+        types=value(keys.TOKEN_TYPE),
+        ids={name: index for name, index in ids.items() if index is not None},
+        adds={"bos": value(keys.ADD_BOS), "eos": value(keys.ADD_EOS)},
+        template=value(keys.CHAT_TEMPLATE),
+        merges=value(keys.MERGES),
+        scores=value(keys.SCORES),
+        prefix=value(keys.ADD_PREFIX),
+    )
+
+
+def tokenized(vocabulary: Vocabulary, texts: Iterable[str]) -> Iterator[list[int]]:
+    """The tokens of each text by the rules of llama.cpp, special ones in it included."""
+    from gguf import TokenType
+
+    found = (TokenType.CONTROL, TokenType.USER_DEFINED, TokenType.UNKNOWN)
+    pairs = enumerate(zip(vocabulary.tokens, vocabulary.types, strict=True))
+    special = {token: index for index, (token, kind) in pairs if kind in found}
+    stretch = by_score(vocabulary) if vocabulary.model == "llama" else by_rank(vocabulary)
+    begin, end = ([vocabulary.ids[name]] if vocabulary.adds[name] else [] for name in ("bos", "eos"))
+    for text in texts:
+        parts = [[part] if isinstance(part, int) else stretch(part) for part in cut(text, special)]
+        yield [*begin, *(token for part in parts for token in part), *end]
+
+
+def cut(text: str, special: dict[str, int]) -> list[str | int]:
+    """A text in stretches, with the ids of the special tokens in it; longer ones are found first."""
+    parts: list[str | int] = [text]
+    for content in sorted((content for content in special if content in text), key=len, reverse=True):
+        cuts = ([part] if isinstance(part, int) else part.split(content) for part in parts)
+        parts = [piece for pieces in cuts for piece in separated(pieces, special[content]) if piece != ""]
+    return parts
+
+
+def separated(pieces: list[Any], between: int) -> Iterator[Any]:
+    """The pieces with a token between each two."""
+    yield pieces[0]
+    for piece in pieces[1:]:
+        yield between
+        yield piece
+
+
+def by_rank(vocabulary: Vocabulary) -> Callable[[str], list[int]]:
+    """How a `gpt2` tokenizes a stretch of text: by its merges, in the pieces of its family's pre-tokenizer."""
+    from tokenizers import Tokenizer
+
+    pieces, whole = FAMILIES[vocabulary.pre]
+    definition = {
+        "version": "1.0",
+        "added_tokens": [],
+        "pre_tokenizer": {
+            "type": "Sequence",
+            "pretokenizers": [step | {"trim_offsets": False} if step in (WORDS, WHOLE) else step for step in pieces],
+        },
+        "model": {
+            "type": "BPE",
+            "vocab": {token: index for index, token in enumerate(vocabulary.tokens)},
+            "merges": [merge.split(" ") for merge in vocabulary.merges],
+            "ignore_merges": whole,
+        },
+    }
+    tokenizer = Tokenizer.from_str(json.dumps(definition))
+    return lambda text: tokenizer.encode(text).ids
+
+
+def by_score(vocabulary: Vocabulary) -> Callable[[str], list[int]]:
+    """How a `llama` does: the leftmost neighbours whose union has the best score become one, till none are a token."""
+    index = {token: place for place, token in enumerate(vocabulary.tokens)}
+
+    def tokens(text: str) -> list[int]:
+        parts = list(((" " if vocabulary.prefix else "") + text).replace(" ", SPACE))
+        while unions := [
+            (-vocabulary.scores[index[one + other]], place)
+            for place, (one, other) in enumerate(pairwise(parts))
+            if one + other in index
+        ]:
+            _, place = min(unions)
+            parts[place : place + 2] = [parts[place] + parts[place + 1]]
+        return [token for part in parts for token in ([index[part]] if part in index else bytes_of(part))]
+
+    def bytes_of(character: str) -> list[int]:
+        return [index[BYTES[byte]] for byte in character.encode()]
+
+    return tokens
