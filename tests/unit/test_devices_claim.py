@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -17,23 +16,26 @@ from coppice.cli import claim_devices, processes
 from coppice.errors import UserError
 
 # Claims what it is told, says what it got and waits to be killed.
-CLAIMS = (
-    "import os, sys, time\nfrom coppice import devices\ndevices.claim(int(sys.argv[1]))\n"
-    "print(os.environ['CUDA_VISIBLE_DEVICES'], flush=True)\ntime.sleep(600)"
-)
+CLAIMS = """
+import os, pathlib, sys, time
+from coppice import devices
+devices.LOCKS = pathlib.Path(sys.argv[1])
+devices.claim(int(sys.argv[2]))
+print(os.environ["CUDA_VISIBLE_DEVICES"], flush=True)
+time.sleep(600)
+"""
 
 
 @pytest.fixture
 def claims(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Starts processes that claim devices among those that are named; their claims end with the test."""
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     for name in devices.ALLOCATIONS:
         monkeypatch.delenv(name, raising=False)
     started = []
 
     def start(among: str, count: int = 1, **variables: str) -> subprocess.Popen:
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": among, **variables}
-        words = [sys.executable, "-c", CLAIMS, str(count)]
+        words = [sys.executable, "-c", CLAIMS, str(tmp_path), str(count)]
         process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=environment)
         started.append(process)
         return process
@@ -72,10 +74,20 @@ def test_allocations_of_a_scheduler_name_their_devices_themselves(claims) -> Non
     assert got(claims("0,1", SLURM_JOB_ID="8")) == ["1"]
 
 
-@pytest.mark.parametrize("among", ["", "-1", "GPU-a"])
-def test_nothing_is_claimed_where_there_is_no_choice(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, among) -> None:
+def test_a_job_that_sees_one_device_computes_on_it_and_others_see_that(claims, tmp_path: Path) -> None:
+    assert got(claims("1")) == got(claims("1")) == ["1"]
+    assert got(claims("0,1")) == ["0"]
+    third = claims("0,1", XDG_RUNTIME_DIR=str(tmp_path), TMPDIR=str(tmp_path))
+    assert third.stdout.readline() == "All 2 GPUs are taken; waiting for 1.\n"
+
+
+@pytest.mark.parametrize(("among", "allocation"), [("", ""), ("-1", ""), ("0", "7")])
+def test_nothing_is_claimed_where_there_is_no_device_or_a_scheduler_gave_one(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, among: str, allocation: str
+) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", among)
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    monkeypatch.setenv("SLURM_JOB_ID", allocation)
+    monkeypatch.setattr(devices, "LOCKS", tmp_path)
     devices.claim()
     assert os.environ["CUDA_VISIBLE_DEVICES"] == among
     assert not any(tmp_path.iterdir())
@@ -84,11 +96,10 @@ def test_nothing_is_claimed_where_there_is_no_choice(monkeypatch: pytest.MonkeyP
 def test_locks_in_a_folder_of_another_user_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """In a folder that all may write to, another one may have made it, with links in it."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
-    monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
-    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(devices, "LOCKS", tmp_path)
     monkeypatch.setattr(os, "getuid", lambda: 12345)
     (tmp_path / "coppice-12345").mkdir()
-    with pytest.raises(UserError, match=f"{tmp_path}/coppice-12345 is another user's; remove it, or set TMPDIR"):
+    with pytest.raises(UserError, match=f"{tmp_path}/coppice-12345 is another user's; its owner or an administrator"):
         devices.claim()
 
 

@@ -48,6 +48,24 @@ def test_a_directory_keeps_folders_of_other_nodes_and_drops_stale_files(tmp_path
     assert (tmp_path / "manifest.json").read_text() == "new"
 
 
+def test_stale_files_go_from_folders_that_are_written_to(tmp_path: Path) -> None:
+    """A reader would take the one file of an earlier export, and not the parts of the new one."""
+    for name in ("base/model.safetensors", "base/child/manifest.json", "other/model.safetensors"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("old")
+    with atomic_directory(tmp_path) as temporary:
+        (temporary / "base").mkdir()
+        for name in ("base/model-00001-of-00002.safetensors", "base/model-00002-of-00002.safetensors", "manifest.json"):
+            (temporary / name).write_text("new")
+    assert sorted(path.name for path in (tmp_path / "base").iterdir()) == [
+        "child",
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+    ]
+    assert (tmp_path / "base/child/manifest.json").exists()
+    assert (tmp_path / "other/model.safetensors").exists()
+
+
 def test_an_interrupted_directory_is_as_before(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text("old")
     with pytest.raises(KeyboardInterrupt), atomic_directory(tmp_path) as temporary:

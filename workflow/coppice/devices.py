@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import tempfile
 import time
 from pathlib import Path
 from typing import IO
@@ -18,7 +17,10 @@ from coppice.errors import UserError
 
 # Identify the allocation of a scheduler, within which devices have names of their own.
 ALLOCATIONS = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID")
+MACHINE = "machine"  # in place of an allocation where there is no scheduler
 PAUSE = 0.5  # seconds between two looks for a free device
+# Neither XDG_RUNTIME_DIR nor TMPDIR, which some jobs of a user have and others do not (of cron, say).
+LOCKS = Path("/tmp")
 
 _claims: list[IO[str]] = []  # held open, and so locked, until the process ends
 
@@ -36,8 +38,8 @@ def visible() -> list[str]:
 def claim(count: int = 1) -> None:
     """Makes `count` devices that are free this job's own, and the only ones that CUDA sees; waits until there are.
 
-    To be called before CUDA is used. Does nothing where there is no device, or one and no more. Raises UserError where
-    there are fewer than `count`, but some.
+    To be called before CUDA is used. A job that sees one device and no more computes on it, whoever else does; others
+    on the machine see that it is taken. Raises UserError where there are fewer than `count`, but some.
     """
     devices = visible()
     if devices and len(devices) < count:
@@ -46,6 +48,8 @@ def claim(count: int = 1) -> None:
             "has, or run it on a machine that has more."
         )
     if len(devices) < 2:
+        if devices and _allocation() == MACHINE:
+            _lock(devices, 1)
         return
     told = False
     while len(taken := _lock(devices, count)) < count:
@@ -79,13 +83,14 @@ def _lock(devices: list[str], count: int) -> list[str]:
 
 def _folder() -> Path:
     """Of the locks of this user in this allocation, or on this machine. Raises UserError where another user has it."""
-    runtime = Path(os.environ.get("XDG_RUNTIME_DIR", ""))
-    own = runtime.is_absolute() and runtime.is_dir()
-    base = runtime if own else Path(tempfile.gettempdir()) / f"coppice-{os.getuid()}"
-    allocation = next((os.environ[name] for name in ALLOCATIONS if os.environ.get(name)), "machine")
+    base = LOCKS / f"coppice-{os.getuid()}"
     base.mkdir(exist_ok=True, mode=0o700)
-    if base.stat().st_uid != os.getuid():
-        raise UserError(f"{base} is another user's; remove it, or set TMPDIR to a folder of your own.")
-    folder = base / "coppice-devices" / allocation
+    if base.lstat().st_uid != os.getuid():
+        raise UserError(f"{base} is another user's; its owner or an administrator can remove it.")
+    folder = base / "devices" / _allocation()
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def _allocation() -> str:
+    return next((os.environ[name] for name in ALLOCATIONS if os.environ.get(name)), MACHINE)

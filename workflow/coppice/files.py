@@ -48,7 +48,8 @@ def atomic_directory(directory: Path, last: str = "manifest.json") -> Iterator[P
     """A temporary folder inside `directory`; its files are moved up when the block ends without an error.
 
     Folders of other nodes may lie in `directory`, so files move one by one; `last` is removed first and moved last, so
-    that whoever finds it finds all. Files of an earlier run that the new one did not write are removed.
+    that whoever finds it finds all. Files of an earlier run that the new one did not write are removed, in folders that
+    it wrote to.
     Raises UserError when the disk refuses; the files of an earlier run are then as they were.
     """
     directory = Path(directory)
@@ -63,9 +64,10 @@ def atomic_directory(directory: Path, last: str = "manifest.json") -> Iterator[P
             path.chmod(0o666 & ~_umask())
             synchronize(path)
         (directory / last).unlink(missing_ok=True)
-        for stale in directory.iterdir():
-            if stale.is_file() and not (temporary / stale.name).exists():
-                stale.unlink()
+        for folder in {path.parent.relative_to(temporary) for path in written} | {Path()}:
+            for stale in (directory / folder).glob("*"):
+                if stale.is_file() and not (temporary / folder / stale.name).exists():
+                    stale.unlink()
         for path in sorted(written, key=lambda path: path.name == last):
             target = directory / path.relative_to(temporary)
             target.parent.mkdir(exist_ok=True)
