@@ -69,15 +69,18 @@ def compared(page: Page, server: str, experiment: str) -> None:
 def parallel(page: Page, server: str, experiment: str) -> None:
     compared(page, server, experiment)
     ui.parallel_coordinates(page, ["model", "family"], [SIZE, BITS, QUALITY])
+    ui.wait_for_traces(page, "parcoords", dimensions=5)
 
 
 def scatter(page: Page, server: str, experiment: str) -> None:
     compared(page, server, experiment)
     ui.scatter(page, SIZE, QUALITY)
+    ui.wait_for_traces(page, "scatter", points=2)
 
 
 def curves(page: Page, server: str, experiment: str) -> None:
     ui.curves(page, server, experiment, "validation_loss")
+    ui.wait_for_traces(page, "scatter", points=2)
 
 
 def save(page: Page, path: Path) -> None:
