@@ -22,6 +22,8 @@ rule recover:
         disk_mb=disk("recover"),
         runtime=minutes("recover"),
         gpu=recovery_gpus,
+        # Its processes talk within one machine; without this, Slurm gives GPUs wherever some are free.
+        nodes=1,
         # Read by the command. Other than a parameter, a resource that changes makes no node anew; and `gpu` may be None.
         processes=recovery_gpus,
     params:

@@ -57,6 +57,7 @@ PlugStackConfig=/dev/null
 SlurmdParameters=config_overrides
 NodeName={host} NodeAddr=127.0.0.1 CPUs=2 RealMemory=12000 Gres=gpu:2
 PartitionName=main Nodes={host} Default=YES MaxTime=INFINITE State=UP
+PartitionName=cancelled Nodes={host} PreemptMode=CANCEL MaxTime=INFINITE State=UP
 PartitionName=urgent Nodes={host} PriorityTier=10 MaxTime=INFINITE State=UP
 """
 

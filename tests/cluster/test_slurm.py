@@ -185,6 +185,22 @@ def test_a_job_that_gives_way_to_an_urgent_one_is_begun_again_by_slurm(slurm: Sl
     assert len(study.jobs("compress")) == 2
 
 
+@pytest.mark.parametrize("told_by", ["sacct", "squeue"])
+def test_a_job_that_slurm_cancels_for_an_urgent_one_is_handed_in_again(
+    slurm: Slurm, begun_folder: Path, told_by: str
+) -> None:
+    study = Study(slurm, begun_folder)
+    study.hold("compress")
+    words = ["--set-resources", "compress:slurm_partition=cancelled", "--slurm-arrays-status-command", told_by]
+    study.start(*words, targets=PRUNED[:1])
+    study.wait_for("compress", 1)
+    slurm.ask("sbatch", "--wait", "--partition=urgent", "--exclusive", "--output=/dev/null", "--wrap=true")
+    study.wait_for("compress", 2)
+    study.release("compress")
+    study.finish()
+    assert study.log.read_text().count("failed, SLURM status is: 'CANCELLED'") == 1
+
+
 def test_ctrl_c_ends_the_jobs_of_an_array(slurm: Slurm, begun_folder: Path) -> None:
     study = Study(slurm, begun_folder)
     study.hold("compress")

@@ -16,7 +16,7 @@ from typing import Any
 import snakemake_executor_plugin_slurm as slurm
 from snakemake_executor_plugin_slurm import ExecutorSettings as ExecutorSettings
 from snakemake_executor_plugin_slurm import common_settings as common_settings
-from snakemake_executor_plugin_slurm.job_status_query import query_job_status
+from snakemake_executor_plugin_slurm.job_status_query import query_job_status, query_job_status_squeue
 from snakemake_executor_plugin_slurm.submit_string import get_submit_command
 from snakemake_executor_plugin_slurm.utils import set_gres_string
 from snakemake_executor_plugin_slurm.validation import validate_or_get_slurm_job_id, validate_slurm_extra
@@ -32,13 +32,30 @@ class Executor(slurm.Executor):
         super().__post_init__(*words)
         slurm.query_job_status = self.query_states  # the plugin has no other place for it
 
-    async def query_states(self, command: str, logger: Any) -> tuple[dict[str, str] | None, float | None]:
+    async def query_states(self, command: str, logger: Any) -> tuple[dict[str, str], float]:
         """The states of jobs, and the seconds that Slurm took to tell them; of an array by task, and in one word.
 
         By its raw number a task is unknown until it starts, and `sacct` calls a cancelled job `CANCELLED by 1000`.
+        Empty when Slurm does not answer: the plugin keeps jobs that are not told, and at None it would forget all jobs.
         """
         states, seconds = await query_job_status(command.replace("JobIdRaw", "JobID"), logger)
-        return states and {job: self.state(told) for job, told in states.items()}, seconds
+        if states is None:
+            return {}, 0.0
+        if "PREEMPTED" in states.values():
+            states |= await self.preempted([job for job, told in states.items() if told == "PREEMPTED"], logger)
+        return {job: self.state(told) for job, told in states.items()}, seconds
+
+    async def preempted(self, jobs: list[str], logger: Any) -> dict[str, str]:
+        """The states of jobs that gave way to others; CANCELLED when Slurm does not put them back into the queue.
+
+        `sacct` calls all of them PREEMPTED, also while one that goes back is still ending. The controller does not: it
+        has that one as COMPLETING, then PENDING. How a job gives way depends on the cluster, its partition and its QOS.
+        """
+        clusters = " --clusters=all" if self._submitted_job_clusters else ""
+        held, _ = await query_job_status(query_job_status_squeue(self.run_uuid) + clusters, logger)
+        if held is None:  # asked again with the next states
+            return {}
+        return {job: held.get(job, "PREEMPTED").replace("PREEMPTED", "CANCELLED") for job in jobs}
 
     def state(self, told: str) -> str:
         """A state in one word. A job that goes back into the queue from a node that failed has not failed.
@@ -48,6 +65,15 @@ class Executor(slurm.Executor):
         """
         word = told.partition(" ")[0]
         return "REQUEUED" if word == "NODE_FAIL" and self.workflow.executor_settings.requeue else word
+
+    def cancel_jobs(self, active_jobs: list[SubmittedJobInfo]) -> None:
+        """Hands in no more jobs, and cancels all of this run by its name.
+
+        `active_jobs` lacks those that are just being handed in, and while states are asked for it lacks all.
+        """
+        self._job_submission_executor.shutdown(wait=True, cancel_futures=True)
+        # The plugin puts numbers of jobs behind `scancel`; an option may stand there as well.
+        super().cancel_jobs([SubmittedJobInfo(job=None, external_jobid=f"--name={self.run_uuid}")])
 
     def run_jobs(self, jobs: list[JobExecutorInterface]) -> None:
         """Hands in the jobs that Snakemake chose."""
