@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from coppice import store
+from coppice import store, tables
 from coppice.cli import main
 from coppice.errors import UserError
 from coppice.files import described, sha256, write_json
@@ -147,6 +147,90 @@ def test_fetch_goes_by_what_the_storage_holds_whatever_the_clock_here_says(
     os.utime(stored, (1e9, 1e9))
     assert store.fetch_results(str(shared), Path("results/demo")) == 1
     assert Path("results/demo/tables/nodes.parquet").read_text() == "new"
+
+
+def test_fetch_removes_what_it_brought_and_the_storage_no_longer_holds(
+    tmp_path: Path, shared: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Snakemake removes the manifest of a node that changed; where the job then fails, the node is no longer made."""
+    stored = made(shared / "results/demo/models/bio/rtn", weights="1 2 3") / "manifest.json"
+    table = shared / "results/demo/tables/nodes.parquet"
+    log = shared / "results/demo/logs/compress/bio/rtn.log"
+    for file in (table, log):
+        file.parent.mkdir(parents=True)
+        file.write_text("of the first run")
+    monkeypatch.chdir(tmp_path)
+    results = Path("results/demo")
+    assert store.fetch_results(str(shared), results) == 4
+    assert not list(tables.without_output(results))
+    capsys.readouterr()
+    for file in (stored, table):
+        file.unlink()
+    log.write_text("error: It broke.\n")
+    assert store.fetch_results(str(shared), results) == 1
+    assert capsys.readouterr().err == "Store: removed 1 files that it no longer holds.\n"
+    assert [(node, stage) for node, stage, _ in tables.without_output(results)] == [("bio/rtn", "compress")]
+    # What was computed from the nodes says so itself where it is outdated.
+    assert (results / "tables/nodes.parquet").exists()
+    # Made again, it comes again.
+    stored.write_text("{}")
+    assert store.fetch_results(str(shared), results) == 1
+    assert (results / "models/bio/rtn/manifest.json").read_text() == "{}"
+
+
+def manifests(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("manifest.json")}
+
+
+def test_fetch_removes_nothing_that_was_made_or_changed_here(
+    tmp_path: Path, shared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = {"models/bio/manifest.json", "models/bio/a/manifest.json", "models/bio/b/manifest.json"}
+    monkeypatch.chdir(tmp_path)
+    results, own = Path("results/demo"), Path("results/demo/models/bio/own/manifest.json")
+    write_json(own, {})
+    for name in names:
+        write_json(shared / results / name, {})
+    # The storage holds it as it is here, as after a copy of all of a study: that it was not brought is known.
+    copied = results / "models/bio/copied/manifest.json"
+    write_json(copied, {})
+    write_json(shared / copied, {})
+    os.utime(shared / copied, ns=(copied.stat().st_mtime_ns,) * 2)
+    assert store.fetch_results(str(shared), results) == 3
+    write_json(results / "models/bio/a/manifest.json", {"made": "here"})
+    for name in ("a", "b", "copied"):
+        (shared / results / f"models/bio/{name}/manifest.json").unlink()
+    assert store.fetch_results(str(shared), results) == 0
+    left = {"models/bio/manifest.json", "models/bio/a/manifest.json"}
+    assert manifests(results) == left | {"models/bio/own/manifest.json", "models/bio/copied/manifest.json"}
+
+
+def test_fetch_removes_nothing_because_of_another_or_an_emptied_storage(
+    tmp_path: Path, shared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    results = Path("results/demo")
+    write_json(shared / results / "models/bio/manifest.json", {})
+    write_json(tmp_path / "other" / results / "models/tiny/manifest.json", {})
+    assert store.fetch_results(str(shared), results) == 1
+    (shared / results / "models/bio/manifest.json").unlink()
+    assert store.fetch_results(str(shared), results) == 0
+    assert manifests(results) == {"models/bio/manifest.json"}
+    assert store.fetch_results(str(tmp_path / "other"), results) == 1
+    assert manifests(results) == {"models/bio/manifest.json", "models/tiny/manifest.json"}
+
+
+def test_fetch_into_the_storage_itself_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    results = Path("results/demo")
+    for name in ("bio", "tiny"):
+        write_json(results / "models" / name / "manifest.json", {})
+    assert store.fetch_results(".", results) == 0
+    (results / "models/tiny/manifest.json").unlink()
+    assert store.fetch_results(str(tmp_path), results) == 0
+    assert [path.as_posix() for path in results.rglob("*") if path.is_file()] == [
+        "results/demo/models/bio/manifest.json"
+    ]
 
 
 def test_fetch_writes_nowhere_but_into_the_results(

@@ -261,6 +261,30 @@ def test_partial_tables_leave_out_what_was_made_of_another_study(results: Path) 
     assert (len(written["metrics"]), len(written["items"])) == (0, 0)
 
 
+def test_a_node_below_a_broken_one_failed_only_if_it_was_made(results: Path) -> None:
+    """Every failure names a file that is there; what was not made yet is no failure."""
+    (results / "models/small/laco-25/manifest.json").write_text('{"half')
+    shutil.rmtree(results / "models/small/laco-25/full-1m/gptq-4")
+    written = tables.write_tables(fake_study(), results, results / "tables", partial=True)
+    failed = {row["node"]: row["log"] for row in written["failures"].to_pylist()}
+    assert failed == {node: f"models/{node}/manifest.json" for node in ("small/laco-25", "small/laco-25/full-1m")}
+    assert all((results / place).exists() for place in failed.values())
+    assert not [node for node in written["nodes"]["node"].to_pylist() if node.startswith("small/laco-25")]
+
+
+def test_a_node_of_another_calibrations_tokens_is_refused(results: Path) -> None:
+    """Under its name the table shows no calibration that it was not made with."""
+    tokens = results / "tokens/small/calibration.default/manifest.json"
+    tokens.parent.mkdir()
+    described = {"text": {"path": "stories.txt"}, "windows": 128, "length": 2048, "packed": True}
+    tokens.write_text(json.dumps(described | {"fingerprint": "c" * 64}))
+    written = tables.write_tables(fake_study(), results, results / "tables")
+    assert written["nodes"].num_rows == 12
+    tokens.write_text(json.dumps(described | {"fingerprint": "d" * 64}))
+    with pytest.raises(UserError, match=r"small/wanda-50' .* tokens of calibration 'default' \(was c{12}, is d{12}\)"):
+        tables.write_tables(fake_study(), results, results / "tables")
+
+
 def test_partial_tables_leave_out_what_was_trained_or_measured_on_another_text(results: Path) -> None:
     study = fake_study().model_copy(update={"texts": {"stories": FileText(path="others.txt")}})
     written = tables.write_tables(study, results, results / "tables", partial=True)

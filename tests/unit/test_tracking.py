@@ -141,6 +141,21 @@ def test_failed_nodes_are_failed_runs_with_their_log(results: Path) -> None:
     assert "error: model.layers.3" in stored.read_text()
 
 
+def test_nodes_below_a_broken_one_keep_nothing_from_being_tracked(results: Path) -> None:
+    """The tables may also be older than the removal of the broken file, which their sentence asks for."""
+    broken = results / "models/small/laco-25/manifest.json"
+    broken.write_text('{"half')
+    shutil.rmtree(broken.parent / "full-1m/gptq-4")
+    tables.write_tables(fake_study(), results, results / "tables", partial=True)
+    for _ in range(2):
+        tracking.track(fake_study(), results, None)
+        runs = active(results)
+        assert {node for node in runs if node.startswith("small/laco-25")} == {"small/laco-25", "small/laco-25/full-1m"}
+        assert {runs[node][0].info.status for node in ("small/laco-25", "small/laco-25/full-1m")} == {"FAILED"}
+        assert "not valid JSON" in runs["small/laco-25"][0].data.tags["coppice.error"]
+        broken.unlink(missing_ok=True)
+
+
 def test_tracking_again_changes_only_what_changed(results: Path) -> None:
     study = fake_study()
     first = tracking.track(study, results, None)

@@ -23,10 +23,15 @@ from coppice.study import FileText, HubModel, Study
 NO_MATTER = frozenset({"gpus"})
 
 
-def refuse_other_node(study: Study, node: tree.Node, manifest: Mapping[str, Any], path: Path) -> None:
+def refuse_other_node(study: Study, node: tree.Node, manifest: Mapping[str, Any], path: Path, tokens: Path) -> None:
     """Raises UserError where the manifest at `path` is of another model, method, seed or option than the study's.
 
-    Where results lie elsewhere, so it does where a file of a model that the study names by path has changed.
+    So it does where a step was calibrated on other tokens than those of its calibration, or trained with other rungs of
+    the ladder of budgets. Where results lie elsewhere, so it does where a file of a model that the study names by path
+    has changed.
+
+    tokens: the folder of the model's token sets; a calibration's that it does not hold tells nothing. Neither does a
+    recovery of a version that recorded no budgets.
     """
     if node.step is None:
         model = study.models[node.model]
@@ -37,6 +42,10 @@ def refuse_other_node(study: Study, node: tree.Node, manifest: Mapping[str, Any]
         step, recorded = study.steps[node.step], manifest["step"]
         of, now = f"step {node.step!r}", {"method": step.method, **step.options.model_dump(mode="json")}
         was = {"method": recorded["method"], **_completed(type(step.options), recorded["options"])}
+        if manifest["calibration"]:
+            _add_calibration(was, now, calibration_of(study, node.step), manifest["calibration"], tokens)
+        if recorded["family"] == "recover":
+            _add_budgets(was, now, study.budgets, manifest["recovery"])
     _refuse(f"The node {node.name!r}", of, {**was, "seed": manifest["seed"]}, {**now, "seed": node.seed}, path)
 
 
@@ -94,6 +103,36 @@ def _text_of(study: Study, use: str) -> str:
         return study.evaluations[evaluation].perplexity[protocol].text
     options = study.steps[name].options
     return options.text if kind == "recovery" else options.validation
+
+
+def calibration_of(study: Study, step: str) -> str:
+    """The calibration of a step that was calibrated: the one that it names, or the study's only one."""
+    return study.steps[step].calibration or next(iter(study.calibrations))
+
+
+def _add_calibration(
+    was: dict[str, Any], now: dict[str, Any], name: str, recorded: Mapping[str, str], tokens: Path
+) -> None:
+    """Adds the first digits of the fingerprint of a calibration's tokens: as recorded, and as they are, if there.
+
+    recorded: by the kind of statistics, or `windows`, the fingerprint of the tokens that it was gathered over.
+    """
+    path = tokens / f"calibration.{name}" / "manifest.json"
+    if path.is_file():
+        key = f"tokens of calibration {name!r}"
+        was[key] = ", ".join(sorted({fingerprint[:12] for fingerprint in recorded.values()}))
+        now[key] = read_json(path)["fingerprint"][:12]
+
+
+def _add_budgets(was: dict[str, Any], now: dict[str, Any], budgets: Iterable[int], recovery: Mapping[str, Any]) -> None:
+    """Adds the rungs of the ladder of budgets that a recovery could reach: of its own ladder, and of the study's.
+
+    A rung above what was asked, or above where training ended early, changed nothing of the node.
+    """
+    if "budgets" in recovery:
+        most = min(recovery["tokens"], recovery["tokens_asked"])
+        for rungs, ladder in ((was, recovery["budgets"]), (now, budgets)):
+            rungs["budgets"] = sorted({budget for budget in ladder if budget <= most})
 
 
 def _add_files(was: dict[str, Any], now: dict[str, Any], recorded: Mapping[str, str], folder: Path) -> None:

@@ -24,13 +24,15 @@ from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 from coppice.errors import UserError
-from coppice.files import atomic_write, read_json, sha256
+from coppice.files import atomic_write, read_json, sha256, write_json
 
 if TYPE_CHECKING:
-    from pyarrow.fs import FileInfo, FileSystem
+    from pyarrow.fs import FileSystem
 
 VARIABLE = "COPPICE_STORE"
 TRANSFERS = 16  # small files that are fetched at once
+FETCHED = ".fetched.json"  # in a study's folder: what `coppice fetch` brought there
+MADE = ("models", "tokens", "statistics", "evaluations", "laws")  # folders in which a file says that something was made
 
 
 def send(directory: Path, files: Mapping[str, Any]) -> None:
@@ -189,39 +191,76 @@ def fetch_results(address: str, results: Path) -> int:
     """Brings a study's small files (manifests, metrics, logs, tables, report) from a storage, and returns their number.
 
     They lie there under the same path as here, and bear the same date, so that what did not change is known by it
-    whatever the clocks of the two say. Raises UserError where the storage is not to be used, or names a file outside.
+    whatever the clocks of the two say. Of what it brought before, those that the storage no longer holds are removed:
+    Snakemake takes them away there before they are made anew, and a copy would hide that this failed.
+    Raises UserError where the storage is not to be used, or names a file outside.
     """
     from pyarrow.fs import FileSelector, FileType
 
     filesystem, root = _open(address)
     remote = f"{root.rstrip('/')}/{results.as_posix()}"
 
-    def place(path: str) -> Path:
+    def place(path: str) -> str:
         below = Path(path).relative_to(remote)
         if ".." in below.parts:
             raise UserError(
                 f"The storage {_shown(address)} holds {path}, which is no path of results; remove it there."
             )
-        return results / below
+        return below.as_posix()
 
-    def bring(info: FileInfo) -> None:
-        with atomic_write(place(info.path)) as temporary:
+    def bring(below: str) -> None:
+        info = held[below]
+        with atomic_write(results / below) as temporary:
             _copy(filesystem, info.path, temporary)
             os.utime(temporary, ns=(info.mtime_ns, info.mtime_ns))
 
-    def is_current(info: FileInfo) -> bool:
-        here = place(info.path)
-        if not here.is_file():
-            return False
-        known = here.stat()
-        return (known.st_size, known.st_mtime_ns) == (info.size, info.mtime_ns)
-
     with _using(address):
         found = filesystem.get_file_info(FileSelector(remote, recursive=True))
-        wanted = [info for info in found if info.type == FileType.File and not is_current(info)]
+        held = {place(info.path): info for info in found if info.type == FileType.File and info.base_name != FETCHED}
+        stamps = {below: [info.size, info.mtime_ns] for below, info in held.items()}
+        if not stamps:
+            return 0  # A storage that somebody emptied says nothing of what was made.
+        brought = _brought(results, remote)
+        _remove_gone(results, brought, stamps)
+        wanted = [below for below, stamp in stamps.items() if _stamp(results / below) != stamp]
+        # Noted before they are brought: a file that an interruption kept from coming has another stamp.
+        files = {below: stamps[below] for below in sorted({*wanted, *(brought.keys() & stamps.keys())})}
+        if files != brought:
+            write_json(results / FETCHED, {"storage": remote, "files": files})
         with ThreadPoolExecutor(TRANSFERS) as pool:
             list(pool.map(bring, wanted))
     return len(wanted)
+
+
+def _brought(results: Path, remote: str) -> dict[str, list[int]]:
+    """By path the stamps of the files that were brought from that place, the study's folder in a storage."""
+    record = results / FETCHED
+    noted = read_json(record) if record.is_file() else {"storage": remote, "files": {}}
+    return noted["files"] if noted["storage"] == remote else {}
+
+
+def _remove_gone(results: Path, brought: Mapping[str, list[int]], held: Mapping[str, list[int]]) -> None:
+    """Removes what was brought from a storage that no longer holds it. brought, held: stamps by path.
+
+    What was made here, or changed since it was brought, stays: it may be all that there is of it.
+    """
+    gone = [
+        results / below
+        for below, stamp in brought.items()
+        if below not in held and Path(below).parts[0] in MADE and _stamp(results / below) == stamp
+    ]
+    for path in gone:
+        path.unlink()
+    if gone:
+        print(f"Store: removed {len(gone)} files that it no longer holds.", file=sys.stderr, flush=True)
+
+
+def _stamp(path: Path) -> list[int] | None:
+    """Size and date of a file, in bytes and nanoseconds; None where there is none."""
+    if not path.is_file():
+        return None
+    known = path.stat()
+    return [known.st_size, known.st_mtime_ns]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

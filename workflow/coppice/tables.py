@@ -123,8 +123,8 @@ SCHEMAS = {
         ("metric", _text, "", "What was measured, protocol or task included, so that a name is one scale."),
         ("value", _number, "see unit", "The measurement."),
         ("stderr", _number, "see unit", "Its standard error; null where there is none."),
-        ("low", _number, "see unit", "Lower end of the 95% interval, where the evaluation gives one."),
-        ("high", _number, "see unit", "Upper end of the 95% interval, where the evaluation gives one."),
+        ("low", _number, "see unit", "Lower end of the 95% interval: Wilson's of a share, bootstrap of other means."),
+        ("high", _number, "see unit", "Its upper end; null without items, or where they are too few for a bootstrap."),
         ("n", _integer, "items", "Number of items (tokens, questions) behind the value."),
         ("unit", _text, "", "Unit of value, stderr, low and high."),
         ("details", _text, "JSON", "What else the evaluation says of the measurement: protocol, task, shots, text."),
@@ -308,8 +308,9 @@ def collect(study: Study, results: Path, partial: bool = False, itemized: bool =
     for name, node in tree.items():
         path = results / "models" / name / "manifest.json"
         if refused := next((row["node"] for row in broken if name.startswith(f"{row['node']}/")), None):
-            error = f"It was made from {refused}, which the tables leave out."
-            broken.append({"node": name, "stage": "tables", "error": error, "log": _relative(path, results)})
+            if path.exists():
+                error = f"It was made from {refused}, which the tables leave out."
+                broken.append({"node": name, "stage": "tables", "error": error, "log": _relative(path, results)})
             continue
         for row in read(name, path, partial_of(_checkpoint_row, study, node, results)):
             checkpoints[name] = row
@@ -348,11 +349,12 @@ def collect(study: Study, results: Path, partial: bool = False, itemized: bool =
 
 def _checkpoint_row(study: Study, node: Node, results: Path, path: Path) -> Row:
     """The node's row. Raises UserError also where what it was calibrated or trained on was of another text."""
-    row = node_row(study, node, path)
+    tokens = results / "tokens" / node.model
+    row = node_row(study, node, path, tokens)
     uses = [f"calibration.{row['calibration']}"] if row["calibration"] else []
     if row["family"] == "recover":
         uses += [f"recovery.{row['step']}", f"validation.{row['step']}"]
-    outdated.refuse_other_tokens(study, uses, results / "tokens" / node.model)
+    outdated.refuse_other_tokens(study, uses, tokens)
     return row
 
 
@@ -363,14 +365,15 @@ def _evaluation_rows(study: Study, node: str, evaluation: str, results: Path, pa
     return measured_rows(study, node, evaluation, path)
 
 
-def node_row(study: Study, node: Node, path: Path) -> Row:
+def node_row(study: Study, node: Node, path: Path, tokens: Path) -> Row:
     """The row of a checkpoint from its manifest; what other nodes tell of it is still missing.
 
-    Raises UserError where the manifest lacks something, or tells of another step than the study's.
+    tokens: the folder of the model's token sets. Raises UserError where the manifest lacks something, or tells of
+    another step, calibration or ladder of budgets than the study's.
     """
     manifest = read_json(path)
     try:
-        outdated.refuse_other_node(study, node, manifest, path)
+        outdated.refuse_other_node(study, node, manifest, path, tokens)
         step, recovery = manifest["step"], manifest["recovery"] or {"tokens": None, "tokens_total": 0}
         parameters, stored_bits = manifest["parameters"], manifest["stored_bits"]
         source = manifest.get("source") or {}
@@ -422,7 +425,7 @@ def _calibration(study: Study, node: Node, fingerprints: dict[str, str] | None) 
     """Name and fingerprint of what a step's statistics were gathered over; all kinds share one calibration."""
     if not fingerprints:
         return {"calibration": None, "calibration_fingerprint": None}
-    name = study.steps[node.step].calibration or next(iter(study.calibrations))
+    name = outdated.calibration_of(study, node.step)
     return {"calibration": name, "calibration_fingerprint": next(iter(fingerprints.values()))}
 
 

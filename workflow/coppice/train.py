@@ -252,7 +252,11 @@ def _identity(
 def _recovery(
     planned: Run, progress: Progress, chosen: Method, windows: Windows, parent: Mapping[str, Any], asked: int
 ) -> dict[str, Any]:
-    """The manifest's record of training. tokens_total: with those of the recoveries before on the path."""
+    """The manifest's record of training.
+
+    tokens_total: with those of the recoveries before on the path. budgets: the ladder, in tokens, also what lies above
+    where training ended.
+    """
     tokens = planned.tokens(progress.step)
     before = parent["recovery"]["tokens_total"] if parent["recovery"] else 0
     return {
@@ -260,6 +264,7 @@ def _recovery(
         "tokens": tokens,
         "tokens_asked": asked,
         "tokens_total": before + tokens,
+        "budgets": list(planned.budgets),
         "steps": progress.step,
         "stopped_early": progress.step < planned.course.steps,
         "epochs": planned.course.order[: progress.step].size / len(windows.tokens),

@@ -344,8 +344,10 @@ def _dataset(study: Study, folder: Path, use: str) -> Dataset:
 
 
 def _failed_mirror(study: Study, results: Path, node: str, failed: list[Row]) -> Mirror:
-    """The run of a node that was never made: its error and its logs."""
-    end = int(max((results / row["log"]).stat().st_mtime for row in failed) * 1000)
+    """The run of a node that was never made: its error and its logs; of 1970 where none of its files is there."""
+    # A broken one may be gone since the tables were written, as their sentence tells to remove it.
+    logs = [log for log in (results / row["log"] for row in failed) if log.exists()]
+    end = int(max((log.stat().st_mtime for log in logs), default=0) * 1000)
     return Mirror(
         name=node,
         status="FAILED",
