@@ -15,6 +15,7 @@ from coppice import tree
 from coppice.cli import main
 from coppice.errors import UserError
 from coppice.evaluation import roofline
+from coppice.needs import LIBRARIES
 from coppice.plan import stage, times
 from coppice.plan.jobs import Job, jobs
 from coppice.plan.sizes import Size, node_sizes
@@ -254,6 +255,44 @@ def test_what_a_gpu_does_not_hold(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     [sentence] = plan(study(), tmp_path, machine(gpus=1, device="H200"))["problems"]
     assert sentence.startswith("GPU memory: ")
     assert "on a GPU, and H200 has 1.0 MB" in sentence
+
+
+def test_what_processes_load_is_on_the_host_and_on_no_gpu() -> None:
+    value = study(steps={**steps_with(8), "full": {**steps_with(8)["full"], "method": "lora", "batch_size": 8}})
+    # As wide as the shipped model, and with as many parameters as one that several GPUs are for.
+    sizes = {
+        name: size._replace(parameters=8e9, linears=7e9, linear_bytes=14e9, stored=16e9)
+        for name, size in sizes_of(value).items()
+    }
+    recover = next(job for job in jobs(value, sizes) if job.stage == "recover")
+    assert recover.gpus == 8
+    # 4 bytes a parameter in each of the eight processes.
+    assert times.expected_memory(recover, sizes) > 8 * 4 * 8e9
+    # An eighth of the model, of the dense root, of the checkpoint; and what a batch leaves of itself.
+    assert (4 + 4 + 2) * 8e9 / 8 < times.gpu_memory(recover, sizes) < 1.1 * (4 + 4 + 2) * 8e9 / 8
+
+
+def test_a_connectivity_is_expected_to_hold_three_models() -> None:
+    protocol = {"own": {"text": "lives", "length": 32, "windows": 4}}
+    evaluations = {
+        "basin": {"kind": "connectivity", "perplexity": protocol, "nodes": ["tiny/wanda-50/full@1"]},
+        "quality": {"kind": "quality", "perplexity": protocol, "nodes": ["tiny/wanda-50/full@1"]},
+    }
+    value = study(recipes=[{"product": [["wanda-50"], ["full"]], "seeds": [0, 1]}], evaluations=evaluations, laws={})
+    sizes = sizes_of(value)
+    held = {job.kind: times.expected_memory(job, sizes) for job in jobs(value, sizes) if job.stage == "evaluate"}
+    size = sizes["tiny/wanda-50/full@1"]
+    assert held["basin"] - held["quality"] == pytest.approx(8 * size.parameters + size.stored, abs=1)
+    assert held["quality"] > LIBRARIES["evaluate"]
+
+
+def test_statistics_take_four_bytes_for_every_second_moment() -> None:
+    value = study()
+    sizes = sizes_of(value)
+    [calibrate] = [job for job in jobs(value, sizes) if job.stage == "calibrate"]
+    shape, layers = sizes["tiny"].shape, sizes["tiny"].layers
+    # Four distinct inputs of a block: three as wide as the hidden states, one with all neurons; 4 bytes an entry.
+    assert calibrate.disk == layers * 4 * (3 * shape.hidden**2 + shape.intermediate**2)
 
 
 def test_gpus_without_a_name_say_nothing_of_times(tmp_path: Path) -> None:

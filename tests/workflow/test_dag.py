@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import re
@@ -169,6 +170,69 @@ def test_a_connectivity_reads_a_node_and_its_twin(directory):
     assert '"points": 5' in line
     # No other node is measured: the quantized ones below cannot be interpolated.
     assert counts(snakemake(directory, *words))["connectivity"] == 1
+
+
+def test_jobs_ask_for_all_models_and_statistics_that_they_hold(directory):
+    protocol = {"own": {"text": "biographies", "length": 32, "windows": 4}}
+    study = {**small_study(), "study": "large"}
+    study["evaluations"] = {
+        name: {"kind": kind, "perplexity": protocol} for name, kind in (("basin", "connectivity"), ("own", "quality"))
+    }
+    (directory / "large.yaml").write_text(yaml.safe_dump(study))
+    # What is not made yet is taken to be as large as its root.
+    write_root(directory / "results/large")
+    printed = snakemake(directory, "--configfile", str(directory / "large.yaml"), "--dry-run")
+    memory, disk = (
+        {output: resources[name] for output, resources in asked(printed).items()} for name in ("mem_mb", "disk_mb")
+    )
+    evaluations = "results/large/evaluations/tiny/shortgpt-1/full-5k@1"
+    own, basin = (f"{evaluations}/{name}/metrics.json" for name in ("own", "basin"))
+    # Two models more in float32, another checkpoint, and the room on top.
+    assert memory[basin] - memory[own] == pytest.approx(1.3 * (64_000 + 16_000), abs=1_000)
+    assert disk[basin] - disk[own] == pytest.approx(1.3 * 16_000, abs=1_000)
+    # Whole gigabytes, so that jobs that ask for the same can be one array.
+    assert all(megabytes % 1_000 == 0 for found in (memory, disk) for megabytes in found.values())
+    models = "results/large/models/tiny"
+    wanda, rtn, eora = (
+        disk[f"{models}/{node}/manifest.json"] for node in ("wanda-50", "wanda-50/rtn-4", "wanda-50/rtn-4/eora-2")
+    )
+    # Parent and child; 33 GB of moments for one of 32 blocks; a reference.
+    assert rtn == pytest.approx(1.3 * 32_000 + 1_000, abs=1_000)
+    assert 16_000 + 33_000 + 16_000 < wanda < 1.5 * (16_000 + 33_000 + 16_000)
+    assert eora - wanda == pytest.approx(1.3 * 16_000, abs=1_000)
+
+
+def test_a_job_that_is_done_again_asks_for_more_memory_and_disk(tmp_path):
+    tiny_folder(tmp_path)
+    study = {**small_study(), "recipes": [["rtn-4"]], "evaluations": {}, "laws": {}}
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(study))
+    write_root(tmp_path / "results/small")
+    target = "results/small/models/tiny/rtn-4/manifest.json"
+    # There are no weights, so that the job fails.
+    words = ["--configfile", str(tmp_path / "study.yaml"), "--cores", "1", "--retries", "1", target]
+    code, printed = finished(tmp_path, *words)
+    assert code == 1, printed
+    for name in ("mem_mb", "disk_mb"):
+        first, second = (int(found) for found in re.findall(rf"resources: .*\b{name}=(\d+)", printed))
+        assert second == 2 * first
+
+
+def write_root(results: Path) -> None:
+    """The manifest of a root of 8e9 parameters, in 16 bits and without weights."""
+    path = results / "models/tiny/manifest.json"
+    path.parent.mkdir(parents=True)
+    parameters = {"total": 8_030_000_000, "blocks": 6_980_000_000, "decoder_linears": 6_980_000_000}
+    path.write_text(json.dumps({"parameters": parameters, "dense": parameters, "stored_bytes": 16_000_000_000}))
+
+
+def asked(printed: str) -> dict[str, dict[str, int]]:
+    """By the output of a job what numbers it asks for, of jobs that run a model."""
+    blocks = re.findall(r"^    output: (\S+)\n(?:.*\n)*?    resources: (.+)$", printed, re.MULTILINE)
+    return {
+        output: {name: int(count) for name, count in re.findall(r"(\w+)=(\d+)(?=,|$)", resources)}
+        for output, resources in blocks
+        if "disk_mb" in resources
+    }
 
 
 def test_one_node_plans_what_it_needs_and_no_more(directory):

@@ -1,4 +1,4 @@
-"""What a job needs: bytes of memory by stage, from the manifest of the model that it reads.
+"""What a job needs: bytes of memory and of disk by stage, from the manifest of the model that it reads.
 
 With P parameters of the model, D of its dense root and S bytes stored, computing in float32 (a GPU computes in 16 bits,
 so that these are upper bounds there), a job holds at its largest
@@ -9,12 +9,22 @@ so that these are upper bounds there), a job holds at its largest
     compress     8 P + S: the model, and what takes its place or the one from before; and 32 (n^2 + m n) for the factors
                  of the widest linear [m, n] in float64
     recover      16 P + S: weights, gradients and two moments; 4 P + S where most weights stay frozen; the
-                 activations of a micro-batch; 4 D for a teacher
-    evaluate     4 P + S, and the logits of a batch
+                 activations of a micro-batch on each GPU; 4 D for a teacher. At the end 4 P + 4 D + S, as the dense
+                 root is measured too. On n GPUs n times 4 P on the host, as every process loads whole models before
+                 they are divided; n (4 P + 4 D) with a teacher, n 8 P where weights are drawn anew
+    evaluate     4 P + S, and the logits of a batch; 12 P + 2 S for a connectivity: two models, and one between them
 
-beside Python and its libraries. Sizes of the blocks are not in a manifest; they are taken as those of common decoders
-with as many parameters: a hidden size of 128 times the number of blocks (Kaplan et al., arXiv 2001.08361, find losses
-flat around it), 3.5 times as many neurons.
+beside Python and its libraries, once for each process. On its disk lie, where results are stored elsewhere and what it
+reads is fetched, the stored bytes of all checkpoints that it reads, and
+
+    calibrate    4 per entry of all blocks' second moments
+    compress     S for what it writes, and the second moments that it reads
+    recover      S for what it writes, or 24 P: two states of weights and two moments, one beside the one before
+
+Sizes of the blocks are not in a manifest; they are taken as those of common decoders with as many parameters: a hidden
+size of 128 times the number of blocks (Kaplan et al., arXiv 2001.08361, find losses flat around it), 3.5 times as many
+neurons. By these, second moments are a quarter too few of a model with many neurons (Qwen2.5-7B), and right within a
+tenth of Llama 3.1; what is asked for has room for either.
 """
 
 from __future__ import annotations
@@ -38,12 +48,14 @@ LIBRARIES = {
     "track": 310 * MEGABYTE,
 }
 CUDA = 2_000 * MEGABYTE  # more of the host's memory where torch brings CUDA's libraries
-HEADROOM = 1.3
+HEADROOM = 1.3  # of what is asked for over what is expected
 
 BATCH_TOKENS = 8192  # of `calibrate`
 LOGITS = 1 << 26  # that `evaluate` computes at once
 FROZEN = frozenset({"lora", "heal"})  # methods under which most weights stay as they are
 TAUGHT = frozenset({"heal"})  # methods with the dense root as teacher
+DRAWN = frozenset({"scratch"})  # methods that draw all weights anew
+ADAPTED = frozenset({"lora"})  # methods whose states are small beside the model
 
 
 class Widths(NamedTuple):
@@ -60,18 +72,38 @@ def memory_bytes(stage: str, manifest: Mapping[str, Any], options: Mapping[str, 
 
     The host's memory where the job runs on the CPU; it suffices for a job on a GPU too, and bounds that of the GPU.
     """
-    return int(HEADROOM * expected_bytes(stage, manifest, options)) + (CUDA if stage in RUNS_MODELS else 0)
+    libraries = processes(options or {}) * CUDA if stage in RUNS_MODELS else 0
+    return int(HEADROOM * expected_bytes(stage, manifest, options)) + libraries
 
 
 def expected_bytes(stage: str, manifest: Mapping[str, Any], options: Mapping[str, Any] | None = None) -> int:
-    """Peak bytes of a job of `stage` on the model of `manifest`.
+    """Peak bytes of a job of `stage` on the model of `manifest`, all its processes together.
 
-    options: fields of its step (length, batch_size, micro_batch_size, gradient_checkpointing ...), its calibration
-    (windows, length) or its evaluation (length), as far as they are known; `method` of the step and `kind` of the
-    statistics beside them. Without them, the largest that is usual.
+    options: fields of its step (length, batch_size, micro_batch_size, gradient_checkpointing, gpus ...), its
+    calibration (windows, length) or its evaluation (length), as far as they are known; `method` of the step and `kind`
+    of the statistics or the evaluation beside them. Without them, the largest that is usual, on one GPU.
     """
     held = RUNS_MODELS[stage](manifest, options or {}) if stage in RUNS_MODELS else 0
-    return int(LIBRARIES[stage] + held)
+    return int(processes(options or {}) * LIBRARIES[stage] + held)
+
+
+def device_bytes(stage: str, manifest: Mapping[str, Any], options: Mapping[str, Any]) -> float:
+    """Peak bytes of all GPUs of a job together, were everything in float32; of a stage that runs a model."""
+    return (training_bytes if stage == "recover" else RUNS_MODELS[stage])(manifest, options)
+
+
+def disk_bytes(stage: str, manifest: Mapping[str, Any], fetched: float, options: Mapping[str, Any]) -> int:
+    """Bytes to ask for on the disk of a job of `stage` on the model of `manifest`, with room on top.
+
+    fetched: stored bytes of all checkpoints that it reads. options: as those of `expected_bytes`, and the `kinds` of
+    statistics that a step reads. Without them, the most that is usual.
+    """
+    return int(HEADROOM * (fetched + FILES[stage](manifest, options)))
+
+
+def processes(options: Mapping[str, Any]) -> int:
+    """A recovery runs in one on each of its GPUs."""
+    return options.get("gpus", 1)
 
 
 def likely_widths(manifest: Mapping[str, Any]) -> Widths:
@@ -89,7 +121,7 @@ def calibrate_bytes(manifest: Mapping[str, Any], options: Mapping[str, Any]) -> 
     widths = likely_widths(manifest)
     weights = 4 * manifest["parameters"]["total"]
     tokens = options.get("windows", 256) * options.get("length", 512)
-    moments = 16 * (3 * widths.hidden**2 + widths.intermediate**2) + 2 * 4 * tokens * widths.hidden
+    moments = 16 * moment_entries(widths) + 2 * 4 * tokens * widths.hidden
     gradients = 8 * manifest["parameters"]["decoder_linears"] + activation_bytes(widths, min(tokens, BATCH_TOKENS))
     return weights + {"moments": moments, "blocks": moments, "gradients": gradients}.get(
         options.get("kind"), max(moments, gradients)
@@ -103,18 +135,63 @@ def compress_bytes(manifest: Mapping[str, Any], options: Mapping[str, Any]) -> f
 
 
 def recover_bytes(manifest: Mapping[str, Any], options: Mapping[str, Any]) -> float:
-    parameters, method = manifest["parameters"]["total"], options.get("method")
-    at_once = (options.get("micro_batch_size") or options.get("batch_size", 32)) * options.get("length", 512)
-    trained = (4 if method in FROZEN else 16) * parameters
-    teacher = 4 * manifest["dense"]["total"] if method in TAUGHT or method in FROZEN else 0
+    return max(training_bytes(manifest, options), loading_bytes(manifest, options))
+
+
+def training_bytes(manifest: Mapping[str, Any], options: Mapping[str, Any]) -> float:
+    """What the processes of a recovery hold together once the model is divided among them."""
+    parameters, dense, method = manifest["parameters"]["total"], manifest["dense"]["total"], options.get("method")
+    # A micro-batch on each of the GPUs; without its size, the batch is divided among them.
+    micro_batch = options.get("micro_batch_size")
+    at_once = processes(options) * micro_batch if micro_batch else options.get("batch_size", 32)
     recomputed = options.get("gradient_checkpointing", False)
-    return trained + teacher + manifest["stored_bytes"] + activation_bytes(likely_widths(manifest), at_once, recomputed)
+    activations = activation_bytes(likely_widths(manifest), at_once * options.get("length", 512), recomputed)
+    trained = (4 if method in FROZEN else 16) * parameters + (4 * dense if method in TAUGHT else 0)
+    measured = 4 * (parameters + dense)  # the dense root, for its held-out loss, beside what was trained
+    return max(trained, measured) + manifest["stored_bytes"] + activations
+
+
+def loading_bytes(manifest: Mapping[str, Any], options: Mapping[str, Any]) -> float:
+    """What the processes of a recovery hold on the host while each loads whole models, before they are divided."""
+    parameters, dense, method = manifest["parameters"]["total"], manifest["dense"]["total"], options.get("method")
+    beside = (dense if method in TAUGHT else 0) + (parameters if method in DRAWN else 0)
+    # The dense root is loaded in the end, when the model is gone.
+    return processes(options) * 4 * max(parameters + beside, dense) + manifest["stored_bytes"]
 
 
 def evaluate_bytes(manifest: Mapping[str, Any], options: Mapping[str, Any]) -> float:
     # Logits, their logarithms, and a copy of either.
     logits = 4 * 4 * min(LOGITS, 16 * options.get("length", 2048) * likely_widths(manifest).vocabulary)
-    return 4 * manifest["parameters"]["total"] + manifest["stored_bytes"] + logits
+    models, checkpoints = (3, 2) if options.get("kind") == "connectivity" else (1, 1)
+    return 4 * models * manifest["parameters"]["total"] + checkpoints * manifest["stored_bytes"] + logits
+
+
+def calibrate_files(manifest: Mapping[str, Any], options: Mapping[str, Any]) -> float:
+    return moments_bytes(likely_widths(manifest)) if options.get("kind", "moments") == "moments" else 0
+
+
+def compress_files(manifest: Mapping[str, Any], options: Mapping[str, Any]) -> float:
+    read = moments_bytes(likely_widths(manifest)) if "moments" in options.get("kinds", ["moments"]) else 0
+    return manifest["stored_bytes"] + read
+
+
+def recover_files(manifest: Mapping[str, Any], options: Mapping[str, Any]) -> float:
+    state = 0 if options.get("method") in ADAPTED else 12 * manifest["parameters"]["total"]
+    return max(manifest["stored_bytes"], 2 * state)
+
+
+def evaluate_files(manifest: Mapping[str, Any], options: Mapping[str, Any]) -> float:
+    return 0
+
+
+def moments_bytes(widths: Widths) -> float:
+    """Stored bytes of statistics of the kind `moments`; those of other kinds are few."""
+    return 4 * widths.layers * moment_entries(widths)
+
+
+def moment_entries(widths: Widths) -> float:
+    """Of the second moments of a block's four distinct inputs."""
+    return 3 * widths.hidden**2 + widths.intermediate**2
 
 
 def activation_bytes(widths: Widths, tokens: float, recomputed: bool = False) -> float:
@@ -134,4 +211,10 @@ RUNS_MODELS = {
     "compress": compress_bytes,
     "recover": recover_bytes,
     "evaluate": evaluate_bytes,
+}
+FILES = {
+    "calibrate": calibrate_files,
+    "compress": compress_files,
+    "recover": recover_files,
+    "evaluate": evaluate_files,
 }

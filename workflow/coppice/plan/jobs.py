@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from coppice import tree
+from coppice import needs, tree
 from coppice.evaluation import roofline
 from coppice.plan.sizes import Size
 from coppice.study import Study
@@ -141,7 +141,6 @@ def statistics_job(
 ) -> Job:
     passes = {"moments": 4, "blocks": 2, "gradients": 8}[kind]
     name = f"{node}/{calibration}/{kind}"
-    widths = 3 * size.shape.hidden**2 + size.shape.intermediate**2 if size else 0
     return Job(
         "calibrate",
         name,
@@ -151,9 +150,13 @@ def statistics_job(
         kind,
         {"kind": kind, "windows": use.windows or USUAL_WINDOWS, "length": use.length},
         size and passes * size.parameters * use_tokens(use),
-        4 * size.layers * widths if size and kind == "moments" else 0.0,
+        needs.moments_bytes(widths_of(size)) if size and kind == "moments" else 0.0,
         gpus=1,
     )
+
+
+def widths_of(size: Size) -> needs.Widths:
+    return needs.Widths(size.shape.hidden, size.shape.intermediate, size.layers, size.shape.vocabulary)
 
 
 def evaluation_job(
@@ -181,7 +184,7 @@ def evaluation_job(
         tuple(after),
         node,
         evaluation,
-        {"length": max(lengths, default=QUESTION_TOKENS)},
+        {"kind": body.kind, "length": max(lengths, default=QUESTION_TOKENS)},
         size and 2 * size.parameters * tokens,
         alone=alone,
         gpus=1,

@@ -118,16 +118,19 @@ def operations_per_second(size: Size, device: roofline.Device | None) -> float:
 
 def expected_memory(job: Job, sizes: Mapping[str, Size | None]) -> float:
     """Bytes by `needs`; of a stage that loads no model, its libraries'."""
-    size = sizes[job.model] if job.model else None
-    if size is None:
+    if job.model is None or sizes[job.model] is None:
         return needs.LIBRARIES[job.stage]
-    dense = sizes[tree.model_of(job.model)]
-    manifest = {
+    return needs.expected_bytes(job.stage, likely_manifest(job.model, sizes), job.options)
+
+
+def likely_manifest(node: str, sizes: Mapping[str, Size | None]) -> dict[str, Any]:
+    """What `needs` reads of a node's manifest, by its size."""
+    size, dense = sizes[node], sizes[tree.model_of(node)]
+    return {
         "parameters": {"total": size.parameters, "decoder_linears": size.linears},
         "dense": {"total": dense.parameters, "blocks": dense.linears},
         "stored_bytes": size.stored,
     }
-    return needs.expected_bytes(job.stage, manifest, job.options)
 
 
 def memory_range(job: Job, sizes: Mapping[str, Size | None], records: Mapping[str, list[Record]]) -> Range | None:
@@ -145,7 +148,7 @@ def gpu_memory(job: Job, sizes: Mapping[str, Size | None]) -> float:
     """Bytes that a job holds on each of its GPUs at most, were all in float32; 0 where its model's size is unknown."""
     if job.operations is None or job.stage not in RUN_ON_GPUS:
         return 0.0
-    return (expected_memory(job, sizes) - needs.LIBRARIES[job.stage]) / max(job.gpus, 1)
+    return needs.device_bytes(job.stage, likely_manifest(job.model, sizes), job.options) / max(job.gpus, 1)
 
 
 def makespan(left: list[Job], seconds: Mapping[str, float], machine: Mapping[str, Any]) -> float:
