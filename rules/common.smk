@@ -326,8 +326,6 @@ def tracking_uri():
 MINUTES = {"calibrate": 120, "compress": 480, "recover": 1440, "evaluate": 480, "fit": 60}
 # Megabytes of a model whose manifest cannot be read yet: in a dry run, or where results are stored elsewhere.
 UNREAD = {"mem_mb": 8_000, "disk_mb": 8_000}
-# Bytes a parameter: weights read and written; for a recovery, its state with gradients and two moments too.
-DISK = {"calibrate": 8, "compress": 8, "recover": 28, "evaluate": 4}
 
 
 def memory(stage):
@@ -337,7 +335,7 @@ def memory(stage):
     """
 
     def megabytes(wildcards, input, attempt):
-        read = model_manifest(input)
+        read = model_manifest(own_checkpoint(input))
         if read is None:
             return attempt * UNREAD["mem_mb"]
         return attempt * 1_000 * ceil(needs.memory_bytes(stage, read, job_options(stage, wildcards)) / 1e9)
@@ -346,13 +344,15 @@ def memory(stage):
 
 
 def disk(stage):
-    """A function for the room that a stage's jobs need for weights and what else they write, in megabytes."""
+    """A function for the room that a stage's jobs need for what they fetch and write, in megabytes."""
 
-    def megabytes(wildcards, input):
-        read = model_manifest(input)
-        return (
-            UNREAD["disk_mb"] if read is None else 1_000 * (1 + ceil(DISK[stage] * read["parameters"]["total"] / 1e9))
-        )
+    def megabytes(wildcards, input, attempt):
+        own, *others = map(model_manifest, [own_checkpoint(input), *other_checkpoints(input)])
+        if own is None or None in others:
+            return attempt * UNREAD["disk_mb"]
+        fetched = sum(read["stored_bytes"] for read in (own, *others))
+        needed = needs.disk_bytes(stage, own, fetched, job_options(stage, wildcards))
+        return attempt * 1_000 * (1 + ceil(needed / 1e9))
 
     return megabytes
 
@@ -366,14 +366,24 @@ def minutes(stage):
     return limit
 
 
-def model_manifest(input):
-    """The manifest of the model that a job reads, or of its root where that is not at hand.
+def own_checkpoint(input):
+    """The checkpoint of the model that a job is about."""
+    return input.parent if hasattr(input, "parent") else input.model
+
+
+def other_checkpoints(input):
+    """What a job reads beside it: a reference, a twin, the dense root."""
+    return {path for path in input if f"{RESULTS}/models/" in path} - {own_checkpoint(input)}
+
+
+def model_manifest(path):
+    """The manifest of a checkpoint that a job reads, or of its root where that is not at hand.
 
     A root is seldom smaller than what is made of it. A model may be not yet made, or made in a pod. None as long as
     neither is there, or broken, as the job will say.
     """
     models = f"{RESULTS}/models/"
-    before, _, node = (input.parent if hasattr(input, "parent") else input.model).rpartition(models)
+    before, _, node = path.rpartition(models)
     for name in (node, f"{node.partition('/')[0]}/manifest.json"):
         with suppress(UserError):
             return read_json(Path(f"{before}{models}{name}"))
@@ -381,14 +391,15 @@ def model_manifest(input):
 
 
 def job_options(stage, wildcards):
-    """What a job's memory depends on besides the model."""
+    """What a job's memory and disk depend on besides the model."""
     if stage == "calibrate":
         calibration = STUDY.calibrations[wildcards.calibration]
         return {"windows": calibration.windows, "length": calibration.length, "kind": wildcards.kind}
     if stage in ("compress", "recover"):
-        step = STUDY.steps[made_node(wildcards).step]
-        return {**step.options.model_dump(mode="json"), "method": step.method}
-    return {}
+        name = made_node(wildcards).step
+        step = STUDY.steps[name]
+        return {**step.options.model_dump(mode="json"), "method": step.method, "kinds": tree.kinds(STUDY, name)}
+    return {"kind": STUDY.evaluations[wildcards.evaluation].kind}
 
 
 def all_cores():
@@ -508,7 +519,7 @@ def config_changes():
 
 
 def partial_results(logs):
-    """The command that gathers and tracks what a run with failures achieved; its tables are dated 1970.
+    """The command that gathers, shows and tracks what a run with failures achieved; its tables are dated 1970.
 
     Where nothing failed but tracking itself, tables and report are whole, and stay as they are. Who stops a run by
     Ctrl-C does not wait for them, and what is interrupted has not failed.
@@ -518,11 +529,23 @@ def partial_results(logs):
     if "Terminating processes on user request" in said or failed == {"track"}:
         return "true"
     study = f"{RESULTS}/study.yaml"
-    stages = [
+    gather = [
         *([["fetch", "--results", RESULTS]] if stored_elsewhere() else []),
         ["study", *config_files(), "--config", config_changes(), "--output", study],
         ["tables", "--study", study, "--results", RESULTS, "--output", f"{RESULTS}/tables", "--partial"],
-        ["track", "--study", study, "--results", RESULTS, "--uri", tracking_uri()]
-        + ["--output", f"{RESULTS}/tracking/runs.json"],
     ]
-    return " && ".join(f"python -m coppice {join(words)}" for words in stages)
+    show = ["report", "--study", study, "--results", RESULTS, "--output", f"{RESULTS}/report"]
+    track = ["track", "--study", study, "--results", RESULTS, "--uri", tracking_uri()]
+    track += ["--output", f"{RESULTS}/tracking/runs.json"]
+    *gathered, shown, tracked = (f"python -m coppice {join(words)}" for words in (*gather, show, track))
+    return " && ".join([*gathered, told_page(shown), tracked])
+
+
+def told_page(command):
+    """The command that makes the page, and says where it lies or how to learn why there is none.
+
+    Its own failure is quiet: the sentence that counts is that of the job that failed.
+    """
+    page = quote(f"What there is, and what failed, is told in {RESULTS}/report/index.html.")
+    none = quote(f"There is no page of this run; what says why: {command}")
+    return f"{{ if {command} 2> /dev/null; then echo {page}; else echo {none}; fi >&2; }}"

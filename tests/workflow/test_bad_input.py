@@ -354,7 +354,7 @@ def test_windows_of_another_tokenizer_are_refused(
 def test_other_branches_finish_and_a_corrected_study_completes(
     snakemake: Callable, forks: dict[str, str], place: Path, tmp_path: Path
 ) -> None:
-    """A failed node is a row, and a run of MLflow that failed; the rest of the study is there."""
+    """A failed node is a row, told on the page, and a run of MLflow that failed; the rest of the study is there."""
     shutil.copytree(place / "tiny", tmp_path / "tiny")
     shutil.copyfile(place / "words.txt", tmp_path / "words.txt")
     broken = changed("steps.rtn-4.group_size", 32) | {"recipes": [["rtn-4", "lora"], ["magnitude-50"]]}
@@ -374,6 +374,8 @@ def test_other_branches_finish_and_a_corrected_study_completes(
     sentence = "model.layers.0.mlp.down_proj: A group size of 32 does not divide the 48 inputs of this layer"
     assert failure[0]["error"].startswith(sentence)
     assert f"error: {sentence}" in done.stdout  # what the log says is shown
+    assert "What there is, and what failed, is told in results/bad/report/index.html." in done.stdout
+    assert sentence in (results / "report/index.html").read_text()
     assert statuses(tmp_path) == {".": "FINISHED", "tiny": "FINISHED", "tiny/magnitude-50": "FINISHED"} | {
         "tiny/rtn-4": "FAILED"
     }
@@ -384,6 +386,7 @@ def test_other_branches_finish_and_a_corrected_study_completes(
     assert done.returncode == 0, done.stdout
     assert "coppice root" not in done.stdout
     assert pd.read_parquet(results / "tables/failures.parquet").empty
+    assert sentence not in (results / "report/index.html").read_text()
     nodes = {"tiny", "tiny/magnitude-50", "tiny/rtn-4", "tiny/rtn-4/lora"}
     assert set(pd.read_parquet(results / "tables/nodes.parquet").node) == nodes
     assert statuses(tmp_path) == dict.fromkeys({".", *nodes}, "FINISHED")
@@ -392,7 +395,7 @@ def test_other_branches_finish_and_a_corrected_study_completes(
 def test_laws_that_cannot_be_fitted_are_failures_and_the_others_are_fitted(
     snakemake: Callable, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The tables exist already: a dense model, and no measurement of it."""
+    """The tables exist already: a dense model, and no measurement of it. The page cannot be made."""
     shutil.copytree(place / "tiny", tmp_path / "tiny")
     monkeypatch.chdir(tmp_path)
     ratios = [0.1, 0.3, 0.5, 0.7]
@@ -411,6 +414,7 @@ def test_laws_that_cannot_be_fitted_are_failures_and_the_others_are_fitted(
     assert main(dense) == 0
     write_effective(described, results / "study.yaml")
     write_tables(described, results, results / "tables")
+    (results / "report").write_text("A file where the page's folder is to be.\n")
 
     done = snakemake(tmp_path, "laws", "--configfile", str(tmp_path / "study.yaml"))
     assert done.returncode != 0
@@ -431,6 +435,9 @@ def test_laws_that_cannot_be_fitted_are_failures_and_the_others_are_fitted(
         assert (results / f"logs/fit/{law}.log").read_text().splitlines()[-1] == f"error: {sentence}"
         assert f"error: {sentence}" in done.stdout
         assert not (results / "laws" / law).exists()
+    # That there is no page keeps nothing else from being told.
+    assert "There is no page of this run; what says why: python -m coppice report" in done.stdout
+    assert statuses(tmp_path)["tiny"] == "FINISHED"
 
 
 def statuses(folder: Path) -> dict[str, str]:

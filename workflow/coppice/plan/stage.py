@@ -10,20 +10,25 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from coppice import tree
+from coppice import outdated, tree
 from coppice.errors import UserError, nearest
 from coppice.evaluation import roofline
+from coppice.files import read_json
 from coppice.plan.jobs import RUN_ON_GPUS, STAGES, Job, checkpoint, jobs
-from coppice.plan.sizes import Size, node_sizes
+from coppice.plan.sizes import Size, child_size, node_sizes, size_of_source
 from coppice.plan.text import GIGABYTE, between, gigabytes, lines
 from coppice.plan.times import Range, Record, benchmarks, gpu_memory, makespan, memory_range, seconds_range
-from coppice.study import HubModel, Study, load_study, read_yaml
+from coppice.study import HubModel, Study, effective, load_study, read_yaml
+from coppice.wording import listed
 
 # Memory of the devices that the roofline knows and that are GPUs, in bytes: the vendors' figures.
 GPU_MEMORY = {"H200": 141e9, "H100-SXM": 80e9, "A100-80G": 80e9, "A100-40G": 40e9, "A6000": 48e9, "L40": 48e9}
+# Stages that gather what all the others made.
+GATHER = ("tables", "fit", "report", "track")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cores", type=int, default=os.cpu_count(), help="jobs at once (default: this machine's cores)"
     )
-    parser.add_argument("--gpus", type=int, default=0, help="GPUs that jobs take turns on (default: 0)")
+    parser.add_argument("--gpus", type=int, help="GPUs that jobs take turns on (default: 1 if --device is a GPU, or 0)")
     parser.add_argument("--memory", type=float, metavar="GB", help="memory for all jobs (default: this machine's)")
     parser.add_argument("--disk", type=float, metavar="GB", help="space for the results (default: what is free)")
     parser.add_argument("--device", help=f"what computes, as the roofline knows it: {', '.join(roofline.DEVICES)}")
@@ -40,12 +45,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    study = load_study(read_yaml(arguments.file), str(arguments.file))
+    study = load_study(arguments.file)
     results = arguments.results or Path("results") / study.study
     refuse(arguments, results)
     machine = {
         "cores": arguments.cores,
-        "gpus": arguments.gpus,
+        "gpus": int(arguments.device in GPU_MEMORY) if arguments.gpus is None else arguments.gpus,
         "device": arguments.device,
         "memory": GIGABYTE * arguments.memory if arguments.memory else installed_memory(),
         "disk": GIGABYTE * arguments.disk if arguments.disk else free_disk(results),
@@ -59,8 +64,13 @@ def refuse(arguments: argparse.Namespace, results: Path) -> None:
     if arguments.device is not None and arguments.device not in roofline.DEVICES:
         raise UserError(f"--device: there is no {arguments.device!r}.{nearest(arguments.device, roofline.DEVICES)}")
     for name, least in (("cores", 1), ("gpus", 0)):
-        if getattr(arguments, name) < least:
-            raise UserError(f"--{name} {getattr(arguments, name)} means nothing; pass {least} or more.")
+        value = getattr(arguments, name)
+        if value is not None and value < least:
+            raise UserError(f"--{name} {value} means nothing; pass {least} or more.")
+    if arguments.gpus == 0 and arguments.device in GPU_MEMORY:
+        raise UserError(
+            f"--gpus 0: {arguments.device} is a GPU; pass how many of them there are, or leave out --device."
+        )
     for name in ("memory", "disk"):
         value = getattr(arguments, name)
         if value is not None and not value > 0:
@@ -87,9 +97,12 @@ def plan(study: Study, results: Path, machine: Mapping[str, Any]) -> dict[str, A
     """
     sizes = node_sizes(study, results)
     found = jobs(study, sizes)
-    done = {job.output for job in found if (results / job.output).exists()}
-    left = [job for job in found if job.output not in done]
-    records = benchmarks(found, sizes, results)
+    changed = changes(study, found, results)
+    open_outputs = to_make(found, results, changed)
+    sizes = sizes_to_come(study, sizes, open_outputs)
+    found = jobs(study, sizes)
+    left = [job for job in found if job.output in open_outputs]
+    records = records_of_last_run(study, results)
     unmeasured = {job.stage for job in left} & set(RUN_ON_GPUS) - records.keys()
     if machine["gpus"] and not machine["device"] and unmeasured:
         raise UserError(
@@ -119,7 +132,10 @@ def plan(study: Study, results: Path, machine: Mapping[str, Any]) -> dict[str, A
         "study": study.study,
         "results": str(results),
         "machine": dict(machine),
-        "nodes": [node_row(study, name, sizes[name], results) for name in tree.nodes(study)],
+        "changed": [
+            {"stage": job.stage, "name": job.name, "why": changed[job.output]} for job in found if job.output in changed
+        ],
+        "nodes": [node_row(study, name, sizes[name], results, open_outputs) for name in tree.nodes(study)],
         **{name: counts(stages, stage) for name, stage in (("evaluations", "evaluate"), ("laws", "fit"))},
         "stages": stages,
         "total": total,
@@ -130,6 +146,93 @@ def plan(study: Study, results: Path, machine: Mapping[str, Any]) -> dict[str, A
             *disk_problems(total["disk_bytes"], machine),
         ],
     }
+
+
+# What is left
+
+
+def changes(study: Study, found: Iterable[Job], results: Path) -> dict[str, str]:
+    """The outputs that say that they were made of another study, with the sentence that says what changed.
+
+    Raises UserError where one of them is broken.
+    """
+    nodes = tree.nodes(study)
+    there = [job for job in found if (results / job.output).exists()]
+    return {job.output: why for job in there if (why := change(study, nodes, job, results))}
+
+
+def change(study: Study, nodes: Mapping[str, tree.Node], job: Job, results: Path) -> str | None:
+    """What the study changed of how a job's output was made, by what the output says; None if nothing."""
+    path = results / job.output
+    if job.stage == "study":
+        was, now = read_yaml(path), effective(study)
+        differing = [key for key in now if was.get(key) != now[key]]
+        return f"The study's {listed(differing)} are others than in {path}." if differing else None
+    if job.stage not in ("root", "tokenize", "compress", "recover", "evaluate"):
+        return None  # Nothing but what they read, and the study, changes these.
+    recorded = read_json(path)
+    try:
+        if job.stage == "tokenize":
+            outdated.refuse_other_tokens(study, [job.kind], path.parents[1])
+        elif job.stage == "evaluate":
+            outdated.refuse_other_evaluation(study, job.model, job.kind, recorded["options"], path)
+        else:
+            node = nodes[job.name]
+            outdated.refuse_other_node(study, node, recorded, path, results / "tokens" / node.model)
+    except UserError as error:
+        return str(error)
+    except (KeyError, TypeError):
+        return None  # Of a version that recorded less: the tables say so.
+    return None
+
+
+def to_make(found: Iterable[Job], results: Path, changed: Mapping[str, str]) -> set[str]:
+    """The outputs that are missing, that changed, that follow from changed ones, or that gather any of these.
+
+    What follows from a missing node follows from a changed one: a node is missing where it was made of another study
+    and could not be made again. Statistics that are missing make nothing anew: they are read by what is yet to be made.
+
+    found: what a job reads before the job.
+    """
+    anew, left, to_gather = set(changed), set(), set()
+    for job in found:
+        missing = not (results / job.output).exists()
+        if (missing and job.stage in ("compress", "recover")) or not anew.isdisjoint(job.after):
+            anew.add(job.output)
+        if missing or job.output in anew or (job.stage in GATHER and not to_gather.isdisjoint(job.after)):
+            left.add(job.output)
+            if job.stage != "calibrate":
+                to_gather.add(job.output)
+    return left
+
+
+def sizes_to_come(study: Study, sizes: Mapping[str, Size | None], left: set[str]) -> dict[str, Size | None]:
+    """The sizes, where those of nodes that are made again are what they would be if the nodes were not there."""
+    found = dict(sizes)
+    for name, node in tree.nodes(study).items():
+        if checkpoint(name) not in left:
+            continue
+        if node.parent is None:
+            found[name] = size_of_source(study.models[name])
+        else:
+            parent = found[node.parent]
+            found[name] = parent and child_size(study, parent, node.step)
+    return found
+
+
+def records_of_last_run(study: Study, results: Path) -> dict[str, list[Record]]:
+    """The benchmarks of the jobs by stage, with the work that they had when they ran.
+
+    That is the work of the study in the results, if there is one that still holds; what is older than it is left out.
+    """
+    last = study
+    if (results / "study.yaml").exists():
+        with suppress(UserError):
+            last = load_study(results / "study.yaml")
+    sizes = node_sizes(last, results)
+    found = jobs(last, sizes)
+    older = changes(last, found, results)
+    return benchmarks([job for job in found if job.output not in older], sizes, results)
 
 
 def hub_model(study: Study, name: str) -> dict[str, str]:
@@ -165,8 +268,7 @@ def stage_row(
     left = [job for job in found if job.output in seconds]
     known = [job for job in left if seconds[job.output]]
     held = [memory[job.output] for job in known]
-    on_gpus = machine["gpus"] or machine["device"] in GPU_MEMORY
-    hours = ([job.gpus * value / 3600 for value in seconds[job.output]] for job in known if on_gpus)
+    hours = ([job.gpus * value / 3600 for value in seconds[job.output]] for job in known if machine["gpus"])
     return {
         "stage": stage,
         "jobs": len(found),
@@ -181,16 +283,18 @@ def stage_row(
     }
 
 
-def node_row(study: Study, name: str, size: Size | None, results: Path) -> dict[str, Any]:
-    asked = tree.evaluations(study, name)
+def node_row(study: Study, name: str, size: Size | None, results: Path, left: set[str]) -> dict[str, Any]:
+    """A node; `changed` where it is there and is made again. left: the outputs that are to be made."""
+    asked = [f"evaluations/{name}/{evaluation}/metrics.json" for evaluation in tree.evaluations(study, name)]
     return {
         "node": name,
-        "done": (results / checkpoint(name)).exists(),
+        "done": checkpoint(name) not in left,
+        "changed": checkpoint(name) in left and (results / checkpoint(name)).exists(),
         "parameters": size and round(size.parameters),
         "stored_bytes": size and round(size.stored),
         "size": size.how if size else "unknown",
         "evaluations": len(asked),
-        "evaluations_done": sum((results / "evaluations" / name / each / "metrics.json").exists() for each in asked),
+        "evaluations_done": sum(output not in left for output in asked),
     }
 
 

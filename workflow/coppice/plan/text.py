@@ -6,9 +6,11 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from coppice.plan.times import EFFICIENCY
-from coppice.wording import aligned, counted, duration, number, wrapped
+from coppice.wording import aligned, counted, duration, listed, number, sampled, wrapped
 
 GIGABYTE = 1e9
+# What the jobs of a stage make, where the plan names what changed.
+MADE = {"root": "node", "compress": "node", "recover": "node", "evaluate": "evaluation", "tokenize": "token set"}
 
 
 def lines(made: Mapping[str, Any]) -> list[str]:
@@ -18,13 +20,15 @@ def lines(made: Mapping[str, Any]) -> list[str]:
     text = [
         f"Study {made['study']}: {many(len(nodes), 'node')}, {many(made['evaluations']['total'], 'evaluation')}, "
         f"{many(made['laws']['total'], 'law')}; {total['left']} of {total['jobs']} jobs are left",
+        *changed_lines(made),
         "",
         *tree_lines(nodes),
         "",
         *wrapped(
             f"Done: {done} of {len(nodes)} nodes, {made['evaluations']['done']} of {made['evaluations']['total']} "
             f"evaluations, {made['laws']['done']} of {made['laws']['total']} laws, by the files that exist in "
-            f"{made['results']}. Snakemake itself decides by content: `snakemake -n`."
+            f"{made['results']} and the options, seeds, texts and calibrations that they name. Code, dates and the "
+            "files of models and texts are not looked at. Snakemake itself decides by content: `snakemake -n`."
         ),
     ]
     if total["left"]:
@@ -32,6 +36,21 @@ def lines(made: Mapping[str, Any]) -> list[str]:
         for sentence in made["problems"] or ["What is known fits." if total["unknown"] else "Everything fits."]:
             text += ["", *wrapped(sentence)]
     return [line.rstrip() for line in text]
+
+
+def changed_lines(made: Mapping[str, Any]) -> list[str]:
+    """What says that it was made of another study, by kind."""
+    changed = made["changed"]
+    if not changed:
+        return []
+    names: dict[str, list[str]] = {}
+    for row in changed:
+        if row["stage"] in MADE:
+            names.setdefault(MADE[row["stage"]], []).append(row["name"])
+    if not names:
+        return wrapped(f"{changed[0]['why']} Tables, laws, page and tracking are made again.")
+    kinds = [f"{many(len(found), kind)} ({sampled(found)})" for kind, found in names.items()]
+    return wrapped(f"Changed since they were made: {listed(kinds)}. What follows from them is made again too.")
 
 
 def many(count: int, noun: str) -> str:
@@ -51,8 +70,12 @@ def tree_lines(nodes: list[Mapping[str, Any]]) -> list[str]:
         parameters = "?" if node["parameters"] is None else sign[node["size"]] + counted(node["parameters"])
         asked = f"{node['evaluations_done']}/{node['evaluations']}" if node["evaluations"] else ""
         name = "  " * depth + node["node"].rpartition("/")[2]
-        table.append([name, "done" if node["done"] else "left", size, parameters, asked])
+        table.append([name, state(node), size, parameters, asked])
     return aligned(table)
+
+
+def state(node: Mapping[str, Any]) -> str:
+    return "done" if node["done"] else "changed" if node["changed"] else "left"
 
 
 def stage_lines(made: Mapping[str, Any]) -> list[str]:
