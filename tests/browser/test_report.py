@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -321,6 +323,148 @@ def test_narrow(page) -> None:
     view(page, f"a={A}&b={B}")
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
     assert page.evaluate("document.getElementById('frontier-chart').offsetWidth") <= 360
+
+
+WIDER = """id => [...document.querySelectorAll(`#${id} .wide`)]
+    .filter(table => table.offsetParent && table.scrollWidth > table.clientWidth)
+    .map(table => `${table.getAttribute('aria-label')}: ${table.scrollWidth} of ${table.clientWidth}`)"""
+
+
+def test_on_a_phone_nothing_is_wider_than_the_page_and_the_tables_of_nodes_need_no_scrolling(page) -> None:
+    page.set_viewport_size({"width": 375, "height": 740})
+    view(page, f"a={A}/gptq-4&b=medium/laco-25/full-1m/gptq-4")
+    for part in ("frontier", "recovery", "node", "pair", "reproduce", "tables"):
+        right = page.evaluate(f"document.getElementById('{part}').getBoundingClientRect().right")
+        assert right <= 375, part
+    for part in ("frontier", "node", "pair"):
+        assert page.evaluate(WIDER, part) == []
+    right = page.evaluate("""() => [...document.querySelectorAll('#pair th')]
+        .map(cell => cell.getBoundingClientRect().right).at(-1)""")
+    assert right <= 375, "B stands in sight"
+
+
+def test_a_table_that_goes_on_beyond_its_edge_shows_a_shadow_there(page) -> None:
+    page.set_viewport_size({"width": 375, "height": 740})
+    view(page, "")
+    page.locator("#section-nodes > summary").click()
+    nodes = page.locator("#section-nodes .wide")
+    assert nodes.evaluate("table => table.scrollWidth > table.clientWidth")
+    nodes.evaluate("table => { table.scrollLeft = 0; }")
+    assert darkest_at_the_right_edge(nodes) < 200
+    nodes.evaluate("table => { table.scrollLeft = table.scrollWidth; }")
+    assert darkest_at_the_right_edge(nodes) > 230, "nothing is left beyond it"
+    page.locator("#section-nodes > summary").click()
+
+
+def darkest_at_the_right_edge(table) -> int:
+    """The grey at the right end of the empty line above the text: 0 black to 255 white."""
+    script = """async (element, bytes) => {
+        const image = await createImageBitmap(new Blob([new Uint8Array(bytes)], {type: "image/png"}));
+        const context = new OffscreenCanvas(image.width, image.height).getContext("2d");
+        context.drawImage(image, 0, 0);
+        const pixels = context.getImageData(image.width - 2, 2, 1, 4).data;
+        return Math.min(...pixels.filter((_, place) => place % 4 === 0));
+    }"""
+    return table.evaluate(script, list(table.screenshot()))
+
+
+def test_costs_stand_with_half_the_interquartile_range_of_their_repeats(page) -> None:
+    view(page, f"a={A}&b={B}")
+    page.locator("#pair summary", has_text="Costs, measured").click()
+    cells = page.locator("#pair details:last-child tr", has_text="decode latency, cpu").first.inner_text()
+    # The fake latency is 11 ms with an interquartile range of 1 ms.
+    assert cells.replace("\u00a0", " ").split("\t")[1:] == ["11.0 ms/token \u00b1 500 \u00b5s/token"] * 2
+    assert "\u00b1 is half the interquartile range" in page.locator("#pair details .note").last.inner_text()
+    page.locator("#node summary", has_text="Costs, measured").click()
+    titles = page.locator("#node details th").all_inner_texts()
+    assert "half the interquartile range of the repeats" in titles
+    assert "95% interval" not in titles
+
+
+def test_the_interval_and_p_are_told_to_be_of_the_pair_alone(page) -> None:
+    view(page, f"a={A}&b={B}&quality={QUALITY}")
+    assert "95% interval of this pair alone:" in page.locator(".verdict p").nth(1).inner_text()
+    note = page.locator("#pair .note", has_text="Adjusted for all pairs").inner_text()
+    assert "the interval and the p above are of this pair alone" in note
+    page.locator("#pair summary", has_text="The test by every quality").click()
+    page.wait_for_selector("#pair details td")
+    titles = page.locator("#pair details th").all_inner_texts()
+    assert titles[3:6] == ["95% interval, of this pair alone", "p, of this pair alone", "p, adjusted"]
+    cells = page.locator("#pair details tbody tr").first.locator("td").all_inner_texts()
+    assert numbers(cells[4])[-1] <= numbers(cells[5])[-1]
+
+
+def test_why_there_is_no_paired_test(chromium, measured_otherwise) -> None:
+    page = chromium.new_page()
+
+    def reasons(a: str, b: str) -> dict[str, str]:
+        page.goto(f"{measured_otherwise.as_uri()}#a={a}&b={b}")
+        page.reload()
+        page.locator("#pair summary", has_text="The test by every quality").click()
+        page.wait_for_selector("#pair details td")
+        rows = page.locator("#pair details tbody tr").all()
+        return {cells[0]: cells[1] for cells in (row.locator("td").all_inner_texts() for row in rows)}
+
+    found = reasons(A, B)
+    assert found["accuracy by length, biographies"] == "no paired test is made by this quality"
+    assert "told apart" in found["loss, stories"]
+    assert found["loss, stories"] == found["perplexity, stories"]
+    found = reasons("small/wanda-50", B)
+    assert set(found.values()) == {"A was not measured"}
+    assert "by perplexity, stories: A was not measured." in page.locator("#pair .empty").inner_text()
+    assert set(reasons(B, "small/wanda-50").values()) == {"B was not measured"}
+    assert reasons("medium", B)["accuracy, biographies"] == "no shared items"
+    page.close()
+
+
+@pytest.fixture(scope="module")
+def measured_otherwise(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A page whose nodes have qualities without items, of which one was not measured, and one has items of its own."""
+    results = write_results(tmp_path_factory.mktemp("otherwise") / "demo")
+    scattered_items(results)
+    shutil.rmtree(results / "evaluations/small/wanda-50/quality")
+    path = results / "evaluations/medium/quality/items.parquet"
+    items = pq.read_table(path)
+    own = pa.array([f"medium's {item}" for item in items["item"].to_pylist()])
+    pq.write_table(items.set_column(items.schema.get_field_index("item"), "item", own), path)
+    for path in results.glob("evaluations/**/quality/metrics.json"):
+        content = json.loads(path.read_text())
+        content["metrics"] += [
+            {"metric": "biographies_acc_norm", "value": 0.8, "stderr": 0.01, "unit": "accuracy"},
+            {"metric": "loss_stories", "value": 1.8, "stderr": None, "unit": "nats/token"},
+        ]
+        path.write_text(json.dumps(content))
+    tables.write_tables(fake_study(), results, results / "tables", partial=True)
+    report.write_report(fake_study(), results, results / "report")
+    return results / "report" / "index.html"
+
+
+def test_print_has_the_key_of_the_runs_and_no_gap_behind_the_chart(page) -> None:
+    page.locator("#recovery-chart").scroll_into_view_if_needed()
+    page.wait_for_selector("#recovery-chart .points path")
+    page.locator("#recovery input[value='medium/laco-25/full-1m']").uncheck()
+    painted(page)
+    page.emulate_media(media="print")
+    painted(page)
+    keys = [chip.inner_text() for chip in page.locator("#recovery .runs .chip").all() if chip.is_visible()]
+    assert keys == [A]
+    assert not page.get_by_label("Runs: all").is_visible()
+    chart = "document.getElementById('recovery-chart')"
+    assert page.evaluate(f"{chart}.offsetHeight") == page.evaluate(f"{chart}.layout.height")
+
+
+def test_print_has_the_tables_that_are_open(page) -> None:
+    page.emulate_media(media="print")
+    painted(page)
+    assert not page.locator("#tables").is_visible(), "none is open"
+    page.emulate_media(media="screen")
+    page.locator("#section-costs > summary").click()
+    page.emulate_media(media="print")
+    painted(page)
+    assert page.locator("#section-costs td").first.is_visible()
+    assert not page.locator("#section-nodes").is_visible()
+    page.emulate_media(media="screen")
+    page.locator("#section-costs > summary").click()
 
 
 def test_print_is_light_and_without_switches(page) -> None:

@@ -56,7 +56,7 @@ def figure(results: Path, name: str) -> ElementTree.Element:
 class Balance(HTMLParser):
     """Collects text, and fails on tags that do not close."""
 
-    VOID = frozenset({"meta", "br", "input", "hr", "img"})
+    VOID = frozenset({"meta", "br", "input", "hr", "img", "wbr"})
 
     def __init__(self) -> None:
         super().__init__()
@@ -199,7 +199,7 @@ def cells_of(text: str) -> tuple[list[str], list[list[str]]]:
     """The titles and the rows of the first table in a text."""
     table = text.partition("<table>")[2].partition("</table>")[0]
     header, *rows = re.findall("<tr.*?</tr>", table, flags=re.DOTALL)
-    titles = re.findall(r"<th(?: .*?)?>(.*?)</th>", header)
+    titles = re.findall(r"<th(?: .*?)?>(.*?)</th>", header.replace("<wbr>", ""))
     return titles, [re.findall(r"<td(?: .*?)?>(.*?)</td>", row) for row in rows]
 
 
@@ -284,6 +284,25 @@ def test_details_of_a_law_become_tables() -> None:
     assert "<details><summary>40 rows" in many
 
 
+def test_a_parameter_at_its_bound_is_not_called_identified_and_has_no_interval(results: Path) -> None:
+    path = results / "laws/p2/fit.json"
+    fit = json.loads(path.read_text())
+    fit["parameters"]["E"] |= {"value": 0.0, "low": 0.0, "high": 0.0, "stderr": 0.0, "at_bound": True}
+    fit["parameters"]["D_C"] |= {"at_bound": False}
+    path.write_text(json.dumps(fit))
+    rows = cells_of(section(page_of(results), "Law: p2"))[1]
+    assert ["E", "0", "", "", "", "at its bound"] in rows
+    assert ["D_C", "0.05000", "0.00500", "0.0400", "0.0600", "yes"] in rows
+
+
+def test_a_measured_cost_stands_with_half_the_interquartile_range_of_its_repeats(page: str) -> None:
+    costs = section(page, "Costs")
+    titles, rows = cells_of(costs)
+    assert titles == ["node", "decode_latency, s/token (cpu)"]
+    assert {row[1] for row in rows} == {"0.0110 \u00b1 5.0e-04"}  # the spread is 0.001
+    assert "\u00b1 is half the interquartile range of the repeats, not half a 95% interval." in costs
+
+
 def test_comparisons(page: str) -> None:
     comparisons = section(page, "Comparisons")
     titles, rows = cells_of(comparisons)
@@ -294,7 +313,14 @@ def test_comparisons(page: str) -> None:
     assert int(rows[2][4]) > 0
     alike = comparisons.partition("<details>")[2]
     assert "pairs of neighbours in rank that are not told apart" in alike
-    assert {row[2] for row in cells_of(alike)[1]} >= {"accuracy"}
+    titles, rows = cells_of(alike)
+    assert titles[5:] == [
+        *("difference", "95% low, of this pair alone", "high, of this pair alone", "p, of this pair alone"),
+        "p, adjusted",
+    ]
+    assert {row[2] for row in rows} >= {"accuracy"}
+    assert all(float(row[8]) <= float(row[9]) for row in rows)
+    assert "an interval without 0 may stand beside nodes that are not told apart" in alike
     flips = cells_of(comparisons.partition("flipped")[2])
     assert flips[0][2:4] == ["right \u2192 wrong", "wrong \u2192 right"]
     assert [row[0] for row in flips[1]] == sorted(row[0] for row in flips[1])

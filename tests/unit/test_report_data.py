@@ -18,6 +18,7 @@ from coppice.report import data as page
 from coppice.report.item_scores import item_scores, packed
 from coppice.report.law_lines import law_lines
 from coppice.report.layer_records import layer_records
+from coppice.show import place_lines
 
 RUN = "small/laco-25/full-1m"
 
@@ -96,18 +97,25 @@ def test_path_budget_and_command_of_a_node(data: dict[str, Any]) -> None:
     assert [step["step"] for step in node["path"]] == ["laco-25", "full-1m", "gptq-4"]
     assert node["path"][2]["options"] == {"bits": 4, "group_size": 32}
     assert node["command"] == (
-        "snakemake results/demo/models/small/laco-25/full-1m/gptq-4/manifest.json --cores all --configfile study.yaml"
+        "snakemake --cores all --configfile results/demo/study.yaml "
+        "--force results/demo/models/small/laco-25/full-1m/gptq-4/manifest.json"
     )
     assert (nodes["small"]["composition"], nodes["small"]["family"], nodes["small"]["budget"]) == ("dense", "dense", 0)
     assert nodes[RUN]["recovered_share"] == pytest.approx(0.71, abs=0.01)
+
+
+def test_the_command_of_a_node_is_what_show_prints(data: dict[str, Any]) -> None:
+    command = next(node["command"] for node in data["nodes"] if node["node"] == RUN)
+    assert place_lines(Path("results/demo"), RUN, [RUN])[-1] == f"Make it anew: {command}"
 
 
 def test_costs_are_sizes_too(kept: Path, data: dict[str, Any]) -> None:
     sizes = {size["id"]: size for size in data["sizes"]}
     assert next(iter(sizes)) == "stored_mb"
     assert sizes["cost/decode_latency/cpu"]["simulated"] is False
+    # The fake spread, which is an interquartile range, is 0.001.
     assert data["values"]["cost/decode_latency/cpu"] == {
-        node: [0.011, 0.01, 0.012] for node in data["values"]["cost/decode_latency/cpu"]
+        node: [0.011, 0.0105, 0.0115] for node in data["values"]["cost/decode_latency/cpu"]
     }
     bound = sizes["roofline/decode_latency/H200 (roofline)"]
     assert bound["simulated"] is True

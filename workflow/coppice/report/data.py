@@ -17,10 +17,11 @@ from coppice.report.law_lines import Line
 from coppice.report.layer_records import layer_records
 from coppice.report.sections import lead, verdict
 from coppice.study import Study
-from coppice.summary import interval, names_of, perplexities, scores
+from coppice.summary import names_of, perplexities, scores
 from coppice.tables import Row, read_table
+from coppice.uncertainty import interval
+from coppice.wording import command_anew
 
-_RUN = "--cores all --configfile study.yaml"
 _DIGITS = 6  # significant ones of every number on the page
 
 # Sizes of a node that its row tells: column of the page's nodes -> title, unit.
@@ -93,7 +94,7 @@ def page_data(
         "config": _without_passwords((results / "study.yaml").read_text(encoding="utf-8")),
         "reproduce": [
             f"cp results/{study.study}/study.yaml study.yaml",
-            f"snakemake {_RUN}",
+            "snakemake --cores all --configfile study.yaml",
         ],
         "versions": _versions(rows),
     }
@@ -146,8 +147,7 @@ def _node(study: Study, row: Row, by_name: dict[str, Row]) -> dict[str, Any]:
             {**{name: step[name] for name in ("step", "method", "family")}, "options": json.loads(step["options"])}
             for step in path
         ],
-        # What follows --configfile would be read as another of its files.
-        "command": f"snakemake results/{study.study}/models/{row['node']}/manifest.json {_RUN}",
+        "command": command_anew(Path("results") / study.study, row["node"]),
     }
 
 
@@ -249,12 +249,15 @@ def _cost_title(row: Row, several: bool) -> str:
 
 
 def _cost_values(costs: list[Row]) -> dict[str, dict[str, list[float | None]]]:
-    """Value, and value less and plus its spread over repeats, of each cost that the nodes' rows do not tell."""
+    """Of each cost that the nodes' rows do not tell: the value, and the value less and plus half its spread.
+
+    A spread is the interquartile range of the repeats; the ends are no 95% interval.
+    """
     found: dict[str, dict[str, list[float | None]]] = {}
     for row in costs:
         if row["metric"] not in _IN_NODES:
             value, spread = row["value"], row["spread"]
-            ends = [None, None] if spread is None or value is None else [value - spread, value + spread]
+            ends = [None, None] if spread is None or value is None else [value - spread / 2, value + spread / 2]
             found.setdefault(_cost_id(row), {})[row["node"]] = [value, *ends]
     return found
 

@@ -47,8 +47,8 @@ function plot(chart, traces, layout, config) {
   const now = () => Plotly.react(chart, traces, layout, config);
   sight.unobserve(chart);
   late.delete(chart);
-  if (printing) return now();
   chart.style.minHeight = `${layout.height}px`;
+  if (printing) return now();
   late.set(chart, now);
   sight.observe(chart);
 }

@@ -20,11 +20,17 @@ const heading = (id, text) => make("h2", { id: `${id}-title` }, text);
 const note = (text) => make("p", { class: "note" }, text);
 const empty = (text) => make("p", { class: "empty" }, text);
 
+/** A text that may break behind the steps of a node's name; anything else as it is. */
+const breakable = (text) =>
+  typeof text === "string"
+    ? text.split("/").flatMap((part, place) => (place ? ["/", make("wbr"), part] : [part]))
+    : [text];
+
 /** A table; `rows` hold text or elements, and the first `texts` columns stand to the left. */
 function table(titles, rows, texts = 1, caption = null) {
   const cells = (row, tag) =>
     row.map((cell, place) =>
-      make(tag, { class: place < texts ? "text" : null, scope: tag === "th" ? "col" : null }, cell ?? ""),
+      make(tag, { class: place < texts ? "text" : null, scope: tag === "th" ? "col" : null }, breakable(cell ?? "")),
     );
   return make(
     "div",

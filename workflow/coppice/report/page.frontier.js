@@ -12,9 +12,9 @@ function buildFrontier() {
     return;
   }
   const options = [
-    ["Size", usable.sizes.filter(({ id }) => !costs.includes(id))],
-    ["Measured cost", usable.sizes.filter(({ id, simulated }) => costs.includes(id) && !simulated)],
-    ["Simulated cost", usable.sizes.filter(({ id, simulated }) => costs.includes(id) && simulated)],
+    ["Size", usable.sizes.filter(({ id }) => !isCost(id))],
+    ["Measured cost", usable.sizes.filter(({ id, simulated }) => isCost(id) && !simulated)],
+    ["Simulated cost", usable.sizes.filter(({ id, simulated }) => isCost(id) && simulated)],
     ["Quality", usable.qualities],
   ].map(([title, measures]) => [title, measures.map((measure) => [measure.id, withUnit(measure)])]);
   const moved = (key) => (value) => {
@@ -79,7 +79,8 @@ function buildFrontier() {
 const FRONTIER_CAPTION =
   "Colour: model. Shape: last step, filled where the node was recovered on its path. Dashed: the front, which no shown " +
   "node beats in both directions. Thin lines join neighbours that are not told apart. Bars: 95% intervals; of measured " +
-  "costs, the spread of the repeats. Click a node to read about it below, and a second one to compare the two.";
+  "costs, half the interquartile range of the repeats to either side. Click a node to read about it below, and a " +
+  "second one to compare the two.";
 
 /** The switches of one group; a group of one value has none. */
 function switches(group) {
@@ -284,19 +285,19 @@ function takeList(front) {
 
 function frontierTable() {
   const [x, y] = [measureOf.get(state.x), measureOf.get(state.y)];
-  const ends = ([, low, high]) =>
-    low === null || high === null ? "" : `${quantity(y.id, low)} to ${quantity(y.id, high)}`;
   const rows = frontier.points.map((point) => [
     nodeButton(point.node.node),
     quantity(x.id, point.x[0]),
     quantity(y.id, point.y[0]),
-    ends(point.y),
+    sureness(y.id, point.y),
     frontier.front.includes(point) ? "yes" : "",
   ]);
-  return table(["node", withUnit(x), withUnit(y), "95% interval", "on the front"], rows, 1, "The points of the chart");
+  const ends = isCost(y.id) ? OF_REPEATS : "95% interval";
+  return table(["node", withUnit(x), withUnit(y), ends, "on the front"], rows, 1, "The points of the chart");
 }
 
-const nodeButton = (name) => make("button", { type: "button", class: "link", onclick: () => choose(name) }, name);
+const nodeButton = (name) =>
+  make("button", { type: "button", class: "link", onclick: () => choose(name) }, breakable(name));
 
 // ---------------------------------------------------------------------------------------------------------------
 // Choosing nodes

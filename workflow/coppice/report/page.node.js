@@ -206,18 +206,22 @@ function valuesOf(node) {
       own && [
         withUnit(measure),
         quantity(measure.id, own[0]),
-        own[1] === null ? "" : `${quantity(measure.id, own[1])} to ${quantity(measure.id, own[2])}`,
+        sureness(measure.id, own),
         ...(dense
           ? [before ? quantity(measure.id, before[0]) : "", before?.[0] ? ratioTo(measure, own[0], before[0]) : ""]
           : []),
       ]
     );
   };
-  const titles = ["measure", "value", "95% interval", ...(dense ? ["dense model", "change"] : [])];
+  const titles = (ends) => ["measure", "value", ends, ...(dense ? ["dense model", "change"] : [])];
   const [main, other] = [mainMeasures, costMeasures].map((measures) => measures.map(row).filter(Boolean));
   return [
-    main.length ? table(titles, main, 1, `What ${node.node} is`) : empty("Nothing of this node was measured."),
-    other.length ? folded(`Costs, measured and simulated (${other.length})`, () => table(titles, other)).details : null,
+    main.length
+      ? table(titles("95% interval"), main, 1, `What ${node.node} is`)
+      : empty("Nothing of this node was measured."),
+    other.length
+      ? folded(`Costs, measured and simulated (${other.length})`, () => table(titles(OF_REPEATS), other)).details
+      : null,
   ];
 }
 

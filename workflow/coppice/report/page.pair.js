@@ -48,14 +48,14 @@ function drawPair() {
   const test = make("div", {}, note("Testing their difference \u2026"));
   fill(duel.body, test, everyQuality(), sideBySide());
   if (state.quality) showTest(test, state.quality, state.a, state.b);
-  else fill(test, empty(untested()));
+  else fill(test, empty("No quality was measured."));
 }
 
 /** Fills an element with the test of two nodes, once it is made, if they are still the ones chosen. */
 async function showTest(element, id, a, b) {
   const test = await testOf(id, a, b);
   if (!isPair(a, b) || state.quality !== id) return;
-  if (!test) return fill(element, empty(untested()));
+  if (!test) return fill(element, empty(untested(id, a, b)));
   fill(element, verdict(test), flipsOf(test));
   if (test.differences && !test.flips && test.differences.some((one) => one !== 0)) {
     duel.chart = make("div", { class: "chart", id: "pair-chart", role: "img" });
@@ -65,7 +65,7 @@ async function showTest(element, id, a, b) {
   element.append(note(testNote(test)));
 }
 
-/** The items of a node by a quality, or null; decoded once. */
+/** The items of a node by a quality that has some, or null; decoded once. */
 function itemsOf(id, name) {
   const text = study.items?.[id]?.nodes?.[name];
   if (!text) return null;
@@ -83,9 +83,9 @@ async function testOf(id, a, b) {
 }
 
 async function fromItems(id, a, b) {
-  const [first, second] = [itemsOf(id, a), itemsOf(id, b)];
+  const [first, second] = [itemsOf(testedBy(id), a), itemsOf(testedBy(id), b)];
   if (!first || !second) return null;
-  const { unit, weights } = study.items[id];
+  const { unit, weights } = study.items[testedBy(id)];
   const shared = [...first.keys()].filter((item) => !Number.isNaN(first[item]) && !Number.isNaN(second[item]));
   if (!shared.length) return null;
   const every = weights ? floats(weights) : null;
@@ -107,7 +107,7 @@ function flipsBetween(shared, first, second) {
 
 /** The row of the study's table for the pair, turned to A minus B. */
 function rowOf(id, a, b) {
-  const rows = pairs[id] ?? [];
+  const rows = pairs[testedBy(id)] ?? [];
   const row = rows.find((one) => one.a === a && one.b === b);
   if (row) return row;
   const turned = rows.find((one) => one.a === b && one.b === a);
@@ -126,7 +126,7 @@ function apart(test) {
 }
 
 function itemUnit(test) {
-  const unit = study.items?.[test.id]?.unit ?? test.unit ?? measureOf.get(test.id).unit;
+  const unit = study.items?.[testedBy(test.id)]?.unit ?? test.unit ?? measureOf.get(test.id).unit;
   return unit === "nats/token" ? "nats per token" : unit === RIGHT_OR_WRONG ? "percentage points" : (unit ?? "");
 }
 
@@ -148,7 +148,7 @@ function verdict(test) {
       "p",
       {},
       `A minus B: ${difference} ${itemUnit(test)}`,
-      ", 95% interval ",
+      ", 95% interval of this pair alone: ",
       make("span", { class: "number" }, `${low} to ${high}`),
       `, ${chance(test.p)}`,
       test.items ? `, over ${several(test.items, "item")}` : "",
@@ -173,22 +173,31 @@ function testNote(test) {
       : "From the study's table of comparisons.",
   ];
   if (test.adjusted !== null && test.adjusted !== undefined) {
-    parts.push(`Adjusted for all pairs that the study compares (Holm), p = ${shown(test.adjusted, 2)}.`);
+    parts.push(
+      `Adjusted for all pairs that the study compares (Holm), ${chance(test.adjusted)}, which decides; ` +
+        "the interval and the p above are of this pair alone.",
+    );
   } else {
     parts.push("This p is not adjusted for how many pairs you try.");
   }
   return parts.join(" ");
 }
 
-function untested() {
-  if (!usable.qualities.length) return "No quality was measured.";
-  const left = study.items_left_out ?? "";
-  const title = measureOf.get(state.quality).title;
-  return (
-    `There is no paired test of these two by ${title}: they share no items here, and no comparison was made.` +
-    (left && ` ${left}`)
-  );
+/** Why there is no test of A and B by a quality. */
+function reasonAgainst(id, a, b) {
+  const missing = [measured(id, a) ? null : "A", measured(id, b) ? null : "B"].filter(Boolean);
+  if (missing.length) return missing.length === 2 ? "neither was measured" : `${missing[0]} was not measured`;
+  if (study.items?.[testedBy(id)]) return "no shared items";
+  if (pairs[testedBy(id)] || leftOut(id)) return "the study does not compare these two by it";
+  return "no paired test is made by this quality";
 }
+
+/** The sentence on items that had no room on the page, where it is about this quality's. */
+const leftOut = (id) => (study.items_left_out?.includes(testedBy(id)) ? study.items_left_out : "");
+
+const untested = (id, a, b) =>
+  `There is no paired test of these two by ${measureOf.get(id).title}: ` +
+  `${reasonAgainst(id, a, b)}. ${leftOut(id)}`.trim();
 
 /** McNemar's table of right and wrong answers. */
 function flipsOf({ flips }) {
@@ -283,23 +292,27 @@ function drawDifferences(test) {
   );
 }
 
+const ALONE = "of this pair alone";
+const TESTED = ["quality", "verdict", "A minus B", `95% interval, ${ALONE}`, `p, ${ALONE}`, "p, adjusted"];
+
 /** The paired test by every quality; the tests are made when the part is opened. */
 function everyQuality() {
   const [a, b] = [state.a, state.b];
-  const rowOfTest = ({ title }, test) =>
+  const rowOfTest = ({ id, title }, test) =>
     test
       ? [
           title,
+          apart(test) ? "told apart" : "not told apart",
           signed(test.difference),
           `${signed(test.low)} to ${signed(test.high)}`,
           chance(test.p),
-          apart(test) ? "told apart" : "not told apart",
+          test.adjusted === null ? "" : chance(test.adjusted),
         ]
-      : [title, "", "", "", "no shared items"];
+      : [title, reasonAgainst(id, a, b), "", "", "", ""];
   const made = async (element) => {
     const rows = [];
     for (const quality of usable.qualities) rows.push(rowOfTest(quality, await testOf(quality.id, a, b)));
-    if (isPair(a, b)) fill(element, table(["quality", "A minus B", "95% interval", "p", "verdict"], rows));
+    if (isPair(a, b)) fill(element, table(TESTED, rows, 2));
   };
   return folded("The test by every quality", () => {
     const element = make("div", {}, note("Testing \u2026"));
@@ -325,10 +338,13 @@ function sideBySide() {
   ];
   const titles = ["measure", `A: ${state.a}`, `B: ${state.b}`];
   const other = rowsOf(costMeasures);
+  const repeated = costMeasures.some(({ id }) => both.some(({ node }) => (measured(id, node)?.[1] ?? null) !== null));
+  const costTable = () =>
+    make("div", {}, table(titles, other), repeated ? note(`\u00b1 is ${OF_REPEATS}, not half a 95% interval.`) : null);
   return make(
     "div",
     {},
     table(titles, rows, 1, "The two nodes side by side"),
-    other.length ? folded(`Costs, measured and simulated (${other.length})`, () => table(titles, other)).details : null,
+    other.length ? folded(`Costs, measured and simulated (${other.length})`, costTable).details : null,
   );
 }

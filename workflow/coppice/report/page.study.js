@@ -55,14 +55,21 @@ function measured(id, name) {
 
 const arrows = (composition) => composition.replaceAll(" > ", " \u2192 ");
 const costs = sizes.map(({ id }) => id).filter((id) => id.includes("/")); // a cost is named by its evaluation
-const mainMeasures = [...qualities, ...sizes.filter(({ id }) => !costs.includes(id))];
-const costMeasures = sizes.filter(({ id }) => costs.includes(id));
+const isCost = (id) => costs.includes(id);
+const mainMeasures = [...qualities, ...sizes.filter(({ id }) => !isCost(id))];
+const costMeasures = sizes.filter(({ id }) => isCost(id));
 const shapeOf = (node) => SHAPES[node.family] ?? "circle";
 const recovered = (node) => node.budget > 0;
 const shortName = (node) => node.recipe || `${node.model} (dense)`;
 const isQuality = (id) => qualities.some((quality) => quality.id === id);
 const better = (id) => measureOf.get(id).better; // "lower", "higher", or nothing where nobody knows
 const lowerIsBetter = (id) => better(id) !== "higher";
+
+/** The quality by whose items and comparisons a quality is tested: a loss by those of its perplexity, in nats. */
+const testedBy = (id) => {
+  const perplexity = id.replace("/loss_", "/perplexity_");
+  return isQuality(perplexity) ? perplexity : id;
+};
 
 /** Names of the nodes that are not told apart from this one by a quality. */
 function alikeOf(id, name) {

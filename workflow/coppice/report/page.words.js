@@ -56,16 +56,26 @@ const chance = (p) => (p < 1e-4 ? "p < 0.0001" : p > 0.995 ? "p = 1" : `p = ${sh
 /** Text for Plotly, which reads some tags. */
 const plain = (text) => text.replaceAll("&", "&amp;").replaceAll("<", "&lt;");
 
-/** A value with its interval, for one cell of a table. */
-function interval(id, [value, low, high]) {
-  return (
-    quantity(id, value) + (low === null || high === null ? "" : ` (${quantity(id, low)} to ${quantity(id, high)})`)
-  );
+const OF_REPEATS = "half the interquartile range of the repeats"; // what the ends of a measured cost are
+
+/** How sure a value is: its 95% interval or, of a measured cost, half the interquartile range of its repeats. */
+function sureness(id, [, low, high]) {
+  if (low === null || high === null) return "";
+  return isCost(id) ? `\u00b1\u00a0${quantity(id, (high - low) / 2)}` : `${quantity(id, low)} to ${quantity(id, high)}`;
 }
 
-/** A value with its interval and unit, for one line. */
-function told(id, [value, low, high]) {
+/** The same behind a value: in brackets where it is an interval. */
+function behind(id, value) {
+  const text = sureness(id, value);
+  return !text ? "" : isCost(id) ? ` ${text}` : ` (${text})`;
+}
+
+/** A value with its interval, for one cell of a table. */
+const interval = (id, value) => quantity(id, value[0]) + behind(id, value);
+
+/** A value with its unit and interval, for one line. */
+function told(id, value) {
   const { title, unit } = measureOf.get(id);
-  const ends = low === null || high === null ? "" : ` (${quantity(id, low)} to ${quantity(id, high)})`;
-  return `${quantity(id, value)}${unit && unit !== title && !ownUnit(unit) ? ` ${unit}` : ""}${ends}`;
+  const after = unit && unit !== title && !ownUnit(unit) ? ` ${unit}` : "";
+  return isCost(id) ? interval(id, value) + after : quantity(id, value[0]) + after + behind(id, value);
 }

@@ -42,6 +42,12 @@ _RANKED = (
     "share. first in: the share of these in which the form has the lowest error."
 )
 
+_SPREAD = "\u00b1 is half the interquartile range of the repeats, not half a 95% interval."
+_ALONE = (
+    "The interval and p are of the pair alone; p, adjusted is raised by Holm's method for all pairs of the measure, "
+    "and by it nodes are told apart. So an interval without 0 may stand beside nodes that are not told apart."
+)
+
 
 def sections_of(
     study: Study, tables: dict[str, list[Row]], fits: dict[str, dict[str, Any]], answers: list[Answer]
@@ -95,8 +101,13 @@ def _table(titles: list[str], rows: Iterable[list[str]], texts: int | frozenset[
 
     def cells(row: list[str], tag: str) -> str:
         return "".join(
-            f"<{tag}{' class=text' if place in left else ''}>{escape(cell)}</{tag}>" for place, cell in enumerate(row)
+            f"<{tag}{' class=text' if place in left else ''}>{marked(escape(cell), tag)}</{tag}>"
+            for place, cell in enumerate(row)
         )
+
+    def marked(text: str, tag: str) -> str:
+        """The text; a title may break behind its underscores, lest metrics' names make a table wide."""
+        return text.replace("_", "_<wbr>") if tag == "th" else text
 
     body = "\n".join(f"<tr>{cells(row, 'td')}</tr>" for row in rows)
     return f"<div class=wide><table><thead><tr>{cells(titles, 'th')}</tr></thead>\n<tbody>{body}</tbody></table></div>"
@@ -151,7 +162,8 @@ def _nodes_table(rows: list[Row], metrics: list[Row], comparisons: list[Row]) ->
     marks = f" {comparisons_note(comparisons)}" if alike else ""
     note = _note(
         "removed: part of all parameters that is gone; zeros of a mask stay stored. recovered: share of the "
-        "validation loss that compression cost and recovery won back. \u00b1 is half a 95% interval." + marks
+        "validation loss that compression cost and recovery won back. \u00b1 is half a 95% interval; "
+        "a lopsided one has its ends in brackets." + marks
     )
     return _table(titles, table, texts=2) + note
 
@@ -249,17 +261,21 @@ def _comparisons(comparisons: list[Row]) -> str:
     parts = [_measures_table(comparisons)]
     alike = [row for row in comparisons if row["relation"] == "next" and not row["distinguishable"]]
     if alike:
-        titles = ["evaluation", "task", "measure", "node", "next better node", "difference", "95% low", "high", "p"]
+        titles = [
+            *("evaluation", "task", "measure", "node", "next better node", "difference"),
+            *("95% low, of this pair alone", "high, of this pair alone", "p, of this pair alone", "p, adjusted"),
+        ]
         rows = [
             [
                 *(row[name] for name in ("evaluation", "task", "measure", "node", "other")),
                 _signed(row["difference"], 3),
-                *(number(row[name]) for name in ("low", "high", "p_adjusted")),
+                *(number(row[name]) for name in ("low", "high", "p_value", "p_adjusted")),
             ]
             for row in alike
         ]
+        table = _table(titles, rows, texts=5) + _note(_ALONE)
         pairs = "1 pair" if len(alike) == 1 else f"{len(alike)} pairs"
-        parts.append(_folded(f"{pairs} of neighbours in rank that are not told apart", _table(titles, rows, texts=5)))
+        parts.append(_folded(f"{pairs} of neighbours in rank that are not told apart", table))
     parts.append(_flips_table(comparisons))
     return "\n".join(parts)
 
@@ -376,6 +392,9 @@ def _parameters_table(parameters: dict[str, dict[str, Any]]) -> str:
             *(number(entry.get(key)) for key in ("stderr", "low", "high")),
             "yes" if entry["identified"] else "no",
         ]
+        # At a bound of the search the refits tell the bound, and not how far the points let the parameter go.
+        if not entry.get("at_bound")
+        else [name, number(entry["value"], 4), "", "", "", "at its bound"]
         for name, entry in parameters.items()
     ]
     return _table(["parameter", "value", "standard error", "95% low", "high", "identified"], rows)
@@ -514,12 +533,12 @@ def _costs_table(costs: list[Row]) -> str:
         row = cells.get((node, device, metric))
         if row is None or row["value"] is None:
             return ""
-        return number(row["value"]) + ("" if row["spread"] is None else f" \u00b1 {number(row['spread'], 2)}")
+        return number(row["value"]) + ("" if row["spread"] is None else f" \u00b1 {number(row['spread'] / 2, 2)}")
 
     ordered = _by_path(row["node"] for row in shown)
-    return _foldable(
-        titles, [[node, *(cell(node, device, metric) for device, metric, *_ in columns)] for node in ordered]
-    )
+    table = [[node, *(cell(node, device, metric) for device, metric, *_ in columns)] for node in ordered]
+    repeated = any(row["spread"] is not None for row in shown)
+    return _foldable(titles, table) + (_note(_SPREAD) if repeated else "")
 
 
 def _roofline_table(costs: list[Row]) -> str:
