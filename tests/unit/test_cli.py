@@ -74,6 +74,48 @@ def test_a_fault_shows_where_and_ends_in_one_line(
     assert lines[-1] == "error: ZeroDivisionError: first"
 
 
+# What is printed fits a buffer, overflows it, or has none; an empty variable counts as none.
+@pytest.mark.parametrize(("words", "unbuffered"), [(["methods"], ""), (["methods", "--json"], ""), (["methods"], "1")])
+def test_a_reader_who_leaves_early_is_no_error(words: list[str], unbuffered: str) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    script = "import sys\nfrom coppice.cli import main\nsys.exit(main())"
+    command, environment = [sys.executable, "-c", script, *words], os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    ended = subprocess.run(command, env=environment, check=False, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (ended.returncode, ended.stderr) == (1, "")
+
+
+def test_a_broken_pipe_of_a_stage_s_own_shows_where(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(arguments: Any) -> None:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    stage_that(monkeypatch, fails)
+    assert main(["export"]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "Traceback (most recent call last):"
+    assert lines[-1] == "error: BrokenPipeError: [Errno 32] Broken pipe"
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["recommend", "--results", "r", "--max-bytes", "300k"], "--max-bytes: '300k' is no number above zero; write"),
+        (["recommend", "--results", "r", "--tokens", "0"], "--tokens: '0' is no number above zero; write one"),
+        (["fit", "--law", "p2", "--output", "o", "--options", "{file}"], "--options: '{file}' is no JSON (Expecting"),
+        (["fit", "--law", "p2", "--output", "o", "--options", "[1]"], "--options: '[1]' maps no options to values; "),
+    ],
+)
+def test_values_that_cannot_be_read_are_sentences(
+    words: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(words)
+    assert f"error: argument {sentence}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("during", ["import", "run"])
 def test_an_interruption_says_so(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], during: str
@@ -151,6 +193,9 @@ def test_methods_lists_every_method(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["methods"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[:2] for line in lines] == [[name, entry["family"]] for name, entry in listed.items()]
+    # The titles of the sources stand in one column.
+    titles = [entry["source"]["title"] for entry in listed.values()]
+    assert len({line.index(title) for line, title in zip(lines, titles, strict=True)}) == 1
 
 
 def test_export_writes_a_dense_checkpoint(tmp_path: Path) -> None:

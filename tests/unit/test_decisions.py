@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 from fake_results import fake_study, write_results
 
@@ -230,12 +233,24 @@ def test_a_law_that_fails_its_test_is_refused() -> None:
         ]
 
 
-def test_nodes_that_the_law_does_not_know() -> None:
-    fit = fitted()
+@pytest.mark.parametrize("ok", [True, False])
+def test_nodes_that_the_law_does_not_know(ok: bool) -> None:
+    fit = fitted(passes={"ok": ok, "reasons": []})
     with pytest.raises(UserError, match=r"There is no node 'm1/cut-3'\. Did you mean 'm1/cut-30'"):
         expected_loss(fit, node_rows(fit), "m1/cut-3", 1e5)
     with pytest.raises(UserError, match="No recovery of 'm1' is among the points of law recovery; they belong to: m1/"):
         tokens_to_buy(fit, node_rows(fit), "m1")
+    with pytest.raises(UserError, match=r"There is no node 'm1/cut-3'"):
+        next_runs(fit, node_rows(fit), "m1/cut-3")
+
+
+def test_a_law_without_points_knows_no_node() -> None:
+    fit = fitted()
+    empty = replace(fit, points={name: column[:0] for name, column in fit.points.items()})
+    with pytest.raises(
+        UserError, match=r"No recovery of 'm1/cut-30' is among the points of law recovery; it has none\."
+    ):
+        tokens_to_buy(empty, node_rows(fit), "m1/cut-30")
 
 
 def test_next_runs_are_those_that_tell_most_of_the_target() -> None:
@@ -283,9 +298,13 @@ def test_the_target_is_what_is_known_worst() -> None:
 # Measurements
 
 
+WITHOUT_ENDS = {"low": None, "high": None}
+
+
 def compared(values: list[float], sizes: list[int], draws: np.ndarray | None = None) -> Compared:
     rows = [
         {"node": f"n{place}", "value": value, "stderr": 0.1, "stored_bytes": size, "path_recovery_tokens": 1000 * place}
+        | WITHOUT_ENDS
         for place, (value, size) in enumerate(zip(values, sizes, strict=True))
     ]
     drawn = joint_draws(rows, {}, np.asarray, 20_000) if draws is None else draws
@@ -322,10 +341,28 @@ def test_what_a_limit_does_not_know_is_named_and_nothing_within_is_an_error() ->
     found = compared([1.0, 1.1], [400, 100])
     answer = best_within(found, [Limit("a latency", 1.0, {"n1": 0.5})])
     assert "Not compared, since what the limits bound is not known of them: n0." in answer["sentences"]
-    with pytest.raises(
-        UserError, match=r"No node .* with at most 9 bytes \(100.0 is the least for 'at most 9 bytes'\)"
-    ):
-        best_within(found, [Limit("at most 9 bytes", 9, {"n0": 400, "n1": 100})])
+    with pytest.raises(UserError) as refused:
+        best_within(found, [Limit("at most 9 bytes", 9, {"n0": 400, "n1": 100}, "{} bytes".format)])
+    assert str(refused.value) == (
+        "No node whose perplexity_text was measured has at most 9 bytes: the least that one has is 100 bytes. Raise a "
+        "limit."
+    )
+
+
+def test_of_nodes_that_tie_the_smallest_is_named() -> None:
+    # n0 and n3 are as small, and n3 was trained less; n4 is worse.
+    found = compared([1.0, 1.0, 1.0, 1.0, 1.2], [100, 400, 300, 100, 10], np.ones((50, 5)) * [1, 1, 1, 1, 1.2])
+    found.rows[0]["path_recovery_tokens"] = 9000
+    answer = best_within(found, [])
+    assert [row["node"] for row in answer["nodes"]] == ["n3", "n0", "n2", "n1"]
+    assert answer["tied"] == 4
+    assert "4 nodes tie; the smallest is n3, 1.00e-04 MB." in answer["sentences"]
+    # Chance makes one of two that tie the best more often; neither that nor the order of the rows decides.
+    draws = np.array([[1.0, 1.1]] * 30 + [[1.1, 1.0]] * 20)
+    assert best_within(compared([1.0, 1.0], [400, 100], draws), [])["nodes"][0]["node"] == "n1"
+    alone = best_within(compared([1.0, 1.1], [400, 100]), [])
+    assert alone["tied"] == 1
+    assert not any("nodes tie" in sentence for sentence in alone["sentences"])
 
 
 def test_each_step_of_the_ladder_is_the_best_at_its_size() -> None:
@@ -341,7 +378,7 @@ def test_each_step_of_the_ladder_is_the_best_at_its_size() -> None:
 def test_missing_values_and_values_that_are_no_number_are_named() -> None:
     nodes = [{"node": name, "stored_bytes": 1, "path_recovery_tokens": 0} for name in "abcd"]
     metrics = [
-        {"node": node, "evaluation": "e", "metric": "perplexity_t", "value": value, "stderr": stderr}
+        {"node": node, "evaluation": "e", "metric": "perplexity_t", "value": value, "stderr": stderr} | WITHOUT_ENDS
         for node, value, stderr in (("a", 2.0, 0.1), ("b", math.nan, 0.1), ("c", 3.0, None))
     ]
     items = pa.table({name: [] for name in tables.SCHEMAS["items"].names}, schema=tables.SCHEMAS["items"])
@@ -481,7 +518,7 @@ def test_every_question_has_an_answer(results: Path, capsys: pytest.CaptureFixtu
         (["--node", "smal/laco-25"], "Did you mean 'small/laco-25'"),
         (["--next", "--law", "p3"], "--law p3: no law of that name was fitted. Did you mean 'p2'"),
         (["--metric", "perplexity_story"], "Did you mean 'perplexity_stories'"),
-        (["--max-bytes", "10"], "No node with a perplexity_stories is one with at most 10 stored bytes"),
+        (["--max-bytes", "10"], "No node whose perplexity_stories was measured has at most 10 stored bytes: the"),
     ],
 )
 def test_what_cannot_be_answered_is_a_sentence(
@@ -495,6 +532,18 @@ def test_a_study_without_a_law_of_recoveries(copied: Path, capsys: pytest.Captur
     (copied / "laws/p2/fit.json").unlink()
     assert main(["recommend", "--results", str(copied), "--next"]) == 1
     assert "No law of recoveries was fitted" in capsys.readouterr().err
+
+
+def test_nothing_to_recommend_is_a_sentence(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (copied / "laws/p2/fit.json").unlink()
+    metrics = tables.read_table(copied / "tables", "metrics")
+    accuracies = metrics.filter(pc.equal(metrics["metric"], "biographies_acc"))
+    pq.write_table(accuracies, copied / "tables/metrics.parquet")
+    text = recommend(copied, capsys)
+    assert text.startswith("Nothing to recommend\n  No law was fitted in ")
+    assert "What was measured can be asked for by --metric: biographies_acc." in " ".join(text.split())
+    pq.write_table(metrics.slice(0, 0), copied / "tables/metrics.parquet")
+    assert "--metric" not in recommend(copied, capsys)
 
 
 def test_an_older_fit_is_not_trusted(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -113,6 +113,11 @@ def test_the_command_takes_a_node_and_its_reader_gives_the_logits_on_other_token
         assert sentence in capsys.readouterr().err
     assert main(["export", "tiny/rnt-4", *words[2:]]) == 1
     assert "There is no node 'tiny/rnt-4'. Did you mean 'tiny/rtn-4'?" in capsys.readouterr().err
+    log = results / "logs" / "compress" / "tiny" / "rtn-3.log"
+    log.parent.mkdir(parents=True)
+    log.write_text("error: Its bits are too few.\n")
+    assert main(["export", "tiny/rtn-3", *words[2:]]) == 1
+    assert f"The node 'tiny/rtn-3' was not made: compress (Its bits are too few.), by {log}" in capsys.readouterr().err
     (tmp_path / "file").touch()
     assert main([*words[:-1], str(tmp_path / "file" / "below")]) == 1
     assert "Not a directory; pass another --output" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from fake_results import fake_study, log, write_results
 
 from coppice import tables
 from coppice.errors import UserError
-from coppice.show import chance, made_nodes, named, show
+from coppice.show import chance, made_node, made_nodes, named, show
 
 
 @pytest.fixture(scope="module")
@@ -81,9 +82,27 @@ def test_with_tables_it_tells_what_is_told_apart(after: Path) -> None:
     assert "of biographies less that of the dense model:" in text
     assert "not told apart" in text
     assert ": told apart." in text
+    assert "the interval and the first p are of the pair alone; the second p is adjusted for all pairs" in text
+    rows = tables.read_table(after / "tables", "comparisons").to_pylist()
+    [accuracy] = [
+        row for row in rows if (row["node"], row["relation"], row["measure"]) == ("small/wanda-50", "dense", "accuracy")
+    ]
+    alone, adjusted = chance(accuracy["p_value"]), chance(accuracy["p_adjusted"])
+    assert f"over 3 items, {alone}, adjusted for {accuracy['family']} pairs {adjusted}: not told apart;" in text
     # Its parent is the dense model: each test is told once.
     assert "that of its parent" not in text
     assert text.count("loss of stories less that of the dense model:") == 1
+
+
+def test_a_recovery_of_an_earlier_version_is_told(before: Path, tmp_path: Path) -> None:
+    results = shutil.copytree(before, tmp_path / "demo")
+    path = results / "models/small/laco-25/full-1m/manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["recovery"]["stopped_early"]
+    path.write_text(json.dumps(manifest))
+    assert "in 140 steps, 23.7 s" in show(results, "small/laco-25/full-1m")
+    change(results, "small/laco-25/full-1m", "recovery", {"stopped_early": True})
+    assert "in 140 steps, ended early, 23.7 s" in show(results, "small/laco-25/full-1m")
 
 
 def test_a_p_value_is_no_more_exact_than_it_can_be() -> None:
@@ -97,6 +116,14 @@ def test_a_failure_is_told_with_its_log(before: Path) -> None:
     assert "Recipe" not in text
     log(before, "evaluate", "small/wanda-50/other", "killed")
     assert f"NOT THERE: evaluate ({tables.SILENT})" in show(before, "small/wanda-50")
+
+
+def test_a_node_that_has_to_be_made_is_told_from_one_that_failed(before: Path) -> None:
+    assert made_node(before, "small/wand") == "small/wanda-50"
+    with pytest.raises(UserError, match=r"'small/broken-9' was not made: compress \(model.layers.3 has no such thing;"):
+        made_node(before, "small/broken-9/")
+    with pytest.raises(UserError, match=r"There is no node 'small/brokn-8'. Did you mean 'small/broken-9'"):
+        made_node(before, "small/brokn-8")
 
 
 def test_costs_are_told(before: Path) -> None:

@@ -89,6 +89,24 @@ def test_a_fit_of_nothing(results: Path) -> None:
     assert "Held out, later tokens: There are no points." in text
 
 
+def test_one_node_and_one_failure_are_no_plurals(results: Path) -> None:
+    tables = {"nodes": [{}], "failures": [{}]}
+    assert summary._heading(results, tables) == "Study demo: 1 node, 1 failure"
+
+
+def test_a_parameter_at_its_bound_has_no_interval(results: Path) -> None:
+    fit = json.loads((results / "laws/p2/fit.json").read_text())
+    fit["parameters"]["beta"] |= {"value": 2.0, "low": 0.01, "high": 2.0, "at_bound": True}
+    fit["parameters"]["delta"] |= {"value": 0.0, "low": 0.0, "high": 0.0, "at_bound": True}
+    fit["parameters"]["E"]["at_bound"] = False
+    lines = summary.law_lines("p2", fit)
+    assert [line.split() for line in lines if "its bound" in line] == [
+        ["beta", "2.00", "at", "its", "bound"],
+        ["delta", "0", "at", "its", "bound"],
+    ]
+    assert "  E            0.100   [0.0500, 0.200]" in lines
+
+
 def test_a_law_of_another_target_has_its_unit(results: Path) -> None:
     fit = json.loads((results / "laws/p2/fit.json").read_text())
     fit |= {"target": "negative_log_accuracy", "units": {"negative_log_accuracy": {"unit": "nats", "scale": 1.0}}}

@@ -2,9 +2,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from scipy.stats import ttest_1samp
+from scipy.stats import binomtest, ttest_1samp
 
 from coppice.uncertainty import (
+    bootstrap_intervals,
     bootstrap_means,
     bootstrap_ratios,
     delta_stderr,
@@ -19,6 +20,7 @@ from coppice.uncertainty import (
     paired_difference,
     percentile_interval,
     perplexity,
+    proportion_interval,
     ratio_of_sums,
     resampled_sums,
     seed_deviation,
@@ -52,6 +54,39 @@ def test_a_level_sets_the_width() -> None:
     low, high = mean_interval(1.0, 2.0, level=0.6826894921370859)
     assert (low, high) == pytest.approx((-1.0, 3.0))
     assert percentile_interval(np.arange(101.0), level=0.8) == pytest.approx((10, 90))
+
+
+@pytest.mark.parametrize(("right", "items"), [(0, 1), (1, 1), (0, 40), (3, 40), (20, 40), (299, 300), (7037, 10042)])
+@pytest.mark.parametrize("level", [0.8, 0.95])
+def test_the_interval_of_a_share_is_wilsons(right: int, items: int, level: float) -> None:
+    expected = binomtest(right, items).proportion_ci(level, method="wilson")
+    assert proportion_interval(right, items, level) == pytest.approx((expected.low, expected.high), abs=1e-12)
+
+
+def test_all_right_is_no_certainty() -> None:
+    low, high = proportion_interval(300, 300)
+    assert low == pytest.approx(0.98736, abs=5e-6)
+    assert high == 1
+    assert proportion_interval(0, 300) == (0, pytest.approx(1 - low))
+
+
+def test_bootstrap_intervals_stay_among_the_items() -> None:
+    generator = np.random.default_rng(0)
+    columns = np.column_stack([generator.exponential(size=12) ** 4, np.full(12, 0.1), -generator.random(12)])
+    low, high = bootstrap_intervals(columns)
+    assert (columns.min(axis=0) <= low).all()
+    assert (high <= columns.max(axis=0)).all()
+    assert mean_interval(columns[:, 0].mean(), mean_stderr(columns[:, 0]))[0] < 0 < low[0]
+    assert low[1] == high[1] == 0.1
+
+
+def test_bootstrap_intervals_are_the_same_each_time_and_of_each_column_alone() -> None:
+    columns = np.random.default_rng(1).normal(size=(50, 2))
+    ends = bootstrap_intervals(columns)
+    assert np.array_equal(ends, bootstrap_intervals(columns))
+    assert not np.array_equal(ends, bootstrap_intervals(columns, seed=1))
+    for column, end in zip(columns.T, ends.T, strict=True):
+        assert tuple(end) == pytest.approx(percentile_interval(bootstrap_means(column)))
 
 
 def test_intervals_cover_the_truth_as_often_as_they_say() -> None:

@@ -17,8 +17,11 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print(json.dumps(catalogue(), indent=1))
         return
-    for name, entry in catalogue().items():
-        print(f"{name:<12} {entry['family']:<11} {entry['source']['title']}")
+    entries = catalogue()
+    name_width = max(len(name) for name in entries)
+    family_width = max(len(entry["family"]) for entry in entries.values())
+    for name, entry in entries.items():
+        print(f"{name:<{name_width}} {entry['family']:<{family_width}} {entry['source']['title']}")
 
 
 def catalogue() -> dict[str, dict]:

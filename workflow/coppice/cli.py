@@ -47,15 +47,34 @@ def main(words: list[str] | None = None) -> int:
                 return 0
             prepare_device(arguments)
         import_module(STAGES[arguments.stage][0]).run(arguments)
+        sys.stdout.flush()  # here, so that a reader who has gone is found out
     except UserError as error:
         return failed(str(error))
     except KeyboardInterrupt:
         print("error: Interrupted; run the same command again to go on.", file=sys.stderr)
         return 130
-    except Exception as error:  # the log keeps the traceback; its last line stays one that tables can read
-        traceback.print_exc()
-        return failed(f"{type(error).__name__}: {error}".splitlines()[0])
+    except BrokenPipeError as error:
+        return left_unread() or fault(error)
+    except Exception as error:
+        return fault(error)
     return 0
+
+
+def left_unread() -> int:
+    """Exit code 1 where who reads the output has gone, as `head` does, and nothing is to be said; 0 where not."""
+    try:
+        print(flush=True)  # an empty line tells; of what did not get through nothing may be left to flush
+    except BrokenPipeError:
+        # What is left is thrown away when Python ends, which would complain of it otherwise.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return 0
+
+
+def fault(error: Exception) -> int:
+    """Shows where; the log keeps the traceback, and its last line stays one that tables can read. Exit code 1."""
+    traceback.print_exception(error)
+    return failed(f"{type(error).__name__}: {error}".splitlines()[0])
 
 
 def failed(sentence: str) -> int:

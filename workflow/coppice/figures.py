@@ -7,8 +7,9 @@ from collections.abc import Callable
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from coppice.summary import interval, measured, perplexities
+from coppice.summary import measured, perplexities
 from coppice.tables import Row, front
+from coppice.uncertainty import interval
 from coppice.wording import counted, number
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from coppice.files import read_json
 from coppice.summary import measured
 from coppice.tables import Row, curve_rows, last_words, measured_rows, read_table, recovery_losses, without_output
 from coppice.tree import model_of, parent_of
-from coppice.wording import aligned, counted, listed, number, sampled, wrapped
+from coppice.wording import INTERVALS, aligned, command_anew, counted, listed, number, sampled, wrapped
 
 # Of a layer's record: what is asked of it is told by the step's options; strings and flags have no middle.
 ASKED = "_asked"
@@ -40,8 +40,7 @@ def show(results: Path, asked: str) -> str:
     if not results.is_dir():
         raise UserError(f"{results} is no folder; name the folder of a study's results with --results.")
     made, missing = made_nodes(results), list(without_output(results))
-    known = sorted({*made, *(node for node, _, _ in missing)})
-    name = named(asked.strip("/"), known)
+    name = named(asked.strip("/"), known_nodes(made, missing))
     lines = [name, *failure_lines([(stage, log) for node, stage, log in missing if node == name])]
     if name in made:
         manifests = {node: manifest_of(results, node) for node in lineage(name)}
@@ -68,6 +67,21 @@ def made_nodes(results: Path) -> list[str]:
     """The nodes that have a checkpoint."""
     models = results / "models"
     return sorted(path.parent.relative_to(models).as_posix() for path in models.rglob("manifest.json"))
+
+
+def known_nodes(made: list[str], missing: list[tuple[str, str, Path]]) -> list[str]:
+    """The nodes that have a checkpoint or a log of a job that left nothing."""
+    return sorted({*made, *(node for node, _, _ in missing)})
+
+
+def made_node(results: Path, asked: str) -> str:
+    """The node that is meant (see `named`). Raises UserError where it has no checkpoint, with what failed."""
+    made, missing = made_nodes(results), list(without_output(results))
+    name = named(asked.strip("/"), known_nodes(made, missing))
+    if name in made:
+        return name
+    failed = [f"{stage} ({last_words(log)}), by {log}" for node, stage, log in missing if node == name]
+    raise UserError(f"The node {name!r} was not made: {listed(failed)}. Run the study again once that is mended.")
 
 
 def named(asked: str, known: list[str]) -> str:
@@ -185,7 +199,7 @@ def quality_lines(results: Path, beside: list[str]) -> list[str]:
     for key, row in found[0].items():
         cells = [measured(each.get(key)) or "-" for each in found]
         table.append([f"{row['metric'].replace('_', ' ')} ({row['evaluation']})", *cells, row["unit"]])
-    return [*aligned(table), "+- is half a 95% interval; - was not measured."]
+    return [*aligned(table), INTERVALS, "- was not measured."]
 
 
 def comparison_lines(results: Path, name: str) -> list[str]:
@@ -198,8 +212,13 @@ def comparison_lines(results: Path, name: str) -> list[str]:
         # The dense model may be the parent: its tests are told once.
         if row["node"] == name and row["relation"] == ("dense" if row["other"] == model_of(name) else "parent")
     ]
-    lines = ["Paired tests (bootstrap of the items; p adjusted by Holm's method)"] if rows else []
+    title = (
+        "Paired tests (bootstrap of the items): the interval and the first p are of the pair alone; the second p is "
+        "adjusted for all pairs of the measure by Holm's method, and is what tells two nodes apart."
+    )
+    lines = wrapped(title) if rows else []
     for row in rows:
+        pairs = "1 pair" if row["family"] == 1 else f"{row['family']} pairs"
         apart = "told apart" if row["distinguishable"] else "not told apart"
         against = {"parent": "its parent", "dense": "the dense model"}[row["relation"]]
         flips = (
@@ -210,7 +229,7 @@ def comparison_lines(results: Path, name: str) -> list[str]:
         lines += wrapped(
             f"{row['measure'].replace('_', ' ')} of {row['task']} less that of {against}: {number(row['difference'])} "
             f"[{number(row['low'])}, {number(row['high'])}] {row['unit']} over {row['n']} items, "
-            f"{chance(row['p_adjusted'])}: {apart}{flips}.",
+            f"{chance(row['p_value'])}, adjusted for {pairs} {chance(row['p_adjusted'])}: {apart}{flips}.",
             "  ",
         )
     return lines
@@ -230,7 +249,8 @@ def recovery_lines(results: Path, name: str, manifest: dict[str, Any]) -> list[s
     losses, recovery = recovery_losses(rows), manifest["recovery"]
     share = losses["recovered_share"]
     won = "" if share is None else f", {share:.0%} of the loss that compression cost won back"
-    early = ", ended early" if recovery["stopped_early"] else ""
+    # Nodes of earlier versions do not tell, since no recovery ended early then.
+    early = ", ended early" if recovery.get("stopped_early") else ""
     text = (
         f"Recovery: {counted(recovery['tokens'])} tokens ({recovery['epochs']:.2g} times through them) in "
         f"{recovery['steps']} steps{early}, {number(recovery['seconds'])} s{won}."
@@ -316,10 +336,8 @@ def place_lines(results: Path, name: str, made: list[str]) -> list[str]:
     lines = wrapped(f"Files:        {folder}") if name in made else []
     lines += wrapped(f"Logs:         {', '.join(logs)}") if logs else []
     lines += wrapped(f"Made of it:   {sampled(below)}") if below else []
-    # A command is not wrapped: it is there to be copied. The workflow writes to results/<study>, wherever these lie.
-    made_anew = f"results/{results.resolve().name}/models/{name}/manifest.json"
-    command = f"snakemake --cores all --configfile {results / 'study.yaml'}"
-    return [*lines, f"Make it anew: {command} --force {made_anew}"]
+    # A command is not wrapped: it is there to be copied.
+    return [*lines, f"Make it anew: {command_anew(results, name)}"]
 
 
 def _logs(results: Path, name: str) -> Iterator[str]:

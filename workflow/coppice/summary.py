@@ -10,8 +10,8 @@ from coppice.decisions.fitted import refusal
 from coppice.decisions.stage import answer_lines, overview
 from coppice.files import read_json
 from coppice.tables import Row, read_table
-from coppice.uncertainty import mean_interval
-from coppice.wording import aligned, held_out_sentence, number, target_of, wrapped
+from coppice.uncertainty import interval
+from coppice.wording import INTERVALS, aligned, held_out_sentence, number, target_of, with_interval, wrapped
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,7 +44,12 @@ def summary(results: Path) -> str:
 
 def _heading(results: Path, tables: dict[str, list[Row]]) -> str:
     failed = len(tables["failures"])
-    return f"Study {results.resolve().name}: {len(tables['nodes'])} nodes" + (f", {failed} failures" if failed else "")
+    said = [_number_of(len(tables["nodes"]), "node"), *([_number_of(failed, "failure")] if failed else [])]
+    return f"Study {results.resolve().name}: {', '.join(said)}"
+
+
+def _number_of(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
 
 
 def names_of(metrics: list[Row], prefix: str = "", suffix: str = "") -> list[tuple[str, str]]:
@@ -63,20 +68,9 @@ def scores(metrics: list[Row]) -> list[tuple[str, str]]:
     return names_of(metrics, suffix="_acc")
 
 
-def interval(row: Row) -> tuple[float, float] | None:
-    """The 95% interval of a metric: its own, or the normal one of its standard error; None where it has neither."""
-    if row["low"] is not None and row["high"] is not None:
-        return row["low"], row["high"]
-    return None if row["stderr"] is None else mean_interval(row["value"], row["stderr"])
-
-
 def measured(row: Row | None, digits: int = 3) -> str:
-    """A metric as `value +- half its 95% interval`, blank where it was not measured."""
-    if row is None or row["value"] is None:
-        return ""
-    ends = interval(row)
-    value = number(row["value"], digits)
-    return value if ends is None else f"{value} +- {number((ends[1] - ends[0]) / 2, 2)}"
+    """A metric with its 95% interval, blank where it was not measured."""
+    return "" if row is None or row["value"] is None else with_interval(row["value"], interval(row), digits)
 
 
 def undistinguished(comparisons: list[Row]) -> set[tuple[str, str, str]]:
@@ -123,7 +117,9 @@ def _node_lines(nodes: list[Row], metrics: list[Row], comparisons: list[Row]) ->
         table.append([name, size, f"{node['bits_per_weight']:.2f}", *measurements, share])
     notes = []
     if any(node["recovered_share"] is not None for node in nodes):
-        notes += ["recovered: share won back of the validation loss that compression cost; +- is half a 95% interval."]
+        notes += ["recovered: share won back of the validation loss that compression cost."]
+    if perplexity or score:
+        notes += [INTERVALS]
     if alike:
         notes += wrapped(comparisons_note(comparisons))
     return aligned(table) + ([""] if notes else []) + notes
@@ -142,6 +138,8 @@ def law_lines(name: str, fit: dict[str, Any]) -> list[str]:
     known = {key: value for key, value in fit["parameters"].items() if value["identified"]}
     for key, value in known.items():
         between = "" if value["low"] is None else f"   [{number(value['low'])}, {number(value['high'])}]"
+        # There the interval tells of the bounds of the search. Fits of earlier versions do not say.
+        between = "   at its bound" if value.get("at_bound") else between
         lines.append(f"  {key:<8}{number(value['value']):>10}{between}")
     if unknown := [key for key in fit["parameters"] if key not in known]:
         lines += wrapped(f"Not identified by these points: {', '.join(unknown)}.", "  ")

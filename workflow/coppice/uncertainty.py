@@ -2,15 +2,18 @@
 
 Sources: Madaan et al., Quantifying Variance in Evaluation Benchmarks (arXiv 2406.10229), for the interval over
 items, the variance over seeds, the signal-to-noise ratio and the monotonicity; lm-evaluation-harness for the standard
-error of a mean (sample standard deviation over sqrt(n)); McNemar (Psychometrika 12, 1947) for paired right and wrong
+error of a mean (sample standard deviation over sqrt(n)); Wilson (Journal of the American Statistical Association 22,
+1927) for the interval of a share; McNemar (Psychometrika 12, 1947) for paired right and wrong
 answers; Holm (Scandinavian Journal of Statistics 6, 1979) for many tests at once.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 
@@ -52,6 +55,29 @@ def mean_interval(mean: float, stderr: float, level: float = 0.95) -> tuple[floa
     return mean - half, mean + half
 
 
+def interval(row: Mapping[str, Any]) -> tuple[float, float] | None:
+    """The 95% interval of a measurement: its own (low, high), or the normal one of its stderr; None with neither."""
+    if row["low"] is not None and row["high"] is not None:
+        return row["low"], row["high"]
+    return None if row["stderr"] is None else mean_interval(row["value"], row["stderr"])
+
+
+def proportion_interval(right: int, items: int, level: float = 0.95) -> tuple[float, float]:
+    """Wilson's score interval of the share p = right / items, items >= 1: within 0 to 1, and never without width.
+
+    (p + z^2 / 2n +- z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n), z = Phi^-1((1 + level) / 2), n = items.
+    """
+    square = NormalDist().inv_cdf((1 + level) / 2) ** 2
+    share = right / items
+    centre = share + square / (2 * items)
+    half = math.sqrt(square * (share * (1 - share) / items + square / (4 * items**2)))
+    scale = 1 + square / items
+    # The ends of none and of all are exact; rounding would miss them.
+    low = 0.0 if right == 0 else (centre - half) / scale
+    high = 1.0 if right == items else (centre + half) / scale
+    return low, high
+
+
 def percentile_interval(samples: np.ndarray, level: float = 0.95) -> tuple[float, float]:
     """Percentile interval of bootstrap `samples` [draws]: the quantiles (1 - level)/2 and (1 + level)/2."""
     low, high = np.quantile(samples, [(1 - level) / 2, (1 + level) / 2])
@@ -79,6 +105,15 @@ def resampled_sums(columns: np.ndarray, resamples: int, seed: int) -> np.ndarray
 def bootstrap_means(values: np.ndarray, resamples: int = 2000, seed: int = 0) -> np.ndarray:
     """Means of `values` [n] over items drawn with replacement: [resamples], in the unit of `values`."""
     return resampled_sums(np.asarray(values, float)[:, None], resamples, seed)[:, 0] / len(values)
+
+
+def bootstrap_intervals(columns: np.ndarray, level: float = 0.95, resamples: int = 2000, seed: int = 0) -> np.ndarray:
+    """Percentile intervals [2, k] of the means of `columns` [n, k], in their units; the same rows are drawn for all."""
+    columns = np.asarray(columns, float)
+    means = resampled_sums(columns, resamples, seed) / len(columns)
+    ends = np.quantile(means, [(1 - level) / 2, (1 + level) / 2], axis=0)
+    # A mean lies between the items; its rounding need not.
+    return np.clip(ends, columns.min(axis=0), columns.max(axis=0))
 
 
 def ratio_of_sums(numerators: np.ndarray, denominators: np.ndarray) -> tuple[float, float]:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import textwrap
+from pathlib import Path
 from typing import Any
 
 WIDTH = 120
 _FIRST = 42  # columns of a table's first column at most
+_CELL = 22  # columns of a table's other columns at most: a value with its interval, and a mark behind it
+# Under a table of what `with_interval` gives.
+INTERVALS = "+- is half a 95% interval; one whose halves differ is given by its ends, in brackets."
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -19,6 +23,20 @@ def number(value: float | None, digits: int = 3) -> str:
         text = f"{value:#.{digits}g}"
         return f"{value:.0f}" if "e" in text else text.removesuffix(".")
     return f"{value:.{digits - 1}e}"
+
+
+def with_interval(value: float, ends: tuple[float, float] | None, digits: int = 3) -> str:
+    """A value with its interval: `0.700 +- 0.054` where both halves are much alike, else `1.00 [0.987, 1.00]`.
+
+    Much alike: the shorter half, which is not shown, is at least three quarters of the longer. Ends that are too long
+    for a cell of a table (numbers with exponents) give way to the longer half. ends: None where there is no interval.
+    """
+    if ends is None:
+        return number(value, digits)
+    below, above = value - ends[0], ends[1] - value
+    around = f"{number(value, digits)} +- {number(max(below, above), 2)}"
+    between = f"{number(value, digits)} [{number(ends[0], digits)}, {number(ends[1], digits)}]"
+    return around if min(below, above) >= 0.75 * max(below, above) or len(between) > _CELL - 2 else between
 
 
 def counted(tokens: float | None) -> str:
@@ -55,8 +73,14 @@ def shortened(text: str, length: int) -> str:
 
 
 def aligned(table: list[list[str]]) -> list[str]:
-    """Rows as text: the first column to the left, the others to the right; too wide a column is cut."""
-    table = [[shortened(cell, _FIRST if place == 0 else 20) for place, cell in enumerate(row)] for row in table]
+    """Rows as text: the first column to the left, the others to the right; too wide a column is cut.
+
+    The first gives way where the others leave it less of the width.
+    """
+    table = [[row[0], *(shortened(cell, _CELL) for cell in row[1:])] for row in table]
+    others = sum(2 + max(map(len, column)) for column in list(zip(*table, strict=True))[1:])
+    first = max(_CELL, min(_FIRST, WIDTH - others))
+    table = [[shortened(row[0], first), *row[1:]] for row in table]
     widths = [max(len(cell) for cell in column) for column in zip(*table, strict=True)]
     return [
         "  ".join(
@@ -70,6 +94,13 @@ def aligned(table: list[list[str]]) -> list[str]:
 def wrapped(text: str, indent: str = "") -> list[str]:
     """The text as lines within the width; all but the first are set in."""
     return textwrap.wrap(text, WIDTH, initial_indent=indent, subsequent_indent=indent + "  ", break_on_hyphens=False)
+
+
+def command_anew(results: Path, node: str) -> str:
+    """The command that makes a node anew with the settings that made it; `results`: folder of the study's results."""
+    # The workflow writes to results/<study>, wherever the folder lies.
+    manifest = f"results/{results.resolve().name}/models/{node}/manifest.json"
+    return f"snakemake --cores all --configfile {results / 'study.yaml'} --force {manifest}"
 
 
 def target_of(fit: dict[str, Any]) -> tuple[str, str]:

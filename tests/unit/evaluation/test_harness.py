@@ -10,6 +10,7 @@ import torch
 from coppice import biographies, text
 from coppice.errors import UserError
 from coppice.evaluation import harness, knowledge
+from coppice.uncertainty import bootstrap_means, percentile_interval, proportion_interval
 
 from .conftest import WORLD, make_model
 
@@ -45,6 +46,9 @@ def test_the_built_in_task_asks_questions_about_the_world(model, tokenizer, chec
     assert found["biographies_acc"]["n"] == 20
     assert found["biographies_acc"]["unit"] == "accuracy"
     assert found["biographies_acc_norm"]["value"] == normed / 20
+    for metric, count in (("acc", right), ("acc_norm", normed)):
+        row = found[f"biographies_{metric}"]
+        assert (row["low"], row["high"]) == proportion_interval(count, 20)
 
 
 def test_a_small_world_is_asked_all_its_facts(model, tokenizer):
@@ -143,6 +147,66 @@ def test_the_probabilities_behind_an_accuracy_are_measured(model, tokenizer):
         assert found[f"biographies_{metric}"]["n"] == 20
     shares = np.exp(scores) / np.exp(scores).sum(axis=1, keepdims=True)
     assert expected["choice_probability"] == pytest.approx(shares[np.arange(20), answers])
+    for metric in ("log_probability", "choice_probability", "brier"):
+        low, high = percentile_interval(bootstrap_means(expected[metric]))
+        assert (found[f"biographies_{metric}"]["low"], found[f"biographies_{metric}"]["high"]) == pytest.approx(
+            (low, high)
+        )
     row = found["biographies_log_probability"]
     assert row["stderr"] == pytest.approx(scores[np.arange(20), answers].std(ddof=1) / 20**0.5)
     assert (row["unit"], row["shots"]) == ("nats", 0)
+
+
+def harness_results(samples, **results):
+    """What the harness returns of tasks with these samples, all by the filter `none`; and of a group of them all."""
+    return {
+        "results": results,
+        "samples": {
+            task: [{"filter": "none", "doc_id": place, **entry} for place, entry in enumerate(entries)]
+            for task, entries in samples.items()
+        },
+        "group_subtasks": {"group": list(samples)},
+        "n-samples": {task: {"effective": len(entries)} for task, entries in samples.items()},
+        "n-shot": {},
+        "versions": {},
+    }
+
+
+def test_what_is_right_or_wrong_an_item_is_a_share_and_other_means_are_drawn_again():
+    scores = np.random.default_rng(0).random(40)
+    samples = [{"exact_match": np.bool_(score < 2), "f1": score} for score in scores]
+    task = {"exact_match,none": 1.0, "exact_match_stderr,none": 0.0, "f1,none": scores.mean()}
+    found = by_name(harness.metric_rows(harness_results({"t": samples}, t=task)))
+    row = found["t_exact_match"]
+    assert (row["low"], row["high"]) == proportion_interval(40, 40)
+    assert (row["value"], row["stderr"], row["n"]) == (1.0, 0.0, 40)
+    ends = percentile_interval(bootstrap_means(scores))
+    assert (found["t_f1"]["low"], found["t_f1"]["high"]) == pytest.approx(ends)
+
+
+def test_the_items_of_each_filter_are_its_own():
+    task = {"exact_match,strict": 0.25, "exact_match,loose": 0.75}
+    results = harness_results({"t": []}, t=task)
+    for name, right in (("strict", 5), ("loose", 15)):
+        entries = [{"filter": name, "exact_match": float(place < right)} for place in range(20)]
+        results["samples"]["t"] += entries
+    found = by_name(harness.metric_rows(results))
+    for name, right in (("strict", 5), ("loose", 15)):
+        row = found[f"t_exact_match_{name}"]
+        assert (row["low"], row["high"]) == proportion_interval(right, 20)
+
+
+def test_a_group_has_the_interval_of_its_items_unless_it_weighs_its_tasks():
+    samples = {"a": [{"acc": 1.0}] * 30, "b": [{"acc": 0.0}] * 10}
+    pooled = harness_results(samples, group={"acc,none": 0.75, "sample_len": 40})
+    [row] = harness.metric_rows(pooled)
+    assert (row["low"], row["high"]) == proportion_interval(30, 40)
+    [row] = harness.metric_rows(harness_results(samples, group={"acc,none": 0.5, "sample_len": 40}))
+    assert not {"low", "high"} & set(row)
+
+
+def test_metrics_that_are_no_means_of_their_items_have_a_standard_error_alone():
+    samples = [{"perplexity": -1.0 - place, "word_perplexity": (-3.0, 2)} for place in range(20)]
+    task = {"perplexity,none": float(np.exp(10.5)), "perplexity_stderr,none": 0.5, "word_perplexity,none": 4.5}
+    for row in harness.metric_rows(harness_results({"t": samples}, t=task)):
+        assert not {"low", "high"} & set(row)

@@ -13,6 +13,7 @@ from coppice import text
 from coppice.errors import UserError
 from coppice.evaluation import intrinsic, stage
 from coppice.evaluation.intrinsic import matrix_entropy, matrix_nuclear_norm, normalised
+from coppice.uncertainty import bootstrap_means, percentile_interval
 
 from .conftest import WORLD
 
@@ -120,6 +121,14 @@ def test_metrics_are_means_over_texts(model, windows):
     assert found["matrix_entropy"]["value"] == pytest.approx(np.mean(np.log(ranks)) / math.log(16), rel=1e-6)
     assert found["matrix_nuclear_norm"]["value"] == pytest.approx(np.mean(norms), rel=1e-6)
     assert all((row["n"], row["length"], row["dropped"], row["task"]) == (5, 20, 0, "people") for row in found.values())
+
+
+def test_a_mean_has_the_interval_of_its_texts():
+    values = np.random.default_rng(0).random(30)
+    found = intrinsic.mean(values)
+    ends = percentile_interval(bootstrap_means(values))
+    assert (found["low"], found["high"]) == pytest.approx(ends)
+    assert not {"low", "high"} & set(intrinsic.mean(values[:9]))
 
 
 def test_the_difference_is_that_of_a_random_model_of_the_same_config(model, windows):

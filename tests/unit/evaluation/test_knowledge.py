@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from coppice import biographies, text
 from coppice.checkpoint import read_manifest
 from coppice.evaluation import knowledge
+from coppice.uncertainty import bootstrap_means, percentile_interval
 
 from .conftest import WORLD
 
@@ -38,10 +40,26 @@ def test_bits_by_person_by_parameter_and_by_stored_bit(model, checkpoint):
     assert person["value"] == pytest.approx(bits)
     assert person["stderr"] == pytest.approx(torch.tensor(people).std().item() / world.people**0.5, rel=1e-4)
     assert person["n"] == world.people
+    low, high = percentile_interval(bootstrap_means(most - np.array(people)))
+    assert (person["low"], person["high"]) == pytest.approx((low, high))
+    assert low < bits < high
     parameters = sum(parameter.numel() for parameter in model.parameters())
     assert found["knowledge_bits_per_parameter"]["value"] == pytest.approx(bits * world.people / parameters)
-    assert found["knowledge_bits_per_stored_bit"]["value"] == pytest.approx(bits * world.people / parameters / 32)
+    stored = found["knowledge_bits_per_stored_bit"]
+    assert stored["value"] == pytest.approx(bits * world.people / parameters / 32)
+    assert stored["low"] == pytest.approx(low * world.people / parameters / 32)
     assert found["knowledge_bits_per_person_max"]["value"] == pytest.approx(most - math.log2(world.people))
+    assert "low" not in found["knowledge_bits_per_person_max"]
+
+
+def test_bits_of_an_attribute_have_the_interval_of_what_people_know_of_it():
+    world = biographies.World(people=20)
+    losses = np.random.default_rng(0).random((20, 7))
+    losses[:, 0] += 100
+    found = knowledge.known_intervals(losses, world)
+    assert found["name"] == {"low": 0, "high": 0}
+    low, high = percentile_interval(bootstrap_means(math.log2(world.choices["major"]) - losses[:, 5]))
+    assert (found["major"]["low"], found["major"]["high"]) == pytest.approx((low, high))
 
 
 def test_items_are_the_name_and_the_attributes_of_each_person(model, checkpoint):

@@ -18,11 +18,14 @@ _NORMAL = np.array([NormalDist().inv_cdf((place + 0.5) / 101) for place in range
 
 
 def tokens_to_buy(fitted: Fitted, nodes: Sequence[Row], node: str, gain: float | None = None) -> Answer:
-    """The tokens past which doubling them gains less than `gain` nats per token, by the law's own recommendation."""
+    """The tokens past which doubling them gains less than `gain` nats per token, by the law's own recommendation.
+
+    Raises UserError where no recovery of the node is among the law's points.
+    """
     title = f"Recovery tokens to buy for {node}"
+    rows = points_of(fitted, nodes, node)
     if answer := refused(fitted, title):
         return answer
-    rows = points_of(fitted, nodes, node)
     report, options = fitted.report, fitted.report["options"]
     fixed, _ = fitted.law.form.reduce(fitted.points)
     unknown = [name for name, entry in report["parameters"].items() if not entry["identified"] and name not in fixed]
@@ -35,11 +38,14 @@ def tokens_to_buy(fitted: Fitted, nodes: Sequence[Row], node: str, gain: float |
 
 
 def expected_loss(fitted: Fitted, nodes: Sequence[Row], node: str, tokens: float) -> Answer:
-    """The law's loss of a node after so many recovery tokens, with the interval of a new measurement."""
+    """The law's loss of a node after so many recovery tokens, with the interval of a new measurement.
+
+    Raises UserError where no recovery of the node is among the law's points.
+    """
     title = f"Loss of {node} after {counted(tokens)} recovery tokens"
+    rows = points_of(fitted, nodes, node)
     if answer := refused(fitted, title):
         return answer
-    rows = points_of(fitted, nodes, node)
     scale, unit = fitted.scales["tokens"], fitted.law.units["loss"]
     point = select(fitted.points, rows[:1]) | {"tokens": np.array([tokens / scale])}
     value, drawn = fitted.predicted(point)

@@ -153,7 +153,5 @@ def points_of(fitted: Fitted, nodes: Sequence[Row], node: str) -> np.ndarray:
     known = {row["node"] for row in nodes} | set(runs)
     if node not in known:
         raise UserError(f"There is no node {node!r}.{nearest(node, known)}")
-    raise UserError(
-        f"No recovery of {node!r} is among the points of law {fitted.name}; they belong to: "
-        f"{', '.join(sorted(set(started)))}."
-    )
+    belong = f"they belong to: {', '.join(sorted(set(started)))}" if len(started) else "it has none"
+    raise UserError(f"No recovery of {node!r} is among the points of law {fitted.name}; {belong}.")

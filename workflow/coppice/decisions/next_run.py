@@ -42,9 +42,11 @@ def next_runs(
 
     The target: `node` after `tokens` (default: its largest measured), or the node whose loss at its largest is known
     worst. Runs: each pruned node at the next doublings of its tokens, or again with another seed, and the dense sizes
-    and ratios that were measured, but not together.
+    and ratios that were measured, but not together. Raises UserError where no recovery of `node` is among the points.
     """
     title = "Next run"
+    if node is not None:
+        points_of(fitted, nodes, node)
     if answer := refused(fitted, title):
         return answer
     if not len(next(iter(fitted.samples.values()))):

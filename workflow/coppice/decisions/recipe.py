@@ -15,10 +15,11 @@ from coppice.comparisons import Scores, node_scores
 from coppice.decisions import Answer
 from coppice.errors import UserError, nearest
 from coppice.tables import Row, front
-from coppice.uncertainty import resampled_sums
-from coppice.wording import counted, listed, number, sampled
+from coppice.uncertainty import interval, resampled_sums
+from coppice.wording import counted, listed, number, sampled, with_interval
 
 DRAWS = 4000
+MEASURED = ("value", "stderr", "low", "high")
 COVERED = 0.95  # runners-up are told until so much of the probability is
 LATENCY = "decode_latency"
 _ROOFLINE = "(roofline)"
@@ -99,7 +100,7 @@ def compare(
     """The nodes that `pair` (evaluation, metric) measured, with joint draws of their values; the others are named."""
     values = {row["node"]: row for row in metrics if (row["evaluation"], row["metric"]) == pair}
     rows = [
-        node | {"value": values[node["node"]]["value"], "stderr": values[node["node"]]["stderr"]}
+        node | {key: values[node["node"]][key] for key in MEASURED}
         for node in nodes
         if node["node"] in values and _known(values[node["node"]]["value"])
     ]
@@ -162,11 +163,15 @@ def _known(value: float | None) -> bool:
 
 @dataclass(frozen=True)
 class Limit:
-    """An upper bound on a number of each node; `values` has no entry, or None, where it is not known."""
+    """An upper bound on a number of each node; `values` has no entry, or None, where it is not known.
+
+    text: the bound in words; shown: a value with its unit.
+    """
 
     text: str
     most: float
     values: dict[str, float | None]
+    shown: Callable[[float], str] = number
 
     def admits(self, node: str) -> bool:
         value = self.values.get(node)
@@ -186,21 +191,33 @@ def limits(
     found, notes = [], []
     if max_bytes is not None:
         sizes = {row["node"]: row["stored_bytes"] for row in nodes}
-        found.append(Limit(f"at most {max_bytes:,.0f} stored bytes", max_bytes, sizes))
+        found.append(Limit(f"at most {_bytes(max_bytes)}", max_bytes, sizes, _bytes))
     if max_recovery_tokens is not None:
         trained = {row["node"]: row["path_recovery_tokens"] for row in nodes}
-        text = f"at most {counted(max_recovery_tokens)} recovery tokens on the path"
-        found.append(Limit(text, max_recovery_tokens, trained))
+        text = f"at most {_recovery_tokens(max_recovery_tokens)} on the path"
+        found.append(Limit(text, max_recovery_tokens, trained, _recovery_tokens))
     if max_latency is not None:
         where, rows = latencies(costs, device, cost)
         text = f"a {LATENCY} of at most {max_latency:g} s/token on {where}"
-        found.append(Limit(text, max_latency, {node: row["value"] for node, row in rows.items()}))
+        found.append(Limit(text, max_latency, {node: row["value"] for node, row in rows.items()}, _latency))
         simulated = sorted(node for node, row in rows.items() if row["simulated"])
         if where.endswith(_ROOFLINE):
             notes.append(f"The latencies on {where} are predictions, not measurements.")
         elif simulated:
             notes.append(f"Their latency is that of a simulation: {listed(simulated)}.")
     return found, notes
+
+
+def _bytes(value: float) -> str:
+    return f"{value:,.0f} stored bytes"
+
+
+def _recovery_tokens(value: float) -> str:
+    return f"{counted(value)} recovery tokens"
+
+
+def _latency(value: float) -> str:
+    return f"{number(value, 4)} s/token"
 
 
 def latencies(costs: Sequence[Row], device: str | None, cost: str | None) -> tuple[str, dict[str, Row]]:
@@ -240,19 +257,22 @@ def best_within(compared: Compared, bounds: Sequence[Limit]) -> Answer:
     Raises UserError where no node is within them.
     """
     within = [place for place, row in enumerate(compared.rows) if all(bound.admits(row["node"]) for bound in bounds)]
-    words = f" with {listed([bound.text for bound in bounds])}" if bounds else ""
     if not within:
-        raise UserError(_nothing_within(compared, bounds, words))
+        raise UserError(_nothing_within(compared, bounds))
     probabilities = probabilities_of_best(compared.draws[:, within], compared.lower)
     values = np.array([compared.rows[place]["value"] for place in within]) * (1 if compared.lower else -1)
-    likeliest = np.argsort(-probabilities, kind="stable")
+    sizes = np.array([compared.rows[place]["stored_bytes"] for place in within])
+    trained = np.array([compared.rows[place]["path_recovery_tokens"] for place in within])
+    # The best is so by its value: nodes that are nearly the same share the draws in which they are the best. Of equal
+    # values the cheapest goes first, whatever the draws' chance makes of them.
+    order = np.lexsort((trained, sizes, values))
+    tied = int(np.sum(values == values[order[0]]))
+    likeliest = order[np.argsort(-probabilities[order], kind="stable")]
     told = int(np.searchsorted(np.cumsum(probabilities[likeliest]), COVERED - 1e-9)) + 1
-    # The best is so by its value: nodes that are nearly the same share the draws in which they are the best.
-    order = np.lexsort((-probabilities, values))
     shown = [place for place in order if place == order[0] or place in likeliest[:told]]
     found = [
         {
-            **{key: compared.rows[within[place]][key] for key in ("node", "value", "stderr", "stored_bytes")},
+            **{key: compared.rows[within[place]][key] for key in ("node", *MEASURED, "stored_bytes")},
             "path_recovery_tokens": compared.rows[within[place]]["path_recovery_tokens"],
             "probability": float(probabilities[place]),
         }
@@ -260,9 +280,11 @@ def best_within(compared: Compared, bounds: Sequence[Limit]) -> Answer:
     ]
     best = found[0]
     those = "1 node" if len(within) == 1 else f"{len(within)} nodes"
+    words = f" with {listed([bound.text for bound in bounds])}" if bounds else ""
     sentences = [
         f"Best of {those}{words}: {best['node']}, {compared.metric} {number(best['value'])}, with a probability of "
         f"{best['probability']:.0%} that it is the best.",
+        *([f"{tied} nodes tie; the smallest is {best['node']}, {_megabytes(best)} MB."] if tied > 1 else []),
         *compared.notes(),
     ]
     unknown = sorted(
@@ -274,6 +296,7 @@ def best_within(compared: Compared, bounds: Sequence[Limit]) -> Answer:
         "title": f"Best {compared.metric} ({compared.evaluation})",
         "nodes": found,
         "compared": len(within),
+        "tied": tied,
         "unmeasured": compared.unmeasured,
         "unknown": unknown,
         "sentences": sentences,
@@ -284,7 +307,7 @@ def best_within(compared: Compared, bounds: Sequence[Limit]) -> Answer:
                     row["node"],
                     _with_error(row),
                     f"{row['probability']:.1%}",
-                    number(row["stored_bytes"] / 1e6),
+                    _megabytes(row),
                     counted(row["path_recovery_tokens"]),
                 ]
                 for row in found
@@ -304,7 +327,7 @@ def ladder(compared: Compared) -> Answer:
         row = compared.rows[place]
         steps.append(
             {
-                **{key: row[key] for key in ("node", "value", "stderr", "stored_bytes")},
+                **{key: row[key] for key in ("node", *MEASURED, "stored_bytes")},
                 "probability": float(probabilities[np.flatnonzero(smaller == place)[0]]),
                 "compared": len(smaller),
             }
@@ -319,7 +342,7 @@ def ladder(compared: Compared) -> Answer:
             *(
                 [
                     step["node"],
-                    number(step["stored_bytes"] / 1e6),
+                    _megabytes(step),
                     _with_error(step),
                     f"{step['probability']:.0%}",
                     str(step["compared"]),
@@ -338,16 +361,22 @@ def probabilities_of_best(draws: np.ndarray, lower: bool) -> np.ndarray:
 
 
 def _with_error(row: Row) -> str:
-    return number(row["value"]) + (f" +- {number(1.96 * row['stderr'], 2)}" if _known(row["stderr"]) else "")
+    return with_interval(row["value"], interval(row))
 
 
-def _nothing_within(compared: Compared, bounds: Sequence[Limit], words: str) -> str:
-    """Which node comes nearest to each limit, as a sentence."""
+def _megabytes(row: Row) -> str:
+    return number(row["stored_bytes"] / 1e6)
+
+
+def _nothing_within(compared: Compared, bounds: Sequence[Limit]) -> str:
+    """That no node is within the limits, and how near to each of them one comes."""
     if not compared.rows:
         return f"No node has a finite {compared.metric} ({compared.evaluation})."
-    nearest_values = []
+    least = []
     for bound in bounds:
         known = [value for row in compared.rows if (value := bound.values.get(row["node"])) is not None]
-        nearest_values.append(f"{number(min(known), 4)} is the least for '{bound.text}'" if known else "")
-    told = "; ".join(text for text in nearest_values if text)
-    return f"No node with a {compared.metric} is one{words}{f' ({told})' if told else ''}; raise a limit."
+        least += [bound.shown(min(known))] if known else []
+    told = f": the least that one has is {listed(least)}" if least else ""
+    alone = ", each limit taken alone" if len(least) > 1 else ""
+    limited = listed([bound.text for bound in bounds])
+    return f"No node whose {compared.metric} was measured has {limited}{told}{alone}. Raise a limit."

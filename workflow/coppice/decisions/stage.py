@@ -40,9 +40,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _positive(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
     if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not a number above zero")
+        raise argparse.ArgumentTypeError(f"{text!r} is no number above zero; write one such as 300000, 3e5 or 0.02")
     return value
 
 
@@ -76,7 +79,7 @@ def answers(arguments: argparse.Namespace) -> list[Answer]:
     bounds = (asked.max_bytes, asked.max_latency, asked.max_recovery_tokens)
     if asked.metric is not None or any(bound is not None for bound in bounds):
         found.append(_best(asked, results, tables))
-    return found or overview(results, tables)
+    return found or overview(results, tables) or [_nothing(results, tables["metrics"])]
 
 
 def _best(asked: argparse.Namespace, results: Path, tables: dict[str, list[Row]]) -> Answer:
@@ -95,6 +98,17 @@ def _best(asked: argparse.Namespace, results: Path, tables: dict[str, list[Row]]
     compared = compare(tables["nodes"], tables["metrics"], read_table(results / "tables", "items"), pair, lower)
     answer = best_within(compared, bounds)
     return answer | {"sentences": answer["sentences"] + notes}
+
+
+def _nothing(results: Path, metrics: Sequence[Row]) -> Answer:
+    """What there is to say where no law was fitted and no node has a perplexity."""
+    names = sorted({row["metric"] for row in metrics})
+    measured = f" What was measured can be asked for by --metric: {', '.join(names)}." if names else ""
+    sentence = (
+        f"No law was fitted in {results}/laws, and no node has a finite perplexity; add `laws`, or an evaluation that "
+        f"measures perplexity, to the study, and run it.{measured}"
+    )
+    return {"title": "Nothing to recommend", "sentences": [sentence]}
 
 
 def overview(results: Path, tables: Mapping[str, Sequence[Row]], top: int = 3) -> list[Answer]:

@@ -6,9 +6,9 @@ built-in `biographies`. Of n choices with log-likelihoods l_i = ln p(choice_i | 
     acc      = share of items where argmax_i l_i is the right choice,
     acc_norm = share of items where argmax_i l_i / c_i is,
 
-with the standard error of a mean. The choices' log-likelihoods are kept, so that two nodes are compared item by item,
-and the steps from the model's probabilities to an accuracy are measured too, because each loses some of what
-compression changes smoothly (Schaeffer et al., arXiv 2406.04391; `choice_scores`).
+with the standard error of a mean and the interval of a share (`intervals`). The choices' log-likelihoods are kept, so
+that two nodes are compared item by item, and the steps from the model's probabilities to an accuracy are measured too,
+because each loses some of what compression changes smoothly (Schaeffer et al., arXiv 2406.04391; `choice_scores`).
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ import contextlib
 import difflib
 import json
 import logging
+import math
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partialmethod
 from itertools import groupby
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +32,7 @@ import yaml
 
 from coppice import biographies
 from coppice.errors import UserError
+from coppice.evaluation import intervals
 from coppice.evaluation.batching import sequences_at_once
 from coppice.uncertainty import mean_stderr
 
@@ -196,9 +199,10 @@ def write_biographies(folder: Path, world: biographies.World, count: int, seed: 
 
 
 def metric_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Every metric of every task and group that the harness returned."""
+    """Every metric of every task and group that the harness returned; with its interval where it is a mean of items."""
     found = []
     for task, values in results["results"].items():
+        entries, over_items = _entries(task, results), []
         counts = results["n-samples"].get(task, {})
         details = _details(task, results)
         for key, value in values.items():
@@ -207,17 +211,47 @@ def metric_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
                 continue
             stderr = values.get(f"{metric}_stderr,{filtered}")
             name = f"{task}_{metric}" if filtered == "none" else f"{task}_{metric}_{filtered}"
-            found.append(
-                {
-                    "metric": name,
-                    "value": float(value),
-                    "stderr": float(stderr) if isinstance(stderr, int | float) else None,
-                    "n": counts.get("effective", values.get("sample_len")),
-                    "unit": UNITS.get(metric, metric),
-                    **details,
-                }
-            )
+            row = {
+                "metric": name,
+                "value": float(value),
+                "stderr": float(stderr) if isinstance(stderr, int | float) else None,
+                "n": counts.get("effective", values.get("sample_len")),
+                "unit": UNITS.get(metric, metric),
+                **details,
+            }
+            found.append(row)
+            scores = [entry[metric] for entry in entries if entry["filter"] == filtered and metric in entry]
+            if _is_mean(row["value"], scores):
+                over_items.append((row, np.array(scores, float)))
+        _add_intervals(over_items)
     return found
+
+
+def _entries(task: str, results: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The samples of a task; of a group, those of all tasks below it."""
+    below = results["group_subtasks"].get(task, ())
+    return results["samples"].get(task, []) + [entry for child in below for entry in _entries(child, results)]
+
+
+def _is_mean(value: float, scores: list[Any]) -> bool:
+    """Whether a metric is the mean of its items' scores; a perplexity is not, nor a group that weighs its tasks."""
+    if not scores or not all(isinstance(score, Real | np.bool_) for score in scores):
+        return False
+    return math.isclose(value, math.fsum(scores) / len(scores), rel_tol=1e-9, abs_tol=1e-12)
+
+
+def _add_intervals(measured: list[tuple[dict[str, Any], np.ndarray]]) -> None:
+    """Gives each row of metrics the interval of the mean of its items' scores, which stand beside it."""
+    by_count: dict[int, list[tuple[dict[str, Any], np.ndarray]]] = {}
+    for row, scores in measured:
+        if np.isin(scores, (0, 1)).all():
+            row |= intervals.of_proportion(scores)
+        else:
+            by_count.setdefault(len(scores), []).append((row, scores))
+    for pairs in by_count.values():
+        ends = intervals.of_means(np.column_stack([scores for _, scores in pairs]))
+        for (row, _), end in zip(pairs, ends, strict=True):
+            row |= end
 
 
 def _details(task: str, results: Mapping[str, Any]) -> dict[str, Any]:
@@ -238,13 +272,15 @@ def continuous_rows(items: list[dict[str, Any]], results: Mapping[str, Any]) -> 
             )
             if len(answers) > 1 and answers.count(True) == 1:
                 scores.append(choice_scores(log_likelihoods, lengths, answers.index(True)))
-        for metric, unit in CONTINUOUS.items() if scores else ():
-            values = np.array([score[metric] for score in scores])
+        columns = np.array([[score[metric] for metric in CONTINUOUS] for score in scores]).reshape(-1, len(CONTINUOUS))
+        measured = zip(CONTINUOUS.items(), columns.T, intervals.of_means(columns), strict=True)
+        for (metric, unit), values, ends in measured if scores else ():
             found.append(
                 {
                     "metric": f"{task}_{metric}",
                     "value": float(values.mean()),
                     "stderr": mean_stderr(values) if len(values) > 1 else None,
+                    **ends,
                     "n": len(values),
                     "unit": unit,
                     **_details(task, results),

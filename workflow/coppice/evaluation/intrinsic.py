@@ -24,6 +24,7 @@ import numpy as np
 
 from coppice import uncertainty
 from coppice.errors import UserError
+from coppice.evaluation import intervals
 from coppice.evaluation.batching import sequences_at_once
 from coppice.lazy import torch
 from coppice.text import Windows
@@ -119,7 +120,8 @@ def matrix_nuclear_norm(rows: Tensor) -> Tensor:
 
 
 def mean(values: np.ndarray) -> dict[str, Any]:
-    """value, stderr (None for fewer than two texts) and n of a metric over texts; NaN where there is none."""
+    """value, stderr (None for fewer than two texts), interval and n of a metric over texts; NaN where there is none."""
     value = float(values.mean()) if len(values) else float("nan")
     stderr = uncertainty.mean_stderr(values) if len(values) > 1 else None
-    return {"value": value, "stderr": stderr, "n": len(values)}
+    [ends] = intervals.of_means(values[:, None])
+    return {"value": value, "stderr": stderr, **ends, "n": len(values)}

@@ -7,11 +7,15 @@ bits: what is quantized keeps its parameters, and holds more by the bit.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from coppice import biographies
+from coppice.evaluation import intervals
 from coppice.evaluation.batching import sequences_at_once
 from coppice.lazy import torch
 from coppice.text import beginning_token, load_tokenizer
@@ -44,13 +48,19 @@ def measure(
     people = range(min(world.people, PEOPLE))
     parameters = manifest["parameters"]["total"]
     result = biographies.measure_knowledge(recording, world, people, parameters)
-    return metric_rows(result, world, parameters, manifest["stored_bits"]["total"]), item_rows(recorded, len(people))
+    bits = -np.array([score for _, score in recorded]).reshape(len(people), -1) / math.log(2)
+    rows = metric_rows(result, bits, world, parameters, manifest["stored_bits"]["total"])
+    return rows, item_rows(recorded, len(people))
 
 
 def metric_rows(
-    result: Mapping[str, Any], world: biographies.World, parameters: int, stored_bits: int
+    result: Mapping[str, Any], losses: np.ndarray, world: biographies.World, parameters: int, stored_bits: int
 ) -> list[dict[str, Any]]:
-    """Bits by person, by parameter and by stored bit, each beside what the world holds; and bits by attribute."""
+    """Bits by person, by parameter and by stored bit, each beside what the world holds; and bits by attribute.
+
+    losses: -log2 Pr of the name and of each attribute of the people asked, [people, 7] bits.
+    """
+    intervals_of = known_intervals(losses, world)
     per_person, stderr = result["bits_per_person"], result["bits_per_person_stderr"]
     scales = {
         "person": (1, "bits/person"),
@@ -62,13 +72,34 @@ def metric_rows(
     for name, (scale, unit) in scales.items():
         metric = f"knowledge_bits_per_{name}"
         most = scale * result["bits_per_person_max"]
-        found.append({"metric": metric, "value": scale * per_person, "stderr": scale * stderr, "unit": unit, **shared})
+        ends = {end: scale * bits for end, bits in intervals_of["person"].items()}
+        measured = {"value": scale * per_person, "stderr": scale * stderr, **ends}
+        found.append({"metric": metric, **measured, "unit": unit, **shared})
         found.append({"metric": f"{metric}_max", "value": most, "stderr": None, "unit": unit, **shared})
     found += [
-        {"metric": f"knowledge_bits_{attribute}", "value": bits, "stderr": None, "unit": "bits/person", **shared}
+        {
+            "metric": f"knowledge_bits_{attribute}",
+            "value": bits,
+            "stderr": None,
+            **intervals_of[attribute],
+            "unit": "bits/person",
+            **shared,
+        }
         for attribute, bits in result["attribute_bits"].items()
     ]
     return found
+
+
+def known_intervals(losses: np.ndarray, world: biographies.World) -> dict[str, dict[str, float]]:
+    """`low` and `high`, in bits a person, of all bits (`person`) and of those of the name and of each attribute.
+
+    Known are the bits of a choice less its loss; those of one attribute are clipped at 0, as their values are.
+    """
+    choices = {"name": world.names} | {key: world.choices[key] for key in biographies.KNOWLEDGE}
+    known = np.log2(list(choices.values())) - losses
+    person, *each = intervals.of_means(np.column_stack([known.sum(axis=1), known]))
+    clipped = [{end: max(0.0, bits) for end, bits in ends.items()} for ends in each]
+    return {"person": person, **dict(zip(choices, clipped, strict=True))}
 
 
 def item_rows(recorded: list[tuple[Pair, float]], people: int) -> list[dict[str, Any]]:

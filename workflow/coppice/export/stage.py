@@ -57,14 +57,14 @@ def run(arguments: argparse.Namespace) -> None:
 def source_folder(node: str | None, results: Path | None, model: Path | None) -> Path:
     """The checkpoint that the arguments name, a node as `coppice show` takes it.
 
-    Raises UserError unless it is a node of results, or a folder.
+    Raises UserError unless it is a node of results that was made, or a folder.
     """
     if model is not None and node is None and results is None:
         return model
     if model is None and node is not None and results is not None:
-        from coppice.show import made_nodes, named
+        from coppice.show import made_node
 
-        return results / "models" / named(node.strip("/"), made_nodes(results))
+        return results / "models" / made_node(results, node)
     raise UserError("Pass a node's name and --results, or --model with the folder of a checkpoint, and not both.")
 
 

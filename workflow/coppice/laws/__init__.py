@@ -124,7 +124,7 @@ def names() -> tuple[str, ...]:
 def load(name: str) -> Law:
     """The law of that name. Raises UserError where there is none."""
     if name not in names():
-        raise UserError(f"There is no law named '{name}'.{nearest(name, names())} The laws are: {', '.join(names())}.")
+        raise UserError(f"There is no law named '{name}'.{nearest(name, names())}")
     return import_module(f"{__name__}.{name.replace('-', '_')}").LAW
 
 

@@ -86,7 +86,8 @@ class Fit:
     """An optimum of the objective.
 
     `fixed` are the parameters that were not fitted; `unidentified` those that were, but that the points cannot tell;
-    `starts` [m, p] the parameters of every start that ended as low as the best, in the order of `parameters`.
+    `starts` [m, p] the parameters of every start that ended as low as the best, in the order of `parameters`;
+    `at_bound` those that the points tell, but whose best value is the last that the search allows.
     """
 
     parameters: dict[str, float]
@@ -95,6 +96,7 @@ class Fit:
     converged: bool
     starts: np.ndarray
     notes: list[str] = field(default_factory=list)
+    at_bound: tuple[str, ...] = ()
 
     @property
     def free(self) -> tuple[str, ...]:
@@ -304,7 +306,14 @@ def fit_form(form: Form, points: Points, starts: int = 32, seed: int = 0, fixed:
         converged=gradient_ratio(form, best, points, names) <= _GRADIENT_TOLERANCE,
         starts=near,
         notes=notes,
+        at_bound=tuple(name for name in names if name not in unknown and _at_bound(best[name], form.parameters[name])),
     )
+
+
+def _at_bound(value: float, parameter: Parameter) -> bool:
+    if parameter.logarithmic:
+        return bool(np.min(np.abs(np.log(np.divide(parameter.bounds, value)))) <= 1e-6)
+    return bool(np.min(np.abs(np.subtract(parameter.bounds, value))) <= 1e-6 * max(1.0, abs(value)))
 
 
 def unidentified(columns: np.ndarray, names: tuple[str, ...]) -> tuple[str, ...]:
@@ -607,7 +616,8 @@ def drawn_interval(samples: np.ndarray) -> tuple[float, float] | tuple[None, Non
 def fitted_parameters(fit: Fit, samples: np.ndarray) -> dict[str, dict[str, Any]]:
     """What fit.json says of each parameter: its value, its 95% interval and standard error over `samples` [draws, p].
 
-    Beside them whether it is identified, without which it has no interval, and its spread over equally good starts.
+    Beside them whether it is identified, without which it has no interval; its spread over equally good starts; and
+    whether it lies at a bound of the search, where the interval tells of the bounds and not of the points.
     """
     spread = np.ptp(fit.starts, axis=0)
     found = {}
@@ -622,6 +632,7 @@ def fitted_parameters(fit: Fit, samples: np.ndarray) -> dict[str, dict[str, Any]
             "stderr": float(np.std(samples[:, place], ddof=1)) if known else None,
             "identified": identified,
             "spread": float(spread[place]),
+            "at_bound": name in fit.at_bound,
         }
     return found
 

@@ -195,7 +195,14 @@ def _offsets(
             "deviation": deviation,
             "parallelism": deviation / abs(value) if value != 0 else None,
         }
-        parameters[f"offset_{k}"] = {"value": value, "low": low, "high": high, "identified": True, "spread": 0.0}
+        parameters[f"offset_{k}"] = {
+            "value": value,
+            "low": low,
+            "high": high,
+            "identified": True,
+            "at_bound": False,
+            "spread": 0.0,
+        }
     return offsets, parameters, []
 
 

@@ -24,7 +24,6 @@ from coppice.laws.fit import (
     Fit,
     Form,
     Objective,
-    Parameter,
     Points,
     bootstrap,
     columns,
@@ -48,15 +47,26 @@ _PROFILE_STEPS = 41
 _MANY_RUNS = 10
 _KEYS = {"nodes": ("node",), "metrics": ("node", "evaluation", "metric"), "curves": ("node", "tokens", "split")}
 _COUNTED = ("parameters", "tokens")  # units of what is never zero or less
+_EXAMPLE = """'{"file": "points.jsonl"}', with the single quotes for the shell"""
 _NO_SAMPLES: dict[str, np.ndarray] = {}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--law", required=True, help="the law's name")
     parser.add_argument("--tables", type=Path, help="folder of the study's tables; not needed with the option `file`")
-    parser.add_argument("--options", type=json.loads, default={}, help="JSON: the law's options")
+    parser.add_argument("--options", type=_mapping, default={}, help="JSON: the law's options")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="refits at once (default: all CPUs)")
     parser.add_argument("--output", required=True, type=Path, help="folder of the fit")
+
+
+def _mapping(text: str) -> dict[str, Any]:
+    try:
+        options = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no JSON ({error}); write such as {_EXAMPLE}") from None
+    if not isinstance(options, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} maps no options to values; write such as {_EXAMPLE}")
+    return options
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -295,13 +305,8 @@ def _notes(form: Form, fit: Fit, points: Points) -> list[str]:
             f"The points do not identify {listed(fit.unidentified)}: other values fit them equally well, so the "
             "values given are one choice of many."
         )
-    at_bound = [
-        name
-        for name in fit.free
-        if name not in fit.unidentified and _at_bound(fit.parameters[name], form.parameters[name])
-    ]
-    if at_bound:
-        notes.append(f"The best fit lies at the bound of {listed(at_bound)}.")
+    if fit.at_bound:
+        notes.append(f"The best fit lies at the bound of {listed(fit.at_bound)}.")
     if not fit.converged:
         notes.append("The search ended before the gradient vanished, so the values given are not an optimum.")
     if count(points) <= len(fit.free):
@@ -317,12 +322,6 @@ def _notes(form: Form, fit: Fit, points: Points) -> list[str]:
     elif runs < _MANY_RUNS:
         notes.append(f"The intervals come from {runs} runs, and from so few they are narrower than they should be.")
     return notes
-
-
-def _at_bound(value: float, parameter: Parameter) -> bool:
-    if parameter.logarithmic:
-        return bool(np.min(np.abs(np.log(np.divide(parameter.bounds, value)))) <= 1e-6)
-    return bool(np.min(np.abs(np.subtract(parameter.bounds, value))) <= 1e-6 * max(1.0, abs(value)))
 
 
 def _held_out_notes(law_name: str, held_out: dict[str, dict[str, dict[str, Any]]]) -> list[str]:
@@ -367,7 +366,8 @@ def passes(law_name: str, report: dict[str, Any], tolerance: float) -> dict[str,
 
 def _nothing(law: Law, law_name: str) -> dict[str, Any]:
     """The report where there is no point to fit."""
-    unknown = {"value": None, "low": None, "high": None, "stderr": None, "identified": False, "spread": None}
+    numbers = dict.fromkeys(("value", "low", "high", "stderr", "spread"))
+    unknown = numbers | {"identified": False, "at_bound": False}
     forms = {} if law.form is None else {law_name: law.form} | law.rivals
     return {
         "parameters": {name: dict(unknown) for name in (law.form.parameters if law.form else ())},
