@@ -21,6 +21,7 @@ LONGEST = (
     "test_storage.py", "test_distributed.py", "test_bad_input.py", "test_terminal.py", "test_dag.py",
 )  # fmt: skip
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 STARTUP = Path(__file__).with_name("workflow") / "startup"
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 # Debian's Chromium, without what it would ask of the network by itself.
@@ -31,8 +32,12 @@ ARGUMENTS = (
 
 
 def pytest_configure() -> None:
-    """A shell lets what it starts in the background ignore Ctrl-C, and so would the processes that tests interrupt."""
+    """A shell lets what it starts in the background ignore Ctrl-C, and so would the processes that tests interrupt.
+
+    There is a worker for each core: threads would wait for those of the other one, on matrices too small for two.
+    """
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.environ.update(ONE_THREAD)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -70,10 +75,9 @@ def chromium() -> Iterator:
 def forks() -> Iterator[dict[str, str]]:
     """The environment in which jobs are forks of one process, which has imported torch once."""
     address = f"coppice-{uuid4()}"
-    # Threads of OpenMP and BLAS would not outlive a fork.
-    alone = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
     command = [sys.executable, str(STARTUP / "forks.py"), address]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, env=os.environ | OFFLINE | QUIET | alone) as server:
+    # Threads of OpenMP and BLAS would not outlive a fork.
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=os.environ | OFFLINE | QUIET | ONE_THREAD) as server:
         assert server.stdout.readline() == b"Ready.\n"
         yield {"FORKS": address, "PYTHONPATH": str(STARTUP)}
         server.terminate()

@@ -30,7 +30,7 @@ from coppice.uncertainty import paired_difference
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "config" / "examples" / "stories.yaml"
 PAIRS = 100
-TRAINED = 20_000
+TRAINED = 12_000
 # Accuracy of the dense model on the first hundred pairs (PROVENANCE.md of the data); chance is 0.5.
 DENSE_ACCURACY = {
     "irregular_past_participle_verbs": 0.95,
@@ -115,9 +115,9 @@ def study(
 def extend(described: dict[str, Any]) -> None:
     """Adds to the example: the control from scratch with two seeds, their connectivity, hidden states, more laws.
 
-    It trains a fifth as long, with more budgets on the way and fewer held-out windows.
+    It trains an eighth as long, with more budgets on the way and fewer held-out windows.
     """
-    described["budgets"] = [4_000, 8_000, 12_000, 16_000, TRAINED]
+    described["budgets"] = [2_000, 4_000, 6_000, 9_000, TRAINED]
     for step in ("full", "lora"):
         described["steps"][step] |= {"tokens": TRAINED, "validation_windows": 16}
     described["steps"]["scratch"] = described["steps"]["full"] | {"method": "scratch", "tokens": 4_000}
