@@ -224,7 +224,7 @@ def loss(node: Path) -> float:
 
 def choices(module: Any) -> Any:
     """What a method chose for each weight of a linear: its code, or whether it is kept."""
-    from coppice import layers
+    from coppice.models import layers
 
     if isinstance(module, layers.Quantized):
         return layers.unpack(module.weight_packed, module.bits, module.in_features)
@@ -235,10 +235,10 @@ def compare(first: Path, second: Path, tokens: Any) -> tuple[float, float]:
     """Of two nodes: the share of weights with the same choice, and the relative difference of their logits."""
     import torch
 
-    from coppice import checkpoint, layers
+    from coppice.models import checkpoint, layers
 
     models = [checkpoint.load_model(node, "cpu", torch.float32) for node in (first, second)]
-    leaves = [[choices(leaf) for leaf in layers.leaves(model.model.layers).values()] for model in models]
+    leaves = [[choices(leaf) for leaf in layers.weight_matrices(model.model.layers).values()] for model in models]
     same = sum(int((a == b).sum()) for a, b in zip(*leaves, strict=True)) / sum(a.numel() for a in leaves[0])
     with torch.no_grad():
         a, b = (model(input_ids=tokens, use_cache=False).logits for model in models)
@@ -249,7 +249,7 @@ def agreement(folder: Path, device: str) -> bool:
     """Prints the table of agreement; whether all is within tolerance."""
     import torch
 
-    from coppice.text import load_windows
+    from coppice.data.text import load_windows
 
     prepare(folder, TINY, "cpu")
     branch(folder, folder / "first", TINY, "cpu")
@@ -333,19 +333,19 @@ def peak_memory(device: str) -> int:
     """Bytes: allocated on CUDA since `reset_memory`; on the CPU resident since the start."""
     import torch
 
-    from coppice import checkpoint
+    from coppice.models import accounting
 
     cuda = torch.device(device).type == "cuda"
-    return torch.cuda.max_memory_allocated(device) if cuda else checkpoint.peak_memory()
+    return torch.cuda.max_memory_allocated(device) if cuda else accounting.peak_memory()
 
 
 def forward(folder: Path, device: str) -> float:
     """Seconds of the calibration windows through the blocks, without files; the second of two passes."""
     import torch
 
-    from coppice import checkpoint
-    from coppice.calibrate import TOKENS_IN_A_BATCH
-    from coppice.text import load_windows
+    from coppice.calibration.stage import TOKENS_IN_A_BATCH
+    from coppice.data.text import load_windows
+    from coppice.models import checkpoint
 
     model = checkpoint.load_model(folder / "root", device)
     tokens = torch.as_tensor(load_windows(folder / "tokens" / "calibration").tokens).long().to(device)
@@ -364,8 +364,8 @@ def speed(folder: Path, size: Size, device: str) -> None:
     """Prints the table of speed, each row when it is measured."""
     import torch
 
-    from coppice import calibrate as calibration
-    from coppice.methods.base import method
+    from coppice.calibration import stage as calibration
+    from coppice.methods.registry import method
 
     prepare(folder, size, device)
     peak = rates(size, device)

@@ -100,7 +100,8 @@ def ours(row: str) -> Callable[[Tensor, Tensor], Any]:
 
     Returns the replacement, and the weight and the moment that it replaces.
     """
-    from coppice.methods.base import Linear, LinearStatistics, method
+    from coppice.methods.contracts import Linear, LinearStatistics
+    from coppice.methods.registry import method
 
     found = method(row.partition(",")[0])
     options = found.validated(ROWS[row])
@@ -167,7 +168,7 @@ def rounds(size: str, rows: list[str], arguments: argparse.Namespace) -> tuple[l
 
     The first round prepares kernels and counts for slow runs only, which take no part in the others.
     """
-    from coppice.methods.base import Unchanged
+    from coppice.methods.contracts import Unchanged
 
     weight, moment = layer(size, arguments.device)
     running, losses, failures = runs(rows), {}, {}
@@ -191,7 +192,7 @@ def rounds(size: str, rows: list[str], arguments: argparse.Namespace) -> tuple[l
 
 def loss(result: Any, weight: Tensor, moment: Tensor) -> float | None:
     """None where what stands in the weight's place is no plain matrix."""
-    from coppice.methods.base import Codebook, Factors, Masked, Quantized
+    from coppice.methods.contracts import Codebook, Factors, Masked, Quantized
     from coppice.methods.solvers import codebook, grid
     from coppice.methods.solvers.loss import relative_error
 
@@ -235,7 +236,7 @@ def _resident(name: str) -> int:
 def peaks(size: str, rows: list[str], names: list[str], arguments: argparse.Namespace) -> dict[str, float]:
     """Each run in a process of its own, forked from one that has imported what they need."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "coppice.methods.base", "crosscheck.libraries"])
+    context.set_forkserver_preload(["torch", "coppice.methods.contracts", "crosscheck.libraries"])
     found = {}
     for name in names:
         with context.Pool(1) as pool:
@@ -315,7 +316,7 @@ def main() -> None:
     arguments = parser.parse_args()
     import torch
 
-    from coppice.methods.base import methods
+    from coppice.methods.registry import methods
 
     if arguments.threads:
         torch.set_num_threads(arguments.threads)

@@ -33,10 +33,10 @@ def write_inputs(folder: Path, arguments: argparse.Namespace) -> tuple[Path, Pat
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from coppice import layers
-    from coppice.checkpoint import save_checkpoint
+    from coppice.data.text import Windows, save_windows
     from coppice.files import sha256
-    from coppice.text import Windows, save_windows
+    from coppice.models import layers
+    from coppice.models.checkpoint import save_checkpoint
 
     tokenizer = ROOT / "resources" / "models" / "bio-small"
     config = LlamaConfig(
@@ -50,7 +50,7 @@ def write_inputs(folder: Path, arguments: argparse.Namespace) -> tuple[Path, Pat
     )
     torch.manual_seed(0)
     model = LlamaForCausalLM(config).eval()
-    weights = sum(leaf.weight.numel() for leaf in layers.leaves(model.model.layers).values())
+    weights = sum(leaf.weight.numel() for leaf in layers.weight_matrices(model.model.layers).values())
     manifest = {"node": "root", "parent": None, "step": None, "marks": [], "source": {}, "recovery": None}
     save_checkpoint(model, folder / "root", tokenizer, manifest, torch.bfloat16)
     shape = (arguments.windows, arguments.length)
@@ -66,9 +66,9 @@ def forward(root: Path, tokens: Path) -> float:
     """Seconds of the windows through the blocks, in calibration's batches; the faster of two passes."""
     import torch
 
-    from coppice.calibrate import TOKENS_IN_A_BATCH
-    from coppice.checkpoint import load_model
-    from coppice.text import load_windows
+    from coppice.calibration.stage import TOKENS_IN_A_BATCH
+    from coppice.data.text import load_windows
+    from coppice.models.checkpoint import load_model
 
     model = load_model(root)
     batches = torch.as_tensor(load_windows(tokens).tokens).long()
@@ -102,8 +102,8 @@ def main() -> None:
     arguments = parser.parse_args()
     import torch
 
-    from coppice.calibrate import calibrate
-    from coppice.compress import compress
+    from coppice.calibration.stage import calibrate
+    from coppice.compression.stage import compress
 
     torch.set_num_threads(arguments.threads)
     with tempfile.TemporaryDirectory() as name:

@@ -113,7 +113,7 @@ def main() -> None:
     parser.add_argument("config", nargs="*", help="the study (default: the demo's)")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES, help="those to measure")
     arguments = parser.parse_args()
-    from coppice.study import load_study
+    from coppice.study.loading import load_study
 
     results = Path("results") / load_study(Path((arguments.config or [ROOT / "config" / "config.yaml"])[0])).study
     found = commands(arguments.config) | {"summary": {"summary": f"python -m coppice summary --results {results}"}}

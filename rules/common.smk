@@ -7,12 +7,15 @@ from os.path import relpath
 from shlex import join, quote
 from urllib.parse import urlencode, urlsplit
 
-from coppice import laws, needs, tree
+from coppice import laws
+from coppice.planning import resources as needs
+from coppice.study import tree
 from coppice.errors import UserError
 from coppice.files import fingerprint, read_json, sha256
-from coppice.methods.base import KINDS
-from coppice.root import dense_files, locate
-from coppice.study import FileText, HubModel, effective, load_study
+from coppice.methods.contracts import KINDS
+from coppice.models.sources import dense_files, locate
+from coppice.study.loading import effective, load_study
+from coppice.study.schema import FileText, HubModel
 
 # Patterns
 
@@ -250,7 +253,7 @@ def token_sets():
 
 def twin_checkpoint(wildcards):
     """The node that was made alike but with the study's seed."""
-    return checkpoint(tree.twin(wildcards.node))
+    return checkpoint(tree.reference_seed_node(wildcards.node))
 
 
 def evaluation_tokens(wildcards):

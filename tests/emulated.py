@@ -105,7 +105,8 @@ def _outer(each: Any, emulated: list[Emulated]) -> Any:
 
 
 def _failures(cases: dict[str, dict[str, Any]]) -> dict[str, str]:
-    from coppice.methods.base import Linear, LinearStatistics, Replacement, method
+    from coppice.methods.contracts import Linear, LinearStatistics, Replacement
+    from coppice.methods.registry import method
 
     def tensors(found: Any) -> list[Tensor]:
         if isinstance(found, Replacement):

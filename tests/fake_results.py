@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import ConfigDict
 
-from coppice.methods.base import MethodOptions
-from coppice.study import Calibration, Cost, FileText, Law, Quality, Recipe, ShippedModel, Step, Study, Tracking
+from coppice.methods.options import MethodOptions
+from coppice.study.schema import Calibration, Cost, FileText, Law, Quality, Recipe, ShippedModel, Step, Study, Tracking
 
 FAMILIES = {"wanda": "prune", "laco": "prune", "gptq": "quantize", "full": "recover"}
 OPTIONS = {

@@ -10,10 +10,10 @@ from tiny import VOCABULARY, tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from coppice.calibrate import calibrate
-from coppice.checkpoint import save_checkpoint
-from coppice.compress import compress
-from coppice.text import tokenize
+from coppice.calibration.stage import calibrate
+from coppice.compression.stage import compress
+from coppice.data.text import tokenize
+from coppice.models.checkpoint import save_checkpoint
 
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
 WORDS = [f"w{index}" for index in range(len(SPECIAL), VOCABULARY)]
@@ -59,7 +59,7 @@ def save_windows(
     folder: Path, root: Path, role: str = "calibration", length: int = 16, documents: int = 40, **options: Any
 ) -> Path:
     """All windows of `save_text` for a role, packed with the root's tokenizer."""
-    from coppice.text import save_windows as write
+    from coppice.data.text import save_windows as write
 
     write(tokenize(root, save_text(folder.with_suffix(".txt"), documents), role, 0, length, **options), folder)
     return folder

@@ -14,9 +14,9 @@ from typing import Any
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-import coppice.trainer  # noqa: F401 - for the processes that are forked
-from coppice import distributed
-from coppice.train import recover
+import coppice.recovery.trainer  # noqa: F401 - for the processes that are forked
+from coppice.recovery import distributed
+from coppice.recovery.stage import recover
 
 
 def run(jobs: list[dict[str, Any]]) -> None:

@@ -15,7 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 from fake_results import fake_study, write_results
 
-from coppice import report, tables
+from coppice import report
+from coppice.results import collection as tables
 from coppice.uncertainty import mcnemar, paired_bootstrap
 
 A, B = "small/laco-25/full-1m", "small/laco-25"

@@ -20,7 +20,7 @@ import pandas as pd
 import pytest
 
 from coppice.files import read_json
-from coppice.needs import memory_bytes
+from coppice.planning.resources import memory_bytes
 from tests.cluster.daemons import descendants, kill, wait_until
 from tests.cluster.study import ROOT, TIMES
 from tests.workflow import test_storage

@@ -17,9 +17,10 @@ from urllib.parse import urlsplit
 import pytest
 from fake_results import fake_study, write_results
 
-from coppice import tables, tracking
+from coppice import tracking
 from coppice.errors import UserError
-from coppice.study import Study
+from coppice.results import collection as tables
+from coppice.study.schema import Study
 from coppice.tracking import server as speaking
 from coppice.tracking.mirror import mirrored
 

@@ -15,10 +15,10 @@ import torch
 from nodes import make, save_root
 from tiny import logits, tiny_tokens
 
-from coppice.checkpoint import load_model
 from coppice.cli import RUNS_MODELS, STAGES, main
 from coppice.errors import UserError
-from coppice.methods.base import methods
+from coppice.methods.registry import methods
+from coppice.models.checkpoint import load_model
 
 HEAVY = {"torch", "transformers", "pandas", "numpy", "pydantic", "mlflow", "datasets"}
 

@@ -17,9 +17,8 @@ import pyarrow.parquet as pq
 import pytest
 from fake_results import fake_study, write_results
 
-from coppice import laws, tables
+from coppice import laws
 from coppice.cli import main
-from coppice.comparisons import Scores
 from coppice.decisions import recipe
 from coppice.decisions.budget import expected_loss, predictive_interval, tokens_to_buy
 from coppice.decisions.fitted import Fitted
@@ -37,6 +36,10 @@ from coppice.decisions.recipe import (
 )
 from coppice.errors import UserError
 from coppice.laws import p2
+from coppice.results import collection as tables
+from coppice.results.comparisons import Scores
+from coppice.results.reading import read_table
+from coppice.results.schemas import SCHEMAS
 
 PHI = NormalDist().cdf
 TRUTH = {"N_C": 0.3, "D_C": 0.9, "E": 0.55, "alpha": 0.45, "beta": 0.4, "gamma": -1.1, "delta": 0.25}
@@ -381,7 +384,7 @@ def test_missing_values_and_values_that_are_no_number_are_named() -> None:
         {"node": node, "evaluation": "e", "metric": "perplexity_t", "value": value, "stderr": stderr} | WITHOUT_ENDS
         for node, value, stderr in (("a", 2.0, 0.1), ("b", math.nan, 0.1), ("c", 3.0, None))
     ]
-    items = pa.table({name: [] for name in tables.SCHEMAS["items"].names}, schema=tables.SCHEMAS["items"])
+    items = pa.table({name: [] for name in SCHEMAS["items"].names}, schema=SCHEMAS["items"])
     found = recipe.compare(nodes, metrics, items, ("e", "perplexity_t"), True)
     assert found.unmeasured == ["b", "d"]
     assert [row["node"] for row in found.rows] == ["a", "c"]
@@ -474,11 +477,8 @@ def recommend(results: Path, capsys: pytest.CaptureFixture[str], *words: str) ->
 
 
 def test_scores_are_found_in_the_table_of_items(results: Path) -> None:
-    items = tables.read_table(results / "tables", "items")
-    rows = {
-        (row["node"], row["metric"]): row["value"]
-        for row in tables.read_table(results / "tables", "metrics").to_pylist()
-    }
+    items = read_table(results / "tables", "items")
+    rows = {(row["node"], row["metric"]): row["value"] for row in read_table(results / "tables", "metrics").to_pylist()}
     found = recipe.scores_of(items, "quality", "perplexity_stories")
     assert len(found) == 10
     for node, scores in found.items():
@@ -536,7 +536,7 @@ def test_a_study_without_a_law_of_recoveries(copied: Path, capsys: pytest.Captur
 
 def test_nothing_to_recommend_is_a_sentence(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (copied / "laws/p2/fit.json").unlink()
-    metrics = tables.read_table(copied / "tables", "metrics")
+    metrics = read_table(copied / "tables", "metrics")
     accuracies = metrics.filter(pc.equal(metrics["metric"], "biographies_acc"))
     pq.write_table(accuracies, copied / "tables/metrics.parquet")
     text = recommend(copied, capsys)

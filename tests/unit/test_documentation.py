@@ -10,7 +10,7 @@ from studies import small_study
 
 from coppice import documentation, laws
 from coppice.laws import LawOptions
-from coppice.methods.base import methods
+from coppice.methods.registry import methods
 
 
 def test_the_files_in_the_repository_are_up_to_date():

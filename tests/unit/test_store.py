@@ -8,17 +8,18 @@ from typing import Any
 
 import pytest
 
-from coppice import store, tables
+from coppice import storage
 from coppice.cli import main
 from coppice.errors import UserError
 from coppice.files import described, sha256, write_json
+from coppice.results.failures import without_output
 
 
 @pytest.fixture
 def shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder that is the store."""
     folder = tmp_path / "a shared folder"
-    monkeypatch.setenv(store.VARIABLE, str(folder))
+    monkeypatch.setenv(storage.VARIABLE, str(folder))
     return folder
 
 
@@ -28,7 +29,7 @@ def made(folder: Path, **files: str) -> Path:
     for name, text in files.items():
         (folder / name).write_text(text)
     entries = described(folder)
-    store.send(folder, entries)
+    storage.upload(folder, entries)
     write_json(folder / "manifest.json", {"files": entries})
     return folder
 
@@ -55,18 +56,18 @@ def test_content_is_stored_once_under_its_hash(
 def test_a_file_is_fetched_when_it_is_opened_and_not_before(tmp_path: Path, shared: Path) -> None:
     node = elsewhere(made(tmp_path / "made", weights="1 2 3", tokenizer="a b c"), tmp_path / "node")
     assert [path.name for path in node.iterdir()] == ["manifest.json"]
-    assert store.local(node / "tokenizer").read_text() == "a b c"
+    assert storage.ensure_local(node / "tokenizer").read_text() == "a b c"
     assert not (node / "weights").exists()
     # What stayed from a node that was made anew elsewhere gives way to what the manifest names.
     (node / "weights").write_text("3 2 1")
-    assert store.local(node / "weights").read_text() == "1 2 3"
+    assert storage.ensure_local(node / "weights").read_text() == "1 2 3"
 
 
 def test_an_interrupted_copy_is_sent_again(tmp_path: Path, shared: Path) -> None:
     node = made(tmp_path / "made", weights="1 2 3")
     stored = shared / "objects" / sha256(node / "weights")
     stored.write_text("1 2")
-    store.send(node, described(node))
+    storage.upload(node, described(node))
     assert stored.read_text() == "1 2 3"
 
 
@@ -75,18 +76,18 @@ def test_a_damaged_or_missing_copy_is_refused(tmp_path: Path, shared: Path) -> N
     [stored] = (shared / "objects").iterdir()
     stored.write_text("1 2 4")
     with pytest.raises(UserError, match=rf"holds a damaged copy of {node}/weights: objects/{stored.name}"):
-        store.local(node / "weights")
+        storage.ensure_local(node / "weights")
     stored.unlink()
     with pytest.raises(UserError, match=rf"{node}/weights is not here, and the store .* has no copy of it"):
-        store.local(node / "weights")
+        storage.ensure_local(node / "weights")
     assert not (node / "weights").exists()
 
 
 @pytest.mark.parametrize("address", ["ftp://somewhere/prefix", "s3://"])
 def test_an_address_that_is_none_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, address: str) -> None:
-    monkeypatch.setenv(store.VARIABLE, address)
+    monkeypatch.setenv(storage.VARIABLE, address)
     with pytest.raises(UserError, match=f"The store {address} is neither a folder nor"):
-        store.obtain(tmp_path / "weights", "0" * 64)
+        storage.fetch_verified(tmp_path / "weights", "0" * 64)
 
 
 @pytest.mark.parametrize(
@@ -100,23 +101,23 @@ def test_an_address_that_is_none_is_one_sentence(tmp_path: Path, monkeypatch: py
 def test_credentials_in_an_address_are_not_shown(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, address: str, shown: str
 ) -> None:
-    monkeypatch.setenv(store.VARIABLE, address)
+    monkeypatch.setenv(storage.VARIABLE, address)
     with pytest.raises(UserError) as raised:
-        store.obtain(tmp_path / "weights", "0" * 64)
+        storage.fetch_verified(tmp_path / "weights", "0" * 64)
     assert f"The store {shown} is" in str(raised.value)
     assert "secret" not in str(raised.value)
 
 
 def test_without_a_store_nothing_travels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(store.VARIABLE, raising=False)
+    monkeypatch.delenv(storage.VARIABLE, raising=False)
     node = elsewhere(made(tmp_path / "made", weights="1 2 3"), tmp_path / "node")
-    assert not store.local(node / "weights").exists()
-    assert not store.obtain(node / "weights", sha256(tmp_path / "made" / "weights"))
+    assert not storage.ensure_local(node / "weights").exists()
+    assert not storage.fetch_verified(node / "weights", sha256(tmp_path / "made" / "weights"))
 
 
 def test_a_manifest_without_a_list_names_nothing(tmp_path: Path, shared: Path) -> None:
     write_json(tmp_path / "metrics.json", {"metrics": []})
-    assert not store.local(tmp_path / "items.parquet", "metrics.json").exists()
+    assert not storage.ensure_local(tmp_path / "items.parquet", "metrics.json").exists()
 
 
 def test_fetch_brings_small_files_once(
@@ -128,7 +129,7 @@ def test_fetch_brings_small_files_once(
     assert main(["fetch", "--results", "results/demo"]) == 0
     here = tmp_path / "results/demo/models/bio"
     assert [path.name for path in here.iterdir()] == ["manifest.json"]
-    assert store.local(here / "weights").read_text() == "1 2 3"
+    assert storage.ensure_local(here / "weights").read_text() == "1 2 3"
     capsys.readouterr()
     assert main(["fetch", "--store", str(shared), "--results", "results/demo"]) == 0
     assert capsys.readouterr().out == "0 files fetched to results/demo.\n"
@@ -141,11 +142,11 @@ def test_fetch_goes_by_what_the_storage_holds_whatever_the_clock_here_says(
     stored.parent.mkdir(parents=True)
     stored.write_text("old")
     monkeypatch.chdir(tmp_path)
-    assert store.fetch_results(str(shared), Path("results/demo")) == 1
+    assert storage.fetch_results(str(shared), Path("results/demo")) == 1
     # It was made anew there, as large, and its clock is behind.
     stored.write_text("new")
     os.utime(stored, (1e9, 1e9))
-    assert store.fetch_results(str(shared), Path("results/demo")) == 1
+    assert storage.fetch_results(str(shared), Path("results/demo")) == 1
     assert Path("results/demo/tables/nodes.parquet").read_text() == "new"
 
 
@@ -161,20 +162,20 @@ def test_fetch_removes_what_it_brought_and_the_storage_no_longer_holds(
         file.write_text("of the first run")
     monkeypatch.chdir(tmp_path)
     results = Path("results/demo")
-    assert store.fetch_results(str(shared), results) == 4
-    assert not list(tables.without_output(results))
+    assert storage.fetch_results(str(shared), results) == 4
+    assert not list(without_output(results))
     capsys.readouterr()
     for file in (stored, table):
         file.unlink()
     log.write_text("error: It broke.\n")
-    assert store.fetch_results(str(shared), results) == 1
+    assert storage.fetch_results(str(shared), results) == 1
     assert capsys.readouterr().err == "Store: removed 1 files that it no longer holds.\n"
-    assert [(node, stage) for node, stage, _ in tables.without_output(results)] == [("bio/rtn", "compress")]
+    assert [(node, stage) for node, stage, _ in without_output(results)] == [("bio/rtn", "compress")]
     # What was computed from the nodes says so itself where it is outdated.
     assert (results / "tables/nodes.parquet").exists()
     # Made again, it comes again.
     stored.write_text("{}")
-    assert store.fetch_results(str(shared), results) == 1
+    assert storage.fetch_results(str(shared), results) == 1
     assert (results / "models/bio/rtn/manifest.json").read_text() == "{}"
 
 
@@ -196,11 +197,11 @@ def test_fetch_removes_nothing_that_was_made_or_changed_here(
     write_json(copied, {})
     write_json(shared / copied, {})
     os.utime(shared / copied, ns=(copied.stat().st_mtime_ns,) * 2)
-    assert store.fetch_results(str(shared), results) == 3
+    assert storage.fetch_results(str(shared), results) == 3
     write_json(results / "models/bio/a/manifest.json", {"made": "here"})
     for name in ("a", "b", "copied"):
         (shared / results / f"models/bio/{name}/manifest.json").unlink()
-    assert store.fetch_results(str(shared), results) == 0
+    assert storage.fetch_results(str(shared), results) == 0
     left = {"models/bio/manifest.json", "models/bio/a/manifest.json"}
     assert manifests(results) == left | {"models/bio/own/manifest.json", "models/bio/copied/manifest.json"}
 
@@ -212,11 +213,11 @@ def test_fetch_removes_nothing_because_of_another_or_an_emptied_storage(
     results = Path("results/demo")
     write_json(shared / results / "models/bio/manifest.json", {})
     write_json(tmp_path / "other" / results / "models/tiny/manifest.json", {})
-    assert store.fetch_results(str(shared), results) == 1
+    assert storage.fetch_results(str(shared), results) == 1
     (shared / results / "models/bio/manifest.json").unlink()
-    assert store.fetch_results(str(shared), results) == 0
+    assert storage.fetch_results(str(shared), results) == 0
     assert manifests(results) == {"models/bio/manifest.json"}
-    assert store.fetch_results(str(tmp_path / "other"), results) == 1
+    assert storage.fetch_results(str(tmp_path / "other"), results) == 1
     assert manifests(results) == {"models/bio/manifest.json", "models/tiny/manifest.json"}
 
 
@@ -225,9 +226,9 @@ def test_fetch_into_the_storage_itself_changes_nothing(tmp_path: Path, monkeypat
     results = Path("results/demo")
     for name in ("bio", "tiny"):
         write_json(results / "models" / name / "manifest.json", {})
-    assert store.fetch_results(".", results) == 0
+    assert storage.fetch_results(".", results) == 0
     (results / "models/tiny/manifest.json").unlink()
-    assert store.fetch_results(str(tmp_path), results) == 0
+    assert storage.fetch_results(str(tmp_path), results) == 0
     assert [path.as_posix() for path in results.rglob("*") if path.is_file()] == [
         "results/demo/models/bio/manifest.json"
     ]
@@ -246,10 +247,10 @@ def test_fetch_writes_nowhere_but_into_the_results(
     for method in Bucket.__abstractmethods__:
         setattr(Bucket, method, lambda self, *_: None)
     Bucket.__abstractmethods__ = frozenset()
-    monkeypatch.setattr(store, "_open", lambda address: (fs.PyFileSystem(Bucket()), "prefix"))
+    monkeypatch.setattr(storage, "_open", lambda address: (fs.PyFileSystem(Bucket()), "prefix"))
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"prefix/results/demo/\.\./\.\./taken, which is no path of results; remove it"):
-        store.fetch_results("s3://prefix", Path("results/demo"))
+        storage.fetch_results("s3://prefix", Path("results/demo"))
     assert not (tmp_path / "taken").exists()
 
 
@@ -257,16 +258,16 @@ def test_jobs_that_open_a_file_at_once_fetch_it_once(
     tmp_path: Path, shared: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     node = elsewhere(made(tmp_path / "made", weights="1 2 3"), tmp_path / "node")
-    copy, copies = store._copy, []
+    copy, copies = storage._copy, []
 
     def slowly(*arguments: Any) -> None:
         copies.append(arguments)
         sleep(0.2)
         copy(*arguments)
 
-    monkeypatch.setattr(store, "_copy", slowly)
+    monkeypatch.setattr(storage, "_copy", slowly)
     with ThreadPoolExecutor(4) as pool:
-        opened = list(pool.map(store.local, [node / "weights"] * 4))
+        opened = list(pool.map(storage.ensure_local, [node / "weights"] * 4))
     assert [path.read_text() for path in opened] == ["1 2 3"] * 4
     assert len(copies) == 1
 
@@ -274,7 +275,7 @@ def test_jobs_that_open_a_file_at_once_fetch_it_once(
 def test_fetch_says_what_is_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.delenv(store.VARIABLE, raising=False)
+    monkeypatch.delenv(storage.VARIABLE, raising=False)
     assert main(["fetch", "--results", "results/demo"]) == 1
     assert main(["fetch", "--store", str(tmp_path), "--results", str(tmp_path)]) == 1
     assert main(["fetch", "--store", str(tmp_path), "--results", "results/none"]) == 1

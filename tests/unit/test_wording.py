@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from coppice.wording import WIDTH, aligned, with_interval
+from coppice.formatting import WIDTH, format_table, with_interval
 
 
 @pytest.mark.parametrize(
@@ -22,8 +22,8 @@ def test_a_lopsided_interval_shows_its_ends(value: float, ends: tuple[float, flo
 
 def test_intervals_with_a_mark_are_whole_in_a_table_as_wide_as_a_terminal() -> None:
     cell = "0.987 [0.966, 0.995] ~"
-    [line] = aligned([["a" * 90, *[cell] * 4]])
+    [line] = format_table([["a" * 90, *[cell] * 4]])
     assert line.count(cell) == 4
     assert len(line) == WIDTH
-    [line] = aligned([["a" * 90, "1"]])
+    [line] = format_table([["a" * 90, "1"]])
     assert line == "a" * 39 + "...  1"

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from coppice.cli import main
 from coppice.files import read_json, write_json
-from coppice.study import effective, load_study, write_effective
-from coppice.tables import write_tables
+from coppice.results.collection import write_tables
+from coppice.study.loading import effective, load_study, write_effective
 from tests.nodes import gather, save_root, save_text, save_tokenizer, save_windows
 from tests.tiny import tiny_model
 

@@ -18,7 +18,7 @@ import yaml
 from snakemake.cli import main as snakemake_command
 from studies import small_study, tiny_folder
 
-from coppice.tables import SCHEMAS
+from coppice.results.schemas import SCHEMAS
 
 ROOT = Path(__file__).resolve().parents[2]
 processes = multiprocessing.get_context("fork")

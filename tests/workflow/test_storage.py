@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import yaml
 
-from coppice import store
+from coppice import storage
 from coppice.errors import UserError
 
 # Apart from the environment, where they would be imported by every job.
@@ -84,7 +84,7 @@ def run(
     """Snakemake on a machine, to its end; `stdout` holds all that it printed."""
     command = [sys.executable, "-m", "snakemake", *words, "--cores", "2", "--configfile", "study.yaml"]
     command += ["--default-storage-provider", provider, "--default-storage-prefix", prefix]
-    variables = {name: value for name, value in os.environ.items() if name != store.VARIABLE} | environment
+    variables = {name: value for name, value in os.environ.items() if name != storage.VARIABLE} | environment
     variables["PYTHONPATH"] = os.pathsep.join([variables["PYTHONPATH"], str(STORAGE)])
     return subprocess.run(
         command, cwd=machine, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
@@ -242,14 +242,14 @@ def test_a_study_in_a_bucket_goes_on_anywhere(
     damaged = f"team/objects/{weights['bio']}"
     bucket.client.put_object(Bucket="coppice", Key=damaged, Body=b"\0" * stored[weights["bio"]])
     server = bucket.address.removeprefix("http://")
-    monkeypatch.setenv(store.VARIABLE, f"{PREFIX}?scheme=http&endpoint_override={server}&region=us-east-1")
+    monkeypatch.setenv(storage.VARIABLE, f"{PREFIX}?scheme=http&endpoint_override={server}&region=us-east-1")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "somebody")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "something")
     with pytest.raises(UserError, match=r"s3://coppice/team holds a damaged copy of .*Remove that object"):
-        store.obtain(tmp_path / "model.safetensors", weights["bio"])
+        storage.fetch_verified(tmp_path / "model.safetensors", weights["bio"])
     assert not (tmp_path / "model.safetensors").exists()
     with pytest.raises(UserError, match=r"the store s3://coppice/team has no copy of it"):
-        store.obtain(tmp_path / "model.safetensors", "0" * 64)
+        storage.fetch_verified(tmp_path / "model.safetensors", "0" * 64)
 
 
 @pytest.mark.skipif(shutil.which("rsync") is None, reason="needs rsync, which the storage plugin fs runs")

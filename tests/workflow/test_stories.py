@@ -22,10 +22,10 @@ import pytest
 import yaml
 
 from coppice.cli import main
+from coppice.data.text import load_windows
 from coppice.evaluation.harness import write_task
 from coppice.evaluation.roofline import DEVICES
 from coppice.files import read_json
-from coppice.text import load_windows
 from coppice.uncertainty import paired_difference
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "config" / "examples" / "stories.yaml"
@@ -198,10 +198,10 @@ def paired(study: Finished, first: str, second: str) -> Any:
 
 
 def test_eora_lowers_the_error_of_every_layer(study: Finished) -> None:
-    from coppice.calibrate import block_statistics
-    from coppice.checkpoint import load_model
-    from coppice.layers import blocks, effective_weight, linears
+    from coppice.calibration.stage import block_statistics
     from coppice.methods.solvers.loss import relative_error
+    from coppice.models.checkpoint import load_model
+    from coppice.models.layers import blocks, effective_weight, replaceable_modules
 
     statistics = study.results / "statistics" / "stories" / "rtn-3" / "default" / "moments"
     manifest = read_json(statistics / "manifest.json")
@@ -209,10 +209,10 @@ def test_eora_lowers_the_error_of_every_layer(study: Finished) -> None:
     checked = 0
     for index, (dense, rounded, compensated) in enumerate(zip(*map(blocks, models), strict=True)):
         moments = block_statistics(statistics, index, manifest, "cpu")
-        for name, module in linears(dense).items():
+        for name, module in replaceable_modules(dense).items():
             wanted, moment = effective_weight(module), moments[name].second_moment
             before, after = (
-                relative_error(effective_weight(linears(block)[name]) - wanted, wanted, moment)
+                relative_error(effective_weight(replaceable_modules(block)[name]) - wanted, wanted, moment)
                 for block in (rounded, compensated)
             )
             assert after < before, f"{index}.{name}"
@@ -231,17 +231,17 @@ def test_recovery_lowers_the_held_out_loss(study: Finished, node: str) -> None:
 
 
 def test_pruned_weights_stay_zero_when_the_node_is_trained_and_quantized(study: Finished) -> None:
-    from coppice.checkpoint import load_model
-    from coppice.layers import blocks, effective_weight, linears
+    from coppice.models.checkpoint import load_model
+    from coppice.models.layers import blocks, effective_weight, replaceable_modules
 
     names = ("stories/wanda-50", "stories/wanda-50/full", "stories/wanda-50/full/gptq-3")
     models = [load_model(study.checkpoint(name)) for name in names]
     for pruned, *descendants in zip(*map(blocks, models), strict=True):
-        for name, module in linears(pruned).items():
+        for name, module in replaceable_modules(pruned).items():
             zeros = effective_weight(module) == 0
             assert zeros.float().mean() == pytest.approx(0.5, abs=0.01)
             for block in descendants:
-                weight = effective_weight(linears(block)[name])
+                weight = effective_weight(replaceable_modules(block)[name])
                 assert (weight[zeros] == 0).all()
                 assert (weight[~zeros] != 0).any()
 

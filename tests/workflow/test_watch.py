@@ -28,10 +28,10 @@ import yaml
 from coppice import tracking
 from coppice.cli import main
 from coppice.files import read_json
-from coppice.study import load_study
-from coppice.tables import read_table
+from coppice.results.reading import read_table
+from coppice.study.loading import load_study
+from coppice.study.tree import nodes
 from coppice.tracking.server import runs_of
-from coppice.tree import nodes
 from tests.demo import cut_demo
 from tests.servers import mlflow_server
 

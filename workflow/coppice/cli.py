@@ -8,29 +8,32 @@ import sys
 import traceback
 from importlib import import_module
 
-from coppice.distributed import launch, launched, own_device, report
 from coppice.errors import UserError
+from coppice.recovery.distributed import launch, launched, own_device, report
 
 STAGES = {
-    "study": ("coppice.study", "check a study and print its tree"),
-    "plan": ("coppice.plan.stage", "say what a study will take: time, memory, GPU hours, disk"),
-    "root": ("coppice.root", "bring a dense model into a study"),
-    "tokenize": ("coppice.text", "pack a text into windows of tokens"),
-    "calibrate": ("coppice.calibrate", "gather statistics of a node's activations or gradients"),
-    "compress": ("coppice.compress", "make a node by pruning, decomposing, quantizing or compensating its parent"),
-    "recover": ("coppice.train", "make a node by training its parent"),
+    "study": ("coppice.study.loading", "check a study and print its tree"),
+    "plan": ("coppice.planning.stage", "say what a study will take: time, memory, GPU hours, disk"),
+    "root": ("coppice.models.sources", "bring a dense model into a study"),
+    "tokenize": ("coppice.data.text", "pack a text into windows of tokens"),
+    "calibrate": ("coppice.calibration.stage", "gather statistics of a node's activations or gradients"),
+    "compress": (
+        "coppice.compression.stage",
+        "make a node by pruning, decomposing, quantizing or compensating its parent",
+    ),
+    "recover": ("coppice.recovery.stage", "make a node by training its parent"),
     "evaluate": ("coppice.evaluation.stage", "measure a node's quality or cost"),
-    "tables": ("coppice.tables", "gather a study's results in Parquet"),
+    "tables": ("coppice.results.collection", "gather a study's results in Parquet"),
     "fit": ("coppice.laws.stage", "fit a law to the tables"),
     "report": ("coppice.report", "write a study's page"),
     "track": ("coppice.tracking", "mirror a study to MLflow"),
-    "summary": ("coppice.summary", "print a study's results"),
-    "show": ("coppice.show", "tell one node's story"),
+    "summary": ("coppice.report.summary", "print a study's results"),
+    "show": ("coppice.report.show", "tell one node's story"),
     "recommend": ("coppice.decisions.stage", "say what a study's tables and laws advise, and how sure that is"),
-    "methods": ("coppice.catalogue", "list the registered methods"),
-    "fetch": ("coppice.store", "bring a study's manifests, tables and logs here from where they are stored"),
+    "methods": ("coppice.methods.catalogue", "list the registered methods"),
+    "fetch": ("coppice.storage", "bring a study's manifests, tables and logs here from where they are stored"),
     "export": ("coppice.export.stage", "write a node in a form that other programs read, and check its logits"),
-    "pretrain": ("coppice.pretrain", "train a small dense model on the built-in biographies"),
+    "pretrain": ("coppice.data.pretrain", "train a small dense model on the built-in biographies"),
 }
 RUNS_MODELS = ("calibrate", "compress", "recover", "evaluate")
 
@@ -112,7 +115,7 @@ def claim_devices(arguments: argparse.Namespace) -> None:
     Raises UserError where there are fewer than the step asks for.
     """
     if arguments.device == "auto" and not launched():
-        from coppice.devices import claim
+        from coppice.recovery.devices import claim
 
         claim(processes(arguments))
     elif arguments.device.startswith("cuda:") and processes(arguments) > 1:

@@ -12,7 +12,7 @@ class UserError(ValueError):
 
 
 @contextmanager
-def about(name: str) -> Iterator[None]:
+def error_context(name: str) -> Iterator[None]:
     """Puts the name of what a UserError is about, such as a linear, before its sentence."""
     try:
         yield
@@ -20,7 +20,7 @@ def about(name: str) -> Iterator[None]:
         raise UserError(f"{name}: {error}") from error
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+def did_you_mean(name: str, known: Iterable[str]) -> str:
     """' Did you mean ...?' with the nearest known name, or a list of all when none is near."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f" Did you mean {close[0]!r}?" if close else f" Known: {', '.join(sorted(known))}."

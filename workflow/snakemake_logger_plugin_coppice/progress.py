@@ -85,7 +85,7 @@ class Progress:
 
     def heading(self, now: float) -> str:
         """All in one sentence."""
-        from coppice.wording import duration
+        from coppice.formatting import duration
 
         failed = f", {len(self.failed)} failed" if self.failed else ""
         text = f"{self.done()} of {self.total()} jobs done{failed}, {duration(now - self.began)} so far"
@@ -101,7 +101,7 @@ class Progress:
 
     def lines(self, now: float, width: int) -> list[str]:
         """A heading, wrapped to a width, and a line a stage: how many are done, which run, for how long."""
-        from coppice.wording import duration, shortened
+        from coppice.formatting import duration, shortened
 
         wide = max(map(len, self.totals))
         digits = max(len(str(total)) for total in self.totals.values())
@@ -120,7 +120,7 @@ class Progress:
 
     def usual(self, stage: str) -> str:
         """What a job of a stage took on average."""
-        from coppice.wording import duration
+        from coppice.formatting import duration
 
         times = self.finished.get(stage)
         return f"{duration(fmean(seconds for seconds, _ in times))} each" if times else ""
@@ -141,7 +141,7 @@ def job_weight(command: str | None) -> float:
 
 def interrupted(logs: Sequence[str]) -> bool:
     """Whether a job ended by Ctrl-C, by the last line of its log."""
-    from coppice.tables import last_words
+    from coppice.results.failures import last_words
 
     return any(Path(log).is_file() and last_words(Path(log)).startswith("Interrupted;") for log in logs)
 
@@ -149,7 +149,7 @@ def interrupted(logs: Sequence[str]) -> bool:
 def failure_sentence(rule: str, name: str, logs: Sequence[str]) -> str:
     """Why a job failed, by the last line of its log, and where the log is."""
     # Imported where something failed: it takes as long as Snakemake itself.
-    from coppice.tables import last_words
+    from coppice.results.failures import last_words
 
     logs = [log for log in logs if Path(log).is_file()]
     if not logs:

@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from coppice import biographies, text
-from coppice.checkpoint import save_checkpoint
+from coppice.data import biographies, text
+from coppice.models.checkpoint import save_checkpoint
 
 WORLD = {"builtin": "biographies", "people": 30}
 

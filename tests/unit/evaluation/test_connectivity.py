@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import nn
 
-from coppice import text
-from coppice.checkpoint import read_manifest
+from coppice.data import text
 from coppice.errors import UserError
 from coppice.evaluation import connectivity, perplexity, stage
-from coppice.layers import Quantized, blocks
-from coppice.tables import measured_rows
+from coppice.models.checkpoint import read_manifest
+from coppice.models.layers import Quantized, blocks
+from coppice.results.collection import measured_rows
 
 from .conftest import WORLD, make_model, save
 

@@ -3,11 +3,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from coppice import layers
 from coppice.errors import UserError
 from coppice.evaluation import cost
-from coppice.kv_cache import install_cache
 from coppice.methods.quantize import gear
+from coppice.models import layers
+from coppice.models.kv_cache import install_cache
 
 from .conftest import make_model
 

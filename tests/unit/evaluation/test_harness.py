@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from coppice import biographies, text
+from coppice.data import biographies, text
 from coppice.errors import UserError
 from coppice.evaluation import harness, knowledge
 from coppice.uncertainty import bootstrap_means, percentile_interval, proportion_interval

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from coppice import text
+from coppice.data import text
 from coppice.errors import UserError
 from coppice.evaluation import intrinsic, stage
 from coppice.evaluation.intrinsic import matrix_entropy, matrix_nuclear_norm, normalised

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from coppice import biographies, text
-from coppice.checkpoint import read_manifest
+from coppice.data import biographies, text
 from coppice.evaluation import knowledge
+from coppice.models.checkpoint import read_manifest
 from coppice.uncertainty import bootstrap_means, percentile_interval
 
 from .conftest import WORLD

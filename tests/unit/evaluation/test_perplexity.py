@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from coppice import text, uncertainty
+from coppice import uncertainty
+from coppice.data import text
 from coppice.errors import UserError
 from coppice.evaluation import perplexity
 

@@ -212,7 +212,7 @@ def test_a_sparse_kernel_is_an_assumption():
 def test_bytes_are_those_of_the_modules():
     import torch
 
-    from coppice import layers
+    from coppice.models import layers
 
     made = {
         "Quantized": layers.Quantized(64, 96, 3, 32, symmetric=False, dtype=torch.bfloat16),
@@ -232,7 +232,7 @@ def test_bytes_are_those_of_the_modules():
 
 
 def test_a_compressed_cache_weighs_what_it_holds():
-    from coppice import kv_cache
+    from coppice.models import kv_cache
 
     for settings in (
         kv_cache.CacheSettings(bits=2, group_size=32, window=16),

@@ -10,10 +10,10 @@ import pyarrow.parquet
 import pytest
 import torch
 
-from coppice import checkpoint as checkpoints
-from coppice import text
+from coppice.data import text
 from coppice.errors import UserError
 from coppice.evaluation import stage
+from coppice.models import checkpoint as checkpoints
 
 from .conftest import WORLD, make_model, save
 

@@ -8,7 +8,7 @@ import torch
 from pydantic import ValidationError
 
 from coppice.errors import UserError
-from coppice.methods.base import Linear, LinearStatistics, Unchanged
+from coppice.methods.contracts import Linear, LinearStatistics, Unchanged
 from coppice.methods.decompose import svd, svd_llm
 from coppice.methods.decompose.asvd import Candidate, Options, compress, plan, search
 from coppice.methods.solvers.ranks import RankBudget

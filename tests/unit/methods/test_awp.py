@@ -7,7 +7,7 @@ import torch
 from pydantic import ValidationError
 
 from coppice.errors import UserError
-from coppice.methods.base import Linear, Unchanged
+from coppice.methods.contracts import Linear, Unchanged
 from coppice.methods.prune import magnitude, wanda
 from coppice.methods.prune.awp import Options, compress, marks
 from coppice.methods.quantize import rtn

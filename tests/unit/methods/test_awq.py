@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from coppice.errors import UserError
-from coppice.methods.base import Linear, LinearStatistics
+from coppice.methods.contracts import Linear, LinearStatistics
 from coppice.methods.quantize import rtn
 from coppice.methods.quantize.awq import Options, _candidate, compress, scales
 from coppice.methods.solvers.grid import dequantize

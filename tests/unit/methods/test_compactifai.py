@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from coppice.errors import UserError
-from coppice.methods.base import Cores, Linear, Unchanged
+from coppice.methods.contracts import Cores, Linear, Unchanged
 from coppice.methods.decompose.compactifai import Options, compress, least_increase, plan
 from coppice.methods.solvers.tensor_train import contract, split
 

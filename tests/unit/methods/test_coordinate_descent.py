@@ -8,7 +8,7 @@ import torch
 from pydantic import ValidationError
 
 from coppice.errors import UserError
-from coppice.methods.base import Linear
+from coppice.methods.contracts import Linear
 from coppice.methods.quantize import gptq, rtn
 from coppice.methods.quantize.coordinate_descent import Options, compress
 from coppice.methods.solvers.grid import dequantize

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from coppice.errors import UserError
-from coppice.methods.base import Linear, Skeleton, Unchanged
+from coppice.methods.contracts import Linear, Skeleton, Unchanged
 from coppice.methods.decompose.curing import (
     Options,
     affordable_rank,

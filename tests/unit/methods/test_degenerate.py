@@ -18,20 +18,13 @@ from rows import ROWS
 from tiny import tiny_model
 from torch import Tensor, nn
 
-from coppice import compress as driver
-from coppice import folding, layers
-from coppice.allocate import allocate
+from coppice.compression import layer_pass
+from coppice.compression.allocation import allocate
 from coppice.errors import UserError
-from coppice.methods.base import (
-    Linear,
-    LinearStatistics,
-    Method,
-    MethodOptions,
-    Replacement,
-    Unchanged,
-    method,
-    methods,
-)
+from coppice.methods.contracts import Linear, LinearStatistics, Replacement, Unchanged
+from coppice.methods.options import MethodOptions
+from coppice.methods.registry import Method, method, methods
+from coppice.models import folding, layers
 
 NAME = "model.layers.0.mlp.gate_proj"
 LAYER_ROWS = {name: rows for name, rows in ROWS.items() if method(name).contract == "layer"}
@@ -225,9 +218,9 @@ def outcome_of(name: str, given: dict[str, Any], situation: Situation, dtype: to
     block.linear = nn.Linear(weight.shape[1], len(weight), bias=False, dtype=dtype)
     block.linear.weight = nn.Parameter(linear.weight.clone())
     with torch.no_grad():
-        driver.replace(block, "linear", block.linear, replacement, dtype)
+        replace(block, "linear", block.linear, replacement, dtype)
         new = layers.effective_weight(block.linear)
-        return Outcome(linear, replacement, new, driver.errors(new, linear, statistics))
+        return Outcome(linear, replacement, new, layer_pass.errors(new, linear, statistics))
 
 
 def expected_refusal(label: str, situation: Situation) -> str:
@@ -499,31 +492,32 @@ def check_allocation(options: MethodOptions, situation: Situation, dtype: torch.
 
 
 @pytest.fixture
-def walk() -> Callable[..., driver.Walk]:
+def walk() -> Callable[..., layer_pass.Walk]:
     """Of one block, with moments as `damage` leaves them."""
 
-    def make(name: str, given: dict[str, Any]) -> driver.Walk:
+    def make(name: str, given: dict[str, Any]) -> layer_pass.Walk:
         used = method(name)
         model = tiny_model(num_hidden_layers=1)
-        return driver.Walk(
-            model, None, used, used.validated(given), driver.Inputs(frozenset(), {}, None), torch.float32, 0, "cpu"
+        return layer_pass.Walk(
+            model, None, used, used.validated(given), layer_pass.Inputs(frozenset(), {}, None), torch.float32, 0, "cpu"
         )
 
     return make
 
 
 @pytest.mark.parametrize("given", [("awq", {"bits": 4, "group_size": -1}), ("flattenquant", {})])
-def test_scales_of_damaged_statistics_name_the_layer(walk: Callable[..., driver.Walk], given: Any) -> None:
+def test_scales_of_damaged_statistics_name_the_layer(walk: Callable[..., layer_pass.Walk], given: Any) -> None:
     walked = walk(*given)
     block = layers.blocks(walked.model)[0]
     nan = everywhere(math.nan)
     statistics = {
-        name: nan(statistics_of(torch.ones(2, linear.in_features))) for name, linear in layers.linears(block).items()
+        name: nan(statistics_of(torch.ones(2, linear.in_features)))
+        for name, linear in layers.replaceable_modules(block).items()
     }
     with pytest.raises(UserError, match=r"^model\.layers\.0\.self_attn\.q_proj: The statistics .* not finite"):
-        driver.fold_scales(walked, 0, block, statistics)
+        layer_pass.fold_scales(walked, 0, block, statistics)
 
 
-def test_an_unknown_linear_is_refused_with_the_nearest(walk: Callable[..., driver.Walk]) -> None:
+def test_an_unknown_linear_is_refused_with_the_nearest(walk: Callable[..., layer_pass.Walk]) -> None:
     with pytest.raises(UserError, match=r"no linear of this model is named 'q_projj'. Did you mean 'q_proj'\?"):
-        driver.compress_layers(walk("magnitude", {"sparsity": 0.5, "linears": ["q_projj"]}))
+        layer_pass.compress_layers(walk("magnitude", {"sparsity": 0.5, "linears": ["q_projj"]}))

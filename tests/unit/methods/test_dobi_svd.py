@@ -8,7 +8,7 @@ import torch
 from pydantic import ValidationError
 
 from coppice.errors import UserError
-from coppice.methods.base import Linear, Unchanged
+from coppice.methods.contracts import Linear, Unchanged
 from coppice.methods.decompose import svd_llm
 from coppice.methods.decompose.dobi_svd import Course, Options, compress, learn, marks, objective, plan, soft_truncation
 from coppice.methods.solvers.codebook import dequantize, dynamic_table

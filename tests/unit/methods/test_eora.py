@@ -4,9 +4,9 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from coppice.allocate import allocate
-from coppice.methods.base import Linear
+from coppice.compression.allocation import allocate
 from coppice.methods.compensate.eora import Options, compress
+from coppice.methods.contracts import Linear
 from coppice.methods.decompose import svd
 from coppice.methods.prune import magnitude
 from coppice.methods.quantize import rtn

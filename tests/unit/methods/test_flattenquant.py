@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from coppice.errors import UserError
-from coppice.methods.base import Linear, LinearStatistics
+from coppice.methods.contracts import Linear, LinearStatistics
 from coppice.methods.quantize.flattenquant import Options, compress, flatten, layout, scales, split
 from coppice.methods.solvers.loss import relative_error
 

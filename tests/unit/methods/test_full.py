@@ -3,9 +3,9 @@ from __future__ import annotations
 import torch
 from tiny import tiny_model, tiny_tokens
 
-from coppice.layers import LowRank, blocks
-from coppice.methods.base import method
 from coppice.methods.recover import full
+from coppice.methods.registry import method
+from coppice.models.layers import LowRank, blocks
 
 OPTIONS = full.Options(text="a", validation="b", tokens=1)
 

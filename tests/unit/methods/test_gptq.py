@@ -7,7 +7,7 @@ import torch
 from pydantic import ValidationError
 
 from coppice.errors import UserError
-from coppice.methods.base import Linear
+from coppice.methods.contracts import Linear
 from coppice.methods.quantize import rtn
 from coppice.methods.quantize.gptq import Options, compress
 from coppice.methods.solvers.grid import dequantize

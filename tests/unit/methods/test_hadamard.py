@@ -4,8 +4,8 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from coppice.methods.base import method
 from coppice.methods.quantize.rotate import Options, rotation
+from coppice.methods.registry import method
 from coppice.methods.solvers.hadamard import hadamard_like
 
 

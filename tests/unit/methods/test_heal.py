@@ -9,14 +9,15 @@ from nodes import save_root, save_windows
 from tiny import tiny_model, tiny_tokens
 from torch import nn
 
-from coppice import train, trainer
-from coppice.checkpoint import load_model, read_manifest, save_checkpoint
+from coppice.data.text import load_windows
 from coppice.errors import UserError
-from coppice.layers import Compensated, LowRank, Quantized, Skeleton, TensorTrain, blocks
-from coppice.methods.base import method
 from coppice.methods.decompose.curing import paper_link, select
 from coppice.methods.recover import heal
-from coppice.text import load_windows
+from coppice.methods.registry import method
+from coppice.models.checkpoint import load_model, read_manifest, save_checkpoint
+from coppice.models.layers import Compensated, LowRank, Quantized, Skeleton, TensorTrain, blocks
+from coppice.recovery import stage as train
+from coppice.recovery import trainer
 
 RECOVER = {"text": "a", "validation": "b", "tokens": 200, "length": 16, "batch_size": 4, "learning_rate": 1e-2}
 OPTIONS = heal.Options(**RECOVER)
@@ -205,7 +206,7 @@ def test_stage_heals_the_links_alone(place, healed):
 
 def test_first_step_reports_the_loss_of_a_target(place, healed):
     windows = load_windows(place / "tokens")
-    order = trainer.course((windows.documents >= 0).sum(axis=1), 4, 200, 0).order
+    order = trainer.batch_schedule((windows.documents >= 0).sum(axis=1), 4, 200, 0).order
     batch = trainer.collate([trainer.WindowData(windows, order.flatten())[position] for position in range(4)])
     tokens, labels = batch["input_ids"], batch["labels"]
     total = heal.loss(load_model(place / "cur"), tokens, labels, load_model(place / "dense"), OPTIONS).item()

@@ -7,7 +7,7 @@ import torch
 from pydantic import ValidationError
 
 from coppice.errors import UserError
-from coppice.methods.base import Linear
+from coppice.methods.contracts import Linear
 from coppice.methods.quantize.k_bit import Options, Proxy, compress, plan, writers
 from coppice.methods.solvers.codebook import dequantize
 

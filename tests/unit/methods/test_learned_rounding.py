@@ -7,7 +7,7 @@ import torch
 from pydantic import ValidationError
 
 from coppice.errors import UserError
-from coppice.methods.base import Codebook, Linear, Quantized
+from coppice.methods.contracts import Codebook, Linear, Quantized
 from coppice.methods.quantize import rtn
 from coppice.methods.quantize.learned_rounding import Options, best_format, compress, gradient, pressure, soft_rounding
 from coppice.methods.solvers import codebook, grid

@@ -5,11 +5,12 @@ import torch
 from pydantic import ValidationError
 from tiny import ARCHITECTURES, logits, tiny_model, tiny_tokens
 
+from coppice.calibration.gradients import IMPORTANCES, unit_scores
 from coppice.errors import UserError
-from coppice.gradients import IMPORTANCES, unit_scores
-from coppice.methods.base import Structure, method
+from coppice.methods.contracts import Structure
 from coppice.methods.prune.llm_pruner import Options, choose
-from coppice.surgery import achieved, remove, structure
+from coppice.methods.registry import method
+from coppice.models.surgery import achieved, remove, structure
 
 TOKENS = tiny_tokens()
 MASK = torch.ones_like(TOKENS, dtype=torch.bool)

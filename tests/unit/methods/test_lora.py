@@ -4,9 +4,9 @@ import pytest
 import torch
 from tiny import logits, tiny_model, tiny_tokens
 
-from coppice.layers import Compensated, LowRank, Quantized, blocks, leaves, plan
-from coppice.methods.base import method
 from coppice.methods.recover import lora
+from coppice.methods.registry import method
+from coppice.models.layers import Compensated, LowRank, Quantized, blocks, describe_replacements, weight_matrices
 
 OPTIONS = lora.Options(text="a", validation="b", tokens=1, rank=3, alpha=12)
 TOKENS = tiny_tokens(4, 12)
@@ -73,7 +73,7 @@ def test_merged_model_computes_what_the_adapted_one_did_in_its_old_shape():
     model = lora.finish(model)
     torch.testing.assert_close(logits(model, TOKENS), adapted, rtol=1e-5, atol=1e-5)
     assert set(model.state_dict()) == names
-    assert plan(model) == {}
+    assert describe_replacements(model) == {}
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
@@ -140,7 +140,7 @@ def test_quantized_factors_keep_their_grid():
     lora.finish(model)
     assert isinstance(factors.first, Compensated)
     assert isinstance(factors.first.base, Quantized)
-    assert len(leaves(factors)) == 4
+    assert len(weight_matrices(factors)) == 4
 
 
 def test_new_weights_follow_torchs_seed():

@@ -6,7 +6,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from coppice.methods.base import Linear, Unchanged
+from coppice.methods.contracts import Linear, Unchanged
 from coppice.methods.prune.magnitude import Options, compress
 
 

@@ -8,7 +8,7 @@ import torch
 from pydantic import ValidationError
 
 from coppice.errors import UserError
-from coppice.methods.base import Linear, Unchanged
+from coppice.methods.contracts import Linear, Unchanged
 from coppice.methods.prune.net_trim import Options, compress, kkt_residual
 from coppice.methods.solvers.loss import relative_error
 

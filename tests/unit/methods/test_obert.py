@@ -8,7 +8,7 @@ import torch
 from pydantic import ValidationError
 
 from coppice.errors import UserError
-from coppice.methods.base import Linear, Masked, Unchanged
+from coppice.methods.contracts import Linear, Masked, Unchanged
 from coppice.methods.prune.obert import Options, compress, fisher, invert, plan, saliency
 
 SHAPES = {"model.layers.0.a": (6, 8), "model.layers.1.b": (5, 12)}

@@ -7,7 +7,7 @@ import torch
 from pydantic import ValidationError
 
 from coppice.errors import UserError
-from coppice.methods.base import Linear, LinearStatistics, Masked, Quantized, Unchanged
+from coppice.methods.contracts import Linear, LinearStatistics, Masked, Quantized, Unchanged
 from coppice.methods.prune import wanda
 from coppice.methods.prune.obr import Options, compress, marks, restore
 from coppice.methods.solvers.grid import Grid, decode, dequantize, fit_groups

@@ -9,9 +9,10 @@ import torch
 from pydantic import ValidationError
 
 from coppice.errors import UserError
-from coppice.methods.base import Linear, LinearStatistics, method
+from coppice.methods.contracts import Linear, LinearStatistics
 from coppice.methods.quantize import gptq, qpruner, rtn
 from coppice.methods.quantize.qpruner import Options, by_information, compress, mutual_information, plan, repaired
+from coppice.methods.registry import method
 from coppice.methods.solvers import demand
 from coppice.methods.solvers.grid import GridOptions, dequantize
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from coppice.errors import UserError
-from coppice.methods.base import Linear
+from coppice.methods.contracts import Linear
 from coppice.methods.prune import magnitude, sparsegpt, wanda
 from coppice.methods.solvers import refit as solver
 from coppice.methods.solvers.damping import damp

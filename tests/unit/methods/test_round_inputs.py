@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
-from coppice.methods.base import RoundedInputs
+from coppice.methods.contracts import RoundedInputs
 from coppice.methods.quantize.round_inputs import Options, compress
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from coppice.errors import UserError
-from coppice.methods.base import Linear
+from coppice.methods.contracts import Linear
 from coppice.methods.quantize.rtn import Options, compress
 from coppice.methods.solvers.grid import Grid, dequantize
 

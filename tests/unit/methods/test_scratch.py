@@ -4,9 +4,9 @@ import pytest
 import torch
 from tiny import ARCHITECTURES, tiny_model, tiny_tokens
 
-from coppice.layers import blocks
-from coppice.methods.base import method
 from coppice.methods.recover import scratch
+from coppice.methods.registry import method
+from coppice.models.layers import blocks
 
 FIELDS = {"text": "a", "validation": "b", "tokens": 1000}
 OPTIONS = scratch.Options(**FIELDS)

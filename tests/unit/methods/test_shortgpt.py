@@ -8,9 +8,10 @@ from pydantic import ValidationError
 from tiny import ARCHITECTURES, logits, tiny_model, tiny_tokens
 
 from coppice.errors import UserError
-from coppice.methods.base import Structure, method
+from coppice.methods.contracts import Structure
 from coppice.methods.prune.shortgpt import Options, choose
-from coppice.surgery import remove
+from coppice.methods.registry import method
+from coppice.models.surgery import remove
 
 STRUCTURE = Structure(blocks=5, kv_groups=2, neurons=8)
 SIMILARITY = {"similarity": torch.tensor([0.2, 0.9, 0.5, 0.95, -0.4])}

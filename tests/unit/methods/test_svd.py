@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from coppice.methods.base import Unchanged
+from coppice.methods.contracts import Unchanged
 from coppice.methods.decompose.svd import Options, compress
 
 

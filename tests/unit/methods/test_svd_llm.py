@@ -7,7 +7,7 @@ import torch
 from pydantic import ValidationError
 
 from coppice.errors import UserError
-from coppice.methods.base import LinearStatistics, Unchanged
+from coppice.methods.contracts import LinearStatistics, Unchanged
 from coppice.methods.decompose import asvd, fwsvd, svd
 from coppice.methods.decompose.svd_llm import Options, compress
 from coppice.methods.solvers.loss import relative_error

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from coppice.errors import UserError
-from coppice.methods.base import Linear, Unchanged
+from coppice.methods.contracts import Linear, Unchanged
 from coppice.methods.prune import magnitude
 from coppice.methods.prune.wanda import Options, compress
 

@@ -9,10 +9,10 @@ import numpy as np
 
 from coppice.decisions import Answer
 from coppice.decisions.fitted import Fitted, held_out, points_of, refused, rests_on
+from coppice.formatting import human_count, number
 from coppice.laws.fit import Fit, select
-from coppice.tables import Row
+from coppice.results.schemas import Row
 from coppice.uncertainty import percentile_interval
-from coppice.wording import counted, number
 
 _NORMAL = np.array([NormalDist().inv_cdf((place + 0.5) / 101) for place in range(101)])
 
@@ -42,7 +42,7 @@ def expected_loss(fitted: Fitted, nodes: Sequence[Row], node: str, tokens: float
 
     Raises UserError where no recovery of the node is among the law's points.
     """
-    title = f"Loss of {node} after {counted(tokens)} recovery tokens"
+    title = f"Loss of {node} after {human_count(tokens)} recovery tokens"
     rows = points_of(fitted, nodes, node)
     if answer := refused(fitted, title):
         return answer
@@ -55,10 +55,11 @@ def expected_loss(fitted: Fitted, nodes: Sequence[Row], node: str, tokens: float
     measured = fitted.points["tokens"][rows] * scale
     outside = not measured.min() <= tokens <= measured.max()
     between = "" if low is None else f", 95% interval of a new measurement [{number(low, 4)}, {number(high, 4)}]"
-    sentences = [f"{node} after {counted(tokens)} tokens: loss {number(value[0], 4)} {unit}{between}."]
+    sentences = [f"{node} after {human_count(tokens)} tokens: loss {number(value[0], 4)} {unit}{between}."]
     if outside:
         sentences.append(
-            f"This is an extrapolation: {counted(measured.min())} to {counted(measured.max())} tokens were measured."
+            f"This is an extrapolation: {human_count(measured.min())} to {human_count(measured.max())} tokens were "
+            "measured."
         )
     if low is None:
         sentences.append("There is no interval, since the fit has no resamples of its runs.")

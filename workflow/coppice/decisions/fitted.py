@@ -13,11 +13,11 @@ import pyarrow.parquet as pq
 
 from coppice import laws
 from coppice.decisions import Answer
-from coppice.errors import UserError, nearest
+from coppice.errors import UserError, did_you_mean
 from coppice.files import read_json
+from coppice.formatting import held_out_sentence, join_words, target_of
 from coppice.laws.fit import Parameters, Points
-from coppice.tables import Row
-from coppice.wording import held_out_sentence, listed, target_of
+from coppice.results.schemas import Row
 
 _OF_RECOVERIES = {"run", "model", "dense_parameters", "rho", "tokens", "dense_loss"}
 
@@ -114,14 +114,14 @@ def law_of_recoveries(results: Path, name: str | None) -> Fitted:
     """The fitted law of recoveries, by its name where there are several. Raises UserError where there is none."""
     reports = read_reports(results)
     if name is not None and name not in reports:
-        raise UserError(f"--law {name}: no law of that name was fitted.{nearest(name, reports)}")
+        raise UserError(f"--law {name}: no law of that name was fitted.{did_you_mean(name, reports)}")
     chosen = [key for key, report in reports.items() if name in (None, key) and of_recoveries(report)]
     if not chosen and name is not None:
         raise UserError(f"--law {name}: it is no law of recoveries (such as p2), which this question needs.")
     if not chosen:
         raise UserError(f"No law of recoveries was fitted in {results}/laws; add p2 to the study's `laws`, and run it.")
     if len(chosen) > 1:
-        raise UserError(f"Several laws of recoveries were fitted ({listed(chosen)}); choose one by --law.")
+        raise UserError(f"Several laws of recoveries were fitted ({join_words(chosen)}); choose one by --law.")
     return read_fit(results, chosen[0], reports[chosen[0]])
 
 
@@ -152,6 +152,6 @@ def points_of(fitted: Fitted, nodes: Sequence[Row], node: str) -> np.ndarray:
         return rows[np.argsort(fitted.points["tokens"][rows], kind="stable")]
     known = {row["node"] for row in nodes} | set(runs)
     if node not in known:
-        raise UserError(f"There is no node {node!r}.{nearest(node, known)}")
+        raise UserError(f"There is no node {node!r}.{did_you_mean(node, known)}")
     belong = f"they belong to: {', '.join(sorted(set(started)))}" if len(started) else "it has none"
     raise UserError(f"No recovery of {node!r} is among the points of law {fitted.name}; {belong}.")

@@ -14,9 +14,9 @@ import numpy as np
 
 from coppice.decisions import Answer
 from coppice.decisions.fitted import Fitted, held_out, points_of, refused, rests_on, starting_points
+from coppice.formatting import human_count, number
 from coppice.laws.fit import Points, levels, select
-from coppice.tables import Row
-from coppice.wording import counted, number
+from coppice.results.schemas import Row
 
 DOUBLINGS = (2, 4)  # times the largest tokens measured, as next runs
 
@@ -73,12 +73,12 @@ def next_runs(
     at = float(target["tokens"][0] * scale)
     unit = 1000.0 ** math.floor(math.log(max(run["tokens"] for run in found), 1000) + 1e-9)
     sentences = [
-        f"The predicted loss of {of_node} after {counted(at)} tokens has a standard deviation of "
+        f"The predicted loss of {of_node} after {human_count(at)} tokens has a standard deviation of "
         f"{number(before**0.5)} {fitted.law.units['loss']} from the fit. The runs that would shrink it most:",
         *(
             f"{place}. {run['run']}: the variance falls by {run['part']:.0%}, the standard deviation to "
-            f"{number(run['deviation_after'])}, which is {100 * run['part_per_token'] * unit:.2g}% per {counted(unit)} "
-            "tokens."
+            f"{number(run['deviation_after'])}, which is {100 * run['part_per_token'] * unit:.2g}% per "
+            f"{human_count(unit)} tokens."
             for place, run in enumerate(found, 1)
         ),
         held_out(fitted.name, fitted.report),
@@ -134,7 +134,7 @@ def _candidates(fitted: Fitted, nodes: Sequence[Row]) -> tuple[Points, list[dict
     rows, ratios, tokens, kinds, deeds = zip(*found, strict=True)
     runs = [
         {
-            "run": f"{deed} {counted(cost)} tokens",
+            "run": f"{deed} {human_count(cost)} tokens",
             "kind": kind,
             "model": str(points["model"][row]),
             "rho": float(ratio),

@@ -11,12 +11,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from coppice.comparisons import Scores, node_scores
 from coppice.decisions import Answer
-from coppice.errors import UserError, nearest
-from coppice.tables import Row, front
+from coppice.errors import UserError, did_you_mean
+from coppice.formatting import human_count, join_first, join_words, number, with_interval
+from coppice.results.comparisons import Scores, node_scores
+from coppice.results.reading import pareto_front
+from coppice.results.schemas import Row
 from coppice.uncertainty import interval, resampled_sums
-from coppice.wording import counted, listed, number, sampled, with_interval
 
 DRAWS = 4000
 MEASURED = ("value", "stderr", "low", "high")
@@ -33,10 +34,10 @@ def chosen_metric(metrics: Sequence[Row], metric: str | None, evaluation: str | 
     pairs = {(row["evaluation"], row["metric"]) for row in metrics}
     names = {name for _, name in pairs}
     if metric is not None and metric not in names:
-        raise UserError(f"--metric {metric}: the tables hold no such metric.{nearest(metric, names)}")
+        raise UserError(f"--metric {metric}: the tables hold no such metric.{did_you_mean(metric, names)}")
     if evaluation is not None and evaluation not in {found for found, _ in pairs}:
         known = {found for found, _ in pairs}
-        raise UserError(f"--evaluation {evaluation}: it measured no metric.{nearest(evaluation, known)}")
+        raise UserError(f"--evaluation {evaluation}: it measured no metric.{did_you_mean(evaluation, known)}")
     fitting = sorted(
         pair
         for pair in pairs
@@ -47,7 +48,7 @@ def chosen_metric(metrics: Sequence[Row], metric: str | None, evaluation: str | 
         return fitting[0]
     if metric is not None and fitting:
         raise UserError(
-            f"--metric {metric}: several evaluations measured it ({listed([pair[0] for pair in fitting])}); choose "
+            f"--metric {metric}: several evaluations measured it ({join_words([pair[0] for pair in fitting])}); choose "
             "one by --evaluation."
         )
     if metric is not None:
@@ -82,9 +83,9 @@ class Compared:
         exact = [row["node"] for row in self.rows if not _known(row["stderr"])]
         notes = ["Probabilities are over the items measured, not over the seeds of training."]
         if self.unmeasured:
-            notes.append(f"Not compared, since they have no finite {self.metric}: {sampled(self.unmeasured)}.")
+            notes.append(f"Not compared, since they have no finite {self.metric}: {join_first(self.unmeasured)}.")
         if exact:
-            notes.append(f"Taken as exact, since their {self.metric} has no standard error: {sampled(exact)}.")
+            notes.append(f"Taken as exact, since their {self.metric} has no standard error: {join_first(exact)}.")
         return notes
 
 
@@ -204,7 +205,7 @@ def limits(
         if where.endswith(_ROOFLINE):
             notes.append(f"The latencies on {where} are predictions, not measurements.")
         elif simulated:
-            notes.append(f"Their latency is that of a simulation: {listed(simulated)}.")
+            notes.append(f"Their latency is that of a simulation: {join_words(simulated)}.")
     return found, notes
 
 
@@ -213,7 +214,7 @@ def _bytes(value: float) -> str:
 
 
 def _recovery_tokens(value: float) -> str:
-    return f"{counted(value)} recovery tokens"
+    return f"{human_count(value)} recovery tokens"
 
 
 def _latency(value: float) -> str:
@@ -233,7 +234,7 @@ def latencies(costs: Sequence[Row], device: str | None, cost: str | None) -> tup
         of_cost = "" if cost is None else f" by {cost!r}"
         raise UserError(f"--max-latency: no {LATENCY} was measured{of_cost}; add a cost evaluation to the study.")
     if device is not None and device not in devices:
-        raise UserError(f"--device {device}: no {LATENCY} is known on it.{nearest(device, devices)}")
+        raise UserError(f"--device {device}: no {LATENCY} is known on it.{did_you_mean(device, devices)}")
     fitting = [name for name in devices if (name == device if device else not name.endswith(_ROOFLINE))]
     if len(fitting) != 1:
         raise UserError(
@@ -243,7 +244,7 @@ def latencies(costs: Sequence[Row], device: str | None, cost: str | None) -> tup
     evaluations = sorted({row["evaluation"] for row in rows})
     if len(evaluations) > 1:
         raise UserError(
-            f"--max-latency: several evaluations measured {LATENCY} ({listed(evaluations)}); choose by --cost."
+            f"--max-latency: several evaluations measured {LATENCY} ({join_words(evaluations)}); choose by --cost."
         )
     return fitting[0], {row["node"]: row for row in rows}
 
@@ -280,7 +281,7 @@ def best_within(compared: Compared, bounds: Sequence[Limit]) -> Answer:
     ]
     best = found[0]
     those = "1 node" if len(within) == 1 else f"{len(within)} nodes"
-    words = f" with {listed([bound.text for bound in bounds])}" if bounds else ""
+    words = f" with {join_words([bound.text for bound in bounds])}" if bounds else ""
     sentences = [
         f"Best of {those}{words}: {best['node']}, {compared.metric} {number(best['value'])}, with a probability of "
         f"{best['probability']:.0%} that it is the best.",
@@ -291,7 +292,7 @@ def best_within(compared: Compared, bounds: Sequence[Limit]) -> Answer:
         row["node"] for row in compared.rows if any(bound.values.get(row["node"]) is None for bound in bounds)
     )
     if unknown:
-        sentences.append(f"Not compared, since what the limits bound is not known of them: {sampled(unknown)}.")
+        sentences.append(f"Not compared, since what the limits bound is not known of them: {join_first(unknown)}.")
     return {
         "title": f"Best {compared.metric} ({compared.evaluation})",
         "nodes": found,
@@ -308,7 +309,7 @@ def best_within(compared: Compared, bounds: Sequence[Limit]) -> Answer:
                     _with_error(row),
                     f"{row['probability']:.1%}",
                     _megabytes(row),
-                    counted(row["path_recovery_tokens"]),
+                    human_count(row["path_recovery_tokens"]),
                 ]
                 for row in found
             ),
@@ -321,7 +322,7 @@ def ladder(compared: Compared) -> Answer:
     sizes = np.array([row["stored_bytes"] for row in compared.rows])
     sign = 1 if compared.lower else -1
     steps = []
-    for place in front([(row["stored_bytes"], sign * row["value"]) for row in compared.rows]):
+    for place in pareto_front([(row["stored_bytes"], sign * row["value"]) for row in compared.rows]):
         smaller = np.flatnonzero(sizes <= sizes[place])
         probabilities = probabilities_of_best(compared.draws[:, smaller], compared.lower)
         row = compared.rows[place]
@@ -376,7 +377,7 @@ def _nothing_within(compared: Compared, bounds: Sequence[Limit]) -> str:
     for bound in bounds:
         known = [value for row in compared.rows if (value := bound.values.get(row["node"])) is not None]
         least += [bound.shown(min(known))] if known else []
-    told = f": the least that one has is {listed(least)}" if least else ""
+    told = f": the least that one has is {join_words(least)}" if least else ""
     alone = ", each limit taken alone" if len(least) > 1 else ""
-    limited = listed([bound.text for bound in bounds])
+    limited = join_words([bound.text for bound in bounds])
     return f"No node whose {compared.metric} was measured has {limited}{told}{alone}. Raise a limit."

@@ -15,8 +15,9 @@ from coppice.decisions.fitted import held_out, law_of_recoveries, of_recoveries,
 from coppice.decisions.next_run import next_runs
 from coppice.decisions.recipe import best_within, chosen_metric, compare, ladder, limits, lower_is_better
 from coppice.errors import UserError
-from coppice.tables import Row, read_table
-from coppice.wording import aligned, wrapped
+from coppice.formatting import format_table, wrapped
+from coppice.results.reading import read_table
+from coppice.results.schemas import Row
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -151,4 +152,4 @@ def answer_lines(answer: Answer) -> list[str]:
     lines = [answer["title"]]
     for sentence in answer["sentences"]:
         lines += wrapped(sentence, "  ")
-    return lines + [f"  {line}".rstrip() for line in (aligned(answer["table"]) if "table" in answer else [])]
+    return lines + [f"  {line}".rstrip() for line in (format_table(answer["table"]) if "table" in answer else [])]

@@ -102,7 +102,7 @@ def now(model: PreTrainedModel) -> float:
 
 def is_simulated(model: PreTrainedModel) -> bool:
     """Whether some module computes with something else than what it stores, or only as if with few bits."""
-    from coppice.layers import PACKED
+    from coppice.models.layers import PACKED
 
     return hasattr(model.model, "cache_settings") or any(
         isinstance(module, PACKED) or hasattr(module, "rounded_inputs") for module in model.modules()

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import yaml
 
-from coppice import biographies
+from coppice.data import biographies
 from coppice.errors import UserError
 from coppice.evaluation import intervals
 from coppice.evaluation.batching import sequences_at_once

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from coppice import biographies
+from coppice.data import biographies
+from coppice.data.text import beginning_token, load_tokenizer
 from coppice.evaluation import intervals
 from coppice.evaluation.batching import sequences_at_once
 from coppice.lazy import torch
-from coppice.text import beginning_token, load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -14,13 +14,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from coppice import store
+from coppice import storage
 from coppice.errors import UserError
 from coppice.files import atomic_directory, described, fingerprint, read_json, write_json
 
 if TYPE_CHECKING:
-    from coppice.biographies import World
-    from coppice.text import Windows
+    from coppice.data.biographies import World
+    from coppice.data.text import Windows
 
 Rows = list[dict[str, Any]]
 
@@ -81,7 +81,7 @@ def evaluate(
     compares the node with. Raises UserError where windows are missing or stem from another tokenizer, and where a
     result is not finite.
     """
-    from coppice import checkpoint
+    from coppice.models import accounting, checkpoint
 
     started = time.monotonic()
     manifest = checkpoint.read_manifest(model)
@@ -109,12 +109,12 @@ def evaluate(
         "metrics": metrics,
         "versions": versions(evaluation),
         "wall_seconds": time.monotonic() - started,
-        "peak_memory_bytes": checkpoint.peak_memory(),
+        "peak_memory_bytes": accounting.peak_memory(),
     }
     with atomic_directory(output, last="metrics.json") as temporary:
         write_items([{"node": node, **item} for item in items], temporary / "items.parquet")
         files = described(temporary)
-        store.send(temporary, files)
+        storage.upload(temporary, files)
         write_json(temporary / "metrics.json", {**report, "files": files})
 
 
@@ -126,8 +126,8 @@ def measure_quality(
     device: str,
 ) -> tuple[Rows, Rows, dict[str, str]]:
     """Perplexities, hidden states, tasks, knowledge: metrics, items, and the fingerprint of each protocol's windows."""
-    from coppice import checkpoint
     from coppice.evaluation import perplexity
+    from coppice.models import checkpoint
 
     protocols = protocol_windows(model_directory, evaluation, tokens)
     tasks, knows = evaluation.get("tasks") or [], evaluation.get("knowledge")
@@ -183,8 +183,8 @@ def measure_connectivity(
 
     Raises UserError where there is no `other`, or the two cannot be compared.
     """
-    from coppice import checkpoint
     from coppice.evaluation import connectivity
+    from coppice.models import checkpoint
 
     if other is None:
         raise UserError("A connectivity compares two checkpoints; give the other one with `--other DIR`.")
@@ -200,7 +200,7 @@ def protocol_windows(
     model_directory: Path, evaluation: Mapping[str, Any], tokens: Mapping[str, Path]
 ) -> dict[str, Windows]:
     """The windows of each protocol of perplexity. Raises UserError where they are missing or another tokenizer's."""
-    from coppice import text
+    from coppice.data import text
 
     protocols = {}
     for protocol in evaluation.get("perplexity") or {}:
@@ -219,11 +219,11 @@ def measure_cost(
     device: str,
 ) -> tuple[Rows, Rows, dict[str, str]]:
     """Latency, throughput and memory: metrics, no items, no windows."""
-    from coppice import checkpoint
     from coppice.evaluation import cost
+    from coppice.models import checkpoint
 
     # The libraries' own memory is no part of the model's, so they are imported before the baseline is taken.
-    checkpoint.architecture(read_json(store.local(model_directory / "config.json"))["model_type"])
+    checkpoint.architecture(read_json(storage.ensure_local(model_directory / "config.json"))["model_type"])
     baseline = cost.resident_bytes()
     model = checkpoint.load_model(model_directory, device)
     metrics = cost.measure(
@@ -240,7 +240,7 @@ def built_in_world(evaluation: Mapping[str, Any], windows: Any) -> World:
 
     Raises UserError where neither names one, or protocols are about several.
     """
-    from coppice import text
+    from coppice.data import text
 
     named = evaluation.get("world")
     candidates: list[Windows] = list(windows)
@@ -298,6 +298,6 @@ def versions(evaluation: Mapping[str, Any]) -> dict[str, str]:
     """The versions of what measured; that of the harness where it did."""
     from importlib.metadata import version
 
-    from coppice import checkpoint
+    from coppice.models import checkpoint
 
     return checkpoint.versions() | ({"lm-eval": version("lm-eval")} if evaluation.get("tasks") else {})

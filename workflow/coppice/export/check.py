@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from coppice.checkpoint import load_model
+from coppice.models.checkpoint import load_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

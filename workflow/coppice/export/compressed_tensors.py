@@ -11,14 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from coppice import layers
-from coppice.checkpoint import (
-    load_model,
-    quantization_grids,
-    stock_loaders_read,
-)
 from coppice.export.node import Node, Written, save_for_others
 from coppice.files import read_json, write_json
+from coppice.models import layers
+from coppice.models.checkpoint import load_model
+from coppice.models.stock_formats import quantization_grids, stock_loaders_read
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -61,12 +58,12 @@ def save_packed(model: PreTrainedModel, node: Node, folder: Path, dequantize: bo
     dequantize: whether transformers is to put the weights together as it loads them, which it has to for zero points,
     and for whoever attaches something to the linears. Other programs pass over that key.
     """
-    for linear in layers.leaves(layers.blocks(model)).values():
+    for linear in layers.weight_matrices(layers.blocks(model)).values():
         linear.masked = False
-    planned = layers.plan(model)
+    planned = layers.describe_replacements(model)
     grids = quantization_grids(planned)
     save_for_others(model, node, folder)
-    every_linear = len(planned) == len(layers.leaves(layers.blocks(model)))
+    every_linear = len(planned) == len(layers.weight_matrices(layers.blocks(model)))
     described = quantization_config(grids, every_linear)
     if dequantize or not all(symmetric for _, _, symmetric in grids):
         described["dequantize"] = True

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from coppice.checkpoint import export_dense
 from coppice.export.node import Node, Written
+from coppice.models.densify import export_dense
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

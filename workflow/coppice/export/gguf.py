@@ -20,10 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from coppice import layers
-from coppice.checkpoint import TOKENIZER_FILES, densify, load_model
 from coppice.export import gguf_tokenizer
 from coppice.export.node import Node, Written
+from coppice.models import layers
+from coppice.models.checkpoint import TOKENIZER_FILES, load_model
+from coppice.models.densify import densify
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -167,7 +168,7 @@ def packed_linears(model: PreTrainedModel) -> dict[str, Stored]:
     """The weights that blocks hold without rounding, by the name of their linear."""
     found = {}
     for index, block in enumerate(layers.blocks(model)):
-        for name, linear in layers.linears(block).items():
+        for name, linear in layers.replaceable_modules(block).items():
             if isinstance(linear, layers.Quantized):
                 stored = in_blocks(linear.weight, linear.weight_scale)
                 if stored is not None:

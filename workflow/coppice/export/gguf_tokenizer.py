@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from unicodedata import normalize
 
+from coppice.data.text import load_tokenizer, optional_json
 from coppice.errors import UserError
-from coppice.text import load_tokenizer, optional_json
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from coppice import store
-from coppice.checkpoint import read_manifest, save_checkpoint, stored_dtype
+from coppice import storage
 from coppice.files import read_json
+from coppice.models.checkpoint import read_manifest, save_checkpoint, stored_dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -50,7 +50,7 @@ class Written(NamedTuple):
 def read_node(folder: Path) -> Node:
     """Raises UserError when the folder is no checkpoint."""
     manifest = read_manifest(folder)
-    config, planned = (read_json(store.local(folder / name)) for name in ("config.json", "compression.json"))
+    config, planned = (read_json(storage.ensure_local(folder / name)) for name in ("config.json", "compression.json"))
     return Node(folder, manifest, config, planned)
 
 

@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from coppice import layers
-from coppice.checkpoint import densify, load_model, quantization_grids
-from coppice.compress import write_adapter
+from coppice.compression.adapter import write_adapter
 from coppice.export import compressed_tensors
 from coppice.export.node import Node, Written, save_for_others
 from coppice.files import read_json, write_json
+from coppice.models import layers
+from coppice.models.checkpoint import load_model
+from coppice.models.densify import densify
+from coppice.models.stock_formats import quantization_grids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -43,7 +45,7 @@ def write(node: Node, folder: Path) -> Written:
     described = read_json(folder / "adapter_config.json")
     write_json(folder / "adapter_config.json", {**described, "base_model_name_or_path": BASE})
     leave_out_updates(model)
-    kept = {name: entry for name, entry in layers.plan(model).items() if entry["type"] != "Masked"}
+    kept = {name: entry for name, entry in layers.describe_replacements(model).items() if entry["type"] != "Masked"}
     # While it puts weights together, transformers takes one grid for the whole model.
     if len(quantization_grids(kept)) == 1 and all(entry["type"] == "Quantized" for entry in kept.values()):
         compressed_tensors.save_packed(model, node, folder / BASE, dequantize=True)
@@ -56,7 +58,7 @@ def write(node: Node, folder: Path) -> Written:
 def leave_out_updates(model: PreTrainedModel) -> None:
     """Puts the compressed linear alone in the place of each with an update beside it."""
     for block in layers.blocks(model):
-        for name, module in layers.linears(block).items():
+        for name, module in layers.replaceable_modules(block).items():
             if isinstance(module, layers.Compensated):
                 block.set_submodule(name, module.base)
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from coppice.errors import UserError
 from coppice.files import atomic_directory, read_json, write_json
-from coppice.wording import number
+from coppice.formatting import number
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -62,7 +62,7 @@ def source_folder(node: str | None, results: Path | None, model: Path | None) ->
     if model is not None and node is None and results is None:
         return model
     if model is None and node is not None and results is not None:
-        from coppice.show import made_node
+        from coppice.report.show import made_node
 
         return results / "models" / made_node(results, node)
     raise UserError("Pass a node's name and --results, or --model with the folder of a checkpoint, and not both.")
@@ -75,9 +75,9 @@ def export(folder: Path, to: str, output: Path, tolerance: float | None = None) 
     Raises UserError, and leaves nothing behind, when the node has no such form, the folder to write holds something
     else, the format's own reader cannot read the export, or it gives other logits.
     """
-    from coppice.checkpoint import refuse_rounding
     from coppice.export import check
     from coppice.export.node import read_node
+    from coppice.models.densify import refuse_rounding
 
     node, form = read_node(folder), import_module(FORMATS[to])
     refuse_rounding(node.manifest, form.HOLDER)

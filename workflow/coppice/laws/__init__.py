@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from coppice.errors import UserError, nearest
+from coppice.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -124,7 +124,7 @@ def names() -> tuple[str, ...]:
 def load(name: str) -> Law:
     """The law of that name. Raises UserError where there is none."""
     if name not in names():
-        raise UserError(f"There is no law named '{name}'.{nearest(name, names())}")
+        raise UserError(f"There is no law named '{name}'.{did_you_mean(name, names())}")
     return import_module(f"{__name__}.{name.replace('-', '_')}").LAW
 
 
@@ -132,7 +132,7 @@ def validated(name: str, options: Mapping[str, Any]) -> LawOptions:
     """A law's options, checked. Raises UserError with every problem in one sentence."""
     known = load(name).options
     unknown = [
-        f"there is no option {key!r}.{nearest(key, known.model_fields)}"
+        f"there is no option {key!r}.{did_you_mean(key, known.model_fields)}"
         for key in options
         if key not in known.model_fields
     ]

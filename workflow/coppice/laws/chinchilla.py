@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from pydantic import Field
 
+from coppice.formatting import human_count, join_words, number
 from coppice.laws import Huber, Law, Residuals
 from coppice.laws.fit import (
     Fit,
@@ -36,7 +37,6 @@ from coppice.laws.fit import (
 )
 from coppice.laws.held_out import largest, later_tokens, leave_one_out
 from coppice.laws.recoveries import CURVES, RecoveryOptions, recoveries
-from coppice.wording import counted, listed, number
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -212,7 +212,7 @@ def recommend(
         return [], []
     lost = [name for name in ("A", "B", "alpha", "beta") if name in fit.unidentified or name in fit.fixed]
     if lost:
-        return [], [f"No compute-optimal size is recommended, since the points do not identify {listed(lost)}."]
+        return [], [f"No compute-optimal size is recommended, since the points do not identify {join_words(lost)}."]
     in_units = compute / (scales["parameters"] * scales["tokens"])
     entry: dict[str, Any] = {"compute": compute}
     found, drawn = _optimum(fit.parameters, in_units, scales), _optimum(samples, in_units, scales)
@@ -245,7 +245,7 @@ def _range_note(entry: dict[str, Any], points: Points, scales: dict[str, float])
 
 
 def _sentence(entry: dict[str, Any]) -> str:
-    size, tokens = (_with_interval(entry, name, counted) for name in ("parameters", "tokens"))
+    size, tokens = (_with_interval(entry, name, human_count) for name in ("parameters", "tokens"))
     ratio = _with_interval(entry, "tokens_per_parameter", number)
     note = f" {entry['note']}" if entry["note"] else ""
     return (

@@ -27,6 +27,7 @@ import numpy as np
 from pydantic import Field
 
 from coppice.errors import UserError
+from coppice.formatting import join_words, number
 from coppice.laws import Law, LawOptions, Residuals
 from coppice.laws.fit import (
     Fit,
@@ -46,7 +47,6 @@ from coppice.laws.fit import (
 from coppice.laws.held_out import STARTS, leave_one_out, summary
 from coppice.laws.quality import METRICS, measured
 from coppice.uncertainty import mean_interval
-from coppice.wording import listed, number
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -249,8 +249,8 @@ def _tokens(found: pd.DataFrame, scratch: np.ndarray, pretraining: dict[str, flo
     missing = sorted(set(found["model"]) - set(pretraining))
     if missing:
         raise UserError(
-            f"The law's option `pretraining_tokens` does not name {listed(missing)}; give the tokens of every dense "
-            "model, or of none."
+            f"The law's option `pretraining_tokens` does not name {join_words(missing)}; give the tokens of every "
+            "dense model, or of none."
         )
     own = found["model"].map(pretraining).to_numpy(dtype=float)
     return np.where(scratch, found["recovery_tokens"].to_numpy(dtype=float), own)
@@ -311,7 +311,7 @@ def report(points: Points, options: dict[str, Any]) -> dict[str, Any]:
     parameters = {name: value for _, fit in steps.values() for name, value in fit.parameters.items()}
     unknown = _unknown(steps)
     if unknown:
-        untold = f"No density is told, since the reference models do not identify {listed(unknown)}."
+        untold = f"No density is told, since the reference models do not identify {join_words(unknown)}."
         notes.append(untold)
     tested = {"reason": untold} if unknown else _held_out(references, options)
     notes += [
@@ -320,7 +320,7 @@ def report(points: Points, options: dict[str, Any]) -> dict[str, Any]:
         if not fit.converged
     ]
     tokens = options["reference_tokens"] or float(references["tokens"].max())
-    reason = f"The reference models do not identify {listed(unknown)}." if unknown else None
+    reason = f"The reference models do not identify {join_words(unknown)}." if unknown else None
     rows = node_densities(points, parameters, tokens, reason)
     return {
         "parameters": {

@@ -24,12 +24,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from pydantic import Field
 
+from coppice.formatting import join_words
 from coppice.laws import Law, LawOptions
 from coppice.laws.fit import Fit, Form, Parameter, Parameters, Points, drawn_interval, is_single
 from coppice.laws.held_out import largest, leave_one_out, lowest_of_each
 from coppice.laws.precision import retained
 from coppice.laws.quality import METRICS, measured, path
-from coppice.wording import listed
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -276,7 +276,7 @@ def _finding(points: Points, width: int) -> list[str]:
 
 
 def _finding_sentence(method: str, width: int, kept: dict[str, float]) -> str:
-    shares = listed([f"{share:.1%} ({node})" for node, share in kept.items()])
+    shares = join_words([f"{share:.1%} ({node})" for node, share in kept.items()])
     if width == 8:
         paper, agree = "8 bits change next to nothing", sum(share >= NEGLIGIBLE for share in kept.values())
     else:
@@ -303,7 +303,7 @@ def recommend(
     """
     missing = [name for name in ("c", "p", "gamma") if name in fit.fixed or name in fit.unidentified]
     if missing:
-        return [], [f"No precision is recommended, since the points do not identify {listed(missing)}."]
+        return [], [f"No precision is recommended, since the points do not identify {join_words(missing)}."]
     dense = {name: column[_dense(points)] for name, column in points.items()}
     bits = _bits_to_keep(fit.parameters, dense, options["keep"])
     drawn = _bits_to_keep(samples, dense, options["keep"])

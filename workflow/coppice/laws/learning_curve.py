@@ -23,12 +23,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from pydantic import Field
 
+from coppice.formatting import human_count
 from coppice.laws import Law, LawOptions
 from coppice.laws.fit import FEWEST_RUNS, Points, drawn_interval, metrics, points_of, select
 from coppice.laws.held_out import later_tokens, summary
 from coppice.laws.quality import matches
 from coppice.uncertainty import resampled_sums
-from coppice.wording import counted
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -352,8 +352,8 @@ def _doubled(entry: dict[str, Any], held_out: float) -> dict[str, Any]:
     twice = entry["predicted"][0]
     interval = "" if twice["low"] is None else f" ({twice['low']:.4f} to {twice['high']:.4f})"
     return {
-        "sentence": f"{entry['run']}: twice its {counted(entry['tokens'])} tokens would bring its held-out loss from "
-        f"{entry['loss']:.4f} to {twice['value']:.4f}{interval} nats per token; the error of such predictions on the "
+        "sentence": f"{entry['run']}: twice its {human_count(entry['tokens'])} tokens would bring its "
+        f"held-out loss from {entry['loss']:.4f} to {twice['value']:.4f}{interval} nats per token; the error of such predictions on the "
         f"points held out is {held_out:.4f}.",
         "run": entry["run"],
         "tokens": twice["tokens"],

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from pydantic import Field
 
+from coppice.formatting import human_count
 from coppice.laws import Law
 from coppice.laws.fit import (
     Fit,
@@ -32,7 +33,6 @@ from coppice.laws.fit import (
 )
 from coppice.laws.held_out import highest_of_each, largest, later_tokens
 from coppice.laws.recoveries import CURVES, RecoveryOptions, recoveries
-from coppice.wording import counted
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -239,9 +239,9 @@ def recommend(
 
 def _sentence(entry: dict[str, Any], drawn: bool) -> str:
     """A recommended number of recovery tokens, with its interval and its caveat."""
-    between = f" [{counted(entry['low'])}, {counted(entry['high'])}]" if drawn else ""
+    between = f" [{human_count(entry['low'])}, {human_count(entry['high'])}]" if drawn else ""
     sentence = (
-        f"{entry['model']} at rho {entry['rho']:.2f}: train on {counted(entry['tokens'])} tokens{between}; beyond, "
+        f"{entry['model']} at rho {entry['rho']:.2f}: train on {human_count(entry['tokens'])} tokens{between}; beyond, "
         f"doubling them gains less than {entry['gain']:g} nats/token."
     )
     return f"{sentence} {entry['note']}" if entry["note"] else sentence

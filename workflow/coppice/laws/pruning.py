@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from pydantic import Field
 
+from coppice.formatting import join_words, number
 from coppice.laws import Law
 from coppice.laws.fit import Fit, Form, Parameter, Parameters, Points, drawn_interval, is_single
 from coppice.laws.held_out import highest_of_each, leave_one_out
 from coppice.laws.quality import METRICS, QualityOptions, choice, matches, measured, path
-from coppice.wording import listed, number
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -144,7 +144,7 @@ def recommend(
     """
     keep = options["keep"]
     if fit.unidentified:
-        return [], [f"No ratio is recommended, since the points do not identify {listed(fit.unidentified)}."]
+        return [], [f"No ratio is recommended, since the points do not identify {join_words(fit.unidentified)}."]
     if fit.parameters["alpha"] <= 0 or fit.parameters["P0"] <= keep:
         return [], [f"No ratio is recommended, since the fitted score does not fall to {keep:g} of the dense one."]
     ratio = float(_ratio_that_keeps(fit.parameters, keep))

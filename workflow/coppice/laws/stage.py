@@ -16,8 +16,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from coppice import laws
-from coppice.errors import UserError, nearest
+from coppice.errors import UserError, did_you_mean
 from coppice.files import atomic_write, write_json
+from coppice.formatting import join_words, number
 from coppice.laws import Law
 from coppice.laws.fit import (
     FEWEST_RUNS,
@@ -37,7 +38,6 @@ from coppice.laws.fit import (
 )
 from coppice.laws.held_out import held_out_test
 from coppice.uncertainty import percentile_interval
-from coppice.wording import listed, number
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -154,8 +154,8 @@ def _from_file(law: Law, options: dict[str, Any]) -> Points:
         column = options["columns"].get(name, name)
         if column not in frame.columns:
             raise UserError(
-                f"{path} has no column {column!r}.{nearest(column, list(frame.columns))} The law needs a column for "
-                f"{name!r}; name it as {{{name}: <column>}} in the option `columns`."
+                f"{path} has no column {column!r}.{did_you_mean(column, list(frame.columns))} The law needs a column "
+                f"for {name!r}; name it as {{{name}: <column>}} in the option `columns`."
             )
         try:
             points[name] = frame[column].to_numpy(dtype=kind)
@@ -302,11 +302,11 @@ def _notes(form: Form, fit: Fit, points: Points) -> list[str]:
         )
     if fit.unidentified:
         notes.append(
-            f"The points do not identify {listed(fit.unidentified)}: other values fit them equally well, so the "
+            f"The points do not identify {join_words(fit.unidentified)}: other values fit them equally well, so the "
             "values given are one choice of many."
         )
     if fit.at_bound:
-        notes.append(f"The best fit lies at the bound of {listed(fit.at_bound)}.")
+        notes.append(f"The best fit lies at the bound of {join_words(fit.at_bound)}.")
     if not fit.converged:
         notes.append("The search ended before the gradient vanished, so the values given are not an optimum.")
     if count(points) <= len(fit.free):
@@ -328,7 +328,7 @@ def _held_out_notes(law_name: str, held_out: dict[str, dict[str, dict[str, Any]]
     """Sentences on held-out errors of the law where the points fitted leave a parameter unidentified."""
     return [
         f"In the held-out test '{test.replace('_', ' ')}' the points fitted do not identify "
-        f"{listed(errors[law_name]['unidentified'])}, so the error hangs on where the search started."
+        f"{join_words(errors[law_name]['unidentified'])}, so the error hangs on where the search started."
         for test, errors in held_out.items()
         if errors[law_name].get("unidentified")
     ]

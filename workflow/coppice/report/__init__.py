@@ -9,13 +9,15 @@ from string import Template
 from typing import Any
 
 from coppice.decisions.stage import overview
-from coppice.figures import curves_figure, frontier_figure, layers_figure
 from coppice.files import atomic_write, read_json
 from coppice.report.data import as_json, page_data
+from coppice.report.figures import curves_figure, frontier_figure, layers_figure
 from coppice.report.law_lines import Line, law_lines
 from coppice.report.sections import lead, sections_of
-from coppice.study import Study, load_study
-from coppice.tables import SCHEMAS, read_table
+from coppice.results.reading import read_table
+from coppice.results.schemas import SCHEMAS
+from coppice.study.loading import load_study
+from coppice.study.schema import Study
 
 HERE = Path(__file__).parent  # of the page's template, style and scripts
 

@@ -12,15 +12,16 @@ from typing import Any
 from coppice import __version__
 from coppice.decisions.recipe import lower_is_better
 from coppice.errors import UserError
+from coppice.formatting import command_anew
 from coppice.report.item_scores import item_scores
 from coppice.report.law_lines import Line
 from coppice.report.layer_records import layer_records
 from coppice.report.sections import lead, verdict
-from coppice.study import Study
-from coppice.summary import names_of, perplexities, scores
-from coppice.tables import Row, read_table
+from coppice.report.summary import names_of, perplexities, scores
+from coppice.results.reading import read_table
+from coppice.results.schemas import Row
+from coppice.study.schema import Study
 from coppice.uncertainty import interval
-from coppice.wording import command_anew
 
 _DIGITS = 6  # significant ones of every number on the page
 

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from coppice.comparisons import Scores
 from coppice.decisions.recipe import scores_of
-from coppice.wording import listed, number
+from coppice.formatting import join_words, number
+from coppice.results.comparisons import Scores
 
 MOST_BYTES = 4_000_000  # of all packed scores on a page
 
@@ -39,8 +39,8 @@ def item_scores(items: pa.Table, pairs: list[Pair], most: int = MOST_BYTES) -> t
     if not left_out:
         return found, ""
     return found, (
-        f"The scores of single items are left out for {listed(left_out)}, since a page holds {number(most / 1e6)} MB "
-        "of them; `tables/items.parquet` has all."
+        f"The scores of single items are left out for {join_words(left_out)}, since a page holds "
+        f"{number(most / 1e6)} MB of them; `tables/items.parquet` has all."
     )
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from coppice.files import read_json
-from coppice.tables import Row
+from coppice.results.schemas import Row
 
 Picture = dict[str, dict[str, float]]  # module -> title of a column -> value
 

@@ -9,12 +9,12 @@ from html import escape
 from typing import Any
 
 from coppice.decisions import Answer
-from coppice.figures import profile_figure
-from coppice.study import Study
-from coppice.summary import comparisons_note, measured, names_of, perplexities, scores, undistinguished
-from coppice.tables import Row
-from coppice.tree import nodes
-from coppice.wording import counted, number, target_of
+from coppice.formatting import human_count, number, target_of
+from coppice.report.figures import profile_figure
+from coppice.report.summary import comparisons_note, measured, names_of, perplexities, scores, undistinguished
+from coppice.results.schemas import Row
+from coppice.study.schema import Study
+from coppice.study.tree import nodes
 
 _LONG = 20  # rows: a longer table is folded
 _MOST = 40  # rows of a law's own table; the rest are counted
@@ -154,7 +154,7 @@ def _nodes_table(rows: list[Row], metrics: list[Row], comparisons: list[Row]) ->
                     _measured(cells.get((row["node"], *pair))) + (" ~" if (row["node"], *pair) in alike else "")
                     for pair in pairs
                 ),
-                "" if row["recovery_tokens"] is None else counted(row["recovery_tokens"]),
+                "" if row["recovery_tokens"] is None else human_count(row["recovery_tokens"]),
                 share,
                 "" if row["wall_seconds"] is None else f"{row['wall_seconds'] / 60:.1f}",
             ]

@@ -17,11 +17,12 @@ from filelock import FileLock
 
 from coppice.errors import UserError
 from coppice.files import write_json
-from coppice.study import Study, load_study
+from coppice.study.loading import load_study
+from coppice.study.schema import Study
+from coppice.study.tree import nodes
 from coppice.tracking import server, watching
 from coppice.tracking.mirror import Mirror, mirrored
 from coppice.tracking.server import SQLITE, connect, tracking_uri
-from coppice.tree import nodes
 
 __all__ = ["add_arguments", "connect", "run", "track", "tracking_uri", "watch"]
 

@@ -15,13 +15,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from coppice import store
+from coppice import storage
 from coppice.files import fingerprint, read_json, sha256
-from coppice.study import Study
-from coppice.tables import OUTPUTS, SCHEMAS, Row, front, read_table
+from coppice.formatting import human_count
+from coppice.results.failures import OUTPUTS
+from coppice.results.reading import pareto_front, read_table
+from coppice.results.schemas import SCHEMAS, Row
+from coppice.study.schema import Study
+from coppice.study.tree import model_of, nodes, parent_of
 from coppice.tracking import notes
-from coppice.tree import model_of, nodes, parent_of
-from coppice.wording import counted
 
 STUDY = "."  # stands for the study's own run where nodes are named; no node can have this name
 FORMAT_VERSION = 2
@@ -122,7 +124,7 @@ def _best(rows: list[Row], metrics: list[Row], units: tuple[str, ...]) -> frozen
     found: set[str] = set()
     for entries in measured.values():
         points = [(size[row["node"]], -row["value"] if row["unit"] == "accuracy" else row["value"]) for row in entries]
-        found |= {entries[index]["node"] for index in front(points)}
+        found |= {entries[index]["node"] for index in pareto_front(points)}
     return frozenset(found)
 
 
@@ -193,7 +195,7 @@ def _node_files(results: Path, node: str, weights: Iterable[str]) -> dict[str, P
     for path in sorted((results / "evaluations" / node).glob("*/metrics.json")):
         files[f"evaluations/{path.parent.name}/metrics.json"] = path
     files |= {f"weights/{name}": folder / name for name in weights} | _job_files(results, node)
-    here = {place: store.local(path) for place, path in files.items()}
+    here = {place: storage.ensure_local(path) for place, path in files.items()}
     return {place: path for place, path in here.items() if path.exists()}
 
 
@@ -250,7 +252,7 @@ def sizes(row: Row, ranks: list[int]) -> Metrics:
 
 def _ranks(folder: Path) -> list[int]:
     """Ranks of the linears that were decomposed."""
-    record = read_json(store.local(folder / "compression.json"))
+    record = read_json(storage.ensure_local(folder / "compression.json"))
     return [entry["rank"] for entry in record.values() if entry["type"] != "Compensated" and "rank" in entry]
 
 
@@ -282,7 +284,7 @@ def _tags(study: Study, path: list[Row], best: bool) -> dict[str, str]:
         "coppice.family": row["family"] or "dense",
         "coppice.method": row["method"] or "dense",
         "coppice.composition": notes.composition(path),
-        "coppice.budget": counted(row["path_recovery_tokens"]) if row["path_recovery_tokens"] else "none",
+        "coppice.budget": human_count(row["path_recovery_tokens"]) if row["path_recovery_tokens"] else "none",
         "coppice.front": "yes" if best else "no",
     }
 

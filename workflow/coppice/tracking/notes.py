@@ -7,10 +7,10 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from coppice.study import Study
-from coppice.tables import Row
+from coppice.formatting import human_count, join_words, number, shortened
+from coppice.results.schemas import Row
+from coppice.study.schema import Study
 from coppice.uncertainty import mean_interval
-from coppice.wording import counted, listed, number, shortened
 
 OPTIONS = 400  # characters of a step's options at most
 _LINK = re.compile(r"\[([^\]]+)\]\(node:([^)\s]+)\)")
@@ -65,9 +65,9 @@ def study_note(study: Study, rows: list[Row], failures: list[Row]) -> str:
 
 def experiment_note(study: Study) -> str:
     """Of the experiment: what is in it, and how to compare."""
-    models = listed([f"`{model}`" for model in study.models])
+    models = join_words([f"`{model}`" for model in study.models])
     evaluations = [f"`{name}` ({evaluation.kind})" for name, evaluation in study.evaluations.items()]
-    measured = f" Measured by {listed(evaluations)}." if evaluations else ""
+    measured = f" Measured by {join_words(evaluations)}." if evaluations else ""
     return (
         f"The study **{study.study}**: {models} cut back, regrown and measured; one run a node, nested under its dense "
         f"model, and one run for the study itself.{measured}\n\n"
@@ -120,12 +120,12 @@ def _sizes(row: Row) -> list[tuple[str, ...]]:
     sizes = [
         ("stored", f"{number(row['stored_bytes'] / 1e6)} MB"),
         ("bits per weight of the dense model", number(row["bits_per_weight"])),
-        ("parameters", f"{counted(row['parameters'])} of {counted(row['dense_parameters'])}"),
+        ("parameters", f"{human_count(row['parameters'])} of {human_count(row['dense_parameters'])}"),
         ("removed (rho)", f"{row['rho']:.1%}"),
         ("removed, zeros counted", f"{row['rho_nonzero']:.1%}"),
     ]
     if row["path_recovery_tokens"]:
-        sizes.append(("recovery", f"{counted(row['path_recovery_tokens'])} tokens"))
+        sizes.append(("recovery", f"{human_count(row['path_recovery_tokens'])} tokens"))
     return sizes
 
 

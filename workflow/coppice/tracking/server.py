@@ -22,11 +22,11 @@ from typing import TYPE_CHECKING, Any
 
 from coppice.errors import UserError
 from coppice.files import write_json
-from coppice.study import Study
+from coppice.study.schema import Study
+from coppice.study.tree import model_of
 from coppice.tracking.agreement import FIRST, Plan, Shown, Turn, plan
 from coppice.tracking.mirror import STUDY, Mirror, key
 from coppice.tracking.notes import experiment_note, linked
-from coppice.tree import model_of
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

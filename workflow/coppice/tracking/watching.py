@@ -12,11 +12,12 @@ import time
 from pathlib import Path
 
 from coppice.files import fingerprint
-from coppice.study import Study
-from coppice.tables import SILENT, Row, collected
+from coppice.results.collection import collected
+from coppice.results.schemas import SILENT, Row
+from coppice.study.schema import Study
+from coppice.study.tree import evaluations, nodes, parent_of
 from coppice.tracking import notes
 from coppice.tracking.mirror import Metrics, Mirror, named_parameters, node_mirrors, node_tags
-from coppice.tree import evaluations, nodes, parent_of
 
 _LINE = re.compile(r"^([\d,]+) of [\d,]+ tokens: (.*)$")
 _LOSS = re.compile(r"(train|held-out) loss (\S+?)(?:,|$)")

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from coppice.methods.base import BudgetOptions, Compensation, Linear, LinearStatistics, Source
+from coppice.methods.contracts import Compensation, Linear, LinearStatistics, Source
+from coppice.methods.options import BudgetOptions
 from coppice.methods.solvers.truncation import truncate_outputs
 
 SOURCE = Source(

@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from coppice.errors import UserError, about
+from coppice.errors import UserError, error_context
 from coppice.lazy import torch
-from coppice.methods.base import Decoder, Factors, Linear, LinearStatistics, Source, Unchanged
+from coppice.methods.contracts import Decoder, Factors, Linear, LinearStatistics, Source, Unchanged
 from coppice.methods.solvers.budget import share_of
 from coppice.methods.solvers.moments import input_size
 from coppice.methods.solvers.ranks import PlannedRank, RankBudget
@@ -153,7 +153,7 @@ def _by_loss(decoder: Decoder, options: Options) -> Iterator[Candidate]:
     for name in decoder.names:
         weight = decoder.linear(name).weight
         ranks = _grid_ranks(options, *weight.shape)
-        with about(name):
+        with error_context(name):
             truncation = truncate(weight, max(ranks, default=1), scaling(decoder.statistics(name), options))
         for rank in ranks:
             replaced = truncation.second[:, :rank] @ truncation.first[:rank]
@@ -166,7 +166,7 @@ def _by_spectrum(decoder: Decoder, options: Options) -> Iterator[Candidate]:
     """Candidates by -sqrt(|W|_F^2 / sigma_1^2) keep^0.1; of a zero matrix, which every rank fits, the first to go."""
     for name in decoder.names:
         weight = decoder.linear(name).weight.double()
-        with about(name):
+        with error_context(name):
             require_finite(weight)
         short = weight if weight.shape[0] <= weight.shape[1] else weight.T
         largest = torch.linalg.eigvalsh(short @ short.T)[-1].clamp(min=0).sqrt().item()

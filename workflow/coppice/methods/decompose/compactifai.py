@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
-from coppice.errors import UserError, about
+from coppice.errors import UserError, error_context
 from coppice.lazy import torch
-from coppice.methods.base import Cores, Decoder, LayerOptions, Linear, LinearStatistics, Source, Unchanged
+from coppice.methods.contracts import Cores, Decoder, Linear, LinearStatistics, Source, Unchanged
+from coppice.methods.options import LayerOptions
 from coppice.methods.solvers.budget import share_of
 from coppice.methods.solvers.moments import input_power
 from coppice.methods.solvers.tensor_train import (
@@ -246,7 +247,7 @@ def _profile(decoder: Decoder, name: str, dense: float, windows: range, options:
     for bond in sorted(bonds, reverse=True):
         if bond >= break_even(sites):
             continue
-        with about(name):
+        with error_context(name):
             operator, _ = operator_of(weight, statistics, sites, bond, options)
         loss = decoder.loss(windows, weights={name: contract(operator.cores)}).item()
         entries.append({"bond": bond, "parameters": sites.parameters(bond), "loss_increase": loss - dense})

@@ -19,7 +19,8 @@ from pydantic import Field, model_validator
 
 from coppice.errors import UserError
 from coppice.lazy import torch
-from coppice.methods.base import Decoder, LayerOptions, Linear, LinearStatistics, Skeleton, Source, Unchanged
+from coppice.methods.contracts import Decoder, Linear, LinearStatistics, Skeleton, Source, Unchanged
+from coppice.methods.options import LayerOptions
 from coppice.methods.solvers.budget import share_of
 from coppice.methods.solvers.moments import input_power, second_moment
 from coppice.methods.solvers.selection import lowest

@@ -30,7 +30,7 @@ from pydantic import Field, model_validator
 
 from coppice.errors import UserError
 from coppice.lazy import torch
-from coppice.methods.base import Codebook, Decoder, Factors, Linear, LinearStatistics, Source, Unchanged
+from coppice.methods.contracts import Codebook, Decoder, Factors, Linear, LinearStatistics, Source, Unchanged
 from coppice.methods.solvers.budget import share_of
 from coppice.methods.solvers.codebook import dynamic_table, quantize_blocks
 from coppice.methods.solvers.ranks import PlannedRank, RankBudget

@@ -13,7 +13,7 @@ from pydantic import Field
 
 from coppice.errors import UserError
 from coppice.lazy import torch
-from coppice.methods.base import Decoder, Factors, Linear, LinearStatistics, Source, Unchanged
+from coppice.methods.contracts import Decoder, Factors, Linear, LinearStatistics, Source, Unchanged
 from coppice.methods.solvers.truncation import (
     FACTORS_REFUSE,
     RankOptions,

@@ -6,7 +6,7 @@ W = U Sigma V^T; first = Sigma_k^(1/2) V_k^T [k, n], second = U_k Sigma_k^(1/2) 
 
 from __future__ import annotations
 
-from coppice.methods.base import Factors, Linear, LinearStatistics, Source, Unchanged
+from coppice.methods.contracts import Factors, Linear, LinearStatistics, Source, Unchanged
 from coppice.methods.solvers.truncation import (
     FACTORS_REFUSE,
     RankOptions,

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, model_validator
 
 from coppice.lazy import torch
-from coppice.methods.base import Factors, Linear, LinearStatistics, Source, Unchanged
+from coppice.methods.contracts import Factors, Linear, LinearStatistics, Source, Unchanged
 from coppice.methods.solvers.loss import relative_error
 from coppice.methods.solvers.moments import second_moment
 from coppice.methods.solvers.truncation import (

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field, model_validator
 
 from coppice.lazy import torch
-from coppice.methods.base import Linear, LinearStatistics, Masked, Quantized, Source, Unchanged
+from coppice.methods.contracts import Linear, LinearStatistics, Masked, Quantized, Source, Unchanged
 from coppice.methods.solvers.grid import (
     OptionalGridOptions,
     decode,

@@ -13,7 +13,8 @@ from pydantic import Field
 
 from coppice.errors import UserError
 from coppice.lazy import torch
-from coppice.methods.base import MethodOptions, Removal, Source, Structure
+from coppice.methods.contracts import Removal, Source, Structure
+from coppice.methods.options import MethodOptions
 from coppice.methods.solvers.selection import lowest, whole_units
 
 if TYPE_CHECKING:

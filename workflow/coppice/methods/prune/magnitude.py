@@ -10,14 +10,8 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from coppice.methods.base import Linear, LinearStatistics, Masked, Source, Unchanged
-from coppice.methods.solvers.mask import (
-    SparsityOptions,
-    comparison_group,
-    keep_largest,
-    masked,
-    nothing_to_prune,
-)
+from coppice.methods.contracts import Linear, LinearStatistics, Masked, Source, Unchanged
+from coppice.methods.solvers.mask import SparsityOptions, comparison_group, keep_largest, masked, nothing_to_prune
 
 SOURCE = Source(
     "Learning both Weights and Connections for Efficient Neural Networks",

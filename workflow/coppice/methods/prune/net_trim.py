@@ -31,7 +31,8 @@ from pydantic import Field, model_validator
 
 from coppice.errors import UserError
 from coppice.lazy import torch
-from coppice.methods.base import BudgetOptions, Linear, LinearStatistics, Masked, Source, Unchanged
+from coppice.methods.contracts import Linear, LinearStatistics, Masked, Source, Unchanged
+from coppice.methods.options import BudgetOptions
 from coppice.methods.solvers.budget import share_of
 from coppice.methods.solvers.damping import damp
 from coppice.methods.solvers.loss import relative_error

@@ -24,7 +24,8 @@ from pydantic import Field, model_validator
 
 from coppice.errors import UserError
 from coppice.lazy import torch
-from coppice.methods.base import Decoder, LayerOptions, Linear, LinearStatistics, Masked, Source, Unchanged
+from coppice.methods.contracts import Decoder, Linear, LinearStatistics, Masked, Source, Unchanged
+from coppice.methods.options import LayerOptions
 from coppice.methods.solvers.budget import share_of
 from coppice.methods.solvers.mask import keep_largest, nothing_to_prune
 

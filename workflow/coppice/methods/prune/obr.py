@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field, model_validator
 
 from coppice.lazy import torch
-from coppice.methods.base import Linear, LinearStatistics, Masked, Quantized, Source, Unchanged
+from coppice.methods.contracts import Linear, LinearStatistics, Masked, Quantized, Source, Unchanged
 from coppice.methods.solvers.budget import share_of
 from coppice.methods.solvers.damping import damp
 from coppice.methods.solvers.grid import (

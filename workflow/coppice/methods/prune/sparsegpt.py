@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field, model_validator
 
-from coppice.methods.base import Linear, LinearStatistics, Masked, Quantized, Source, Unchanged
+from coppice.methods.contracts import Linear, LinearStatistics, Masked, Quantized, Source, Unchanged
 from coppice.methods.solvers.grid import (
     OptionalGridOptions,
     fit_groups,

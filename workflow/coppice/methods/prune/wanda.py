@@ -9,14 +9,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from coppice.methods.base import Linear, LinearStatistics, Masked, Source, Unchanged
-from coppice.methods.solvers.mask import (
-    SparsityOptions,
-    comparison_group,
-    keep_largest,
-    masked,
-    nothing_to_prune,
-)
+from coppice.methods.contracts import Linear, LinearStatistics, Masked, Source, Unchanged
+from coppice.methods.solvers.mask import SparsityOptions, comparison_group, keep_largest, masked, nothing_to_prune
 from coppice.methods.solvers.moments import input_power
 
 SOURCE = Source(

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from coppice.lazy import torch
-from coppice.methods.base import Linear, LinearStatistics, Quantized, Source
+from coppice.methods.contracts import Linear, LinearStatistics, Quantized, Source
 from coppice.methods.solvers.grid import (
     Grid,
     GridOptions,

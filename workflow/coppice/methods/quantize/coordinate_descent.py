@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from coppice.lazy import torch
-from coppice.methods.base import Linear, LinearStatistics, Quantized, Source
+from coppice.methods.contracts import Linear, LinearStatistics, Quantized, Source
 from coppice.methods.quantize import gptq, rtn
 from coppice.methods.solvers.grid import GridOptions, decode, dequantize, make_grid
 from coppice.methods.solvers.loss import output_power

@@ -31,7 +31,8 @@ from pydantic import Field
 
 from coppice.errors import UserError
 from coppice.lazy import torch
-from coppice.methods.base import Flattened, LayerOptions, Linear, LinearStatistics, Source
+from coppice.methods.contracts import Flattened, Linear, LinearStatistics, Source
+from coppice.methods.options import LayerOptions
 from coppice.methods.solvers.budget import share_of
 from coppice.methods.solvers.codebook import require_finite
 from coppice.methods.solvers.grid import Grid

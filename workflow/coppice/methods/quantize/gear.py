@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import Field
 
-from coppice.methods.base import Source
+from coppice.methods.contracts import Source
 from coppice.methods.solvers.cache import CacheOptions
 
 SOURCE = Source(

@@ -6,7 +6,7 @@ algorithm 1 (see `solvers.rounding`).
 
 from __future__ import annotations
 
-from coppice.methods.base import Linear, LinearStatistics, Quantized, Source
+from coppice.methods.contracts import Linear, LinearStatistics, Quantized, Source
 from coppice.methods.solvers.rounding import SweptGridOptions, sweep_to_grid
 
 SOURCE = Source(

@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, model_validator
 
 from coppice.lazy import torch
-from coppice.methods.base import Codebook, Decoder, LayerOptions, Linear, LinearStatistics, Source
+from coppice.methods.contracts import Codebook, Decoder, Linear, LinearStatistics, Source
+from coppice.methods.options import LayerOptions
 from coppice.methods.solvers.budget import share_of
 from coppice.methods.solvers.codebook import (
     dynamic_table,

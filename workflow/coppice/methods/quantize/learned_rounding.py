@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, model_validator
 
 from coppice.lazy import torch
-from coppice.methods.base import Codebook, Linear, LinearStatistics, Quantized, Source
+from coppice.methods.contracts import Codebook, Linear, LinearStatistics, Quantized, Source
 from coppice.methods.solvers.codebook import encode, float_table, require_finite
 from coppice.methods.solvers.grid import (
     GridOptions,

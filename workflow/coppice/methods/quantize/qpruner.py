@@ -25,9 +25,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from coppice.errors import UserError, about
+from coppice.errors import UserError, error_context
 from coppice.lazy import LazyModule, torch
-from coppice.methods.base import Decoder, Linear, LinearStatistics, Quantized, Source
+from coppice.methods.contracts import Decoder, Linear, LinearStatistics, Quantized, Source
 from coppice.methods.solvers.budget import share_of
 from coppice.methods.solvers.demand import rounding_losses
 from coppice.methods.solvers.grid import GroupOptions, dequantize
@@ -155,7 +155,7 @@ def _grid(options: Options, bits: int) -> SweptGridOptions:
 def _errors(decoder: Decoder, name: str, options: Options) -> list[float]:
     """tr((W - Q_b) H (W - Q_b)^T) at each candidate b."""
     grid = _grid(options, options.candidates[0])
-    with about(name):
+    with error_context(name):
         moment = decoder.statistics(name).second_moment
         return rounding_losses(decoder.linear(name), moment, grid, options.candidates)
 

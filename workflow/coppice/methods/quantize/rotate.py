@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from coppice.methods.base import MethodOptions, Source
+from coppice.methods.contracts import Source
+from coppice.methods.options import MethodOptions
 from coppice.methods.solvers.hadamard import hadamard_like
 
 if TYPE_CHECKING:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from coppice.methods.base import LayerOptions, Linear, LinearStatistics, RoundedInputs, Source
+from coppice.methods.contracts import Linear, LinearStatistics, RoundedInputs, Source
+from coppice.methods.options import LayerOptions
 
 SOURCE = Source(
     "QuaRot: Outlier-Free 4-Bit Inference in Rotated LLMs",

@@ -5,7 +5,7 @@ The baseline of Frantar et al., GPTQ (arXiv 2210.17323), section 4; the rounding
 
 from __future__ import annotations
 
-from coppice.methods.base import Linear, LinearStatistics, Quantized, Source
+from coppice.methods.contracts import Linear, LinearStatistics, Quantized, Source
 from coppice.methods.solvers.grid import GridOptions
 from coppice.methods.solvers.rounding import round_to_nearest
 

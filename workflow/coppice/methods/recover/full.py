@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from coppice.methods.base import RecoverOptions, Source
+from coppice.methods.contracts import Source
+from coppice.methods.options import RecoverOptions
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,10 +37,10 @@ class Options(RecoverOptions):
 
 def prepare(model: PreTrainedModel, options: Options) -> PreTrainedModel:
     """Lets every parameter train, and pruned entries of masked linears receive no gradient."""
-    from coppice.layers import leaves, mask
+    from coppice.models.layers import mask, weight_matrices
 
     model.requires_grad_(True)
-    for linear in leaves(model).values():
+    for linear in weight_matrices(model).values():
         if (kept := mask(linear)) is not None:
             linear.weight.register_hook(_masked_gradient(kept))
     return model

@@ -17,7 +17,8 @@ from pydantic import Field
 
 from coppice.errors import UserError
 from coppice.lazy import torch
-from coppice.methods.base import RecoverOptions, Source
+from coppice.methods.contracts import Source
+from coppice.methods.options import RecoverOptions
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -57,7 +58,7 @@ def prepare(model: PreTrainedModel, options: Options) -> PreTrainedModel:
 
     Raises UserError where there are none, or all of them are packed integers.
     """
-    from coppice.layers import mask
+    from coppice.models.layers import mask
 
     model.requires_grad_(False)
     healed = _healed(model, options)
@@ -96,7 +97,7 @@ def finish(model: PreTrainedModel) -> PreTrainedModel:
 
 def _healed(model: PreTrainedModel, options: Options) -> list[nn.Linear]:
     """What trains. The low-rank path beside a compensated linear is no factor of it."""
-    from coppice.layers import PACKED, Compensated, LowRank, Skeleton, TensorTrain, leaves
+    from coppice.models.layers import PACKED, Compensated, LowRank, Skeleton, TensorTrain, weight_matrices
 
     beside = {id(module.compensation) for module in model.modules() if isinstance(module, Compensated)}
     found: list[nn.Linear] = []
@@ -104,14 +105,14 @@ def _healed(model: PreTrainedModel, options: Options) -> list[nn.Linear]:
         if isinstance(module, Skeleton) and options.parts == "links":
             found.append(module.link)
         elif isinstance(module, (LowRank, Skeleton, TensorTrain)) and id(module) not in beside:
-            found.extend(leaves(module).values())
+            found.extend(weight_matrices(module).values())
     return [linear for linear in found if not isinstance(linear, PACKED)]
 
 
 @contextmanager
 def _block_outputs(model: PreTrainedModel) -> Iterator[list[Tensor]]:
     """A list that a forward within fills with each block's output [b, t, d]."""
-    from coppice.layers import blocks
+    from coppice.models.layers import blocks
 
     outputs: list[Tensor] = []
 

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from coppice.lazy import torch
-from coppice.methods.base import MethodOptions, RecoverOptions, Source
+from coppice.methods.contracts import Source
+from coppice.methods.options import MethodOptions, RecoverOptions
 
 if TYPE_CHECKING:
     from peft.tuners.lora import Linear as AdaptedLinear
@@ -54,9 +55,9 @@ def prepare(model: PreTrainedModel, options: Options) -> PreTrainedModel:
     """Puts an update beside each linear and factor of the blocks, which alone trains. A is drawn from torch's seed."""
     from peft import LoraConfig, inject_adapter_in_model
 
-    from coppice.layers import blocks, leaves
+    from coppice.models.layers import blocks, weight_matrices
 
-    inside = {id(linear) for linear in leaves(blocks(model)).values()}
+    inside = {id(linear) for linear in weight_matrices(blocks(model)).values()}
     targets = [name for name, module in model.named_modules() if id(module) in inside]
     configuration = LoraConfig(
         r=options.rank,
@@ -83,7 +84,7 @@ def finish(model: PreTrainedModel) -> PreTrainedModel:
 
 def _settled(adapted: AdaptedLinear) -> nn.Module:
     """What stands in an adapted linear's place after training."""
-    from coppice.layers import PACKED, Compensated
+    from coppice.models.layers import PACKED, Compensated
 
     base = adapted.get_base_layer()
     first = adapted.lora_A[ADAPTER].weight

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from coppice.lazy import torch
-from coppice.methods.base import RecoverOptions, Source
+from coppice.methods.contracts import Source
+from coppice.methods.options import RecoverOptions
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -58,9 +59,9 @@ def tokens(options: Options, parent: Mapping[str, Any]) -> int:
 
 def prepare(model: PreTrainedModel, options: Options) -> PreTrainedModel:
     """Draws every weight from torch's seed, under the masks that there are, and lets all of them train."""
-    from coppice.layers import leaves, mask
+    from coppice.models.layers import mask, weight_matrices
 
-    masks = {name: kept for name, linear in leaves(model).items() if (kept := mask(linear)) is not None}
+    masks = {name: kept for name, linear in weight_matrices(model).items() if (kept := mask(linear)) is not None}
     # On the CPU, so that a seed gives the same weights on every device.
     drawn = type(model)(model.config).state_dict()
     model.requires_grad_(True)

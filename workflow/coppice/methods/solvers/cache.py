@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field, field_validator
 
-from coppice.methods.base import MethodOptions
+from coppice.methods.options import MethodOptions
 
 
 class CacheOptions(MethodOptions):

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from coppice.errors import UserError
 from coppice.lazy import torch
-from coppice.methods.base import Codebook
+from coppice.methods.contracts import Codebook
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from coppice.errors import UserError
 from coppice.lazy import torch
-from coppice.methods.base import Linear
+from coppice.methods.contracts import Linear
 from coppice.methods.solvers.budget import share_of
 from coppice.methods.solvers.grid import GridOptions, dequantize
 from coppice.methods.solvers.loss import output_power

@@ -20,7 +20,8 @@ from pydantic import Field, field_validator, model_validator
 
 from coppice.errors import UserError
 from coppice.lazy import torch
-from coppice.methods.base import BudgetOptions, LayerOptions, Linear, Quantized
+from coppice.methods.contracts import Linear, Quantized
+from coppice.methods.options import BudgetOptions, LayerOptions
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -12,7 +12,8 @@ from pydantic import Field, field_validator, model_validator
 
 from coppice.errors import UserError
 from coppice.lazy import torch
-from coppice.methods.base import BudgetOptions, LinearStatistics, Masked, Unchanged
+from coppice.methods.contracts import LinearStatistics, Masked, Unchanged
+from coppice.methods.options import BudgetOptions
 from coppice.methods.solvers.budget import share_of
 from coppice.methods.solvers.refit import refit
 

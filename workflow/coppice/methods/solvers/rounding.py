@@ -11,15 +11,9 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from coppice.lazy import torch
-from coppice.methods.base import LayerOptions, Linear, Quantized
-from coppice.methods.solvers.grid import (
-    GridOptions,
-    fit_groups,
-    grid_record,
-    group_of_inputs,
-    group_width,
-    make_grid,
-)
+from coppice.methods.contracts import Linear, Quantized
+from coppice.methods.options import LayerOptions
+from coppice.methods.solvers.grid import GridOptions, fit_groups, grid_record, group_of_inputs, group_width, make_grid
 from coppice.methods.solvers.moments import input_power
 from coppice.methods.solvers.sweep import Quantizer, cholesky_factor, sweep
 

@@ -21,7 +21,8 @@ from pydantic import Field, model_validator
 
 from coppice.errors import UserError
 from coppice.lazy import torch
-from coppice.methods.base import BudgetOptions, Factors, Unchanged
+from coppice.methods.contracts import Factors, Unchanged
+from coppice.methods.options import BudgetOptions
 from coppice.methods.solvers.budget import share_of
 from coppice.methods.solvers.moments import once_for_shared, second_moment
 

@@ -1,0 +1,297 @@
+"""A layer method's pass over the blocks of a model: statistics, the method, the replacement, the record."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from coppice.calibration import stage as calibrate
+from coppice.compression import allocation
+from coppice.data.text import Windows
+from coppice.errors import UserError, did_you_mean, error_context
+from coppice.methods.contracts import (
+    Linear,
+    LinearStatistics,
+)
+from coppice.methods.options import MethodOptions
+from coppice.methods.registry import Method
+from coppice.methods.solvers.loss import relative_error
+from coppice.models import folding, layers
+from coppice.models.checkpoint import computing_dtype, load_model
+from coppice.models.decoder import WholeDecoder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+from coppice.compression.replacement import replace
+
+
+def load_reference(directory: Path, model: PreTrainedModel, device: str) -> PreTrainedModel:
+    """The model from before compression. Raises UserError when its linears are not those of the parent's model."""
+    reference = load_model(directory, dtype=computing_dtype(directory, device))
+    own, before = (
+        {
+            name: (linear.out_features, linear.in_features)
+            for name, linear in layers.replaceable_modules(each.model.layers).items()
+        }
+        for each in (model, reference)
+    )
+    if own != before:
+        raise UserError(
+            f"The reference {directory} has linears of other shapes than the parent; pass the checkpoint that the "
+            "parent's linears were compressed from."
+        )
+    return reference
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a step reads besides checkpoints: what it needs, folders of statistics by kind, calibration windows."""
+
+    needs: frozenset[str]
+    sources: dict[str, tuple[Path, dict[str, Any]]]
+    windows: Windows | None
+
+
+@dataclass(frozen=True)
+class Walk:
+    """A layer method on its way over the blocks of a model.
+
+    original: the model from before compression, for a compensate method. storage: the type of the checkpoint's numbers.
+    """
+
+    model: PreTrainedModel
+    original: PreTrainedModel | None
+    used: Method
+    options: MethodOptions
+    inputs: Inputs
+    storage: torch.dtype
+    seed: int
+    device: str
+
+    def linears(self, block: nn.Module) -> dict[str, nn.Module]:
+        """What the method sees of a block, by the name within it.
+
+        A compensate method sees linears as the architecture names them; every other method each matrix, also the
+        factors inside a composite.
+        """
+        return layers.weight_matrices(block) if self.original is None else layers.replaceable_modules(block)
+
+    def chosen(self, name: str) -> bool:
+        """Whether the options let the method work on the linear of that name."""
+        return self.options.linears is None or bool(set(name.split(".")) & set(self.options.linears))
+
+    def linear(self, name: str, module: nn.Module, reference: nn.Module | None = None, **more: Any) -> Linear:
+        """What the method sees of one linear."""
+        return Linear(
+            weight=layers.effective_weight(module).float(),
+            mask=layers.mask(module) if isinstance(module, nn.Linear) else None,
+            reference=None if reference is None else layers.effective_weight(reference).float(),
+            storage=self.storage,
+            name=name,
+            **more,
+        )
+
+    def read(self, index: int) -> dict[str, LinearStatistics]:
+        """The parent's moments of a block by linear; empty where there are none."""
+        if "moments" not in self.inputs.sources:
+            return {}
+        directory, manifest = self.inputs.sources["moments"]
+        return calibrate.block_statistics(directory, index, manifest, self.device)
+
+
+class Behind:
+    """Moments gathered behind the blocks already compressed."""
+
+    def __init__(self, model: PreTrainedModel, windows: Windows, device: str) -> None:
+        self.device = device
+        self.batches = calibrate.embed(model, *calibrate.as_tensors(windows))
+
+    def before(self, index: int, block: nn.Module) -> dict[str, LinearStatistics]:
+        moments, aliases, _ = calibrate.gather_block(block, index, self.batches, self.device)
+        return {name: moments[first] for name, first in aliases.items()}
+
+    def after(self, index: int, block: nn.Module) -> None:
+        for batch in self.batches:
+            batch.hidden = calibrate.run_block(block, index, batch, self.device)
+
+
+@torch.no_grad()
+def compress_layers(walk: Walk) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Replaces the linears of every block, in order; returns the record of each by its full name, and what was achieved
+    over all of them."""
+    require_known_linears(walk)
+    planned = plan(walk)
+    options_of, allocation = allocated(walk)
+    behind = Behind(walk.model, walk.inputs.windows, walk.device) if "behind" in walk.inputs.needs else None
+    record = {}
+    for index, block in enumerate(layers.blocks(walk.model)):
+        original = layers.blocks(walk.original)[index] if walk.original is not None else None
+        for module in filter(None, (block, original)):
+            module.to(walk.device)
+        parents = walk.read(index)
+        followed = behind.before(index, block) if behind is not None else {}
+        record |= compress_block(walk, index, block, original, parents, followed, planned, options_of)
+        del parents, followed  # before the next block's come
+        if behind is not None:
+            behind.after(index, block)
+        for module in filter(None, (block, original)):
+            module.to("cpu")
+    return record, {**summary(record), **allocation}
+
+
+def require_known_linears(walk: Walk) -> None:
+    """Raises UserError for a name in the option `linears` that no linear has."""
+    if walk.options.linears is None:
+        return
+    known = {part for name in walk.linears(layers.blocks(walk.model)) for part in name.split(".")[1:]}
+    for name in walk.options.linears:
+        if name not in known:
+            raise UserError(f"linears: no linear of this model is named {name!r}.{did_you_mean(name, known)}")
+
+
+def plan(walk: Walk) -> dict[str, Any]:
+    """What the method decides from the whole model, by the linears' full names."""
+    if not hasattr(walk.used.module, "plan"):
+        return {}
+    windows, sources = walk.inputs.windows, walk.inputs.sources
+    tokens, kept = (None, None) if windows is None else calibrate.as_tensors(windows)
+    kinds = {kind: read_all(source) for kind, source in sources.items() if kind != "moments"}
+    for parameter in walk.model.parameters():
+        parameter.requires_grad_(False)
+    walk.model.to(walk.device)
+    decoder = WholeDecoder(walk.model, every_linear(walk), walk.linear, walk.read, kinds, tokens, kept, walk.seed)
+    decided = walk.used.module.plan(decoder, walk.options)
+    # The walk takes one block at a time to the device.
+    walk.model.to("cpu")
+    return decided
+
+
+def allocated(walk: Walk) -> tuple[dict[str, MethodOptions], dict[str, Any]]:
+    """The options of each linear where the budget is spread unevenly, by full name, and what that achieves."""
+    if not Method.allocates(walk.options):
+        return {}, {}
+    references = {} if walk.original is None else layers.replaceable_modules(walk.original.model)
+
+    def entries() -> Iterator[tuple[str, Linear, LinearStatistics]]:
+        read = lru_cache(maxsize=1)(walk.read)
+        for name, module in every_linear(walk).items():
+            _, _, index, inner = name.split(".", 3)
+            reference = references.get(name.removeprefix("model."))
+            # One linear at a time is on the device.
+            for each in filter(None, (module, reference)):
+                each.to(walk.device)
+            yield name, walk.linear(name, module, reference), read(int(index))[inner]
+            for each in filter(None, (module, reference)):
+                each.to("cpu")
+
+    options_of, spread = allocation.allocate(entries(), walk.options)
+    return options_of, {"allocation": spread}
+
+
+def every_linear(walk: Walk) -> dict[str, nn.Module]:
+    """The linears that the method works on by full name, in the model's order."""
+    return {
+        f"model.layers.{index}.{name}": module
+        for index, block in enumerate(layers.blocks(walk.model))
+        for name, module in walk.linears(block).items()
+        if walk.chosen(name)
+    }
+
+
+def compress_block(
+    walk: Walk,
+    index: int,
+    block: nn.Module,
+    original: nn.Module | None,
+    parents: dict[str, LinearStatistics],
+    behind: dict[str, LinearStatistics],
+    planned: dict[str, Any],
+    options_of: dict[str, MethodOptions],
+) -> dict[str, Any]:
+    """Replaces the linears of one block; returns the record of each by its full name.
+
+    parents, behind: the moments of the parent and those behind the compressed blocks, by the name within the block; the
+    latter serve alone where the method propagates.
+    """
+    propagates = getattr(walk.options, "propagate", False)
+    statistics = behind if propagates and behind else parents
+    statistics, folded = fold_scales(walk, index, block, statistics)
+    before = layers.replaceable_modules(original) if original is not None else {}
+    record = {}
+    for name, module in walk.linears(block).items():
+        full = f"model.layers.{index}.{name}"
+        if not walk.chosen(name):
+            continue
+        more = {"plan": planned.get(full), "behind": None if propagates else behind.get(name)}
+        linear = walk.linear(full, module, before.get(name), **more)
+        with error_context(full):
+            replacement = walk.used.module.compress(linear, statistics.get(name), options_of.get(full, walk.options))
+            replace(block, name, module, replacement, walk.storage)
+            new = layers.effective_weight(block.get_submodule(name)).float()
+            found = errors(new, linear, statistics.get(name))
+        record[full] = {**folded.get(name, {}), **replacement.record, **found}
+    return record
+
+
+def fold_scales(
+    walk: Walk, index: int, block: nn.Module, statistics: dict[str, LinearStatistics]
+) -> tuple[dict[str, LinearStatistics], dict[str, dict[str, Any]]]:
+    """Scales the inputs of the block's linears as the method asks; returns the statistics of the scaled inputs and, for
+    each linear that was scaled, the record of it."""
+    if not hasattr(walk.used.module, "scales"):
+        return statistics, {}
+    found, record = dict(statistics), {}
+    for shared in folding.shared_inputs(block, folding.head_dim(walk.model)):
+        names = [name for name in shared.consumers if walk.chosen(name)]
+        if len(names) < len(shared.consumers):
+            continue
+        seen = [walk.linear(f"model.layers.{index}.{name}", block.get_submodule(name)) for name in names]
+        with error_context(seen[0].name):
+            scales = walk.used.module.scales(seen, found[names[0]], walk.options)
+        if scales is None:
+            continue
+        scales = shared.pooled(scales.double())
+        folding.fold(block, shared, scales)
+        # Linears that share an input share the statistics.
+        changed = folding.scaled(found[names[0]], scales.to(found[names[0]].mean.dtype))
+        found |= dict.fromkeys(names, changed)
+        record |= {name: {"scale_ratio": (scales.max() / scales.min()).item()} for name in names}
+    return found, record
+
+
+def errors(new: Tensor, linear: Linear, statistics: LinearStatistics | None) -> dict[str, float]:
+    """The layer's relative squared error: weight_error of its weights and, with statistics, error of its outputs.
+
+    Against the reference where there is one. Raises UserError when a weight, old or new, is not finite.
+    """
+    wanted = linear.weight if linear.reference is None else linear.reference
+    found = {"weight_error": relative_error(new - wanted, wanted, None)}
+    if statistics is not None:
+        found["error"] = relative_error(new - wanted, wanted, statistics.second_moment)
+    return found
+
+
+def read_all(source: tuple[Path, dict[str, Any]]) -> dict[str, Tensor]:
+    """Every tensor of one folder of statistics."""
+    directory, read = source
+    tensors: dict[str, Tensor] = {}
+    for name in read["files"]:
+        tensors |= calibrate.read_statistics_file(directory, name, read)
+    return tensors
+
+
+def summary(record: dict[str, Any]) -> dict[str, float]:
+    """The means over layers of every number in their records."""
+    names = {key for entry in record.values() for key, value in entry.items() if isinstance(value, int | float)}
+    return {
+        key: sum(values) / len(values)
+        for key in sorted(names)
+        if (values := [entry[key] for entry in record.values() if isinstance(entry.get(key), int | float)])
+    }

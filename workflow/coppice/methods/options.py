@@ -1,0 +1,213 @@
+"""Options that methods share: of layers, of budgets and their allocation, of recovery training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+if TYPE_CHECKING:
+    pass
+
+
+class MethodOptions(BaseModel):
+    """Options that a method's own class extends; an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What these options read besides the method's NEEDS."""
+        return frozenset()
+
+
+class LayerOptions(MethodOptions):
+    """Options that every layer method has."""
+
+    linears: list[str] | None = Field(
+        default=None,
+        description="Only the linears with one of these names, as in [q_proj, k_proj]; the others stay as they are. "
+        "All of them when left out.",
+    )
+
+    propagate: bool = Field(
+        default=False,
+        description="Gather statistics block by block behind the blocks already compressed, instead of reading the "
+        "parent's.",
+    )
+
+    @field_validator("linears")
+    @classmethod
+    def _names_some(cls, linears: list[str] | None) -> list[str] | None:
+        if linears is not None and not linears:
+            raise ValueError("an empty list names no linear: name some, or leave it out for all of them")
+        return linears
+
+
+class Allocation(BaseModel):
+    """How a budget is spread over the linears; what it comes to over all of them stays as asked (see `allocate`)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    by: Literal["uniform", "sensitivity", "owl", "mosaic", "svd-llm-v2", "water-filling", "knapsack"] = Field(
+        default="uniform",
+        description="The rule. uniform: every linear gets the same; sensitivity: more where the relative error of the "
+        "outputs at the uniform budget is larger; owl, mosaic: more where weights times inputs have more outliers, by "
+        "block or by projection; svd-llm-v2: less is removed where truncation loses more, within each kind of linear; "
+        "water-filling: the largest singular values of all linears; knapsack: the least summed loss over `levels`.",
+    )
+    floor: float = Field(
+        default=0.5, ge=0, le=1, description="Least share of the uniform budget that any linear gets; 1 is uniform."
+    )
+    spread: float = Field(
+        default=0.08, ge=0, le=0.5, description="owl, mosaic: half the distance of the largest and smallest share."
+    )
+    outlier_factor: float = Field(
+        default=5.0, gt=0, description="owl, mosaic: an outlier is more than this many times the mean."
+    )
+    levels: list[float] | None = Field(
+        default=None,
+        description="knapsack: the budgets to choose from, as the method's own option takes them; when left out, for "
+        "bits the integers from 2 to 8, otherwise 17 around the asked one, down to the floor.",
+    )
+    relative: bool = Field(
+        default=False,
+        description="water-filling, knapsack: count a linear's loss relative to the power of its outputs.",
+    )
+
+    @model_validator(mode="after")
+    def _levels_to_choose_from(self) -> Allocation:
+        if self.levels is None:
+            return self
+        if self.by != "knapsack":
+            raise ValueError(f"'levels' are what a knapsack chooses from, and {self.by!r} does not: leave them out")
+        if not self.levels or len(set(self.levels)) < len(self.levels):
+            raise ValueError(f"the levels {self.levels} are not one or more different budgets")
+        return self
+
+    @model_validator(mode="after")
+    def _relative_losses(self) -> Allocation:
+        if self.relative and self.by not in ("water-filling", "knapsack"):
+            raise ValueError(f"'relative' goes with water-filling and knapsack, not with {self.by!r}: leave it out")
+        return self
+
+
+class BudgetOptions(LayerOptions):
+    """Options of a method that takes a budget: a share of weights to prune or to keep, or bits."""
+
+    # The field that holds the budget ("sparsity", "keep", "bits" or "rank"), and the rules that can spread it.
+    BUDGET: ClassVar[str]
+    RULES: ClassVar[frozenset[str]] = frozenset({"uniform"})
+
+    allocation: Allocation = Field(default=Allocation(), description="How the budget is spread over the linears.")
+
+    @model_validator(mode="after")
+    def _a_rule_for_this_budget(self) -> BudgetOptions:
+        if self.allocation.by not in self.RULES:
+            raise ValueError(
+                f"the allocation {self.allocation.by!r} does not go with this method: choose one of "
+                f"{', '.join(sorted(self.RULES))}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _levels_of_this_budget(self) -> BudgetOptions:
+        for level in self.allocation.levels or ():
+            wrong = _LEVELS[self.BUDGET](level)
+            if wrong:
+                raise ValueError(f"the level {level:g} of the allocation is no budget of this method: {wrong}")
+        return self
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return super().needs | (frozenset() if self.allocation.by == "uniform" else frozenset({"moments"}))
+
+
+# What is wrong with a level of each budget, or None.
+_LEVELS: dict[str, Callable[[float], str | None]] = {
+    "sparsity": lambda level: None if 0 <= level < 1 else "a sparsity is at least 0 and less than 1",
+    "keep": lambda level: None if 0 < level <= 1 else "a share to keep is more than 0 and at most 1",
+    "bits": lambda level: None if level in range(2, 9) else "bits are an integer from 2 to 8",
+    "rank": lambda level: "a rank is spread by water-filling, which has no levels",
+}
+
+
+class RecoverOptions(MethodOptions):
+    """Options that every training method of the family recover has. Tokens, not steps, are the axis of training."""
+
+    text: str = Field(description="The text (by name) whose role recovery is trained on.")
+    validation: str = Field(description="The text (by name) whose role validation gives the held-out loss.")
+    tokens: int = Field(ge=1, description="Tokens to train on; the last step is taken whole.")
+    length: int = Field(default=512, ge=2, description="Tokens in a window, of training and of validation.")
+    pack: bool = Field(
+        default=True, description="Fill windows with several documents; false gives each its own, cut or padded."
+    )
+    validation_windows: int = Field(default=64, ge=1, description="Windows that the held-out loss is measured on.")
+    batch_size: int = Field(default=32, ge=1, description="Windows a step.")
+    micro_batch_size: int | None = Field(
+        default=None,
+        ge=1,
+        description="Windows on the device at once, where a step does not fit; a divisor of batch_size.",
+    )
+    gpus: int = Field(
+        default=1,
+        ge=1,
+        description="GPUs of one machine that train together: the model and the windows of a step are divided among "
+        "them, and the result is the same up to rounding. batch_size is a multiple of gpus times micro_batch_size.",
+    )
+    learning_rate: float = Field(default=1e-4, gt=0, description="After warm-up.")
+    schedule: Literal["constant", "cosine"] = Field(
+        default="constant",
+        description="Learning rate after warm-up. Under `constant` the loss at a budget of the ladder does not depend "
+        "on how long the run goes on after it; `cosine` falls to zero at the last step.",
+    )
+    warmup: float = Field(
+        default=10, ge=0, description="Linear warm-up: below 1 a share of the steps, otherwise a number of steps."
+    )
+    betas: tuple[float, float] = Field(default=(0.9, 0.95), description="AdamW's decay rates of the two moments.")
+    weight_decay: float = Field(default=0.0, ge=0, description="AdamW's decay of matrices; vectors have none.")
+    gradient_clip: float = Field(default=1.0, ge=0, description="Largest norm of the gradient; 0 leaves it alone.")
+    gradient_checkpointing: bool = Field(
+        default=False, description="Compute activations twice instead of keeping them: less memory, a third more time."
+    )
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto",
+        description="Of the products; weights are trained in float32. `auto`: bfloat16 where the GPU has it.",
+    )
+    stop_gain: float | None = Field(
+        default=None,
+        gt=0,
+        description="Nats per token: stop at a budget of the study's ladder where the power law of the held-out losses "
+        "so far says that the rest of the tokens gains at most this. It takes five budgets or more to tell. Null: "
+        "train to the end.",
+    )
+
+    @model_validator(mode="after")
+    def _micro_batches_fill_a_step(self) -> RecoverOptions:
+        if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}; "
+                "make it one."
+            )
+        if self.batch_size % (self.gpus * (self.micro_batch_size or 1)):
+            at_once = f" times micro_batch_size {self.micro_batch_size}" if self.micro_batch_size else ""
+            raise ValueError(
+                f"batch_size {self.batch_size} is not a multiple of gpus {self.gpus}{at_once}; make it one."
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _betas_are_decay_rates(self) -> RecoverOptions:
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas are {self.betas}; both must be at least 0 and less than 1.")
+        return self
+
+    @model_validator(mode="after")
+    def _losses_that_tell_the_end(self) -> RecoverOptions:
+        if self.stop_gain is not None and self.schedule == "cosine":
+            raise ValueError(
+                "stop_gain is set with the schedule 'cosine', along which losses say nothing about the end, where the "
+                "learning rate has fallen; take the schedule 'constant', or leave stop_gain out."
+            )
+        return self

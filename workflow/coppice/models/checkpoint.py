@@ -1,0 +1,234 @@
+"""Checkpoints of nodes: Hugging Face form, safetensors, with a manifest that says what they are.
+
+A folder holds `config.json`, `model*.safetensors`, the tokenizer's files, `compression.json` (what stands at each
+replaced module) and `manifest.json`, written last. A folder without a manifest, or whose files differ from it, is
+refused.
+
+Stock loaders read dense, masked, shorter, narrower and integer-quantized nodes. A node with factors carries, as
+`modeling_coppice.py`, a copy of `layers.py` and a model class, for loaders that are told to trust it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import platform
+import shutil
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from huggingface_hub import save_torch_state_dict
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from coppice import __version__, storage
+from coppice.errors import UserError
+from coppice.files import atomic_directory, described, fingerprint, read_json, write_json
+from coppice.models import layers
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+from coppice.models.accounting import is_weights, peak_memory, sizes
+from coppice.models.stock_formats import CACHE, write_config
+
+ARCHITECTURES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+PACKAGES = ("torch", "transformers", "safetensors")
+FORMAT_VERSION = 1
+
+
+def architecture(model_type: str) -> tuple[type[PretrainedConfig], type[PreTrainedModel]]:
+    """The config and model classes of a supported architecture. Raises UserError for any other."""
+    if model_type not in ARCHITECTURES:
+        supported = ", ".join(sorted(ARCHITECTURES))
+        raise UserError(f"Architecture {model_type!r} is not supported; supported are {supported}.")
+    name = ARCHITECTURES[model_type]
+    package = f"transformers.models.{model_type}"
+    # The submodules are imported rather than transformers' Auto classes, which cost a second more at every start.
+    config = importlib.import_module(f"{package}.configuration_{model_type}")
+    modeling = importlib.import_module(f"{package}.modeling_{model_type}")
+    return getattr(config, f"{name}Config"), getattr(modeling, f"{name}ForCausalLM")
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint. Raises UserError when there is none, or it is of another format."""
+    manifest = read_json(Path(directory) / "manifest.json")
+    if manifest.get("format_version") != FORMAT_VERSION:
+        raise UserError(
+            f"{directory}/manifest.json has format {manifest.get('format_version')}, this version reads "
+            f"{FORMAT_VERSION}; make the node again."
+        )
+    return manifest
+
+
+def verify_files(directory: Path, manifest: dict[str, Any]) -> None:
+    """Raises UserError when a file of the checkpoint is missing or its SHA-256 is not the manifest's.
+
+    Where a store is named, such files are fetched from it.
+    """
+    for name, entry in manifest["files"].items():
+        path = Path(directory) / name
+        if not storage.fetch_verified(path, entry["sha256"]):
+            problem = "is not the file that its manifest describes" if path.exists() else "is missing"
+            raise UserError(f"{path} {problem}; make the node {manifest['node']!r} again.")
+
+
+def load_model(directory: Path, device: str = "cpu", dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """The model of a checkpoint, in evaluation mode, with every replaced module in its place.
+
+    Args:
+        dtype: of the floating tensors; None for what suits the device (see `computing_dtype`).
+
+    Raises:
+        UserError: when a file differs from the manifest, or the weights from the modules that are to hold them.
+    """
+    directory = Path(directory)
+    manifest = read_manifest(directory)
+    verify_files(directory, manifest)
+    config = read_json(directory / "config.json")
+    model = build_model(directory, config, read_json(directory / "compression.json"))
+    load_weights(model, directory, dtype or computing_dtype(directory, device))
+    return model.to(device)
+
+
+def build_model(directory: Path, config: dict[str, Any], planned: dict[str, dict[str, Any]]) -> PreTrainedModel:
+    """The model that a config and a plan describe, without values (on the meta device, but for rotary tables)."""
+    config_class, model_class = architecture(config.get("model_type", "none"))
+    # What tells other loaders how to read this folder is no part of the model.
+    foreign = ("quantization_config", "auto_map", "compression")
+    settings = config_class.from_dict({key: value for key, value in config.items() if key not in foreign})
+    settings.name_or_path = str(directory)
+    with torch.device("meta"):
+        model = model_class(settings)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=settings)
+    layers.install(model, {name: entry for name, entry in planned.items() if name != CACHE})
+    if CACHE in planned:
+        from coppice.models.kv_cache import install_cache
+
+        install_cache(model, {key: value for key, value in planned[CACHE].items() if key != "type"})
+    return model.eval()
+
+
+def load_weights(model: PreTrainedModel, directory: Path, dtype: torch.dtype | None) -> None:
+    """Puts a folder's tensors into a model built on the meta device; memory-mapped when the dtype is the stored one.
+
+    Raises UserError that names missing or unexpected keys, wrong shapes, or a broken file.
+    """
+    tied = model.config.tie_word_embeddings
+    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    if tied:
+        expected.pop("lm_head.weight")
+    state: dict[str, Tensor] = {}
+    for path in weight_files(directory):
+        for name, tensor in read_tensors(path).items():
+            state[name] = tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+    if tied:
+        state.pop("lm_head.weight", None)
+    problems = [f"{name} is missing" for name in expected.keys() - state.keys()]
+    problems += [f"{name} is unexpected" for name in state.keys() - expected.keys()]
+    problems += [
+        f"{name} has shape {tuple(state[name].shape)} instead of {tuple(shape)}"
+        for name, shape in expected.items()
+        if name in state and state[name].shape != shape
+    ]
+    if problems:
+        listed = "; ".join(sorted(problems)[:5]) + ("; ..." if len(problems) > 5 else "")
+        raise UserError(f"The weights in {directory} do not fit its config.json: {listed}.")
+    model.load_state_dict(state, strict=not tied, assign=True)
+    model.tie_weights()
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The safetensors files of a folder. Raises UserError when there is none."""
+    found = sorted(path for path in Path(directory).glob("*.safetensors") if is_weights(path.name))
+    if not found:
+        raise UserError(f"{directory} holds no model*.safetensors; other weight formats are not read.")
+    return found
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file, memory-mapped. Raises UserError when the file is broken."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is not a whole safetensors file ({error}); fetch or make it again.") from error
+
+
+def save_checkpoint(
+    model: PreTrainedModel,
+    directory: Path,
+    tokenizer: Path,
+    manifest: dict[str, Any],
+    dtype: torch.dtype,
+    extra_files: dict[str, Path] | None = None,
+    travels: bool = True,
+) -> dict[str, Any]:
+    """Writes a checkpoint, whole or not at all, and returns its manifest.
+
+    Args:
+        tokenizer: the folder whose tokenizer files are copied (the parent's).
+        manifest: what the caller knows of the node (node, parent, step, seed, marks, source ...); sizes, hashes and
+            versions are added here. `dense` holds the root's numbers, or is absent for a root.
+        dtype: in which floating tensors are stored.
+        extra_files: further files by the name that they get.
+        travels: whether the files go to the store, where one is named; those of an export do not.
+    """
+    with atomic_directory(directory) as temporary:
+        planned = layers.describe_replacements(model)
+        if hasattr(model.model, "cache_settings"):
+            planned[CACHE] = {"type": "Cache", **model.model.cache_settings}
+        tied = model.config.tie_word_embeddings
+        state = {
+            name: (tensor.to(dtype) if tensor.is_floating_point() else tensor).cpu().contiguous()
+            for name, tensor in model.state_dict().items()
+            if not (tied and name == "lm_head.weight")
+        }
+        save_torch_state_dict(state, temporary, metadata={"format": "pt"})
+        write_config(model, planned, dtype, temporary)
+        write_json(temporary / "compression.json", planned)
+        for name in TOKENIZER_FILES:
+            if (Path(tokenizer) / name).exists():
+                shutil.copyfile(Path(tokenizer) / name, temporary / name)
+        for name, path in (extra_files or {}).items():
+            (temporary / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, temporary / name)
+        files = described(temporary)
+        identity = ("config.json", "compression.json", "model")
+        written = {
+            "format_version": FORMAT_VERSION,
+            **manifest,
+            **sizes(model, state, files, manifest.get("dense")),
+            "fingerprint": fingerprint({k: v["sha256"] for k, v in files.items() if k.startswith(identity)}),
+            "files": files,
+            "versions": versions(),
+            "peak_memory_bytes": peak_memory(),
+        }
+        if travels:
+            storage.upload(temporary, files)
+        write_json(temporary / "manifest.json", written)
+    return written
+
+
+def stored_dtype(directory: Path) -> torch.dtype:
+    """The dtype in which a checkpoint's floating tensors are stored."""
+    config = read_json(storage.ensure_local(Path(directory) / "config.json"))
+    return DTYPES[config.get("dtype", config.get("torch_dtype", "float32"))]
+
+
+def computing_dtype(directory: Path, device: str) -> torch.dtype:
+    """The dtype to run a checkpoint's model in: float32 on the CPU, the stored one elsewhere."""
+    return torch.float32 if torch.device(device).type == "cpu" else stored_dtype(directory)
+
+
+@cache
+def versions() -> dict[str, str]:
+    """The versions of what made a file."""
+    installed = {name: importlib.metadata.version(name) for name in PACKAGES}
+    return {"python": platform.python_version(), "coppice": __version__, **installed}

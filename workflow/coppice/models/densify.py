@@ -1,0 +1,56 @@
+"""A checkpoint as an ordinary dense one: every replaced linear becomes the matrix that it stands for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from coppice.errors import UserError
+from coppice.models import layers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+from coppice.models.checkpoint import load_model, read_manifest, save_checkpoint, stored_dtype
+
+
+def export_dense(directory: Path, output: Path) -> None:
+    """Writes a node as an ordinary dense checkpoint: every replaced linear becomes the matrix that it stands for.
+
+    Raises UserError for a node that rounds more than its weights, which no dense checkpoint can say.
+    """
+    source = read_manifest(directory)
+    refuse_rounding(source, "a dense checkpoint")
+    model = load_model(directory, dtype=torch.float32)
+    densify(model)
+    kept = ("node", "parent", "step", "seed", "source", "dense", "recovery")
+    manifest = {**{key: source.get(key) for key in kept}, "marks": [], "exported_from": source["fingerprint"]}
+    save_checkpoint(model, output, directory, manifest, stored_dtype(directory), travels=False)
+
+
+def refuse_rounding(manifest: dict[str, Any], holder: str) -> None:
+    """Raises UserError for a node that rounds more than its weights; holder: the form that cannot say so."""
+    for mark, what in (("quantized-inputs", "the inputs of its linears"), ("quantized-cache", "its keys and values")):
+        if mark in manifest["marks"]:
+            raise UserError(
+                f"The node {manifest['node']!r} rounds {what} while it runs, which {holder} cannot hold; "
+                "export the node from before that step."
+            )
+
+
+@torch.no_grad()
+def densify(model: PreTrainedModel) -> None:
+    """Puts an ordinary linear in the place of every composite and quantized one."""
+    for block in layers.blocks(model):
+        for name, module in layers.replaceable_modules(block).items():
+            if type(module) is torch.nn.Linear:
+                module.masked = False
+                continue
+            weight = layers.effective_weight(module)
+            dense = torch.nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
+            dense.weight = torch.nn.Parameter(weight)
+            if module.bias is not None:
+                dense.bias = torch.nn.Parameter(module.bias.detach())
+            block.set_submodule(name, dense)

@@ -1,0 +1,151 @@
+"""What the nodes of a study weigh, before they are made."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from math import prod
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from coppice import storage
+from coppice.evaluation import roofline
+from coppice.files import read_json
+from coppice.study import tree
+from coppice.study.schema import SHIPPED, LocalModel, ShippedModel, Study
+
+
+class Size(NamedTuple):
+    """What a node weighs. how: `measured`, `estimated`, or `at most` where only the parent's size is known.
+
+    linears: parameters in the blocks' linears; linear_bytes: stored bytes of them; layers: blocks.
+    """
+
+    shape: roofline.Shape
+    layers: int
+    parameters: float
+    linears: float
+    linear_bytes: float
+    stored: float
+    how: str
+
+
+def node_sizes(study: Study, results: Path) -> dict[str, Size | None]:
+    """Of every node: of its checkpoint where it is made, otherwise estimated from its parent's; None where unknown."""
+    sizes: dict[str, Size | None] = {}
+    for name, node in tree.nodes(study).items():
+        folder = results / "models" / name
+        if (folder / "manifest.json").exists():
+            sizes[name] = size_of_checkpoint(folder)
+        elif node.parent is None:
+            sizes[name] = size_of_source(study.models[name])
+        else:
+            parent = sizes[node.parent]
+            sizes[name] = None if parent is None else child_size(study, parent, node.step)
+    return sizes
+
+
+def size_of_checkpoint(folder: Path) -> Size:
+    """From a node's manifest and config."""
+    manifest, config = read_json(folder / "manifest.json"), read_json(storage.ensure_local(folder / "config.json"))
+    return Size(
+        shape_of(config),
+        config["num_hidden_layers"],
+        manifest["parameters"]["total"],
+        manifest["parameters"]["decoder_linears"],
+        manifest["stored_bits"]["decoder_linears"] / 8,
+        manifest["stored_bytes"],
+        "measured",
+    )
+
+
+def size_of_source(source: Any) -> Size | None:
+    """Of a dense model, from its config and the headers of its weights; None for one that is not on this machine."""
+    if isinstance(source, ShippedModel):
+        folder = SHIPPED / source.shipped
+    elif isinstance(source, LocalModel):
+        folder = Path(source.path)
+    else:
+        from huggingface_hub import try_to_load_from_cache
+
+        cached = try_to_load_from_cache(source.hub, "config.json", revision=source.revision)
+        if not isinstance(cached, str):
+            return None
+        folder = Path(cached).parent
+    config = read_json(folder / "config.json")
+    shape, bits = shape_of(config), number_bits(config)
+    weights = sum(inputs * outputs for inputs, outputs in roofline.block_linears(shape).values()) * shape.layers
+    if files := list(folder.glob("*.safetensors")):
+        parameters = sum(map(numbers_in, files))
+        stored = sum(path.stat().st_size for path in files)
+    else:
+        tables = 1 if config.get("tie_word_embeddings") else 2
+        parameters = weights + tables * shape.vocabulary * shape.hidden
+        stored = parameters * bits / 8
+    return Size(shape, shape.layers, parameters, weights, weights * bits / 8, stored, "measured")
+
+
+def numbers_in(path: Path) -> int:
+    """Numbers in all tensors of a safetensors file: eight bytes tell the length of the JSON that begins it."""
+    with open(path, "rb") as file:
+        described = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    return sum(prod(entry["shape"]) for name, entry in described.items() if name != "__metadata__")
+
+
+def shape_of(config: Mapping[str, Any]) -> roofline.Shape:
+    """The shape that a config.json tells."""
+    return roofline.model_of_node(config, {}).shape
+
+
+def number_bits(config: Mapping[str, Any]) -> int:
+    """Bits of a stored floating number."""
+    return roofline.BITS[config.get("dtype") or config.get("torch_dtype") or "float32"]
+
+
+def child_size(study: Study, parent: Size, step: str) -> Size:
+    """What a step makes of a node, from the step's options: exact for a grid or a removal, about right for ranks."""
+    method, options = tree.method_of(study, step), study.steps[step].options.model_dump()
+    linears, stored = parent.linears, parent.linear_bytes
+    # Of a floating number: what is no linear of a block is never packed.
+    bits = 8 * (parent.stored - parent.linear_bytes) / (parent.parameters - parent.linears)
+    layers, how = parent.layers, "estimated"
+    if options.get("linears") or options.get("exclude"):
+        return parent._replace(how="at most")
+    if method.contract == "structure":
+        layers, share = kept_structure(parent, options)
+        linears, stored = linears * share, stored * share
+    elif method.family == "decompose" and options.get("keep") is not None:
+        linears, stored = linears * options["keep"], stored * options["keep"]
+    elif method.family in ("decompose", "compensate") and options.get("rank") is not None:
+        factors = options["rank"] * sum(map(sum, roofline.block_linears(parent.shape).values())) * layers
+        added = factors if method.family == "compensate" else min(factors, linears) - linears
+        linears, stored = linears + added, stored + added * bits / 8
+    elif method.family == "quantize" and method.contract == "layer" and isinstance(options.get("bits"), int):
+        group = options.get("group_size") or options.get("block") or -1
+        scales = 0 if group == -1 else (bits + (0 if options.get("symmetric") else options["bits"])) / group
+        stored = linears * (options["bits"] + scales) / 8
+    elif method.family in ("decompose", "quantize") and method.contract == "layer":
+        how = "at most"
+    return parent._replace(
+        layers=layers,
+        parameters=parent.parameters + linears - parent.linears,
+        linears=linears,
+        linear_bytes=stored,
+        stored=parent.stored + stored - parent.linear_bytes,
+        how=how if parent.how != "at most" else "at most",
+    )
+
+
+def kept_structure(parent: Size, options: Mapping[str, Any]) -> tuple[int, float]:
+    """Blocks that are left, and the share of the linears' weights: of whole blocks, or of neurons and heads."""
+    if "kv_ratio" not in options:
+        removed = options.get("blocks")
+        removed = int((options.get("ratio") or 0) * parent.layers) if removed is None else removed
+        return parent.layers - removed, 1 - removed / parent.layers
+    sides = roofline.block_linears(parent.shape)
+    neurons = sum(m * n for name, (n, m) in sides.items() if name.startswith("mlp"))
+    heads = sum(m * n for m, n in sides.values()) - neurons
+    of_heads = options["ratio"] if options["kv_ratio"] is None else options["kv_ratio"]
+    # Whole groups are removed, rounded down.
+    of_heads = int(parent.shape.kv_heads * of_heads) / parent.shape.kv_heads
+    return parent.layers, (neurons * (1 - options["ratio"]) + heads * (1 - of_heads)) / (neurons + heads)

@@ -1,0 +1,284 @@
+"""Files that travel by their content, where results lie elsewhere: in a bucket, or in a folder that machines share.
+
+There the workflow carries the small files that its rules declare. What lies beside them undeclared (weights, tokens,
+statistics, items) goes to `<store>/objects/<sha256>` before the manifest that names it is written, each content once;
+whoever opens such a file gets it from there when it is not at hand. So a job that needs only manifests moves no
+weights.
+
+The environment variable COPPICE_STORE names the store: a folder, or an address that Apache Arrow reads, such as
+`s3://bucket/prefix?region=eu-central-1`. Without it nothing travels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import os
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
+
+from coppice.errors import UserError
+from coppice.files import atomic_write, read_json, sha256, write_json
+
+if TYPE_CHECKING:
+    from pyarrow.fs import FileSystem
+
+VARIABLE = "COPPICE_STORE"
+TRANSFERS = 16  # small files that are fetched at once
+FETCHED = ".fetched.json"  # in a study's folder: what `coppice fetch` brought there
+MADE = ("models", "tokens", "statistics", "evaluations", "laws")  # folders in which a file says that something was made
+
+
+def upload(directory: Path, files: Mapping[str, Any]) -> None:
+    """Sends those of a folder's files to the store that it does not hold yet. Without a store: nothing.
+
+    files: by name their SHA-256, or an entry that holds it as `sha256`. Raises UserError where the store is not to be
+    used.
+    """
+    if VARIABLE not in os.environ:
+        return
+    address = os.environ[VARIABLE]
+    filesystem, objects = _objects(address)
+    sources = {f"{objects}/{_digest(entry)}": Path(directory) / name for name, entry in files.items()}
+    with _using(address):
+        held = {info.path: info.size for info in filesystem.get_file_info(list(sources))}
+        # A copy of another size is what an interrupted transfer left.
+        missing = {target: path for target, path in sources.items() if held[target] != path.stat().st_size}
+        if missing:
+            filesystem.create_dir(objects, recursive=True)
+        for target, path in missing.items():
+            _put(filesystem, path, target)
+    sent = sum(path.stat().st_size for path in missing.values())
+    print(f"Store: sent {len(missing)} of {len(files)} files, {sent:,} bytes.", file=sys.stderr, flush=True)
+
+
+def fetch_verified(path: Path, digest: str) -> bool:
+    """Whether the file of this SHA-256 is at `path`, after it was fetched if it was not there and a store is named.
+
+    Raises UserError where the store does not hold the file, holds a damaged copy, or is not to be used.
+    """
+    if _holds(path, digest):
+        return True
+    if VARIABLE not in os.environ:
+        return False
+    with _alone(path.parent):
+        # Another job may have fetched it while this one waited.
+        if not _holds(path, digest):
+            _fetch(path, digest)
+    return True
+
+
+def ensure_local(path: Path, manifest: str = "manifest.json") -> Path:
+    """`path`, fetched from the store if the file is not the one that the manifest beside it names.
+
+    Without a store, and where the manifest is missing or does not name the file, `path` stays as it is.
+    """
+    if VARIABLE in os.environ and (digest := _named(Path(path), manifest)) is not None:
+        fetch_verified(Path(path), digest)
+    return path
+
+
+def _named(path: Path, manifest: str) -> str | None:
+    described = path.with_name(manifest)
+    entry = read_json(described).get("files", {}).get(path.name) if described.is_file() else None
+    return None if entry is None else _digest(entry)
+
+
+def _digest(entry: Any) -> str:
+    return entry["sha256"] if isinstance(entry, Mapping) else entry
+
+
+def _holds(path: Path, digest: str) -> bool:
+    return path.is_file() and sha256(path) == digest
+
+
+@contextmanager
+def _alone(directory: Path) -> Iterator[None]:
+    """One process at a time fetches into a folder, so that two jobs of one node fetch its weights once."""
+    with open(directory / ".fetching", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _fetch(path: Path, digest: str) -> None:
+    from pyarrow.fs import FileType
+
+    address = os.environ[VARIABLE]
+    filesystem, objects = _objects(address)
+    source = f"{objects}/{digest}"
+    with _using(address):
+        if filesystem.get_file_info(source).type == FileType.NotFound:
+            raise UserError(
+                f"{path} is not here, and the store {_shown(address)} has no copy of it (objects/{digest}); remove the "
+                "manifest beside it from the storage, so that it is made again."
+            )
+        with atomic_write(path) as temporary:
+            _copy(filesystem, source, temporary)
+            if sha256(temporary) != digest:
+                raise UserError(
+                    f"The store {_shown(address)} holds a damaged copy of {path}: objects/{digest} has another "
+                    "SHA-256. Remove that object, and the manifest that names it, so that both are made again."
+                )
+    print(f"Store: fetched {path.name}, {path.stat().st_size:,} bytes.", file=sys.stderr, flush=True)
+
+
+def _put(filesystem: FileSystem, path: Path, target: str) -> None:
+    """Copies a file into the store; whoever lists a folder's objects sees whole ones only, as in a bucket."""
+    from pyarrow.fs import LocalFileSystem, copy_files
+
+    in_folder = isinstance(filesystem, LocalFileSystem)
+    written = f"{target}.{uuid4().hex}.partial" if in_folder else target
+    copy_files(str(path), written, LocalFileSystem(), filesystem)
+    if in_folder:
+        filesystem.move(written, target)
+
+
+def _copy(filesystem: FileSystem, source: str, path: Path) -> None:
+    from pyarrow.fs import LocalFileSystem, copy_files
+
+    copy_files(source, str(path), filesystem, LocalFileSystem())
+
+
+def _open(address: str) -> tuple[FileSystem, str]:
+    """The store's file system and the path of its root there. Raises UserError for an address that is none."""
+    from pyarrow.fs import FileSystem
+
+    try:
+        filesystem, root = FileSystem.from_uri(address if "://" in address else str(Path(address).resolve()))
+        if not root:
+            raise ValueError("it names no bucket")
+    except (ValueError, OSError) as error:
+        raise UserError(
+            f"The store {_shown(address)} is neither a folder nor an address of a bucket ({_reason(error, address)}); "
+            f"check {VARIABLE}."
+        ) from error
+    return filesystem, root
+
+
+def _objects(address: str) -> tuple[FileSystem, str]:
+    filesystem, root = _open(address)
+    return filesystem, f"{root.rstrip('/')}/objects"
+
+
+@contextmanager
+def _using(address: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"The store {_shown(address)} cannot be used ({_reason(error, address)}); check its address, the "
+            "network and the credentials, then run again."
+        ) from error
+
+
+def _shown(address: str) -> str:
+    """The address without settings and credentials, also where a slash in a secret key was not written as %2F."""
+    return re.sub(r"//[^/@:]*(:.*)?@", "//", address.partition("?")[0])
+
+
+def _reason(error: Exception, address: str) -> str:
+    """What an error says first; Arrow's may quote the address."""
+    return str(error).splitlines()[0].replace(address, _shown(address)).rstrip(".")
+
+
+def fetch_results(address: str, results: Path) -> int:
+    """Brings a study's small files (manifests, metrics, logs, tables, report) from a storage, and returns their number.
+
+    They lie there under the same path as here, and bear the same date, so that what did not change is known by it
+    whatever the clocks of the two say. Of what it brought before, those that the storage no longer holds are removed:
+    Snakemake takes them away there before they are made anew, and a copy would hide that this failed.
+    Raises UserError where the storage is not to be used, or names a file outside.
+    """
+    from pyarrow.fs import FileSelector, FileType
+
+    filesystem, root = _open(address)
+    remote = f"{root.rstrip('/')}/{results.as_posix()}"
+
+    def place(path: str) -> str:
+        below = Path(path).relative_to(remote)
+        if ".." in below.parts:
+            raise UserError(
+                f"The storage {_shown(address)} holds {path}, which is no path of results; remove it there."
+            )
+        return below.as_posix()
+
+    def bring(below: str) -> None:
+        info = held[below]
+        with atomic_write(results / below) as temporary:
+            _copy(filesystem, info.path, temporary)
+            os.utime(temporary, ns=(info.mtime_ns, info.mtime_ns))
+
+    with _using(address):
+        found = filesystem.get_file_info(FileSelector(remote, recursive=True))
+        held = {place(info.path): info for info in found if info.type == FileType.File and info.base_name != FETCHED}
+        stamps = {below: [info.size, info.mtime_ns] for below, info in held.items()}
+        if not stamps:
+            return 0  # A storage that somebody emptied says nothing of what was made.
+        brought = _brought(results, remote)
+        _remove_gone(results, brought, stamps)
+        wanted = [below for below, stamp in stamps.items() if _stamp(results / below) != stamp]
+        # Noted before they are brought: a file that an interruption kept from coming has another stamp.
+        files = {below: stamps[below] for below in sorted({*wanted, *(brought.keys() & stamps.keys())})}
+        if files != brought:
+            write_json(results / FETCHED, {"storage": remote, "files": files})
+        with ThreadPoolExecutor(TRANSFERS) as pool:
+            list(pool.map(bring, wanted))
+    return len(wanted)
+
+
+def _brought(results: Path, remote: str) -> dict[str, list[int]]:
+    """By path the stamps of the files that were brought from that place, the study's folder in a storage."""
+    record = results / FETCHED
+    noted = read_json(record) if record.is_file() else {"storage": remote, "files": {}}
+    return noted["files"] if noted["storage"] == remote else {}
+
+
+def _remove_gone(results: Path, brought: Mapping[str, list[int]], held: Mapping[str, list[int]]) -> None:
+    """Removes what was brought from a storage that no longer holds it. brought, held: stamps by path.
+
+    What was made here, or changed since it was brought, stays: it may be all that there is of it.
+    """
+    gone = [
+        results / below
+        for below, stamp in brought.items()
+        if below not in held and Path(below).parts[0] in MADE and _stamp(results / below) == stamp
+    ]
+    for path in gone:
+        path.unlink()
+    if gone:
+        print(f"Store: removed {len(gone)} files that it no longer holds.", file=sys.stderr, flush=True)
+
+
+def _stamp(path: Path) -> list[int] | None:
+    """Size and date of a file, in bytes and nanoseconds; None where there is none."""
+    if not path.is_file():
+        return None
+    known = path.stat()
+    return [known.st_size, known.st_mtime_ns]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `coppice fetch`."""
+    parser.add_argument(
+        "--store",
+        default=os.environ.get(VARIABLE),
+        help=f"prefix of the storage: folder or URI (default: ${VARIABLE})",
+    )
+    parser.add_argument("--results", type=Path, required=True, help="folder of the study's results, as results/demo")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """`coppice fetch`."""
+    if not arguments.store:
+        raise UserError(f"No store is named; pass --store, or set {VARIABLE}.")
+    if arguments.results.is_absolute():
+        raise UserError(
+            f"--results {arguments.results} is not below the storage's prefix; pass a path as results/demo."
+        )
+    print(f"{fetch_results(arguments.store, arguments.results)} files fetched to {arguments.results}.")

@@ -1,0 +1,297 @@
+"""The tree: what nodes a study has, and what each of them needs.
+
+A node is a model after some steps; its name is its path, `<model>/<step>/<step>`, so its parent is the path less its
+last part, and recipes that begin alike share nodes. A step that is trained with another seed than the study's, and
+every step after it, bears the seed: `<step>@1`.
+
+Functions of a validated `study.Study`; a node may be given by its name alone, because the name is its path.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from itertools import product
+from math import ceil
+from typing import TYPE_CHECKING, Any
+
+from coppice.methods.contracts import FROM_WINDOWS
+from coppice.methods.registry import Method, method
+
+if TYPE_CHECKING:
+    from coppice.study.schema import Recipe, Step, Study
+
+COMPRESSED = frozenset({"masked", "factorized", "quantized"})
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """name: the path. parent, step: None for a dense model; step is the step's name without a seed."""
+
+    name: str
+    model: str
+    parent: str | None
+    step: str | None
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class TokenUse:
+    """A token set that a model needs: `windows` windows of `length` tokens from the part of a text for `role`."""
+
+    text: str
+    role: str
+    windows: int | None
+    length: int
+    pack: bool
+
+
+def nodes(study: Study) -> dict[str, Node]:
+    """Every node by name: all dense models, then what the recipes make of them; parents come before children."""
+    found = {model: Node(model, model, None, None, study.seed) for model in study.models}
+    for _, model, steps, seed in expanded(study):
+        parent = model
+        for step, part in zip(steps, _parts(study, steps, seed), strict=True):
+            name = f"{parent}/{part}"
+            if name not in found:
+                found[name] = Node(name, model, parent, step, seed if "@" in part else study.seed)
+            parent = name
+    return found
+
+
+def expanded(study: Study) -> Iterator[tuple[int, str, tuple[str, ...], int]]:
+    """(index of the recipe, model, steps, seed) of every single recipe."""
+    for i, recipe in enumerate(study.recipes):
+        for model in recipe.models or study.models:
+            for steps in lists_of_steps(recipe):
+                for seed in recipe.seeds or [study.seed]:
+                    yield i, model, steps, seed
+
+
+def lists_of_steps(recipe: Recipe) -> list[tuple[str, ...]]:
+    """The lists of steps that a recipe stands for, without its nulls."""
+    combinations = [recipe.steps] if recipe.steps is not None else product(*recipe.product)
+    return [tuple(step for step in steps if step is not None) for steps in combinations]
+
+
+def _parts(study: Study, steps: tuple[str, ...], seed: int) -> Iterator[str]:
+    """The parts of the path: steps, with the seed from the first one that recovers on."""
+    suffix = ""
+    for step in steps:
+        if seed != study.seed and method_of(study, step).family == "recover":
+            suffix = f"@{seed}"
+        yield step + suffix
+
+
+def parent_of(name: str) -> str | None:
+    """The name of a node's parent; None for a dense model."""
+    return name.rpartition("/")[0] or None
+
+
+def model_of(name: str) -> str:
+    """The dense model that a node comes from."""
+    return name.partition("/")[0]
+
+
+def step_of(name: str) -> str | None:
+    """The name of the step that made a node; None for a dense model."""
+    parent, _, part = name.rpartition("/")
+    return part.partition("@")[0] if parent else None
+
+
+def seed_of(study: Study, name: str) -> int:
+    """The seed that a node was made with."""
+    _, _, seed = name.rpartition("/")[2].partition("@")
+    return int(seed) if seed else study.seed
+
+
+def method_of(study: Study, step: str) -> Method:
+    """The method of a step."""
+    return method(study.steps[step].method)
+
+
+def marks(study: Study, name: str) -> frozenset[str]:
+    """The marks that the steps of a node's path leave on it."""
+    found: frozenset[str] = frozenset()
+    for part in name.split("/")[1:]:
+        step = part.partition("@")[0]
+        found = method_of(study, step).marks(found, study.steps[step].options)
+    return found
+
+
+def incompatibilities(study: Study) -> list[str]:
+    """A sentence for every step of a recipe that cannot follow what comes before it."""
+    sentences: dict[tuple[int, str], str] = {}
+    seen: dict[str, frozenset[str]] = {model: frozenset() for model in study.models}
+    for i, model, steps, seed in expanded(study):
+        parent = model
+        for place, (step, part) in enumerate(zip(steps, _parts(study, steps, seed), strict=True)):
+            name = f"{parent}/{part}"
+            if name not in seen:
+                made = method_of(study, step)
+                reason = _refusal(study, parent, steps[place - 1] if place else None, step, seen[parent])
+                if reason:
+                    sentences.setdefault((i, step), f"recipes.{i} ({' > '.join(steps)}): {reason}")
+                seen[name] = made.marks(seen[parent], study.steps[step].options)
+            parent = name
+    return list(sentences.values())
+
+
+def _refusal(study: Study, parent: str, previous: str | None, step: str, marks: frozenset[str]) -> str | None:
+    made = method_of(study, step)
+    if step == previous:
+        return f"the step {step!r} stands twice in a row; write it once."
+    for mark in sorted(marks & made.refuses.keys()):
+        reason = made.refuses[mark].removeprefix("because ").rstrip(".")
+        return f"the step {step!r} ({made.name}) cannot work on a {mark} model, because {reason}."
+    if made.family == "compensate" and reference(study, parent) == parent:
+        return (
+            f"the step {step!r} ({made.name}) has nothing to compensate: put it after a step that prunes, decomposes "
+            "or quantizes layers."
+        )
+    return None
+
+
+def compresses_layers(method: Method) -> bool:
+    """Whether a method replaces linears one by one, so that what they were before can be compensated for."""
+    return method.contract == "layer" and method.family in ("prune", "decompose", "quantize")
+
+
+def reference(study: Study, parent: str) -> str:
+    """The node that tells a compensate method, which works on `parent`, what the linears computed before.
+
+    The nearest one above the last run of steps that compressed layers; `parent` itself when there was none. Steps that
+    leave the linears alone, as those of the cache, stand in no one's way.
+    """
+    name = found = parent
+    while step := step_of(name):
+        made = method_of(study, step)
+        if not (compresses_layers(made) or made.contract == "cache"):
+            break
+        name = parent_of(name)
+        if compresses_layers(made):
+            found = name
+    return found
+
+
+def calibration(study: Study, step: str) -> str | None:
+    """The calibration of a step: the one it names, or the study's only one; None when it needs none."""
+    if not needs(study.steps[step]):
+        return None
+    return study.steps[step].calibration or next(iter(study.calibrations))
+
+
+def needs(step: Step) -> frozenset[str]:
+    """What a step reads besides its parent."""
+    return method(step.method).needs(step.options)
+
+
+def reads_windows(step: Step) -> bool:
+    """Whether a step reads the calibration windows themselves."""
+    return bool(needs(step) & FROM_WINDOWS)
+
+
+def kinds(study: Study, step: str) -> list[str]:
+    """The kinds of statistics that a step reads from its parent."""
+    return sorted(needs(study.steps[step]) - FROM_WINDOWS)
+
+
+def trains(study: Study, step: str) -> bool:
+    """Whether a step's method is a training method."""
+    return method_of(study, step).contract == "training"
+
+
+def token_uses(study: Study) -> dict[str, TokenUse]:
+    """Every token set by name: calibration.<name>, recovery.<step>, validation.<step>, evaluation.<name>.<protocol>."""
+    uses = {
+        f"calibration.{name}": TokenUse(body.text, "calibration", body.windows, body.length, body.pack)
+        for name, body in study.calibrations.items()
+    }
+    for name, step in study.steps.items():
+        if trains(study, name):
+            options = step.options
+            # A padded window holds fewer tokens than its length; the text is then read again.
+            windows = ceil(options.tokens / options.length)
+            uses[f"recovery.{name}"] = TokenUse(options.text, "recovery", windows, options.length, options.pack)
+            uses[f"validation.{name}"] = TokenUse(
+                options.validation, "validation", options.validation_windows, options.length, options.pack
+            )
+    for name, evaluation in study.evaluations.items():
+        for protocol, body in protocols(evaluation).items():
+            uses[f"evaluation.{name}.{protocol}"] = TokenUse(
+                body.text, "evaluation", body.windows, body.length, body.pack
+            )
+    return uses
+
+
+def protocols(evaluation: Any) -> dict[str, Any]:
+    """The protocols of perplexity of an evaluation; a cost has none."""
+    return getattr(evaluation, "perplexity", {})
+
+
+def world(study: Study, evaluation: Any) -> str | None:
+    """The built-in text that an evaluation asks about: the one it names, or the study's only one; None when none."""
+    if evaluation.kind != "quality" or not (evaluation.knowledge or "biographies" in evaluation.tasks):
+        return None
+    return evaluation.world or next(name for name, text in study.texts.items() if hasattr(text, "builtin"))
+
+
+def evaluations(study: Study, name: str) -> list[str]:
+    """The evaluations that measure a node: their patterns match it, and a connectivity can interpolate its weights."""
+    return [
+        evaluation
+        for evaluation, body in study.evaluations.items()
+        if any(fnmatchcase(name, pattern) for pattern in body.nodes)
+        and (body.kind != "connectivity" or _has_other_seed(study, name))
+    ]
+
+
+def _has_other_seed(study: Study, name: str) -> bool:
+    """Whether a node was trained with another seed than the study's and holds no packed integers."""
+    return reference_seed_node(name) != name and "quantized" not in marks(study, name)
+
+
+def reference_seed_node(name: str) -> str:
+    """The node that was made alike but with the study's seed: the path without its seeds."""
+    return re.sub(r"@\d+", "", name)
+
+
+def missing_seed_pairs(study: Study) -> list[str]:
+    """A sentence for every connectivity that measures nothing, or a node that there is no twin of."""
+    found = nodes(study)
+    sentences = []
+    for name, body in study.evaluations.items():
+        if body.kind != "connectivity":
+            continue
+        measured = [node for node in found if name in evaluations(study, node)]
+        if not measured:
+            sentences.append(
+                f"evaluations.{name}: no node that matches its `nodes` was trained with another seed than the study's, "
+                f"{study.seed}, and holds weights that can be interpolated; give a recipe several `seeds`."
+            )
+        lonely = [node for node in measured if reference_seed_node(node) not in found]
+        if lonely:
+            sentences.append(
+                f"evaluations.{name}: the node {lonely[0]!r} has no twin {reference_seed_node(lonely[0])!r} to be "
+                f"compared with; add the study's seed, {study.seed}, to the `seeds` of its recipe."
+            )
+    return sentences
+
+
+def render_tree(study: Study) -> str:
+    """The tree, one node a line, indented by its depth."""
+    found = nodes(study)
+    children: dict[str | None, list[Node]] = {}
+    for node in found.values():
+        children.setdefault(node.parent, []).append(node)
+    lines = [f"{study.study}: {len(found)} nodes"]
+
+    def draw(parent: str | None, depth: int) -> None:
+        for node in children.get(parent, []):
+            lines.append("  " * depth + node.name.rpartition("/")[2])
+            draw(node.name, depth + 1)
+
+    draw(None, 1)
+    return "\n".join(lines)
