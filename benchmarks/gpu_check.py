@@ -226,7 +226,7 @@ def choices(module: Any) -> Any:
     """What a method chose for each weight of a linear: its code, or whether it is kept."""
     from coppice.models import layers
 
-    if isinstance(module, layers.Quantized):
+    if isinstance(module, layers.QuantizedLinear):
         return layers.unpack(module.weight_packed, module.bits, module.in_features)
     return module.weight != 0
 

@@ -192,11 +192,11 @@ def rounds(size: str, rows: list[str], arguments: argparse.Namespace) -> tuple[l
 
 def loss(result: Any, weight: Tensor, moment: Tensor) -> float | None:
     """None where what stands in the weight's place is no plain matrix."""
-    from coppice.methods.contracts import Codebook, Factors, Masked, Quantized
+    from coppice.methods.contracts import Codebook, LowRank, Masked, Quantized
     from coppice.methods.solvers import codebook, grid
     from coppice.methods.solvers.loss import relative_error
 
-    if isinstance(result, Factors) and not isinstance(result.first, Codebook):
+    if isinstance(result, LowRank) and not isinstance(result.first, Codebook):
         made = result.second @ result.first
     elif isinstance(result, Quantized):
         made = grid.dequantize(result)

@@ -248,7 +248,7 @@ def test_composites_are_calibrated_as_wholes_and_in_their_parts(root: Path, wind
         assert found.keys() == layers.replaceable_modules(block).keys() | layers.weight_matrices(block).keys()
         for name in DISTINCT:
             factors = block.get_submodule(name + prefix)
-            assert isinstance(factors.first, layers.Quantized)
+            assert isinstance(factors.first, layers.QuantizedLinear)
             whole, first, second = (found[name + part] for part in ("", f"{prefix}.first", f"{prefix}.second"))
             assert first.second_moment is whole.second_moment is found[DISTINCT[name]].second_moment
             expected = factors.first.weight @ whole.second_moment @ factors.first.weight.T

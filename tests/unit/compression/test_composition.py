@@ -189,17 +189,19 @@ def check_modules(before: nn.Module, after: nn.Module, manifest: dict[str, Any])
         ).keys()
     quantized = [isinstance(linear, layers.PACKED) for linear in own.values()]
     assert all(quantized) if "quantized" in manifest["marks"] else not any(quantized)
-    rounded = [isinstance(each, layers.Flattened) or hasattr(each, "rounded_inputs") for each in own.values()]
+    rounded = [isinstance(each, layers.FlattenQuantLinear) or hasattr(each, "rounded_inputs") for each in own.values()]
     assert all(rounded) if "quantized-inputs" in manifest["marks"] else not any(rounded)
     assert hasattr(after.model, "cache_settings") == ("quantized-cache" in manifest["marks"])
     kinds = [type(module) for module in layers.replaceable_modules(layers.blocks(after)).values()]
-    assert all(kind is layers.Compensated for kind in kinds) == ("compensated" in manifest["marks"])
-    factors = [isinstance(each, (layers.LowRank, layers.Skeleton, layers.TensorTrain)) for each in after.modules()]
+    assert all(kind is layers.LowRankCorrectedLinear for kind in kinds) == ("compensated" in manifest["marks"])
+    factors = [
+        isinstance(each, (layers.LowRankLinear, layers.CURLinear, layers.TensorTrainLinear)) for each in after.modules()
+    ]
     assert any(factors) == bool({"factorized", "compensated"} & set(manifest["marks"]))
     zeros = [bool((linear.weight == 0).any()) for linear in own.values()]
     assert "masked" not in manifest["marks"] or all(zeros)
     for linear in own.values():
-        if isinstance(linear, layers.Quantized):
+        if isinstance(linear, layers.QuantizedLinear):
             groups = linear.weight.view(-1, linear.in_features // linear.weight_scale.shape[1])
             assert all(len(group.unique()) <= 2**linear.bits for group in groups)
 

@@ -17,7 +17,7 @@ from coppice.calibration.stage import Moments, block_statistics, read_statistics
 from coppice.data.text import load_windows
 from coppice.errors import UserError
 from coppice.files import read_json
-from coppice.methods.contracts import Factors, Linear, LinearStatistics, Masked, Quantized, Replacement
+from coppice.methods.contracts import Linear, LinearStatistics, LowRank, Masked, Quantized, Replacement
 from coppice.methods.registry import method
 from coppice.methods.solvers.grid import dequantize
 from coppice.models import layers, surgery
@@ -64,7 +64,7 @@ def weight_of(replacement: Replacement, weight: Tensor) -> Tensor:
     """[m, n] what a replacement multiplies by."""
     if isinstance(replacement, Masked):
         return replacement.weight
-    if isinstance(replacement, Factors):
+    if isinstance(replacement, LowRank):
         return replacement.second @ replacement.first
     return dequantize(replacement) if isinstance(replacement, Quantized) else weight
 

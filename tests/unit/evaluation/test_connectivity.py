@@ -14,7 +14,7 @@ from coppice.data import text
 from coppice.errors import UserError
 from coppice.evaluation import connectivity, perplexity, stage
 from coppice.models.checkpoint import read_manifest
-from coppice.models.layers import Quantized, blocks
+from coppice.models.layers import QuantizedLinear, blocks
 from coppice.results.collection import measured_rows
 
 from .conftest import WORLD, make_model, save
@@ -182,7 +182,7 @@ def test_regimes(mc, cka, expected):
 def test_what_cannot_be_interpolated_is_refused(model, tokenizer, windows):
     packed, narrow = deepcopy(model), make_model(len(tokenizer))
     mlp = blocks(packed)[0].mlp
-    mlp.up_proj = Quantized(16, 24, 4, -1, True)
+    mlp.up_proj = QuantizedLinear(16, 24, 4, -1, True)
     with pytest.raises(UserError, match=r"as model.layers.0.mlp.up_proj.weight_packed is made of packed integers"):
         connectivity.measure(packed, packed, windows, "people", **OPTIONS)
     blocks(narrow)[1].mlp.up_proj = nn.Linear(16, 20, bias=False)

@@ -215,11 +215,11 @@ def test_bytes_are_those_of_the_modules():
     from coppice.models import layers
 
     made = {
-        "Quantized": layers.Quantized(64, 96, 3, 32, symmetric=False, dtype=torch.bfloat16),
-        "Coded": layers.Coded(64, 96, 3, 48, outliers=2, transposed=True, dtype=torch.bfloat16),
-        "Flattened": layers.Flattened(64, 96, 5, expanded=70, dtype=torch.bfloat16),
-        "TensorTrain": layers.TensorTrain([8, 8], [12, 8], [5], dtype=torch.bfloat16),
-        "LowRank": layers.LowRank(64, 96, 7, dtype=torch.bfloat16),
+        "Quantized": layers.QuantizedLinear(64, 96, 3, 32, symmetric=False, dtype=torch.bfloat16),
+        "Coded": layers.CodebookLinear(64, 96, 3, 48, outliers=2, transposed=True, dtype=torch.bfloat16),
+        "Flattened": layers.FlattenQuantLinear(64, 96, 5, expanded=70, dtype=torch.bfloat16),
+        "TensorTrain": layers.TensorTrainLinear([8, 8], [12, 8], [5], dtype=torch.bfloat16),
+        "LowRank": layers.LowRankLinear(64, 96, 7, dtype=torch.bfloat16),
     }
     for name, module in made.items():
         tensors = [*module.parameters(), *(one for key, one in module.named_buffers() if key != "weight_shape")]

@@ -21,7 +21,7 @@ from coppice.export import check, gguf
 from coppice.export.stage import export
 from coppice.files import read_json, write_json
 from coppice.models.checkpoint import load_model, read_manifest
-from coppice.models.layers import Quantized
+from coppice.models.layers import QuantizedLinear
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +169,7 @@ def test_blocks_hold_a_grid_exactly_or_not_at_all(bits: int, symmetric: bool, sc
     zeros = torch.zeros(4, 2, dtype=torch.int32)
     codes = codes - 2 ** (bits - 1) if symmetric else codes
     scales = scale * torch.tensor([[1.0, 2.0], [3.0, 4.0], [0.25, 8.0], [1.0, 1.0]])
-    linear = Quantized.from_codes(codes, scales, zeros, bits, 64, symmetric, None)
+    linear = QuantizedLinear.from_codes(codes, scales, zeros, bits, 64, symmetric, None)
     stored = gguf.in_blocks(linear.weight, linear.weight_scale)
     assert (stored and stored.kind) == kind
     if kind:

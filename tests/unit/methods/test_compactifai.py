@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from coppice.errors import UserError
-from coppice.methods.contracts import Cores, Linear, Unchanged
+from coppice.methods.contracts import Linear, TensorTrain, Unchanged
 from coppice.methods.decompose.compactifai import Options, compress, least_increase, plan
 from coppice.methods.solvers.tensor_train import contract, split
 
@@ -17,7 +17,7 @@ def named(linear: Linear, name: str = "model.layers.0.self_attn.q_proj") -> Line
     return dataclasses.replace(linear, name=name)
 
 
-def relative(cores: Cores, weight: torch.Tensor) -> float:
+def relative(cores: TensorTrain, weight: torch.Tensor) -> float:
     return ((contract(cores.cores) - weight).square().sum() / weight.square().sum()).item()
 
 
@@ -58,7 +58,7 @@ def test_excluded_linears_stay_dense(linear):
     made = compress(down, None, Options(bond=2))
     assert isinstance(made, Unchanged)
     assert "down_proj" in made.record["unchanged"]
-    assert isinstance(compress(down, None, Options(bond=2, exclude=[])), Cores)
+    assert isinstance(compress(down, None, Options(bond=2, exclude=[])), TensorTrain)
 
 
 def test_prime_widths_say_so():

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from coppice.errors import UserError
-from coppice.methods.contracts import Linear, Skeleton, Unchanged
+from coppice.methods.contracts import CUR, Linear, Unchanged
 from coppice.methods.decompose.curing import (
     Options,
     affordable_rank,
@@ -31,7 +31,7 @@ def named(weight: torch.Tensor, name: str = "model.layers.1.self_attn.q_proj", *
     return Linear(weight, name=name, **fields)
 
 
-def product(skeleton: Skeleton) -> torch.Tensor:
+def product(skeleton: CUR) -> torch.Tensor:
     return skeleton.columns @ skeleton.link @ skeleton.rows
 
 
@@ -234,14 +234,14 @@ def test_only_the_paper_s_linears_unless_others_are_named(linear, statistics):
     made = compress(down, statistics, Options(rank=3))
     assert isinstance(made, Unchanged)
     assert "down_proj" in made.record["unchanged"]
-    assert isinstance(compress(down, statistics, Options(rank=3, linears=["down_proj"])), Skeleton)
+    assert isinstance(compress(down, statistics, Options(rank=3, linears=["down_proj"])), CUR)
 
 
 def test_linear_of_a_block_that_is_not_chosen_stays_dense(linear, statistics):
     made = compress(named(linear.weight, plan=False), statistics, Options(rank=3, blocks=2))
     assert isinstance(made, Unchanged)
     assert "not among the 2" in made.record["unchanged"]
-    assert isinstance(compress(named(linear.weight, plan=True), statistics, Options(rank=3, blocks=2)), Skeleton)
+    assert isinstance(compress(named(linear.weight, plan=True), statistics, Options(rank=3, blocks=2)), CUR)
 
 
 class TestBlocks:

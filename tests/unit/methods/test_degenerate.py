@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from coppice.compression import layer_pass
 from coppice.compression.allocation import allocate
+from coppice.compression.replacement import replace
 from coppice.errors import UserError
 from coppice.methods.contracts import Linear, LinearStatistics, Replacement, Unchanged
 from coppice.methods.options import MethodOptions
@@ -492,13 +493,13 @@ def check_allocation(options: MethodOptions, situation: Situation, dtype: torch.
 
 
 @pytest.fixture
-def walk() -> Callable[..., layer_pass.Walk]:
+def walk() -> Callable[..., layer_pass.LayerPass]:
     """Of one block, with moments as `damage` leaves them."""
 
-    def make(name: str, given: dict[str, Any]) -> layer_pass.Walk:
+    def make(name: str, given: dict[str, Any]) -> layer_pass.LayerPass:
         used = method(name)
         model = tiny_model(num_hidden_layers=1)
-        return layer_pass.Walk(
+        return layer_pass.LayerPass(
             model, None, used, used.validated(given), layer_pass.Inputs(frozenset(), {}, None), torch.float32, 0, "cpu"
         )
 
@@ -506,7 +507,7 @@ def walk() -> Callable[..., layer_pass.Walk]:
 
 
 @pytest.mark.parametrize("given", [("awq", {"bits": 4, "group_size": -1}), ("flattenquant", {})])
-def test_scales_of_damaged_statistics_name_the_layer(walk: Callable[..., layer_pass.Walk], given: Any) -> None:
+def test_scales_of_damaged_statistics_name_the_layer(walk: Callable[..., layer_pass.LayerPass], given: Any) -> None:
     walked = walk(*given)
     block = layers.blocks(walked.model)[0]
     nan = everywhere(math.nan)
@@ -518,6 +519,6 @@ def test_scales_of_damaged_statistics_name_the_layer(walk: Callable[..., layer_p
         layer_pass.fold_scales(walked, 0, block, statistics)
 
 
-def test_an_unknown_linear_is_refused_with_the_nearest(walk: Callable[..., layer_pass.Walk]) -> None:
+def test_an_unknown_linear_is_refused_with_the_nearest(walk: Callable[..., layer_pass.LayerPass]) -> None:
     with pytest.raises(UserError, match=r"no linear of this model is named 'q_projj'. Did you mean 'q_proj'\?"):
         layer_pass.compress_layers(walk("magnitude", {"sparsity": 0.5, "linears": ["q_projj"]}))

@@ -5,7 +5,7 @@ from tiny import tiny_model, tiny_tokens
 
 from coppice.methods.recover import full
 from coppice.methods.registry import method
-from coppice.models.layers import LowRank, blocks
+from coppice.models.layers import LowRankLinear, blocks
 
 OPTIONS = full.Options(text="a", validation="b", tokens=1)
 
@@ -73,7 +73,7 @@ def test_clipping_sees_the_kept_gradient_alone():
 
 def test_factors_train():
     model = tiny_model()
-    factors = LowRank(32, 32, 4)
+    factors = LowRankLinear(32, 32, 4)
     blocks(model)[0].self_attn.o_proj = factors
     before = factors.first.weight.detach().clone(), factors.second.weight.detach().clone()
     train(full.prepare(model, OPTIONS))

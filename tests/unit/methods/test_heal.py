@@ -15,7 +15,14 @@ from coppice.methods.decompose.curing import paper_link, select
 from coppice.methods.recover import heal
 from coppice.methods.registry import method
 from coppice.models.checkpoint import load_model, read_manifest, save_checkpoint
-from coppice.models.layers import Compensated, LowRank, Quantized, Skeleton, TensorTrain, blocks
+from coppice.models.layers import (
+    CURLinear,
+    LowRankCorrectedLinear,
+    LowRankLinear,
+    QuantizedLinear,
+    TensorTrainLinear,
+    blocks,
+)
 from coppice.recovery import stage as train
 from coppice.recovery import trainer
 
@@ -25,9 +32,9 @@ TOKENS = tiny_tokens(4, 12)
 
 
 @torch.no_grad()
-def skeleton(linear: nn.Linear, rank: int = 6) -> Skeleton:
+def skeleton(linear: nn.Linear, rank: int = 6) -> CURLinear:
     rows, columns = select(linear.weight.double().abs(), rank)
-    made = Skeleton(linear.in_features, linear.out_features, rank)
+    made = CURLinear(linear.in_features, linear.out_features, rank)
     made.rows.weight.copy_(linear.weight[rows])
     made.link.weight.copy_(paper_link(linear.weight, rows, columns))
     made.columns.weight.copy_(linear.weight[:, columns])
@@ -113,9 +120,9 @@ def mixed() -> nn.Module:
     model = tiny_model()
     first, second, _ = blocks(model)
     first.self_attn.q_proj = skeleton(first.self_attn.q_proj)
-    first.mlp.up_proj = LowRank(32, 48, 4)
-    second.mlp.up_proj = TensorTrain((4, 8), (6, 8), (3,))
-    second.mlp.gate_proj = Compensated(second.mlp.gate_proj, 2)
+    first.mlp.up_proj = LowRankLinear(32, 48, 4)
+    second.mlp.up_proj = TensorTrainLinear((4, 8), (6, 8), (3,))
+    second.mlp.gate_proj = LowRankCorrectedLinear(second.mlp.gate_proj, 2)
     return model
 
 
@@ -134,7 +141,7 @@ def test_factors_of_linears_without_a_link_train(parts, healed):
 
 def test_bias_of_a_factorized_linear_stays():
     model = tiny_model("qwen2")
-    blocks(model)[0].self_attn.q_proj = LowRank(32, 32, 4, bias=True)
+    blocks(model)[0].self_attn.q_proj = LowRankLinear(32, 32, 4, bias=True)
     names = trained(heal.prepare(model, OPTIONS))
     assert names == {f"model.layers.0.self_attn.q_proj.{part}.weight" for part in ("first", "second")}
 
@@ -155,7 +162,7 @@ def test_nothing_to_heal():
         heal.prepare(tiny_model(), OPTIONS)
     model = tiny_model()
     made = skeleton(blocks(model)[0].self_attn.q_proj)
-    made.link = Quantized(6, 6, 4, -1, True)
+    made.link = QuantizedLinear(6, 6, 4, -1, True)
     blocks(model)[0].self_attn.q_proj = made
     with pytest.raises(UserError, match="before it is quantized"):
         heal.prepare(model, OPTIONS)

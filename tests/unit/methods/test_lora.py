@@ -6,7 +6,14 @@ from tiny import logits, tiny_model, tiny_tokens
 
 from coppice.methods.recover import lora
 from coppice.methods.registry import method
-from coppice.models.layers import Compensated, LowRank, Quantized, blocks, describe_replacements, weight_matrices
+from coppice.models.layers import (
+    LowRankCorrectedLinear,
+    LowRankLinear,
+    QuantizedLinear,
+    blocks,
+    describe_replacements,
+    weight_matrices,
+)
 
 OPTIONS = lora.Options(text="a", validation="b", tokens=1, rank=3, alpha=12)
 TOKENS = tiny_tokens(4, 12)
@@ -25,7 +32,7 @@ def quantized(linear):
     codes = torch.randint(-8, 8, linear.weight.shape, dtype=torch.int32)
     scale = torch.full((len(codes), 1), 0.05)
     bias = linear.bias.detach() if linear.bias is not None else None
-    return Quantized.from_codes(codes, scale, torch.zeros_like(scale, dtype=torch.int32), 4, -1, True, bias)
+    return QuantizedLinear.from_codes(codes, scale, torch.zeros_like(scale, dtype=torch.int32), 4, -1, True, bias)
 
 
 def test_registered():
@@ -107,7 +114,7 @@ def test_update_stays_beside_masked_and_quantized_linears():
 
     torch.testing.assert_close(logits(model, TOKENS), adapted, rtol=1e-5, atol=1e-5)
     for composite in (feedforward.up_proj, attention.q_proj):
-        assert isinstance(composite, Compensated)
+        assert isinstance(composite, LowRankCorrectedLinear)
         assert composite.compensation.second.weight.any()
     assert torch.equal(feedforward.up_proj.base.weight, mask_before)
     assert feedforward.up_proj.base.masked
@@ -117,7 +124,7 @@ def test_update_stays_beside_masked_and_quantized_linears():
 
 def test_factors_have_updates_and_take_them_in():
     model = tiny_model()
-    factors = LowRank(32, 32, 5)
+    factors = LowRankLinear(32, 32, 5)
     blocks(model)[0].self_attn.o_proj = factors
     before = {name: value.clone() for name, value in factors.state_dict().items()}
     lora.prepare(model, OPTIONS)
@@ -132,14 +139,14 @@ def test_factors_have_updates_and_take_them_in():
 
 def test_quantized_factors_keep_their_grid():
     model = tiny_model()
-    factors = LowRank(32, 32, 5)
+    factors = LowRankLinear(32, 32, 5)
     factors.first = quantized(factors.first)
     blocks(model)[0].self_attn.o_proj = factors
     lora.prepare(model, OPTIONS)
     train(model)
     lora.finish(model)
-    assert isinstance(factors.first, Compensated)
-    assert isinstance(factors.first.base, Quantized)
+    assert isinstance(factors.first, LowRankCorrectedLinear)
+    assert isinstance(factors.first.base, QuantizedLinear)
     assert len(weight_matrices(factors)) == 4
 
 

@@ -3,13 +3,13 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
-from coppice.methods.contracts import RoundedInputs
+from coppice.methods.contracts import QuantizedActivations
 from coppice.methods.quantize.round_inputs import Options, compress
 
 
 def test_says_how_inputs_are_rounded(linear):
     rounded = compress(linear, None, Options(bits=4, symmetric=False, clip=0.9))
-    assert isinstance(rounded, RoundedInputs)
+    assert isinstance(rounded, QuantizedActivations)
     assert (rounded.bits, rounded.symmetric, rounded.clip) == (4, False, 0.9)
     assert rounded.record == {"input_bits": 4, "input_symmetric": False, "input_clip": 0.9}
 

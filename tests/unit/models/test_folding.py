@@ -45,8 +45,8 @@ def test_pooled_scales_are_the_same_for_what_one_output_makes() -> None:
 
 def test_inputs_of_composites_are_left_out() -> None:
     block = layers.blocks(tiny_model())[0]
-    block.mlp.down_proj = layers.LowRank(48, 32, 4)
-    block.self_attn.v_proj = layers.Quantized(32, 16, 4, -1, True)
+    block.mlp.down_proj = layers.LowRankLinear(48, 32, 4)
+    block.self_attn.v_proj = layers.QuantizedLinear(32, 16, 4, -1, True)
     assert [entry.producer for entry in folding.shared_inputs(block, 4)] == ["post_attention_layernorm"]
 
 

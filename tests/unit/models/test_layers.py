@@ -32,7 +32,7 @@ def test_a_quantized_linear_computes_with_its_grid(symmetric: bool, group_size: 
         torch.zeros(10, groups, dtype=torch.int32) if symmetric else torch.randint(8, (10, groups), dtype=torch.int32)
     )
     bias = torch.randn(10)
-    module = layers.Quantized.from_codes(codes, scale, zero, 3, group_size, symmetric, bias)
+    module = layers.QuantizedLinear.from_codes(codes, scale, zero, 3, group_size, symmetric, bias)
     expected = ((codes.view(10, groups, -1) - zero[:, :, None]) * scale[:, :, None]).view(10, 48)
     assert torch.equal(module.weight, expected)
     x = torch.randn(2, 48)
@@ -40,15 +40,15 @@ def test_a_quantized_linear_computes_with_its_grid(symmetric: bool, group_size: 
 
 
 def test_composites_compute_their_effective_weight() -> None:
-    base = layers.LowRank(12, 8, 3, bias=True, dtype=torch.float64)
-    module = layers.Compensated(base, 2, dtype=torch.float64)
+    base = layers.LowRankLinear(12, 8, 3, bias=True, dtype=torch.float64)
+    module = layers.LowRankCorrectedLinear(base, 2, dtype=torch.float64)
     x = torch.randn(5, 12, dtype=torch.float64)
     assert torch.allclose(module(x), x @ layers.effective_weight(module).T + module.bias)
     assert torch.allclose(module(torch.zeros(1, 12, dtype=torch.float64))[0], base.second.bias)
 
 
 def test_a_skeleton_computes_its_effective_weight() -> None:
-    module = layers.Skeleton(12, 8, 3, bias=True, dtype=torch.float64)
+    module = layers.CURLinear(12, 8, 3, bias=True, dtype=torch.float64)
     x = torch.randn(5, 12, dtype=torch.float64)
     assert torch.allclose(module(x), x @ layers.effective_weight(module).T + module.bias)
     assert layers.effective_weight(module).shape == (8, 12)
@@ -58,7 +58,7 @@ def test_a_skeleton_computes_its_effective_weight() -> None:
     ("in_shape", "out_shape", "bonds"), [((12,), (10,), ()), ((4, 3), (2, 5), (6,)), ((2, 3, 4), (5, 1, 2), (3, 7))]
 )
 def test_a_tensor_train_contracts_its_cores(in_shape, out_shape, bonds) -> None:
-    module = layers.TensorTrain(in_shape, out_shape, bonds, bias=True, dtype=torch.float64)
+    module = layers.TensorTrainLinear(in_shape, out_shape, bonds, bias=True, dtype=torch.float64)
     torch.nn.init.normal_(module.bias)
     ends = (1, *bonds, 1)
     whole = torch.ones(1, 1, 1, dtype=torch.float64)  # [outputs, inputs, bond]
@@ -91,7 +91,7 @@ def test_a_coded_linear_decodes_its_blocks(transposed: bool, outliers: list[int]
     index = None if outliers is None else torch.tensor(outliers)
     values = None if outliers is None else torch.randn(rows, len(outliers))
     bias = torch.randn(columns if transposed else rows)
-    module = layers.Coded.from_codes(codes, table, absmax, block, bits, index, values, transposed, bias)
+    module = layers.CodebookLinear.from_codes(codes, table, absmax, block, bits, index, values, transposed, bias)
     expected = torch.empty(rows, columns)
     if outliers is not None:
         expected[:, outliers] = values
@@ -105,7 +105,7 @@ def test_a_coded_linear_decodes_its_blocks(transposed: bool, outliers: list[int]
 
 def test_a_table_survives_storage_in_bfloat16() -> None:
     table = torch.linspace(-1, 1, 256, dtype=torch.float64)
-    module = layers.Coded.from_codes(
+    module = layers.CodebookLinear.from_codes(
         torch.arange(256, dtype=torch.int32).view(1, -1), table, torch.ones(1), 256, 8, None, None, False, None
     )
     module.weight_absmax = module.weight_absmax.to(torch.bfloat16).float()
@@ -125,7 +125,7 @@ def test_a_flattened_linear_is_its_weight_on_grid_inputs() -> None:
     source, piece = torch.tensor([0, 1, 1, 2, 2]), torch.tensor([0, 0, 1, -1, -1])
     parts = torch.randint(-7, 8, (4, 5), dtype=torch.int32)
     parts[:, 2] = parts[:, 1]
-    module = layers.Flattened.from_codes(
+    module = layers.FlattenQuantLinear.from_codes(
         parts, torch.tensor([0.5]), source, piece, torch.tensor([7.0]), 4, 3, torch.ones(4)
     )
     expected = 0.5 * torch.stack([parts[:, 0], parts[:, 1], parts[:, 3] + parts[:, 4]], dim=1)
@@ -149,7 +149,7 @@ def test_rounded_tokens_stay_within_half_a_step_and_pass_gradients(symmetric: bo
 def test_linears_count_composites_once_and_leaves_count_factors() -> None:
     block = layers.blocks(tiny_model())[0]
     assert len(layers.replaceable_modules(block)) == len(layers.weight_matrices(block)) == 7
-    block.self_attn.q_proj = layers.LowRank(32, 32, 4)
+    block.self_attn.q_proj = layers.LowRankLinear(32, 32, 4)
     assert len(layers.replaceable_modules(block)) == 7
     assert {"self_attn.q_proj.first", "self_attn.q_proj.second"} <= set(layers.weight_matrices(block))
     assert "self_attn.q_proj" not in layers.weight_matrices(block)
@@ -158,18 +158,18 @@ def test_linears_count_composites_once_and_leaves_count_factors() -> None:
 def test_a_plan_installs_what_it_describes() -> None:
     model = tiny_model()
     attention, mlp = model.model.layers[0].self_attn, model.model.layers[1].mlp
-    attention.q_proj = layers.Compensated(layers.LowRank(32, 32, 4), 2)
-    mlp.up_proj = layers.Compensated(layers.Quantized(32, 48, 4, 16, False), 3)
+    attention.q_proj = layers.LowRankCorrectedLinear(layers.LowRankLinear(32, 32, 4), 2)
+    mlp.up_proj = layers.LowRankCorrectedLinear(layers.QuantizedLinear(32, 48, 4, 16, False), 3)
     mlp.gate_proj.masked = True
     last = model.model.layers[2]
-    last.self_attn.o_proj = layers.Skeleton(32, 32, 5)
-    last.self_attn.q_proj = layers.Compensated(layers.TensorTrain((4, 8), (8, 4), (3,)), 2)
-    last.self_attn.q_proj.base.sites[1] = layers.Coded(8, 12, 4, 16, outliers=2)
-    last.mlp.up_proj = layers.Flattened(32, 48, 4, 35)
-    last.mlp.down_proj = layers.LowRank(48, 32, 4)
-    last.mlp.down_proj.second = layers.Coded(4, 32, 8, 32, outliers=3, transposed=True)
-    layers.round_inputs(last.mlp.gate_proj, {"bits": 8, "symmetric": True, "clip": 1.0})
-    layers.round_inputs(mlp.up_proj.base, {"bits": 4, "symmetric": False, "clip": 0.9})
+    last.self_attn.o_proj = layers.CURLinear(32, 32, 5)
+    last.self_attn.q_proj = layers.LowRankCorrectedLinear(layers.TensorTrainLinear((4, 8), (8, 4), (3,)), 2)
+    last.self_attn.q_proj.base.sites[1] = layers.CodebookLinear(8, 12, 4, 16, outliers=2)
+    last.mlp.up_proj = layers.FlattenQuantLinear(32, 48, 4, 35)
+    last.mlp.down_proj = layers.LowRankLinear(48, 32, 4)
+    last.mlp.down_proj.second = layers.CodebookLinear(4, 32, 8, 32, outliers=3, transposed=True)
+    layers.quantize_activations(last.mlp.gate_proj, {"bits": 8, "symmetric": True, "clip": 1.0})
+    layers.quantize_activations(mlp.up_proj.base, {"bits": 4, "symmetric": False, "clip": 0.9})
     planned = layers.describe_replacements(model)
     rebuilt = tiny_model(seed=1)
     layers.install(rebuilt, planned)

@@ -15,10 +15,7 @@ from coppice.calibration import stage as calibrate
 from coppice.compression import allocation
 from coppice.data.text import Windows
 from coppice.errors import UserError, did_you_mean, error_context
-from coppice.methods.contracts import (
-    Linear,
-    LinearStatistics,
-)
+from coppice.methods.contracts import Linear, LinearStatistics
 from coppice.methods.options import MethodOptions
 from coppice.methods.registry import Method
 from coppice.methods.solvers.loss import relative_error
@@ -60,7 +57,7 @@ class Inputs:
 
 
 @dataclass(frozen=True)
-class Walk:
+class LayerPass:
     """A layer method on its way over the blocks of a model.
 
     original: the model from before compression, for a compensate method. storage: the type of the checkpoint's numbers.
@@ -106,7 +103,7 @@ class Walk:
         return calibrate.block_statistics(directory, index, manifest, self.device)
 
 
-class Behind:
+class SequentialStatistics:
     """Moments gathered behind the blocks already compressed."""
 
     def __init__(self, model: PreTrainedModel, windows: Windows, device: str) -> None:
@@ -123,13 +120,15 @@ class Behind:
 
 
 @torch.no_grad()
-def compress_layers(walk: Walk) -> tuple[dict[str, Any], dict[str, Any]]:
+def compress_layers(walk: LayerPass) -> tuple[dict[str, Any], dict[str, Any]]:
     """Replaces the linears of every block, in order; returns the record of each by its full name, and what was achieved
     over all of them."""
     require_known_linears(walk)
     planned = plan(walk)
     options_of, allocation = allocated(walk)
-    behind = Behind(walk.model, walk.inputs.windows, walk.device) if "behind" in walk.inputs.needs else None
+    behind = (
+        SequentialStatistics(walk.model, walk.inputs.windows, walk.device) if "behind" in walk.inputs.needs else None
+    )
     record = {}
     for index, block in enumerate(layers.blocks(walk.model)):
         original = layers.blocks(walk.original)[index] if walk.original is not None else None
@@ -146,7 +145,7 @@ def compress_layers(walk: Walk) -> tuple[dict[str, Any], dict[str, Any]]:
     return record, {**summary(record), **allocation}
 
 
-def require_known_linears(walk: Walk) -> None:
+def require_known_linears(walk: LayerPass) -> None:
     """Raises UserError for a name in the option `linears` that no linear has."""
     if walk.options.linears is None:
         return
@@ -156,7 +155,7 @@ def require_known_linears(walk: Walk) -> None:
             raise UserError(f"linears: no linear of this model is named {name!r}.{did_you_mean(name, known)}")
 
 
-def plan(walk: Walk) -> dict[str, Any]:
+def plan(walk: LayerPass) -> dict[str, Any]:
     """What the method decides from the whole model, by the linears' full names."""
     if not hasattr(walk.used.module, "plan"):
         return {}
@@ -173,7 +172,7 @@ def plan(walk: Walk) -> dict[str, Any]:
     return decided
 
 
-def allocated(walk: Walk) -> tuple[dict[str, MethodOptions], dict[str, Any]]:
+def allocated(walk: LayerPass) -> tuple[dict[str, MethodOptions], dict[str, Any]]:
     """The options of each linear where the budget is spread unevenly, by full name, and what that achieves."""
     if not Method.allocates(walk.options):
         return {}, {}
@@ -195,7 +194,7 @@ def allocated(walk: Walk) -> tuple[dict[str, MethodOptions], dict[str, Any]]:
     return options_of, {"allocation": spread}
 
 
-def every_linear(walk: Walk) -> dict[str, nn.Module]:
+def every_linear(walk: LayerPass) -> dict[str, nn.Module]:
     """The linears that the method works on by full name, in the model's order."""
     return {
         f"model.layers.{index}.{name}": module
@@ -206,7 +205,7 @@ def every_linear(walk: Walk) -> dict[str, nn.Module]:
 
 
 def compress_block(
-    walk: Walk,
+    walk: LayerPass,
     index: int,
     block: nn.Module,
     original: nn.Module | None,
@@ -241,7 +240,7 @@ def compress_block(
 
 
 def fold_scales(
-    walk: Walk, index: int, block: nn.Module, statistics: dict[str, LinearStatistics]
+    walk: LayerPass, index: int, block: nn.Module, statistics: dict[str, LinearStatistics]
 ) -> tuple[dict[str, LinearStatistics], dict[str, dict[str, Any]]]:
     """Scales the inputs of the block's linears as the method asks; returns the statistics of the scaled inputs and, for
     each linear that was scaled, the record of it."""

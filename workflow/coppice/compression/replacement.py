@@ -9,16 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from coppice.methods.contracts import (
+    CUR,
     Codebook,
-    Compensation,
-    Cores,
-    Factors,
-    Flattened,
+    FlattenQuant,
+    LowRank,
+    LowRankCorrection,
     Masked,
     Quantized,
+    QuantizedActivations,
     Replacement,
-    RoundedInputs,
-    Skeleton,
+    TensorTrain,
     Unchanged,
 )
 from coppice.models import layers
@@ -38,9 +38,9 @@ def replace(block: nn.Module, name: str, module: nn.Module, replacement: Replace
 
     if isinstance(replacement, Unchanged):
         return
-    if isinstance(replacement, RoundedInputs):
+    if isinstance(replacement, QuantizedActivations):
         settings = {"bits": replacement.bits, "symmetric": replacement.symmetric, "clip": replacement.clip}
-        layers.round_inputs(module, settings)
+        layers.quantize_activations(module, settings)
         return
     if isinstance(replacement, Masked):
         module.weight = nn.Parameter(stored(replacement.weight) * replacement.mask)
@@ -48,7 +48,7 @@ def replace(block: nn.Module, name: str, module: nn.Module, replacement: Replace
         return
     shape = (module.in_features, module.out_features)
     if isinstance(replacement, Quantized):
-        new: nn.Module = layers.Quantized.from_codes(
+        new: nn.Module = layers.QuantizedLinear.from_codes(
             replacement.codes,
             stored(replacement.scale),
             replacement.zero_point,
@@ -59,8 +59,8 @@ def replace(block: nn.Module, name: str, module: nn.Module, replacement: Replace
         )
     elif isinstance(replacement, Codebook):
         new = coded(replacement, module.bias, stored)
-    elif isinstance(replacement, Flattened):
-        new = layers.Flattened.from_codes(
+    elif isinstance(replacement, FlattenQuant):
+        new = layers.FlattenQuantLinear.from_codes(
             replacement.codes,
             stored(replacement.scale),
             replacement.source,
@@ -70,31 +70,31 @@ def replace(block: nn.Module, name: str, module: nn.Module, replacement: Replace
             module.in_features,
             module.bias,
         )
-    elif isinstance(replacement, Factors):
+    elif isinstance(replacement, LowRank):
         first, second = replacement.first, replacement.second
         rank = len(first) if isinstance(first, Tensor) else len(first.codes)
-        new = layers.LowRank(*shape, rank, module.bias is not None, device="meta")
+        new = layers.LowRankLinear(*shape, rank, module.bias is not None, device="meta")
         new.first = matrix(first, None, stored)
         new.second = matrix(second, module.bias, stored)
-    elif isinstance(replacement, Skeleton):
-        new = layers.Skeleton(*shape, len(replacement.link), module.bias is not None, device="meta")
+    elif isinstance(replacement, CUR):
+        new = layers.CURLinear(*shape, len(replacement.link), module.bias is not None, device="meta")
         new.rows = matrix(replacement.rows, None, stored)
         new.link = matrix(replacement.link, None, stored)
         new.columns = matrix(replacement.columns, module.bias, stored)
-    elif isinstance(replacement, Cores):
+    elif isinstance(replacement, TensorTrain):
         cores = replacement.cores
         shapes = [[core.shape[axis] for core in cores] for axis in (2, 1, 3)]
-        new = layers.TensorTrain(shapes[0], shapes[1], shapes[2][:-1], device="meta")
+        new = layers.TensorTrainLinear(shapes[0], shapes[1], shapes[2][:-1], device="meta")
         new.sites = nn.ModuleList(matrix(core.flatten(2).flatten(0, 1), None, stored) for core in cores)
         new.bias = module.bias
-    elif isinstance(replacement, Compensation):
-        new = layers.Compensated(module, len(replacement.first), device="meta")
+    elif isinstance(replacement, LowRankCorrection):
+        new = layers.LowRankCorrectedLinear(module, len(replacement.first), device="meta")
         new.compensation.first.weight = nn.Parameter(stored(replacement.first))
         new.compensation.second.weight = nn.Parameter(stored(replacement.second))
     if hasattr(module, "rounded_inputs"):
         for part in layers.weight_matrices(new).values():
             if not hasattr(part, "rounded_inputs"):
-                layers.round_inputs(part, module.rounded_inputs)
+                layers.quantize_activations(part, module.rounded_inputs)
     block.set_submodule(name, new)
 
 
@@ -108,9 +108,9 @@ def matrix(values: Tensor | Codebook, bias: nn.Parameter | None, stored: Callabl
     return linear
 
 
-def coded(book: Codebook, bias: nn.Parameter | None, stored: Callable[[Tensor], Tensor]) -> layers.Coded:
+def coded(book: Codebook, bias: nn.Parameter | None, stored: Callable[[Tensor], Tensor]) -> layers.CodebookLinear:
     """A linear that holds the matrix of a codebook."""
-    return layers.Coded.from_codes(
+    return layers.CodebookLinear.from_codes(
         book.codes,
         book.table,
         stored(book.absmax),

@@ -19,9 +19,7 @@ from torch import Tensor
 from coppice.calibration import stage as calibrate
 from coppice.data.text import check_tokenizer, load_windows
 from coppice.errors import UserError
-from coppice.methods.contracts import (
-    FROM_WINDOWS,
-)
+from coppice.methods.contracts import FROM_WINDOWS
 from coppice.methods.options import MethodOptions
 from coppice.methods.registry import Method, method
 from coppice.models.checkpoint import computing_dtype, load_model, read_manifest, save_checkpoint, stored_dtype
@@ -30,7 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 from coppice.compression.adapter import write_adapter
-from coppice.compression.layer_pass import Inputs, Walk, compress_layers, load_reference, read_all
+from coppice.compression.layer_pass import Inputs, LayerPass, compress_layers, load_reference, read_all
 
 MISSING = {
     "tokens": "the calibration windows themselves; pass their folder with --tokens",
@@ -122,7 +120,9 @@ def compress(
         kv_cache.install_cache(model, achieved)
     else:
         original = load_reference(reference, model, device) if "reference" in wanted else None
-        walk = Walk(model, original, used, options, Inputs(needs, sources, windows), stored_dtype(parent), seed, device)
+        walk = LayerPass(
+            model, original, used, options, Inputs(needs, sources, windows), stored_dtype(parent), seed, device
+        )
         record, achieved = compress_layers(walk)
     manifest = {
         "node": node,

@@ -169,7 +169,7 @@ def packed_linears(model: PreTrainedModel) -> dict[str, Stored]:
     found = {}
     for index, block in enumerate(layers.blocks(model)):
         for name, linear in layers.replaceable_modules(block).items():
-            if isinstance(linear, layers.Quantized):
+            if isinstance(linear, layers.QuantizedLinear):
                 stored = in_blocks(linear.weight, linear.weight_scale)
                 if stored is not None:
                     found[f"model.layers.{index}.{name}"] = stored

@@ -59,7 +59,7 @@ def leave_out_updates(model: PreTrainedModel) -> None:
     """Puts the compressed linear alone in the place of each with an update beside it."""
     for block in layers.blocks(model):
         for name, module in layers.replaceable_modules(block).items():
-            if isinstance(module, layers.Compensated):
+            if isinstance(module, layers.LowRankCorrectedLinear):
                 block.set_submodule(name, module.base)
 
 

@@ -352,9 +352,9 @@ def _doubled(entry: dict[str, Any], held_out: float) -> dict[str, Any]:
     twice = entry["predicted"][0]
     interval = "" if twice["low"] is None else f" ({twice['low']:.4f} to {twice['high']:.4f})"
     return {
-        "sentence": f"{entry['run']}: twice its {human_count(entry['tokens'])} tokens would bring its "
-        f"held-out loss from {entry['loss']:.4f} to {twice['value']:.4f}{interval} nats per token; the error of such predictions on the "
-        f"points held out is {held_out:.4f}.",
+        "sentence": f"{entry['run']}: twice its {human_count(entry['tokens'])} tokens would bring its held-out loss "
+        f"from {entry['loss']:.4f} to {twice['value']:.4f}{interval} nats per token; the error of such "
+        f"predictions on the held-out points is {held_out:.4f}.",
         "run": entry["run"],
         "tokens": twice["tokens"],
         "loss": twice["value"],

@@ -171,7 +171,7 @@ class Codebook(Replacement):
 
 
 @dataclass(frozen=True)
-class Factors(Replacement):
+class LowRank(Replacement):
     """y = second (first x): first [k, n], second [m, k]. The bias stays on the output."""
 
     first: Tensor | Codebook
@@ -179,7 +179,7 @@ class Factors(Replacement):
 
 
 @dataclass(frozen=True)
-class Skeleton(Replacement):
+class CUR(Replacement):
     """y = columns (link (rows x)): rows [r, n] and columns [m, r] of the weight, link [r, r]."""
 
     rows: Tensor
@@ -188,7 +188,7 @@ class Skeleton(Replacement):
 
 
 @dataclass(frozen=True)
-class Cores(Replacement):
+class TensorTrain(Replacement):
     """A matrix product operator of K sites: cores[k] is [bond k-1, o_k, i_k, bond k], the outer bonds are 1.
 
     w[(o_1 .. o_K), (i_1 .. i_K)] = cores[0][0, o_1, i_1, :] cores[1][:, o_2, i_2, :] .. cores[K-1][:, o_K, i_K, 0].
@@ -216,7 +216,7 @@ class Quantized(Replacement):
 
 
 @dataclass(frozen=True)
-class Flattened(Replacement):
+class FlattenQuant(Replacement):
     """Weights and inputs on one symmetric grid each for the whole tensor, their large channels split into pieces.
 
     Expanded column c comes from input source[c] (int64 [n']), of which it sees piece piece[c] = 0, 1, ..:
@@ -234,7 +234,7 @@ class Flattened(Replacement):
 
 
 @dataclass(frozen=True)
-class RoundedInputs(Replacement):
+class QuantizedActivations(Replacement):
     """The linear stays; its inputs are rounded token by token to `bits` (`layers.round_tokens`)."""
 
     bits: int
@@ -243,7 +243,7 @@ class RoundedInputs(Replacement):
 
 
 @dataclass(frozen=True)
-class Compensation(Replacement):
+class LowRankCorrection(Replacement):
     """Added to what the layer computes: y += second (first x): first [r, n], second [m, r]."""
 
     first: Tensor

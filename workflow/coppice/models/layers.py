@@ -18,7 +18,7 @@ from torch import Tensor, nn
 TABLE_UNIT = 2.0**-30
 
 
-class LowRank(nn.Module):
+class LowRankLinear(nn.Module):
     """y = second(first(x)): first n -> k without bias, second k -> m with the linear's bias."""
 
     def __init__(self, in_features: int, out_features: int, rank: int, bias: bool = False, **factory: Any) -> None:
@@ -35,7 +35,7 @@ class LowRank(nn.Module):
         return self.second(self.first(x))
 
 
-class Skeleton(nn.Module):
+class CURLinear(nn.Module):
     """y = columns(link(rows(x))): rows n -> r and columns r -> m hold rows and columns of the weight, link r -> r."""
 
     def __init__(self, in_features: int, out_features: int, rank: int, bias: bool = False, **factory: Any) -> None:
@@ -53,7 +53,7 @@ class Skeleton(nn.Module):
         return self.columns(self.link(self.rows(x)))
 
 
-class TensorTrain(nn.Module):
+class TensorTrainLinear(nn.Module):
     """A matrix product operator: site k maps (i_k, bond k) to (bond k-1, o_k), from the last site to the first.
 
     in_shape: i_1 .. i_K with product n; out_shape: o_1 .. o_K with product m; bonds: the K - 1 inner ones.
@@ -121,14 +121,14 @@ class TensorTrain(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
-class Compensated(nn.Module):
+class LowRankCorrectedLinear(nn.Module):
     """y = base(x) + compensation(x): a compressed linear and a low-rank correction beside it."""
 
     def __init__(self, base: nn.Module, rank: int, **factory: Any) -> None:
         super().__init__()
         self.in_features, self.out_features = base.in_features, base.out_features
         self.base = base
-        self.compensation = LowRank(self.in_features, self.out_features, rank, **factory)
+        self.compensation = LowRankLinear(self.in_features, self.out_features, rank, **factory)
 
     @property
     def bias(self) -> Tensor | None:
@@ -138,7 +138,7 @@ class Compensated(nn.Module):
         return self.base(x) + self.compensation(x)
 
 
-class Quantized(nn.Linear):
+class QuantizedLinear(nn.Linear):
     """A linear whose weight is stored as packed integers, in the pack-quantized form of compressed-tensors.
 
     w[i, j] = weight_scale[i, g] (code[i, j] - zero_point[i, g]), g = j // group_size (group_size -1: one group a row).
@@ -184,7 +184,7 @@ class Quantized(nn.Linear):
         group_size: int,
         symmetric: bool,
         bias: Tensor | None,
-    ) -> Quantized:
+    ) -> QuantizedLinear:
         """Packs codes [m, n] with scale and zero_point [m, groups] (see `methods.base.Quantized` for their ranges)."""
         out_features, in_features = codes.shape
         module = cls(
@@ -224,7 +224,7 @@ class Quantized(nn.Linear):
         return f"{self.in_features}, {self.out_features}, bits={self.bits}, group_size={self.group_size}"
 
 
-class Coded(nn.Linear):
+class CodebookLinear(nn.Linear):
     """A linear whose weight is stored as packed indices into a table, with one scale for each block of weights.
 
     D = W, or W^T when transposed; the columns of D at `weight_outlier_index` [p] are stored whole in `weight_outliers`
@@ -275,7 +275,7 @@ class Coded(nn.Linear):
         outlier_weight: Tensor | None,
         transposed: bool,
         bias: Tensor | None,
-    ) -> Coded:
+    ) -> CodebookLinear:
         """Packs what `methods.base.Codebook` describes; absmax and outlier_weight in the type to compute in."""
         kept = 0 if outliers is None else len(outliers)
         rows, columns = codes.shape[0], codes.shape[1] + kept
@@ -318,7 +318,7 @@ class Coded(nn.Linear):
         return f"{self.in_features}, {self.out_features}, bits={self.bits}, block={self.block}"
 
 
-class Flattened(nn.Linear):
+class FlattenQuantLinear(nn.Linear):
     """Weights and inputs on one symmetric grid each for the whole tensor, their large channels split into pieces.
 
     y = W' round(x') with x' [n'] of `flatten_inputs`, rounded to threshold / (2^(bits-1) - 1) and held within the
@@ -361,7 +361,7 @@ class Flattened(nn.Linear):
         bits: int,
         in_features: int,
         bias: Tensor | None,
-    ) -> Flattened:
+    ) -> FlattenQuantLinear:
         """Packs what `methods.base.Flattened` describes; scale and threshold [1] in the type to compute in."""
         factory = {"device": codes.device, "dtype": scale.dtype}
         module = cls(in_features, len(codes), bits, codes.shape[1], bias is not None, **factory)
@@ -433,13 +433,13 @@ def round_tokens(x: Tensor, bits: int, symmetric: bool, clip: float) -> Tensor:
     return x + (rounded.to(x.dtype) - x).detach()
 
 
-def round_inputs(linear: nn.Linear, settings: dict[str, Any]) -> None:
+def quantize_activations(linear: nn.Linear, settings: dict[str, Any]) -> None:
     """Makes a linear round its inputs token by token from now on: settings of `round_tokens`."""
     linear.rounded_inputs = settings
-    linear.register_forward_pre_hook(_round_first)
+    linear.register_forward_pre_hook(_quantize_first)
 
 
-def _round_first(linear: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def _quantize_first(linear: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return (round_tokens(inputs[0], **linear.rounded_inputs), *inputs[1:])
 
 
@@ -480,8 +480,8 @@ def unpack(words: Tensor, bits: int, columns: int) -> Tensor:
     return codes.flatten(1)[:, :columns]
 
 
-COMPOSITES = (LowRank, Skeleton, TensorTrain, Compensated)
-PACKED = (Quantized, Coded, Flattened)
+COMPOSITES = (LowRankLinear, CURLinear, TensorTrainLinear, LowRankCorrectedLinear)
+PACKED = (QuantizedLinear, CodebookLinear, FlattenQuantLinear)
 
 
 def blocks(model: nn.Module) -> nn.ModuleList:
@@ -510,13 +510,13 @@ def effective_weight(module: nn.Module) -> Tensor:
     A composite's parts are put together in float32 at least: rounding their product would add an error that the layer
     does not make.
     """
-    if isinstance(module, LowRank):
+    if isinstance(module, LowRankLinear):
         return _wide(module.second) @ _wide(module.first)
-    if isinstance(module, Skeleton):
+    if isinstance(module, CURLinear):
         return _wide(module.columns) @ _wide(module.link) @ _wide(module.rows)
-    if isinstance(module, Compensated):
+    if isinstance(module, LowRankCorrectedLinear):
         return _wide(module.base) + _wide(module.compensation)
-    if isinstance(module, TensorTrain):
+    if isinstance(module, TensorTrainLinear):
         return module.matrix([_wide(site) for site in module.sites])
     return module.weight
 
@@ -534,25 +534,25 @@ def mask(linear: nn.Linear) -> Tensor | None:
 
 def describe(module: nn.Module) -> dict[str, Any]:
     """What `install` needs to know of a module that stands in a linear's place; empty for an ordinary linear."""
-    if isinstance(module, Quantized):
+    if isinstance(module, QuantizedLinear):
         return {
             "type": "Quantized",
             "bits": module.bits,
             "group_size": module.group_size,
             "symmetric": module.symmetric,
         }
-    if isinstance(module, Coded):
+    if isinstance(module, CodebookLinear):
         fields = {"bits": module.bits, "block": module.block, "outliers": module.outliers}
         return {"type": "Coded", **fields, "transposed": module.transposed}
-    if isinstance(module, Flattened):
+    if isinstance(module, FlattenQuantLinear):
         return {"type": "Flattened", "bits": module.bits, "expanded": module.expanded}
-    if isinstance(module, Compensated):
+    if isinstance(module, LowRankCorrectedLinear):
         return {"type": "Compensated", "rank": module.compensation.first.out_features}
-    if isinstance(module, LowRank):
+    if isinstance(module, LowRankLinear):
         return {"type": "LowRank", "rank": module.first.out_features}
-    if isinstance(module, Skeleton):
+    if isinstance(module, CURLinear):
         return {"type": "Skeleton", "rank": module.link.out_features}
-    if isinstance(module, TensorTrain):
+    if isinstance(module, TensorTrainLinear):
         shapes = {"in_shape": module.in_shape, "out_shape": module.out_shape, "bonds": module.bonds}
         return {"type": "TensorTrain", **{name: list(shape) for name, shape in shapes.items()}}
     return {"type": "Masked"} if getattr(module, "masked", False) else {}
@@ -578,19 +578,25 @@ def install(model: nn.Module, planned: dict[str, dict[str, Any]]) -> None:
         if kind == "Masked":
             old.masked = True
         # A Compensated brings the LowRank beside it along.
-        elif kind != "Linear" and not isinstance(old, LowRank):
+        elif kind != "Linear" and not isinstance(old, LowRankLinear):
             model.set_submodule(name, _build(kind, old, entry))
         if rounded is not None:
-            round_inputs(model.get_submodule(name), rounded)
+            quantize_activations(model.get_submodule(name), rounded)
 
 
 def _build(kind: str, old: nn.Linear, entry: dict[str, Any]) -> nn.Module:
     """The module of that type, without values, for the place of a linear."""
     factory = {"device": old.weight.device, "dtype": old.weight.dtype}
     if kind == "Compensated":
-        return Compensated(old, **entry, **factory)
+        return LowRankCorrectedLinear(old, **entry, **factory)
     factory["bias"] = old.bias is not None
     if kind == "TensorTrain":
-        return TensorTrain(**entry, **factory)
-    made = {"LowRank": LowRank, "Skeleton": Skeleton, "Quantized": Quantized, "Coded": Coded, "Flattened": Flattened}
+        return TensorTrainLinear(**entry, **factory)
+    made = {
+        "LowRank": LowRankLinear,
+        "Skeleton": CURLinear,
+        "Quantized": QuantizedLinear,
+        "Coded": CodebookLinear,
+        "Flattened": FlattenQuantLinear,
+    }
     return made[kind](old.in_features, old.out_features, **entry, **factory)

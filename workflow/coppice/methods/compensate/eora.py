@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from coppice.methods.contracts import Compensation, Linear, LinearStatistics, Source
+from coppice.methods.contracts import Linear, LinearStatistics, LowRankCorrection, Source
 from coppice.methods.options import BudgetOptions
 from coppice.methods.solvers.truncation import truncate_outputs
 
@@ -33,7 +33,7 @@ class Options(BudgetOptions):
     rank: int = Field(ge=1, description="Rank of the low-rank path, at most that of the linear.")
 
 
-def compress(linear: Linear, statistics: LinearStatistics, options: Options) -> Compensation:
+def compress(linear: Linear, statistics: LinearStatistics, options: Options) -> LowRankCorrection:
     """The rank-r path with the least E|(dW - second first) x|^2, dW = linear.reference - linear.weight.
 
     Raises UserError when a weight holds values that are not finite, or when the statistics are unfit (see
@@ -46,4 +46,4 @@ def compress(linear: Linear, statistics: LinearStatistics, options: Options) -> 
         "rank": len(truncation.first),
         "truncation_error": truncation.error,
     }
-    return Compensation(truncation.first, truncation.second, record=record)
+    return LowRankCorrection(truncation.first, truncation.second, record=record)

@@ -24,7 +24,7 @@ from pydantic import Field, field_validator, model_validator
 
 from coppice.errors import UserError, error_context
 from coppice.lazy import torch
-from coppice.methods.contracts import Decoder, Factors, Linear, LinearStatistics, Source, Unchanged
+from coppice.methods.contracts import Decoder, Linear, LinearStatistics, LowRank, Source, Unchanged
 from coppice.methods.solvers.budget import share_of
 from coppice.methods.solvers.moments import input_size
 from coppice.methods.solvers.ranks import PlannedRank, RankBudget
@@ -190,7 +190,7 @@ def scaling(statistics: LinearStatistics, options: Options) -> Tensor:
     return input_size(getattr(statistics, options.statistic), _SIZES[options.statistic]) ** options.alpha
 
 
-def compress(linear: Linear, statistics: LinearStatistics, options: Options) -> Factors | Unchanged:
+def compress(linear: Linear, statistics: LinearStatistics, options: Options) -> LowRank | Unchanged:
     """The rank-k factors with the least sum_ij d_j^2 (W - W_k)_ij^2; from break-even on the linear stays dense.
 
     Inputs that were always zero have no say in U_k (unless alpha is 0); their columns are projected on it like the

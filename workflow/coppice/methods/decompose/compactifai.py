@@ -17,13 +17,13 @@ from pydantic import Field, model_validator
 
 from coppice.errors import UserError, error_context
 from coppice.lazy import torch
-from coppice.methods.contracts import Cores, Decoder, Linear, LinearStatistics, Source, Unchanged
+from coppice.methods.contracts import Decoder, Linear, LinearStatistics, Source, TensorTrain, Unchanged
 from coppice.methods.options import LayerOptions
 from coppice.methods.solvers.budget import share_of
 from coppice.methods.solvers.moments import input_power
 from coppice.methods.solvers.tensor_train import (
+    Approximation,
     Sites,
-    TensorTrain,
     contract,
     decompose,
     outer,
@@ -116,7 +116,7 @@ def plan(decoder: Decoder, options: Options) -> dict[str, Any]:
     }
 
 
-def compress(linear: Linear, statistics: LinearStatistics | None, options: Options) -> Cores | Unchanged:
+def compress(linear: Linear, statistics: LinearStatistics | None, options: Options) -> TensorTrain | Unchanged:
     """The cores of a linear; one that is excluded, planned to stay, or whose bond reaches break-even, stays dense.
 
     Raises UserError when the weight holds values that are not finite, or when the statistics are unfit.
@@ -149,7 +149,7 @@ def compress(linear: Linear, statistics: LinearStatistics | None, options: Optio
         "macs_per_token": sites.multiply_adds(bond),
         "dense_macs_per_token": sites.weights,
     }
-    return Cores(operator.cores, record=record | scaling | planned | _indivisible(sites))
+    return TensorTrain(operator.cores, record=record | scaling | planned | _indivisible(sites))
 
 
 def chosen_bond(options: Options, sites: Sites) -> int:
@@ -165,7 +165,7 @@ def break_even(sites: Sites) -> int:
 
 def operator_of(
     weight: Tensor, statistics: LinearStatistics | None, sites: Sites, bond: int, options: Options
-) -> tuple[TensorTrain, dict[str, Any]]:
+) -> tuple[Approximation, dict[str, Any]]:
     """The operator of that bond and the record of its scaling; its error is that of the scaled weight."""
     if options.scaling == "none":
         return decompose(weight, sites, bond), {}
@@ -173,7 +173,7 @@ def operator_of(
     vectors, explained = product_scaling(scale, sites.inputs)
     scaled = decompose(weight * outer(vectors).to(weight.dtype), sites, bond)
     record = {"scaling_explained": explained, "dead_inputs": dead}
-    return TensorTrain(unscale(scaled.cores, vectors), scaled.error), record
+    return Approximation(unscale(scaled.cores, vectors), scaled.error), record
 
 
 def input_scale(statistics: LinearStatistics) -> tuple[Tensor, int]:

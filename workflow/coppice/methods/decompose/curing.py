@@ -19,7 +19,7 @@ from pydantic import Field, model_validator
 
 from coppice.errors import UserError
 from coppice.lazy import torch
-from coppice.methods.contracts import Decoder, Linear, LinearStatistics, Skeleton, Source, Unchanged
+from coppice.methods.contracts import CUR, Decoder, Linear, LinearStatistics, Source, Unchanged
 from coppice.methods.options import LayerOptions
 from coppice.methods.solvers.budget import share_of
 from coppice.methods.solvers.moments import input_power, second_moment
@@ -106,7 +106,7 @@ def plan(decoder: Decoder, options: Options) -> dict[str, bool]:
     return {name: _block(name) in chosen for name in decoder.names}
 
 
-def compress(linear: Linear, statistics: LinearStatistics, options: Options) -> Skeleton | Unchanged:
+def compress(linear: Linear, statistics: LinearStatistics, options: Options) -> CUR | Unchanged:
     """Rows, columns and their link; a linear that is not chosen, or whose rank reaches break-even, stays dense.
 
     Raises UserError when the weight holds values that are not finite, or when the statistics are unfit (see
@@ -125,7 +125,7 @@ def compress(linear: Linear, statistics: LinearStatistics, options: Options) -> 
     link = paper_link(weight, rows, columns)
     if options.link == "data":
         link, record["directions"] = data_link(weight, rows, columns, link, statistics.second_moment)
-    return Skeleton(weight[rows], link.to(weight.dtype), weight[:, columns], record=record)
+    return CUR(weight[rows], link.to(weight.dtype), weight[:, columns], record=record)
 
 
 def parameters(rank: int, rows: int, columns: int) -> int:

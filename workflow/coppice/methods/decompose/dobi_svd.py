@@ -30,7 +30,7 @@ from pydantic import Field, model_validator
 
 from coppice.errors import UserError
 from coppice.lazy import torch
-from coppice.methods.contracts import Codebook, Decoder, Factors, Linear, LinearStatistics, Source, Unchanged
+from coppice.methods.contracts import Codebook, Decoder, Linear, LinearStatistics, LowRank, Source, Unchanged
 from coppice.methods.solvers.budget import share_of
 from coppice.methods.solvers.codebook import dynamic_table, quantize_blocks
 from coppice.methods.solvers.ranks import PlannedRank, RankBudget
@@ -217,7 +217,7 @@ def soft_truncation(outputs: Tensor, position: Tensor, beta: float, count: int) 
     return gated(wide, gate.to(wide.dtype)).to(outputs.dtype)
 
 
-def compress(linear: Linear, statistics: LinearStatistics, options: Options) -> Factors | Unchanged:
+def compress(linear: Linear, statistics: LinearStatistics, options: Options) -> LowRank | Unchanged:
     """The rank-k factors with the least E|(W - W_k) x|^2, remapped or plain.
 
     A plain linear whose rank reaches break-even stays dense. Raises UserError when the weight holds values that are not
@@ -240,7 +240,7 @@ def compress(linear: Linear, statistics: LinearStatistics, options: Options) -> 
     return factors(truncate_outputs(weight, rank, moment), rank, record)
 
 
-def remapped(truncation: Truncation, storage: torch.dtype, record: dict[str, Any]) -> Factors:
+def remapped(truncation: Truncation, storage: torch.dtype, record: dict[str, Any]) -> LowRank:
     """The factors sigma_i u_i and v_i (mirrored where n > m) with min(m, n) entries of each in 8 bits."""
     orthonormal, upper = torch.linalg.qr(truncation.second)
     left, values, right = torch.linalg.svd(upper @ truncation.first, full_matrices=False)
@@ -252,7 +252,7 @@ def remapped(truncation: Truncation, storage: torch.dtype, record: dict[str, Any
         right = values[:, None] * right
     short = min(rows, columns)
     second = replace(_coded(left, short, storage), transposed=True)
-    return Factors(_coded(right, short, storage), second, record=record)
+    return LowRank(_coded(right, short, storage), second, record=record)
 
 
 def _coded(vectors: Tensor, count: int, storage: torch.dtype) -> Codebook:

@@ -13,7 +13,7 @@ from pydantic import Field
 
 from coppice.errors import UserError
 from coppice.lazy import torch
-from coppice.methods.contracts import Decoder, Factors, Linear, LinearStatistics, Source, Unchanged
+from coppice.methods.contracts import Decoder, Linear, LinearStatistics, LowRank, Source, Unchanged
 from coppice.methods.solvers.truncation import (
     FACTORS_REFUSE,
     RankOptions,
@@ -57,7 +57,7 @@ def plan(decoder: Decoder, options: Options) -> dict[str, Tensor]:
     return {name: (sum_of_squares / batches).sqrt() for name, sum_of_squares in power.items()}
 
 
-def compress(linear: Linear, statistics: LinearStatistics | None, options: Options) -> Factors | Unchanged:
+def compress(linear: Linear, statistics: LinearStatistics | None, options: Options) -> LowRank | Unchanged:
     """The rank-k factors with the least sum_ij d_j^2 (W - W_k)_ij^2; from break-even on the linear stays dense.
 
     Inputs without importance (d_j = 0) have no say in U_k; their columns are projected on it like the others.

@@ -6,7 +6,7 @@ W = U Sigma V^T; first = Sigma_k^(1/2) V_k^T [k, n], second = U_k Sigma_k^(1/2) 
 
 from __future__ import annotations
 
-from coppice.methods.contracts import Factors, Linear, LinearStatistics, Source, Unchanged
+from coppice.methods.contracts import Linear, LinearStatistics, LowRank, Source, Unchanged
 from coppice.methods.solvers.truncation import (
     FACTORS_REFUSE,
     RankOptions,
@@ -33,7 +33,7 @@ class Options(RankOptions):
     pass
 
 
-def compress(linear: Linear, statistics: LinearStatistics | None, options: Options) -> Factors | Unchanged:
+def compress(linear: Linear, statistics: LinearStatistics | None, options: Options) -> LowRank | Unchanged:
     """The best rank-k factors in the Frobenius norm; a linear whose rank reaches break-even stays dense.
 
     Raises UserError when the weight holds values that are not finite.

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, model_validator
 
 from coppice.lazy import torch
-from coppice.methods.contracts import Factors, Linear, LinearStatistics, Source, Unchanged
+from coppice.methods.contracts import Linear, LinearStatistics, LowRank, Source, Unchanged
 from coppice.methods.solvers.loss import relative_error
 from coppice.methods.solvers.moments import second_moment
 from coppice.methods.solvers.truncation import (
@@ -72,7 +72,7 @@ class Options(RankOptions):
         return super().needs | ({"behind"} if self.update else frozenset())
 
 
-def compress(linear: Linear, statistics: LinearStatistics, options: Options) -> Factors | Unchanged:
+def compress(linear: Linear, statistics: LinearStatistics, options: Options) -> LowRank | Unchanged:
     """The rank-k factors with the least E|(W - W_k) x|^2; a linear whose rank reaches break-even stays dense.
 
     Raises UserError when the weight holds values that are not finite, or when the statistics are unfit (see

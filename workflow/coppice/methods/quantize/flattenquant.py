@@ -31,7 +31,7 @@ from pydantic import Field
 
 from coppice.errors import UserError
 from coppice.lazy import torch
-from coppice.methods.contracts import Flattened, Linear, LinearStatistics, Source
+from coppice.methods.contracts import FlattenQuant, Linear, LinearStatistics, Source
 from coppice.methods.options import LayerOptions
 from coppice.methods.solvers.budget import share_of
 from coppice.methods.solvers.codebook import require_finite
@@ -127,7 +127,7 @@ def scales(linears: list[Linear], statistics: LinearStatistics, options: Options
     return torch.where(live, factors, torch.ones_like(factors)).to(linears[0].weight.dtype)
 
 
-def compress(linear: Linear, statistics: LinearStatistics, options: Options) -> Flattened:
+def compress(linear: Linear, statistics: LinearStatistics, options: Options) -> FlattenQuant:
     """Splits the large channels and rounds what is left; pruned weights stay zero.
 
     Raises UserError when the weight holds values that are not finite, or when the statistics are unfit (see
@@ -164,7 +164,7 @@ def compress(linear: Linear, statistics: LinearStatistics, options: Options) -> 
         "weight_error": rounded.weight_error,
         "input_error": rounded.input_error,
     }
-    return Flattened(
+    return FlattenQuant(
         flatten(rounded.codes, source, weight_piece, 2 ** (rounded.bits - 1) - 1),
         rounded.scale.reshape(1),
         source,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from coppice.methods.contracts import Linear, LinearStatistics, RoundedInputs, Source
+from coppice.methods.contracts import Linear, LinearStatistics, QuantizedActivations, Source
 from coppice.methods.options import LayerOptions
 
 SOURCE = Source(
@@ -31,7 +31,7 @@ class Options(LayerOptions):
     )
 
 
-def compress(linear: Linear, statistics: LinearStatistics | None, options: Options) -> RoundedInputs:
+def compress(linear: Linear, statistics: LinearStatistics | None, options: Options) -> QuantizedActivations:
     """The linear as it is, behind the rounding of its inputs."""
     record = {"input_bits": options.bits, "input_symmetric": options.symmetric, "input_clip": options.clip}
-    return RoundedInputs(options.bits, options.symmetric, options.clip, record=record)
+    return QuantizedActivations(options.bits, options.symmetric, options.clip, record=record)

@@ -97,14 +97,21 @@ def finish(model: PreTrainedModel) -> PreTrainedModel:
 
 def _healed(model: PreTrainedModel, options: Options) -> list[nn.Linear]:
     """What trains. The low-rank path beside a compensated linear is no factor of it."""
-    from coppice.models.layers import PACKED, Compensated, LowRank, Skeleton, TensorTrain, weight_matrices
+    from coppice.models.layers import (
+        PACKED,
+        CURLinear,
+        LowRankCorrectedLinear,
+        LowRankLinear,
+        TensorTrainLinear,
+        weight_matrices,
+    )
 
-    beside = {id(module.compensation) for module in model.modules() if isinstance(module, Compensated)}
+    beside = {id(module.compensation) for module in model.modules() if isinstance(module, LowRankCorrectedLinear)}
     found: list[nn.Linear] = []
     for module in model.modules():
-        if isinstance(module, Skeleton) and options.parts == "links":
+        if isinstance(module, CURLinear) and options.parts == "links":
             found.append(module.link)
-        elif isinstance(module, (LowRank, Skeleton, TensorTrain)) and id(module) not in beside:
+        elif isinstance(module, (LowRankLinear, CURLinear, TensorTrainLinear)) and id(module) not in beside:
             found.extend(weight_matrices(module).values())
     return [linear for linear in found if not isinstance(linear, PACKED)]
 

@@ -84,7 +84,7 @@ def finish(model: PreTrainedModel) -> PreTrainedModel:
 
 def _settled(adapted: AdaptedLinear) -> nn.Module:
     """What stands in an adapted linear's place after training."""
-    from coppice.models.layers import PACKED, Compensated
+    from coppice.models.layers import PACKED, LowRankCorrectedLinear
 
     base = adapted.get_base_layer()
     first = adapted.lora_A[ADAPTER].weight
@@ -92,7 +92,7 @@ def _settled(adapted: AdaptedLinear) -> nn.Module:
     if not isinstance(base, PACKED) and not getattr(base, "masked", False):
         base.weight += second @ first
         return base
-    compensated = Compensated(base, len(first), device=first.device, dtype=first.dtype)
+    compensated = LowRankCorrectedLinear(base, len(first), device=first.device, dtype=first.dtype)
     compensated.compensation.first.weight.copy_(first)
     compensated.compensation.second.weight.copy_(second)
     return compensated

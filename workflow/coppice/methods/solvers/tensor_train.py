@@ -64,7 +64,7 @@ class Sites:
 
 
 @dataclass(frozen=True)
-class TensorTrain:
+class Approximation:
     """cores: K of [chi_k-1, o_k, i_k, chi_k]. error: |W - W_chi|_F^2 / |W|_F^2, 0 for W = 0."""
 
     cores: tuple[Tensor, ...]
@@ -96,7 +96,7 @@ def split(rows: int, columns: int, sites: int) -> Sites:
     return Sites(factors_of(rows, sites), factors_of(columns, sites)[::-1])
 
 
-def decompose(matrix: Tensor, sites: Sites, bond: int) -> TensorTrain:
+def decompose(matrix: Tensor, sites: Sites, bond: int) -> Approximation:
     """The cores of M [m, n] by singular value decompositions from the first site to the last, in M's type.
 
     Each cut keeps min(bond, what its unfolding has). Raises UserError when M holds values that are not finite.
@@ -114,7 +114,7 @@ def decompose(matrix: Tensor, sites: Sites, bond: int) -> TensorTrain:
         rest = values[:bond, None] * right[:bond]
         lost += values[bond:].double().square().sum().item()
     cores.append(rest.reshape(-1, sites.outputs[-1], sites.inputs[-1], 1))
-    return TensorTrain(tuple(cores), lost / total if total > 0 else 0.0)
+    return Approximation(tuple(cores), lost / total if total > 0 else 0.0)
 
 
 def contract(cores: Sequence[Tensor]) -> Tensor:

@@ -21,7 +21,7 @@ from pydantic import Field, model_validator
 
 from coppice.errors import UserError
 from coppice.lazy import torch
-from coppice.methods.contracts import Factors, Unchanged
+from coppice.methods.contracts import LowRank, Unchanged
 from coppice.methods.options import BudgetOptions
 from coppice.methods.solvers.budget import share_of
 from coppice.methods.solvers.moments import once_for_shared, second_moment
@@ -224,13 +224,13 @@ def stays_dense(rank: int, rows: int, columns: int, record: dict[str, Any] | Non
     return Unchanged(record={"unchanged": reason, "rank_asked": rank, "keep": 1.0} | (record or {}))
 
 
-def factors(truncation: Truncation, rank_asked: int, record: dict[str, Any] | None = None) -> Factors:
+def factors(truncation: Truncation, rank_asked: int, record: dict[str, Any] | None = None) -> LowRank:
     """The truncation as a replacement, with its rank, its share of the parameters and its error on record.
 
     `record` is added.
     """
     first, second = truncation.first, truncation.second
-    return Factors(first, second, record=factors_record(truncation, rank_asked) | (record or {}))
+    return LowRank(first, second, record=factors_record(truncation, rank_asked) | (record or {}))
 
 
 def factors_record(truncation: Truncation, rank_asked: int) -> dict[str, Any]:
