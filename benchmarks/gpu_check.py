@@ -401,7 +401,7 @@ def speed(folder: Path, size: Size, device: str) -> None:
 
     def solver(name: str, flops: dict[str, float]) -> None:
         output = folder / name
-        with clocked(method(name).module, "compress", device) as spent:
+        with clocked(sys.modules[method(name).options.__module__], "compress", device) as spent:
             given = ("--statistics", statistics)
             whole = seconds(device, compress, root, name, STEPS[name], output, device, *given)
         row(f"compress {name}", whole, sum(spent), flops)

@@ -211,7 +211,7 @@ def node_budgets(wildcards):
     """The option of `coppice recover` for the rungs of the ladder that a recovery may reach."""
     step = made_node(wildcards).step
     # A method that says itself how many tokens it trains on may train on more.
-    trained = inf if hasattr(tree.method_of(STUDY, step).module, "tokens") else STUDY.steps[step].options.tokens
+    trained = inf if tree.method_of(STUDY, step).training.tokens else STUDY.steps[step].options.tokens
     budgets = [str(budget) for budget in sorted(set(STUDY.budgets)) if budget <= trained]
     return ["--budgets", ",".join(budgets)] if budgets else []
 

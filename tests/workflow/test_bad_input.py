@@ -330,7 +330,7 @@ def test_statistics_of_another_model_are_refused(
 
 
 def test_propagation_without_tokens_is_refused(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = compress(root, tmp_path / "node", "wanda", sparsity=0.5, propagate=True)
+    words = compress(root, tmp_path / "node", "wanda", sparsity=0.5, sequential=True)
     said = refusal(capsys, *words)
     assert said.startswith("Step 'step-wanda' (wanda) needs the calibration windows themselves;")
     assert not (tmp_path / "node" / "manifest.json").exists()

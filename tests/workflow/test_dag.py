@@ -24,13 +24,11 @@ ROOT = Path(__file__).resolve().parents[2]
 processes = multiprocessing.get_context("fork")
 PLUGIN = '''"""A method of another package."""
 from pydantic import Field
-from coppice.methods.base import LayerOptions, Masked, Source
+from coppice.methods.contracts import Masked, Source
+from coppice.methods.declaration import LayerMethod
+from coppice.methods.options import LayerOptions
 
 FAMILY = "prune"
-SOURCE = Source("title", "identifier", "equation")
-NEEDS = frozenset()
-MAKES = frozenset({"masked"})
-REFUSES = {}
 
 
 class Options(LayerOptions):
@@ -39,6 +37,14 @@ class Options(LayerOptions):
 
 def compress(linear, statistics, options):
     return Masked(linear.weight, linear.weight == linear.weight)
+
+
+METHOD = LayerMethod(
+    source=Source("title", "identifier", "equation"),
+    options=Options,
+    adds_traits=frozenset({"masked"}),
+    compress=compress,
+)
 '''
 
 

@@ -307,15 +307,17 @@ def method_row(method: Method) -> str:
         f"{source.title} ({source.identifier})",
         source.equation,
         ", ".join(sorted(method.needs())) or "none",
-        ", ".join(sorted(method.makes)) or "as it was",
-        ", ".join(sorted(method.refuses)) or "nothing",
+        ", ".join(sorted(method.adds_traits)) or "as it was",
+        ", ".join(sorted(method.incompatible_with)) or "nothing",
     ]
     return f"| {' | '.join(map(escaped, cells))} |"
 
 
 def first_paragraph(method: Method) -> str:
     """The beginning of the method's docstring, in one line."""
-    return " ".join((method.module.__doc__ or "").strip().split("\n\n")[0].split())
+    return " ".join(
+        (import_module(method.declaration.options.__module__).__doc__ or "").strip().split("\n\n")[0].split()
+    )
 
 
 def inherited(options: type[MethodOptions]) -> set[str]:

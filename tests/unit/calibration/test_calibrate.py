@@ -202,7 +202,7 @@ def test_the_moments_of_one_block_are_held_at_a_time(
     if stage == "calibrate":
         gather(root, windows, "moments", tmp_path / "moments")
     else:
-        make(tmp_path / "node", root, "gptq", bits=4, group_size=16, propagate=True, tokens=windows)
+        make(tmp_path / "node", root, "gptq", bits=4, group_size=16, sequential=True, tokens=windows)
     assert begun == [[], []]
     assert len(made) == 2 * len(set(DISTINCT.values()))
 

@@ -54,9 +54,9 @@ TRIPLES = [
     ("rotate", "obr", "eora"),
     ("curing", "wanda", "gptq"),
     ("compactifai", "sparsegpt", "rtn"),
-    ("gptq", "round-inputs", "kv-cache"),
+    ("gptq", "activation-quant", "kv-cache"),
     ("kv-cache", "gptq", "eora"),
-    ("round-inputs", "svd", "rtn"),
+    ("activation-quant", "svd", "rtn"),
 ]
 
 
@@ -190,7 +190,7 @@ def check_modules(before: nn.Module, after: nn.Module, manifest: dict[str, Any])
     quantized = [isinstance(linear, layers.PACKED) for linear in own.values()]
     assert all(quantized) if "quantized" in manifest["marks"] else not any(quantized)
     rounded = [isinstance(each, layers.FlattenQuantLinear) or hasattr(each, "rounded_inputs") for each in own.values()]
-    assert all(rounded) if "quantized-inputs" in manifest["marks"] else not any(rounded)
+    assert all(rounded) if "quantized-activations" in manifest["marks"] else not any(rounded)
     assert hasattr(after.model, "cache_settings") == ("quantized-cache" in manifest["marks"])
     kinds = [type(module) for module in layers.replaceable_modules(layers.blocks(after)).values()]
     assert all(kind is layers.LowRankCorrectedLinear for kind in kinds) == ("compensated" in manifest["marks"])
@@ -232,7 +232,7 @@ def check_accounting(folder: Path, model: nn.Module, manifest: dict[str, Any], r
 
 
 def check_export(folder: Path, computed: Tensor, dense: Path) -> None:
-    if {"quantized-inputs", "quantized-cache"} & set(read_manifest(folder)["marks"]):
+    if {"quantized-activations", "quantized-cache"} & set(read_manifest(folder)["marks"]):
         with pytest.raises(UserError, match="which a dense checkpoint cannot hold"):
             export_dense(folder, dense)
         return

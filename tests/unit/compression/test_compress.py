@@ -93,7 +93,7 @@ def test_every_linear_is_what_the_method_makes_of_it(
     for place, linear in dense.items():
         weight, module, moment = linear.weight.detach(), stored[place], moments[place]
         pure = Linear(weight, storage=torch.float32)
-        replacement = used.module.compress(pure, moment, used.validated(values))
+        replacement = used.layer.compress(pure, moment, used.validated(values))
         new = layers.effective_weight(module).detach()
         torch.testing.assert_close(new, weight_of(replacement, weight), rtol=0, atol=1e-6)
         assert (module.bias is None) == (linear.bias is None)
@@ -138,7 +138,7 @@ def test_a_compensation_is_fitted_to_the_reference(
     with torch.no_grad():
         for place, module in stored.items():
             linear = Linear(compressed[place].weight, reference=before[place].weight)
-            expected = used.module.compress(linear, moments[place], used.validated({"rank": 3}))
+            expected = used.layer.compress(linear, moments[place], used.validated({"rank": 3}))
             added = layers.effective_weight(module.compensation)
             torch.testing.assert_close(added, expected.second @ expected.first, rtol=0, atol=1e-6)
             difference = linear.weight + added - linear.reference
@@ -155,7 +155,7 @@ def test_propagation_gathers_behind_the_compressed_blocks(
     root: Path, windows: Path, statistics: dict[str, Path], tmp_path: Path, name: str, values: dict[str, Any]
 ) -> None:
     static = make(tmp_path / "static", root, name, [statistics["moments"]], **values)
-    node = make(tmp_path / "node", root, name, propagate=True, tokens=windows, **values)
+    node = make(tmp_path / "node", root, name, sequential=True, tokens=windows, **values)
     first, second = (
         [layers.replaceable_modules(layers.blocks(load_model(path))[index]) for path in (static, node)]
         for index in (0, 1)
@@ -189,7 +189,7 @@ def by_hand(model: nn.Module, windows: Path, name: str, values: dict[str, Any]) 
             hook.remove()
         for place, linear in layers.replaceable_modules(block).items():
             weight = linear.weight.clone()
-            made = used.module.compress(
+            made = used.layer.compress(
                 Linear(weight, storage=torch.float32), moments[place].statistics(), used.validated(values)
             )
             weights[f"{index}.{place}"] = weight_of(made, weight)
@@ -199,7 +199,7 @@ def by_hand(model: nn.Module, windows: Path, name: str, values: dict[str, Any]) 
 
 def test_propagation_changes_nothing_for_a_method_without_statistics(root: Path, tmp_path: Path) -> None:
     nodes = [
-        make(tmp_path / str(propagate), root, "rtn", bits=4, group_size=16, propagate=propagate)
+        make(tmp_path / str(propagate), root, "rtn", bits=4, group_size=16, sequential=propagate)
         for propagate in (False, True)
     ]
     assert len({read_manifest(node)["fingerprint"] for node in nodes}) == 1
@@ -220,7 +220,7 @@ def test_a_structure_method_is_surgery(
     used, model, tokens = method(name), load_model(root), tiny_tokens()
     folder = statistics[kind]
     tensors = read_statistics_file(folder, f"{kind}.safetensors", read_json(folder / "manifest.json"))
-    removal = used.module.choose(surgery.structure(model), tensors, used.validated(values))
+    removal = used.structure.choose(surgery.structure(model), tensors, used.validated(values))
     achieved = surgery.achieved(model, removal)
     expected = surgery.remove(model, removal)
     assert torch.equal(logits(load_model(node), tokens), logits(expected, tokens))
@@ -298,7 +298,7 @@ def test_a_full_disk_is_one_sentence_and_the_node_stays(
         ("wanda", {"sparsity": 0.5}, r"needs statistics of the kind 'moments'.* `coppice calibrate --kind moments`"),
         ("shortgpt", {"blocks": 1}, "needs statistics of the kind 'blocks'"),
         ("llm-pruner", {"ratio": 0.5}, "needs statistics of the kind 'gradients'"),
-        ("gptq", {"bits": 4, "propagate": True}, "needs the calibration windows themselves; .* --tokens"),
+        ("gptq", {"bits": 4, "sequential": True}, "needs the calibration windows themselves; .* --tokens"),
         ("eora", {"rank": 2}, "needs statistics of the kind 'moments'"),
         ("full", {}, "trains its parent; .* `coppice recover`"),
     ],

@@ -281,7 +281,7 @@ def test_the_built_in_stream_differs_by_role_and_seed_and_has_no_end(checkpoint)
 def test_tokenizing_imports_neither_torch_nor_transformers(tmp_path, checkpoint):
     path = jsonl(tmp_path / "text.jsonl", ["w0 w1 w2 w3"])
     program = (
-        "import sys; from coppice import text\n"
+        "import sys; from coppice.data import text\n"
         f"text.save_windows(text.tokenize({str(checkpoint)!r}, {source(path)!r}, 'evaluation', 1, 4), sys.argv[1])\n"
         "assert not {'torch', 'transformers', 'datasets'} & sys.modules.keys()"
     )

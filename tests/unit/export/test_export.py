@@ -46,7 +46,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         )
     # What is refused before work is told by a node's JSON alone.
     nodes["codebook"] = described(base / "codebook", root, "compression.json", {"model.layers.0": {"type": "Coded"}})
-    nodes["inputs"] = described(base / "inputs", root, "manifest.json", {"marks": ["quantized-inputs"]})
+    nodes["inputs"] = described(base / "inputs", root, "manifest.json", {"marks": ["quantized-activations"]})
     half = save_root(base / "half", dtype=torch.bfloat16, **shape)
     nodes["half"] = make(base / "half-quantized", half, "rtn", bits=3, group_size=32, symmetric=False)
     return nodes

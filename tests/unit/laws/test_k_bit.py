@@ -205,7 +205,7 @@ def tables() -> dict[str, pd.DataFrame]:
         quantized("m", "rtn-3", "rtn", {"bits": 3}, 15e6, parent="m/wanda-50"),
         quantized("m", "full", "full", {"learning_rate": 1e-3}, 20e6, parent="m/gptq-4"),
         quantized("m", "wanda-50", "wanda", {}, 64e6) | {"marks": ["masked"]},
-        quantized("s", "round-8", "round-inputs", {"bits": 8}, 16e6) | {"marks": ["quantized-inputs"]},
+        quantized("s", "round-8", "activation-quant", {"bits": 8}, 16e6) | {"marks": ["quantized-activations"]},
     ]
     nodes = pd.DataFrame(rows)
     metrics = pd.DataFrame(

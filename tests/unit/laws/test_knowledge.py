@@ -200,7 +200,7 @@ def test_only_quantized_weights_are_points_unless_nodes_are_named() -> None:
     nodes = given["nodes"]
     nodes.loc[nodes["node"] == "m50000/gptq-4", "family"] = "prune"
     marked = nodes.index[nodes["node"] == "m50000/gptq-3"][0]
-    nodes.at[marked, "marks"] = ["quantized", "quantized-inputs"]
+    nodes.at[marked, "marks"] = ["quantized", "quantized-activations"]
     found = knowledge.points(given, OPTIONS)
     assert found["node"].tolist() == ["m50000", "m50000/gptq-2", "m50000/gptq-8"]
     named = knowledge.points(given, OPTIONS | {"nodes": ["*/gptq-4"]})

@@ -234,7 +234,7 @@ def test_only_the_paper_s_linears_unless_others_are_named(linear, statistics):
     made = compress(down, statistics, Options(rank=3))
     assert isinstance(made, Unchanged)
     assert "down_proj" in made.record["unchanged"]
-    assert isinstance(compress(down, statistics, Options(rank=3, linears=["down_proj"])), CUR)
+    assert isinstance(compress(down, statistics, Options(rank=3, target_modules=["down_proj"])), CUR)
 
 
 def test_linear_of_a_block_that_is_not_chosen_stays_dense(linear, statistics):

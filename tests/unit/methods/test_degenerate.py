@@ -186,7 +186,7 @@ class Outcome:
 
 
 def reads(used: Method, options: MethodOptions) -> bool:
-    return bool(used.needs(options) & {"moments", "behind"})
+    return bool(used.needs(options) & {"moments", "sequential_moments"})
 
 
 def outcome(label: str, situation: Situation, dtype: torch.dtype) -> Outcome:
@@ -203,18 +203,18 @@ def outcome_of(name: str, given: dict[str, Any], situation: Situation, dtype: to
     if used.family == "compensate":
         scale = weight.abs().amax().clamp(min=torch.finfo(dtype).tiny)
         reference, weight = weight, torch.round(weight / scale) * scale
-    linear = Linear(weight, situation.mask, reference, dtype, NAME, behind=statistics)
-    if hasattr(used.module, "plan"):
-        planned = used.module.plan(FakeDecoder(linear, statistics, situation.inputs), options)
+    linear = Linear(weight, situation.mask, reference, dtype, NAME, sequential=statistics)
+    if used.layer.plan is not None:
+        planned = used.layer.plan(FakeDecoder(linear, statistics, situation.inputs), options)
         linear = dataclasses.replace(linear, plan=planned.get(NAME))
-    if hasattr(used.module, "scales"):
-        factors = used.module.scales([linear], statistics, options)
+    if used.layer.scales is not None:
+        factors = used.layer.scales([linear], statistics, options)
         if factors is not None:
             assert torch.isfinite(factors).all()
             assert (factors > 0).all()
             linear = dataclasses.replace(linear, weight=weight * factors)
             statistics = folding.scaled(statistics, factors)
-    replacement = used.module.compress(linear, statistics, options)
+    replacement = used.layer.compress(linear, statistics, options)
     block = nn.Module()
     block.linear = nn.Linear(weight.shape[1], len(weight), bias=False, dtype=dtype)
     block.linear.weight = nn.Parameter(linear.weight.clone())
@@ -258,7 +258,7 @@ def test_every_layer_method_has_a_row() -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "float64"])
 @pytest.mark.parametrize("label", LABELS)
 def test_a_sane_result_or_a_sentence(label: str, dtype: torch.dtype) -> None:
-    refused = "masked" in method(LABELS[label][0]).refuses
+    refused = "masked" in method(LABELS[label][0]).incompatible_with
     problems = {}
     for name, situation in SITUATIONS.items():
         if situation.mask is not None and refused:
@@ -398,7 +398,7 @@ REFUSED = [
     ("compactifai", {"bond": 0}),
     *(
         (name, {"bits": value})
-        for name in ("rtn", "gptq", "coordinate-descent", "awq", "learned-rounding", "k-bit", "round-inputs")
+        for name in ("rtn", "gptq", "coordinate-descent", "awq", "learned-rounding", "k-bit", "activation-quant")
         for value in (1, 9, 4.5)
     ),
     ("flattenquant", {"bits": 3}),
@@ -406,7 +406,7 @@ REFUSED = [
     ("qpruner", {"bits_average": 5, "candidates": [1, 8]}),
     *((name, {"sparsity": 0.5, "bits": 1}) for name in ("sparsegpt", "awp", "obr")),
     ("rtn", {"bits": 4, "group_size": 0}),
-    *((name, rows[0] | {"linears": []}) for name, rows in LAYER_ROWS.items()),
+    *((name, rows[0] | {"target_modules": []}) for name, rows in LAYER_ROWS.items()),
     *((name, rows[0] | {"no_such_option": 1}) for name, rows in LAYER_ROWS.items()),
 ]
 
@@ -521,4 +521,4 @@ def test_scales_of_damaged_statistics_name_the_layer(walk: Callable[..., layer_p
 
 def test_an_unknown_linear_is_refused_with_the_nearest(walk: Callable[..., layer_pass.LayerPass]) -> None:
     with pytest.raises(UserError, match=r"no linear of this model is named 'q_projj'. Did you mean 'q_proj'\?"):
-        layer_pass.compress_layers(walk("magnitude", {"sparsity": 0.5, "linears": ["q_projj"]}))
+        layer_pass.compress_layers(walk("magnitude", {"sparsity": 0.5, "target_modules": ["q_projj"]}))

@@ -31,7 +31,7 @@ def masked(model):
 def test_registered():
     found = method("full")
     assert (found.family, found.contract) == ("recover", "training")
-    assert "lora" in found.refuses["quantized"]
+    assert "lora" in found.incompatible_with["quantized"]
 
 
 def test_every_parameter_trains():

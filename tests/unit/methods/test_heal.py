@@ -68,7 +68,7 @@ def step(model, teacher, options=OPTIONS, steps=5) -> list[float]:
 
 def test_registered():
     assert (method("heal").family, method("heal").contract) == ("recover", "training")
-    assert method("heal").refuses.keys() == {"smaller", "rotated"}
+    assert method("heal").incompatible_with.keys() == {"smaller", "rotated"}
 
 
 def test_links_alone_train_and_the_loss_falls():

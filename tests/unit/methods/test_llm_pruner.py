@@ -177,5 +177,5 @@ def test_what_was_achieved_in_parameters():
 def test_it_is_registered():
     registered = method("llm-pruner")
     assert (registered.family, registered.contract) == ("prune", "structure")
-    assert registered.needs() == {"gradients"} and registered.makes == {"smaller"}
-    assert registered.refuses.keys() == {"factorized", "quantized", "compensated"}
+    assert registered.needs() == {"gradients"} and registered.adds_traits == {"smaller"}
+    assert registered.incompatible_with.keys() == {"factorized", "quantized", "compensated"}

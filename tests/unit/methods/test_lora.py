@@ -37,7 +37,7 @@ def quantized(linear):
 
 def test_registered():
     assert (method("lora").family, method("lora").contract) == ("recover", "training")
-    assert "compensated" in method("lora").refuses
+    assert "compensated" in method("lora").incompatible_with
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def test_registered():
     ],
 )
 def test_marks(parent, marks):
-    assert lora.marks(frozenset(parent), lora.Options(text="a", validation="a", tokens=1)) == marks
+    assert lora.traits(frozenset(parent), lora.Options(text="a", validation="a", tokens=1)) == marks
 
 
 @pytest.mark.parametrize("architecture", ["llama-gqa", "qwen2"])

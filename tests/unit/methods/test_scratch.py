@@ -39,7 +39,7 @@ def train(model, steps=3):
 def test_registered():
     found = method("scratch")
     assert (found.family, found.contract) == ("recover", "training")
-    assert found.refuses.keys() == {"quantized", "factorized", "compensated", "quantized-cache"}
+    assert found.incompatible_with.keys() == {"quantized", "factorized", "compensated", "quantized-cache"}
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

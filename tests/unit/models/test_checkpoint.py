@@ -47,7 +47,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     nodes["skeleton"] = make(base / "skeleton", root, "curing", [moments], rank=4)
     nodes["sites"] = make(base / "sites", root, "compactifai", keep=0.5, sites=3)
     nodes["flattened"] = make(base / "flattened", root, "flattenquant", [moments], bits=8)
-    nodes["inputs"] = make(base / "inputs", nodes["symmetric"], "round-inputs", bits=6)
+    nodes["inputs"] = make(base / "inputs", nodes["symmetric"], "activation-quant", bits=6)
     nodes["cache"] = make(base / "cache", nodes["inputs"], "gear", bits=4, group_size=4, buffer=4)
     nodes["rotated"] = make(base / "rotated", root, "rotate")
     return nodes

@@ -329,14 +329,14 @@ def test_other_caches_are_turned_away(plain):
 def test_methods_give_settings():
     kivi, gear = method("kv-cache"), method("gear")
     assert kivi.contract == gear.contract == "cache"
-    assert kivi.makes == gear.makes == {"quantized-cache"}
-    simple = kivi.module.cache(kivi.validated({"bits": 2}))
+    assert kivi.adds_traits == gear.adds_traits == {"quantized-cache"}
+    simple = kivi.cache.cache(kivi.validated({"bits": 2}))
     assert CacheSettings(**simple) == CacheSettings(2, 64, 64)
-    full = gear.module.cache(gear.validated({"bits": 2}))
+    full = gear.cache.cache(gear.validated({"bits": 2}))
     assert json.loads(json.dumps(full)) == full
     assert CacheSettings(**full) == CacheSettings(2, 64, 64, 4, 2, 0.02, 3)
-    whole_vectors = gear.module.cache(gear.validated({"bits": 4, "group_size": -1}))
+    whole_vectors = gear.cache.cache(gear.validated({"bits": 4, "group_size": -1}))
     assert (whole_vectors["group_size"], whole_vectors["window"]) == (-1, 20)
     for wrong in ({"bits": 1}, {"bits": 9}, {"bits": 2, "group_size": 0}, {"bits": 2, "outliers": 1.1}):
         with pytest.raises(ValidationError):
-            gear.module.Options(**wrong)
+            gear.options(**wrong)

@@ -104,7 +104,7 @@ def test_sizes_before_anything_is_made() -> None:
     # 4 bits, and in each group of 32 a scale of 16 bits and a zero point of 4.
     assert sizes["tiny/rtn-4"].linear_bytes == pytest.approx(tiny.linears * (4 + 20 / 32) / 8, rel=0.02)
     assert sizes["tiny/rtn-4"].how == "estimated"
-    few = study(steps={"rtn-4": {**GRID, "linears": ["q_proj"]}}, recipes=[["rtn-4"]], evaluations={}, laws={})
+    few = study(steps={"rtn-4": {**GRID, "target_modules": ["q_proj"]}}, recipes=[["rtn-4"]], evaluations={}, laws={})
     assert sizes_of(few)["tiny/rtn-4"] == tiny._replace(how="at most")
 
 
@@ -328,7 +328,8 @@ def test_the_command_prints_a_plan(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 def test_nothing_heavy_is_imported() -> None:
-    script = "import sys, coppice.plan.stage, coppice.needs, snakemake_logger_plugin_coppice; print(*sys.modules)"
+    modules = "coppice.planning.stage, coppice.planning.resources, snakemake_logger_plugin_coppice"
+    script = f"import sys, {modules}; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
     assert not {"torch", "transformers", "pyarrow", "pandas", "scipy"} & set(done.stdout.split())
 

@@ -18,7 +18,7 @@ from coppice.recovery import devices
 # Claims what it is told, says what it got and waits to be killed.
 CLAIMS = """
 import os, pathlib, sys, time
-from coppice import devices
+from coppice.recovery import devices
 devices.LOCKS = pathlib.Path(sys.argv[1])
 devices.claim(int(sys.argv[2]))
 print(os.environ["CUDA_VISIBLE_DEVICES"], flush=True)

@@ -13,7 +13,8 @@ from studies import small_study, tiny_folder
 from coppice import storage
 from coppice.errors import UserError
 from coppice.files import sha256, write_json
-from coppice.study import changes, tree
+from coppice.study import changes as study_changes
+from coppice.study import tree
 from coppice.study.loading import load_study
 from coppice.study.schema import Study
 
@@ -44,7 +45,7 @@ def made(node: str, **record: Any) -> dict[str, Any]:
 
 
 def compare(asked: Study, node: str, manifest: dict[str, Any], tokens: Path) -> None:
-    changes.refuse_other_node(asked, tree.nodes(asked)[node], manifest, Path("models/manifest.json"), tokens)
+    study_changes.refuse_other_node(asked, tree.nodes(asked)[node], manifest, Path("models/manifest.json"), tokens)
 
 
 @pytest.fixture
@@ -87,32 +88,32 @@ def test_token_sets_of_another_text_are_refused(tokens: Path, changes: dict[str,
     changed = study(**changes)
     for use in USES:
         if use not in said:
-            changes.refuse_other_tokens(changed, [use], tokens)
+            study_changes.refuse_other_tokens(changed, [use], tokens)
             continue
         with pytest.raises(UserError, match=said[use]) as caught:
-            changes.refuse_other_tokens(changed, [use], tokens)
+            study_changes.refuse_other_tokens(changed, [use], tokens)
         assert f"The token set '{use}' was made before" in str(caught.value)
         assert f"remove {tokens / use / 'manifest.json'} from where the results are stored" in str(caught.value)
-    changes.refuse_other_tokens(study(), USES, tokens)
+    study_changes.refuse_other_tokens(study(), USES, tokens)
 
 
 def test_tokens_that_are_not_there_tell_nothing(tokens: Path) -> None:
-    changes.refuse_other_tokens(study(TEXT | {"documents": 9}), USES, tokens / "elsewhere")
+    study_changes.refuse_other_tokens(study(TEXT | {"documents": 9}), USES, tokens / "elsewhere")
 
 
 def test_a_texts_file_that_changed_is_refused_where_results_lie_elsewhere(
     tokens: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(storage.VARIABLE, "elsewhere")
-    changes.refuse_other_tokens(study(), USES, tokens)
+    study_changes.refuse_other_tokens(study(), USES, tokens)
     Path("lives.txt").write_text("Another life.\n")
     with pytest.raises(
         UserError, match=r"text 'biographies' changed: lives\.txt \(was [0-9a-f]{12}, is [0-9a-f]{12}\)"
     ):
-        changes.refuse_other_tokens(study(), ["recovery.full-5k"], tokens)
+        study_changes.refuse_other_tokens(study(), ["recovery.full-5k"], tokens)
     # Elsewhere dates tell it, and nothing is read.
     monkeypatch.delenv(storage.VARIABLE)
-    changes.refuse_other_tokens(study(), USES, tokens)
+    study_changes.refuse_other_tokens(study(), USES, tokens)
 
 
 def test_a_models_file_that_changed_is_refused_where_results_lie_elsewhere(
@@ -124,14 +125,14 @@ def test_a_models_file_that_changed_is_refused_where_results_lie_elsewhere(
     files = {"config.json": sha256(config), "model.safetensors": "0" * 64}
     manifest = {"source": {"path": "tiny"}, "seed": 0, "source_files": files}
     monkeypatch.setenv(storage.VARIABLE, "elsewhere")
-    changes.refuse_other_node(study(), root, manifest, Path("manifest.json"), tokens)
+    study_changes.refuse_other_node(study(), root, manifest, Path("manifest.json"), tokens)
     config.write_text('{"model_type": "llama", "hidden_size": 9}')
     with pytest.raises(UserError, match=r"the study's model 'tiny' changed: config\.json \(was [0-9a-f]{12}, is"):
-        changes.refuse_other_node(study(), root, manifest, Path("manifest.json"), tokens)
+        study_changes.refuse_other_node(study(), root, manifest, Path("manifest.json"), tokens)
     # Of what an older version made nothing is recorded.
-    changes.refuse_other_node(study(), root, manifest | {"source_files": {}}, Path("manifest.json"), tokens)
+    study_changes.refuse_other_node(study(), root, manifest | {"source_files": {}}, Path("manifest.json"), tokens)
     monkeypatch.delenv(storage.VARIABLE)
-    changes.refuse_other_node(study(), root, manifest, Path("manifest.json"), tokens)
+    study_changes.refuse_other_node(study(), root, manifest, Path("manifest.json"), tokens)
 
 
 def test_a_node_that_was_calibrated_on_other_tokens_is_refused(tokens: Path) -> None:

@@ -48,7 +48,7 @@ def refusal(study: dict[str, Any]) -> str:
 def test_a_study_is_read_back_from_its_effective_form():
     study = load_study(small_study())
     assert load_study(effective(study)) == study
-    assert effective(study)["steps"]["wanda-50"]["propagate"] is False
+    assert effective(study)["steps"]["wanda-50"]["sequential"] is False
     assert "calibration" not in effective(study)["steps"]["rtn-4"]
 
 
@@ -72,7 +72,7 @@ def test_numbers_with_exponents_and_underscores(tmp_path):
 
 def test_options_are_the_methods_own():
     step = load_study(small_study()).steps["gptq-4"]
-    assert (step.method, step.options.bits, step.options.propagate) == ("gptq", 4, True)
+    assert (step.method, step.options.bits, step.options.sequential) == ("gptq", 4, True)
 
 
 REFUSED: list[tuple[dict[str, Any] | Callable[[], dict[str, Any]], str]] = [

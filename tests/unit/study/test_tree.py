@@ -89,8 +89,8 @@ def test_marks_gather_along_the_path_and_outlive_recovery():
 def test_a_method_may_say_itself_which_marks_it_leaves():
     lora = method("lora")
     options = lora.options(text="a", validation="a", tokens=1)
-    assert lora.marks(frozenset({"masked"}), options) == {"masked", "compensated"}
-    assert lora.marks(frozenset({"smaller"}), options) == {"smaller"}
+    assert lora.traits(frozenset({"masked"}), options) == {"masked", "compensated"}
+    assert lora.traits(frozenset({"smaller"}), options) == {"smaller"}
 
 
 def test_a_step_that_its_parent_makes_impossible_is_refused():
@@ -141,7 +141,7 @@ def test_statistics_and_calibrations_of_steps():
 
 
 def test_a_method_without_moments_does_not_propagate():
-    steps = {**small_study()["steps"], "rtn-4": {"method": "rtn", "bits": 4, "propagate": True}}
+    steps = {**small_study()["steps"], "rtn-4": {"method": "rtn", "bits": 4, "sequential": True}}
     assert not tree.reads_windows(study(steps=steps).steps["rtn-4"])
 
 
@@ -149,7 +149,7 @@ def test_options_add_to_what_a_step_reads():
     steps = small_study()["steps"]
     refitted = {"method": "magnitude", "sparsity": 0.5, "refit": True}
     searched = {"method": "asvd", "keep": 0.5, "search": "strs"}
-    spread = {"method": "gptq", "bits": 4, "propagate": True, "allocation": {"by": "knapsack"}}
+    spread = {"method": "gptq", "bits": 4, "sequential": True, "allocation": {"by": "knapsack"}}
     found = study(steps={**steps, "magnitude-50": refitted, "asvd-50": searched, "gptq-mixed": spread})
     assert tree.kinds(found, "magnitude-50") == ["moments"]
     assert not tree.reads_windows(found.steps["magnitude-50"])

@@ -82,7 +82,7 @@ class LayerPass:
 
     def chosen(self, name: str) -> bool:
         """Whether the options let the method work on the linear of that name."""
-        return self.options.linears is None or bool(set(name.split(".")) & set(self.options.linears))
+        return self.options.target_modules is None or bool(set(name.split(".")) & set(self.options.target_modules))
 
     def linear(self, name: str, module: nn.Module, reference: nn.Module | None = None, **more: Any) -> Linear:
         """What the method sees of one linear."""
@@ -126,9 +126,9 @@ def compress_layers(walk: LayerPass) -> tuple[dict[str, Any], dict[str, Any]]:
     require_known_linears(walk)
     planned = plan(walk)
     options_of, allocation = allocated(walk)
-    behind = (
-        SequentialStatistics(walk.model, walk.inputs.windows, walk.device) if "behind" in walk.inputs.needs else None
-    )
+    behind = None
+    if "sequential_moments" in walk.inputs.needs:
+        behind = SequentialStatistics(walk.model, walk.inputs.windows, walk.device)
     record = {}
     for index, block in enumerate(layers.blocks(walk.model)):
         original = layers.blocks(walk.original)[index] if walk.original is not None else None
@@ -146,18 +146,19 @@ def compress_layers(walk: LayerPass) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def require_known_linears(walk: LayerPass) -> None:
-    """Raises UserError for a name in the option `linears` that no linear has."""
-    if walk.options.linears is None:
+    """Raises UserError for a name in the option `target_modules` that no linear has."""
+    if walk.options.target_modules is None:
         return
     known = {part for name in walk.linears(layers.blocks(walk.model)) for part in name.split(".")[1:]}
-    for name in walk.options.linears:
+    for name in walk.options.target_modules:
         if name not in known:
-            raise UserError(f"linears: no linear of this model is named {name!r}.{did_you_mean(name, known)}")
+            raise UserError(f"target_modules: no linear of this model is named {name!r}.{did_you_mean(name, known)}")
 
 
 def plan(walk: LayerPass) -> dict[str, Any]:
     """What the method decides from the whole model, by the linears' full names."""
-    if not hasattr(walk.used.module, "plan"):
+    decide = walk.used.layer.plan
+    if decide is None:
         return {}
     windows, sources = walk.inputs.windows, walk.inputs.sources
     tokens, kept = (None, None) if windows is None else calibrate.as_tensors(windows)
@@ -166,7 +167,7 @@ def plan(walk: LayerPass) -> dict[str, Any]:
         parameter.requires_grad_(False)
     walk.model.to(walk.device)
     decoder = WholeDecoder(walk.model, every_linear(walk), walk.linear, walk.read, kinds, tokens, kept, walk.seed)
-    decided = walk.used.module.plan(decoder, walk.options)
+    decided = decide(decoder, walk.options)
     # The walk takes one block at a time to the device.
     walk.model.to("cpu")
     return decided
@@ -219,7 +220,7 @@ def compress_block(
     parents, behind: the moments of the parent and those behind the compressed blocks, by the name within the block; the
     latter serve alone where the method propagates.
     """
-    propagates = getattr(walk.options, "propagate", False)
+    propagates = getattr(walk.options, "sequential", False)
     statistics = behind if propagates and behind else parents
     statistics, folded = fold_scales(walk, index, block, statistics)
     before = layers.replaceable_modules(original) if original is not None else {}
@@ -228,10 +229,10 @@ def compress_block(
         full = f"model.layers.{index}.{name}"
         if not walk.chosen(name):
             continue
-        more = {"plan": planned.get(full), "behind": None if propagates else behind.get(name)}
+        more = {"plan": planned.get(full), "sequential": None if propagates else behind.get(name)}
         linear = walk.linear(full, module, before.get(name), **more)
         with error_context(full):
-            replacement = walk.used.module.compress(linear, statistics.get(name), options_of.get(full, walk.options))
+            replacement = walk.used.layer.compress(linear, statistics.get(name), options_of.get(full, walk.options))
             replace(block, name, module, replacement, walk.storage)
             new = layers.effective_weight(block.get_submodule(name)).float()
             found = errors(new, linear, statistics.get(name))
@@ -244,7 +245,8 @@ def fold_scales(
 ) -> tuple[dict[str, LinearStatistics], dict[str, dict[str, Any]]]:
     """Scales the inputs of the block's linears as the method asks; returns the statistics of the scaled inputs and, for
     each linear that was scaled, the record of it."""
-    if not hasattr(walk.used.module, "scales"):
+    scale = walk.used.layer.scales
+    if scale is None:
         return statistics, {}
     found, record = dict(statistics), {}
     for shared in folding.shared_inputs(block, folding.head_dim(walk.model)):
@@ -253,7 +255,7 @@ def fold_scales(
             continue
         seen = [walk.linear(f"model.layers.{index}.{name}", block.get_submodule(name)) for name in names]
         with error_context(seen[0].name):
-            scales = walk.used.module.scales(seen, found[names[0]], walk.options)
+            scales = scale(seen, found[names[0]], walk.options)
         if scales is None:
             continue
         scales = shared.pooled(scales.double())

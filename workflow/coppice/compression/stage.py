@@ -90,7 +90,7 @@ def compress(
     if used.family == "compensate":
         wanted |= {"reference"}
     # Moments, where there are any, also tell the output error of a method that does not need them.
-    readable = wanted | {"moments"} if used.contract == "layer" and "behind" not in needs else wanted
+    readable = wanted | {"moments"} if used.contract == "layer" and "sequential_moments" not in needs else wanted
     sources = {}
     for directory in statistics:
         read = calibrate.read_statistics(directory, parent_manifest["fingerprint"])
@@ -112,11 +112,11 @@ def compress(
         from coppice.models import rotation
 
         achieved = rotation.achieved(model, options)
-        model = rotation.rotate(model.to(device), used.module, options)
+        model = rotation.rotate(model.to(device), used.rotation.rotation, options)
     elif used.contract == "cache":
         from coppice.models import kv_cache
 
-        achieved = used.module.cache(options)
+        achieved = used.cache.cache(options)
         kv_cache.install_cache(model, achieved)
     else:
         original = load_reference(reference, model, device) if "reference" in wanted else None
@@ -129,7 +129,7 @@ def compress(
         "parent": parent_manifest["node"],
         "step": {**step, "family": used.family},
         "seed": seed,
-        "marks": sorted(used.marks(frozenset(parent_manifest["marks"]), options)),
+        "marks": sorted(used.traits(frozenset(parent_manifest["marks"]), options)),
         "source": parent_manifest["source"],
         "dense": parent_manifest["dense"],
         "asked": options.model_dump(mode="json"),
@@ -146,10 +146,9 @@ def compress(
 
 def refuse_impossible(name: str, used: Method, marks: list[str]) -> None:
     """Raises UserError when the method cannot work on a parent with these marks."""
-    for mark in marks:
-        if mark in used.refuses:
-            reason = used.refuses[mark].removeprefix("because ").rstrip(".")
-            raise UserError(f"Step {name!r} ({used.name}) cannot work on a {mark} node, because {reason}.")
+    if problem := used.incompatibility(frozenset(marks)):
+        trait, reason = problem
+        raise UserError(f"Step {name!r} ({used.name}) cannot work on a {trait} node, because {reason}.")
 
 
 def require_inputs(name: str, used: Method, needs: frozenset[str], given: set[str]) -> None:
@@ -171,6 +170,6 @@ def change_structure(
     tensors: dict[str, Tensor] = {}
     for source in sources.values():
         tensors |= read_all(source)
-    removal = used.module.choose(surgery.structure(model), tensors, options)
+    removal = used.structure.choose(surgery.structure(model), tensors, options)
     achieved = {**removal.record, **surgery.achieved(model, removal)}
     return surgery.remove(model, removal), achieved

@@ -42,7 +42,7 @@ NEGLIGIBLE = 0.95  # of the dense model's bits: what still counts as no change
 HALF = 0.5  # the paper's "more than a factor of two"
 
 DENSE = "dense"
-_INPUT_MARKS = frozenset({"quantized-inputs", "quantized-cache"})
+_INPUT_MARKS = frozenset({"quantized-activations", "quantized-cache"})
 
 COLUMNS = {
     "run": str,

@@ -49,7 +49,7 @@ COLUMNS = {
 _UNKNOWN_TOKENS = 1.0
 
 # What else could have changed the loss, or where bits are not those of the weights.
-_OTHER_MARKS = frozenset({"masked", "factorized", "smaller", "compensated", "quantized-inputs", "quantized-cache"})
+_OTHER_MARKS = frozenset({"masked", "factorized", "smaller", "compensated", "quantized-activations", "quantized-cache"})
 
 
 class Options(QualityOptions):

@@ -33,7 +33,9 @@ SOURCE = {
 COLUMNS = {"run": str, "model": str, "parameters": float, "sparsity": float, "tokens": float, "loss": float}
 
 # What else could have changed the loss, or makes stored parameters no count of connections.
-_OTHER_MARKS = frozenset({"factorized", "smaller", "quantized", "compensated", "quantized-inputs", "quantized-cache"})
+_OTHER_MARKS = frozenset(
+    {"factorized", "smaller", "quantized", "compensated", "quantized-activations", "quantized-cache"}
+)
 
 
 class Options(RecoveryOptions):

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 _UNKNOWN_SIZE = 2.0
 
 # Nodes that compute with rounded inputs or a rounded cache lose accuracy of which the law knows nothing.
-_OTHER_MARKS = {"quantized-inputs", "quantized-cache"}
+_OTHER_MARKS = {"quantized-activations", "quantized-cache"}
 
 
 class Options(QualityOptions):

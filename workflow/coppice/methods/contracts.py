@@ -1,35 +1,6 @@
-"""The contracts of methods, and the registry that finds them.
+"""What methods see and return: linears with their statistics, a whole decoder, replacements and removals.
 
-A method is a module (one file under `methods/<family>/`, or one named by another package's entry point
-`coppice.methods`). Its name is its file's name with dashes. It defines
-
-- `SOURCE`: a `Source`, the paper it follows;
-- `Options(MethodOptions)`: its options, validated when the study is loaded;
-- `NEEDS`: what it reads besides the parent, empty when it needs nothing: statistics gathered on the parent ("moments",
-  "blocks", "gradients"), moments gathered behind the blocks already compressed ("behind"), or the calibration windows
-  themselves ("windows"); options whose `needs` names more add to it;
-- `MAKES`: the marks that it leaves on a node ("masked", "factorized", "quantized", "compensated", "smaller",
-  "rotated", "quantized-inputs", "quantized-cache"); where they depend on the parent's or on the options, a function
-  `marks(parent, options) -> marks` beside it says how;
-- `REFUSES`: for each mark of the parent that it cannot work on, the reason as half a sentence;
-
-and the functions of one of these contracts:
-
-- layer method: `compress(linear: Linear, statistics: LinearStatistics | None, options) -> Replacement`, pure, one
-  linear at a time, in the dtype and on the device of `linear.weight`. Two functions may stand beside it:
-  `plan(decoder: Decoder, options) -> dict[name, Any]` decides from the whole model before the walk, and what it returns
-  for a linear reaches `compress` as `linear.plan`;
-  `scales(linears: list[Linear], statistics: LinearStatistics, options) -> Tensor | None` gives factors s [n] for an
-  input that several linears share: their columns are multiplied by s, and whatever makes the input is divided by it,
-  before any of them is compressed;
-- structure method: `choose(structure: Structure, statistics: dict[str, Tensor], options) -> Removal`;
-- rotation: `rotation(width: int, options) -> Tensor`, an orthogonal [width, width] for a space of that width;
-- cache method: `cache(options) -> dict`, how keys and values are kept, as `kv_cache` reads it;
-- training method: `prepare(model, options) -> model` and `finish(model) -> model`; a function
-  `loss(model, tokens, labels, teacher, options) -> Tensor` beside them takes the place of the cross entropy, with the
-  dense root as teacher; a function `tokens(options, parent) -> int` says, from the parent's manifest, on how many
-  tokens to train in the place of `options.tokens`. Under `gpus` the parameters are made anew when the model is divided,
-  without hooks that `prepare` put on them; zeros of masked linears are kept there by the trainer.
+How a method declares itself is in `methods.declaration`.
 """
 
 from __future__ import annotations
@@ -44,8 +15,8 @@ if TYPE_CHECKING:
 
 
 KINDS = ("moments", "blocks", "gradients")
-# What a step can read besides kinds of statistics, both made from the calibration windows.
-FROM_WINDOWS = frozenset({"behind", "windows"})
+# What a step can read besides kinds of statistics of its parent: both come from the calibration windows.
+FROM_WINDOWS = frozenset({"sequential_moments", "windows"})
 
 
 @dataclass(frozen=True)
@@ -83,8 +54,8 @@ class Linear:
     is not masked: a method keeps what is pruned at zero. reference: [m, n] what the layer computed before it was
     compressed; given to compensate methods only. storage: the type in which the checkpoint stores the layer's floating
     point numbers, None for the weight's own: codes are computed against scales as they will be read back. name: in
-    full, as `model.layers.0.mlp.up_proj`. plan: what the method's `plan` returned for it. behind: its statistics behind
-    the blocks already compressed, for a method that NEEDS them beside the parent's "moments".
+    full, as `model.layers.0.mlp.up_proj`. plan: what the method's `plan` returned for it. sequential: its statistics
+    gathered after the blocks already compressed, for a method that needs them as well as the parent's "moments".
     """
 
     weight: Tensor
@@ -93,7 +64,7 @@ class Linear:
     storage: torch.dtype | None = None
     name: str = ""
     plan: Any = None
-    behind: LinearStatistics | None = None
+    sequential: LinearStatistics | None = None
 
 
 class Decoder(Protocol):
@@ -111,10 +82,10 @@ class Decoder(Protocol):
     def linear(self, name: str) -> Linear: ...
 
     def statistics(self, name: str) -> LinearStatistics:
-        """The parent's moments; for a method that NEEDS them."""
+        """The parent's moments; for a method that needs them."""
 
     def gathered(self, kind: str) -> dict[str, Tensor]:
-        """The tensors of another kind of statistics; for a method that NEEDS it."""
+        """The tensors of another kind of statistics; for a method that needs it."""
 
     def logits(self, window: int, outputs: Callable[[str, Tensor], Tensor] | None = None) -> Tensor:
         """[t - 1, vocabulary] of a window. outputs(name, y) -> what takes the place of the output y [t, m]."""

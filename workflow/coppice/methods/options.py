@@ -18,31 +18,31 @@ class MethodOptions(BaseModel):
 
     @property
     def needs(self) -> frozenset[str]:
-        """What these options read besides the method's NEEDS."""
+        """What these options read besides the method's `needs`."""
         return frozenset()
 
 
 class LayerOptions(MethodOptions):
     """Options that every layer method has."""
 
-    linears: list[str] | None = Field(
+    target_modules: list[str] | None = Field(
         default=None,
         description="Only the linears with one of these names, as in [q_proj, k_proj]; the others stay as they are. "
         "All of them when left out.",
     )
 
-    propagate: bool = Field(
+    sequential: bool = Field(
         default=False,
         description="Gather statistics block by block behind the blocks already compressed, instead of reading the "
         "parent's.",
     )
 
-    @field_validator("linears")
+    @field_validator("target_modules")
     @classmethod
-    def _names_some(cls, linears: list[str] | None) -> list[str] | None:
-        if linears is not None and not linears:
+    def _names_some(cls, target_modules: list[str] | None) -> list[str] | None:
+        if target_modules is not None and not target_modules:
             raise ValueError("an empty list names no linear: name some, or leave it out for all of them")
-        return linears
+        return target_modules
 
 
 class Allocation(BaseModel):

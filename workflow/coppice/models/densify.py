@@ -32,7 +32,10 @@ def export_dense(directory: Path, output: Path) -> None:
 
 def refuse_rounding(manifest: dict[str, Any], holder: str) -> None:
     """Raises UserError for a node that rounds more than its weights; holder: the form that cannot say so."""
-    for mark, what in (("quantized-inputs", "the inputs of its linears"), ("quantized-cache", "its keys and values")):
+    for mark, what in (
+        ("quantized-activations", "the inputs of its linears"),
+        ("quantized-cache", "its keys and values"),
+    ):
         if mark in manifest["marks"]:
             raise UserError(
                 f"The node {manifest['node']!r} rounds {what} while it runs, which {holder} cannot hold; "

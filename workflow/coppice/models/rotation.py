@@ -17,7 +17,7 @@ Tied embeddings are untied first, as the norm before lm_head goes into one of th
 
 from __future__ import annotations
 
-from types import ModuleType
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -32,18 +32,20 @@ _ROWS = 8192
 
 
 @torch.no_grad()
-def rotate(model: PreTrainedModel, module: ModuleType, options: MethodOptions) -> PreTrainedModel:
-    """Rotates the model in place and returns it; module is a rotation method's, options have `heads`.
+def rotate(
+    model: PreTrainedModel, rotation: Callable[[int, MethodOptions], Tensor], options: MethodOptions
+) -> PreTrainedModel:
+    """Rotates the model in place and returns it; rotation(width, options) gives the matrix, options have `heads`.
 
     Products are taken in float64 on the weights' device and rounded once to their type.
     """
     decoder, device = model.model, model.lm_head.weight.device
     if model.config.tie_word_embeddings:
         _untie(model)
-    q = module.rotation(model.config.hidden_size, options).to(device, torch.float64)
+    q = rotation(model.config.hidden_size, options).to(device, torch.float64)
     r = None
     if options.heads:
-        r = module.rotation(blocks(model)[0].self_attn.head_dim, options).to(device, torch.float64)
+        r = rotation(blocks(model)[0].self_attn.head_dim, options).to(device, torch.float64)
     _rotate_columns(decoder.embed_tokens.weight, q)
     for block in blocks(model):
         attention, mlp = block.self_attn, block.mlp

@@ -107,7 +107,7 @@ def node_jobs(study: Study, node: tree.Node, sizes: Mapping[str, Size | None], u
         after = [windows(node.model, f"{role}.{node.step}") for role in ("recovery", "validation")]
         dense = sizes[node.model]
         held_out = use_tokens(uses[f"validation.{node.step}"]) * (2 + len(study.budgets))
-        taught = 2 * dense.parameters if dense and hasattr(method.module, "loss") else 0
+        taught = 2 * dense.parameters if dense and method.resources.teacher else 0
         operations = size and size.parameters * (6 * options["tokens"] + 2 * held_out) + taught * options["tokens"]
         after += [parent, checkpoint(node.model)]
         gpus = {"operations": operations, "gpus": options["gpus"]}

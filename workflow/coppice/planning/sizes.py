@@ -109,7 +109,7 @@ def child_size(study: Study, parent: Size, step: str) -> Size:
     # Of a floating number: what is no linear of a block is never packed.
     bits = 8 * (parent.stored - parent.linear_bytes) / (parent.parameters - parent.linears)
     layers, how = parent.layers, "estimated"
-    if options.get("linears") or options.get("exclude"):
+    if options.get("target_modules") or options.get("exclude"):
         return parent._replace(how="at most")
     if method.contract == "structure":
         layers, share = kept_structure(parent, options)

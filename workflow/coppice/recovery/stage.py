@@ -115,7 +115,7 @@ def recover(
     together = distributed.count() > 1
     precision = _precision(options, device)
     identity = _identity(chosen, options, parent_manifest, dense_manifest, windows, held_out, budgets, seed)
-    asked = chosen.module.tokens(options, parent_manifest) if hasattr(chosen.module, "tokens") else options.tokens
+    asked = chosen.training.tokens(options, parent_manifest) if chosen.training.tokens else options.tokens
     steps = batch_schedule((windows.documents >= 0).sum(axis=1), options.batch_size, asked, seed)
     planned = Run(
         options=options,
@@ -138,7 +138,7 @@ def recover(
     def prepared() -> PreTrainedModel:
         model = load_model(parent, loaded_on, torch.float32)
         torch.manual_seed(seed)
-        return chosen.module.prepare(model, options)
+        return chosen.training.prepare(model, options)
 
     def root() -> PreTrainedModel:
         model = load_model(dense, loaded_on, torch.float32).requires_grad_(False)
@@ -147,9 +147,9 @@ def recover(
 
     model = prepared()
     teacher, loss = None, None
-    if hasattr(chosen.module, "loss"):
+    if chosen.training.loss is not None:
         teacher = root()
-        loss = partial(chosen.module.loss, teacher=teacher, options=options)
+        loss = partial(chosen.training.loss, teacher=teacher, options=options)
     with tempfile.TemporaryDirectory() as folder:
         progress = train(model, windows, planned, Path(folder), loss, device)
     if together:
@@ -162,7 +162,7 @@ def recover(
         # No process has the whole model, but the state of the last step has.
         model = prepared()
         planned.state.restore_parameters(model)
-    model = chosen.module.finish(model)
+    model = chosen.training.finish(model)
 
     with tempfile.TemporaryDirectory() as folder:
         curve = Path(folder) / "curve.parquet"
@@ -172,7 +172,7 @@ def recover(
             "parent": parent_manifest["node"],
             "step": {**step, "family": chosen.family},
             "seed": seed,
-            "marks": sorted(chosen.marks(frozenset(parent_manifest["marks"]), options)),
+            "marks": sorted(chosen.traits(frozenset(parent_manifest["marks"]), options)),
             **{key: parent_manifest[key] for key in ("source", "dense")},
             "asked": options.model_dump(mode="json"),
             "achieved": {"tokens": planned.tokens(progress.step)},

@@ -38,7 +38,7 @@ SCHEMAS = {
             "marks",
             pa.list_(_text),
             "",
-            "What the node is: masked, factorized, quantized, compensated, smaller, rotated, quantized-inputs, "
+            "What the node is: masked, factorized, quantized, compensated, smaller, rotated, quantized-activations, "
             "quantized-cache.",
         ),
         ("seed", _integer, "", "Seed of the step."),

@@ -117,7 +117,7 @@ def marks(study: Study, name: str) -> frozenset[str]:
     found: frozenset[str] = frozenset()
     for part in name.split("/")[1:]:
         step = part.partition("@")[0]
-        found = method_of(study, step).marks(found, study.steps[step].options)
+        found = method_of(study, step).traits(found, study.steps[step].options)
     return found
 
 
@@ -134,7 +134,7 @@ def incompatibilities(study: Study) -> list[str]:
                 reason = _refusal(study, parent, steps[place - 1] if place else None, step, seen[parent])
                 if reason:
                     sentences.setdefault((i, step), f"recipes.{i} ({' > '.join(steps)}): {reason}")
-                seen[name] = made.marks(seen[parent], study.steps[step].options)
+                seen[name] = made.traits(seen[parent], study.steps[step].options)
             parent = name
     return list(sentences.values())
 
@@ -143,9 +143,9 @@ def _refusal(study: Study, parent: str, previous: str | None, step: str, marks: 
     made = method_of(study, step)
     if step == previous:
         return f"the step {step!r} stands twice in a row; write it once."
-    for mark in sorted(marks & made.refuses.keys()):
-        reason = made.refuses[mark].removeprefix("because ").rstrip(".")
-        return f"the step {step!r} ({made.name}) cannot work on a {mark} model, because {reason}."
+    if problem := made.incompatibility(marks):
+        trait, reason = problem
+        return f"the step {step!r} ({made.name}) cannot work on a {trait} model, because {reason}."
     if made.family == "compensate" and reference(study, parent) == parent:
         return (
             f"the step {step!r} ({made.name}) has nothing to compensate: put it after a step that prunes, decomposes "

@@ -24,6 +24,8 @@ from pydantic import Field, model_validator
 
 from coppice.lazy import torch
 from coppice.methods.contracts import Codebook, Decoder, Linear, LinearStatistics, Source
+from coppice.methods.declaration import LayerMethod, Resources
+from coppice.methods.incompatible import QUANTIZE
 from coppice.methods.options import LayerOptions
 from coppice.methods.solvers.budget import share_of
 from coppice.methods.solvers.codebook import (
@@ -45,12 +47,6 @@ SOURCE = Source(
     "In more than 35,000 runs with 16-bit inputs and k-bit weights, on families of 19M to 176B parameters, 4 bits are "
     "almost universally optimal for total model bits against zero-shot accuracy.",
 )
-NEEDS = frozenset()
-MAKES = frozenset({"quantized"})
-REFUSES = {
-    "quantized": "because the weights are on a grid already; quantize once",
-    "compensated": "because the compensation was fitted to the weights as they are; quantize before compensating",
-}
 
 # What writes the input of each linear of a block: the last of these before it in the model's order.
 _RESIDUAL = ("o_proj", "down_proj")
@@ -194,3 +190,14 @@ def _record(codebook: Codebook, proxy: Proxy, options: Options, stored_bits: int
         outliers = 0 if codebook.outliers is None else len(codebook.outliers)
         record |= {"outliers_asked": options.outliers, "outliers": outliers, "outliers_from": proxy.source}
     return record
+
+
+METHOD = LayerMethod(
+    source=SOURCE,
+    options=Options,
+    adds_traits=frozenset({"quantized"}),
+    incompatible_with=QUANTIZE,
+    compress=compress,
+    plan=plan,
+    resources=Resources(reach="model"),
+)

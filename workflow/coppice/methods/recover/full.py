@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from coppice.methods.contracts import Source
+from coppice.methods.declaration import Resources, TrainingMethod
 from coppice.methods.options import RecoverOptions
 
 if TYPE_CHECKING:
@@ -23,12 +24,6 @@ SOURCE = Source(
     identifier="arXiv 2402.02834",
     equation="section 3.3 (continued pre-training)",
 )
-NEEDS: frozenset[str] = frozenset()
-MAKES: frozenset[str] = frozenset()
-REFUSES = {
-    "quantized": "because packed integers cannot be trained; use lora",
-    "quantized-cache": "because its keys and values are rounded while it runs; train before the step that rounds them",
-}
 
 
 class Options(RecoverOptions):
@@ -58,3 +53,16 @@ def _masked_gradient(kept: Tensor):
         return gradient * kept
 
     return hook
+
+
+METHOD = TrainingMethod(
+    source=SOURCE,
+    options=Options,
+    incompatible_with={
+        "quantized": "packed integers cannot be trained; use lora",
+        "quantized-cache": "its keys and values are rounded while it runs; train before the step that rounds them",
+    },
+    prepare=prepare,
+    finish=finish,
+    resources=Resources(reach="model"),
+)

@@ -18,6 +18,7 @@ from pydantic import Field
 from coppice.errors import UserError
 from coppice.lazy import torch
 from coppice.methods.contracts import Source
+from coppice.methods.declaration import Resources, TrainingMethod
 from coppice.methods.options import RecoverOptions
 
 if TYPE_CHECKING:
@@ -31,12 +32,6 @@ SOURCE = Source(
     identifier="arXiv 2501.04211",
     equation="healing: 0.1 cross-entropy + 0.9 mean squared distance of hidden states",
 )
-NEEDS: frozenset[str] = frozenset()
-MAKES: frozenset[str] = frozenset()
-REFUSES = {
-    "smaller": "because its blocks are no longer those of the dense root, whose outputs they are to match; use full",
-    "rotated": "because its hidden states are rotated against those of the dense root; heal before rotating",
-}
 
 
 class Options(RecoverOptions):
@@ -132,3 +127,17 @@ def _block_outputs(model: PreTrainedModel) -> Iterator[list[Tensor]]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+METHOD = TrainingMethod(
+    source=SOURCE,
+    options=Options,
+    incompatible_with={
+        "smaller": "its blocks are no longer those of the dense root, whose outputs they are to match; use full",
+        "rotated": "its hidden states are rotated against those of the dense root; heal before rotating",
+    },
+    prepare=prepare,
+    finish=finish,
+    loss=loss,
+    resources=Resources(reach="model", teacher=True, frozen_base=True),
+)

@@ -15,6 +15,7 @@ from pydantic import Field
 
 from coppice.lazy import torch
 from coppice.methods.contracts import Source
+from coppice.methods.declaration import Resources, TrainingMethod
 from coppice.methods.options import MethodOptions, RecoverOptions
 
 if TYPE_CHECKING:
@@ -27,14 +28,6 @@ SOURCE = Source(
     identifier="arXiv 2106.09685",
     equation="3",
 )
-NEEDS: frozenset[str] = frozenset()
-MAKES: frozenset[str] = frozenset()
-REFUSES = {
-    "compensated": "because its linears already have an update beside them; train that one with full",
-    "quantized-inputs": "because an update merged into the weights would see rounded inputs, and was not trained so; "
-    "use full, or train before the step that rounds them",
-    "quantized-cache": "because its keys and values are rounded while it runs; train before the step that rounds them",
-}
 ADAPTER = "default"
 
 
@@ -46,7 +39,7 @@ class Options(RecoverOptions):
     dropout: float = Field(default=0.0, ge=0, lt=1, description="Share of the update's inputs dropped in training.")
 
 
-def marks(parent: frozenset[str], options: MethodOptions) -> frozenset[str]:
+def traits(parent: frozenset[str], options: MethodOptions) -> frozenset[str]:
     """Those of the parent; "compensated" as well where updates are kept beside masked or quantized linears."""
     return parent | {"compensated"} if parent & {"masked", "quantized"} else parent
 
@@ -96,3 +89,19 @@ def _settled(adapted: AdaptedLinear) -> nn.Module:
     compensated.compensation.first.weight.copy_(first)
     compensated.compensation.second.weight.copy_(second)
     return compensated
+
+
+METHOD = TrainingMethod(
+    source=SOURCE,
+    options=Options,
+    incompatible_with={
+        "compensated": "its linears already have an update beside them; train that one with full",
+        "quantized-activations": "an update merged into the weights would see rounded inputs, and was not trained so; "
+        "use full, or train before the step that rounds them",
+        "quantized-cache": "its keys and values are rounded while it runs; train before the step that rounds them",
+    },
+    traits=traits,
+    prepare=prepare,
+    finish=finish,
+    resources=Resources(reach="model", frozen_base=True, small_state=True),
+)

@@ -17,6 +17,7 @@ from pydantic import Field
 
 from coppice.lazy import torch
 from coppice.methods.contracts import Source
+from coppice.methods.declaration import Resources, TrainingMethod
 from coppice.methods.options import RecoverOptions
 
 if TYPE_CHECKING:
@@ -29,15 +30,7 @@ SOURCE = Source(
     identifier="arXiv 1810.05270",
     equation="section 3 (Scratch-E and Scratch-B)",
 )
-NEEDS: frozenset[str] = frozenset()
-MAKES: frozenset[str] = frozenset()
-_COMPOSED = "because its initializer is that of whole linears, and factors drawn by it multiply to far smaller weights"
-REFUSES = {
-    "quantized": "because packed integers cannot be drawn anew and trained; train before the step that quantizes",
-    "factorized": f"{_COMPOSED}; train the node from before the step that factorizes",
-    "compensated": f"{_COMPOSED}; train the node from before its linears were given low-rank updates",
-    "quantized-cache": "because its keys and values are rounded while it runs; train before the step that rounds them",
-}
+_COMPOSED = "its initializer is that of whole linears, and factors drawn by it multiply to far smaller weights"
 
 
 class Options(RecoverOptions):
@@ -78,3 +71,19 @@ def prepare(model: PreTrainedModel, options: Options) -> PreTrainedModel:
 def finish(model: PreTrainedModel) -> PreTrainedModel:
     """The model as it is: its weights were trained in place."""
     return model
+
+
+METHOD = TrainingMethod(
+    source=SOURCE,
+    options=Options,
+    incompatible_with={
+        "quantized": "packed integers cannot be drawn anew and trained; train before the step that quantizes",
+        "factorized": f"{_COMPOSED}; train the node from before the step that factorizes",
+        "compensated": f"{_COMPOSED}; train the node from before its linears were given low-rank updates",
+        "quantized-cache": "its keys and values are rounded while it runs; train before the step that rounds them",
+    },
+    prepare=prepare,
+    finish=finish,
+    tokens=tokens,
+    resources=Resources(reach="model", redraws=True),
+)

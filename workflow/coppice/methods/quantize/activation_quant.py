@@ -10,6 +10,7 @@ from __future__ import annotations
 from pydantic import Field
 
 from coppice.methods.contracts import Linear, LinearStatistics, QuantizedActivations, Source
+from coppice.methods.declaration import LayerMethod
 from coppice.methods.options import LayerOptions
 
 SOURCE = Source(
@@ -18,9 +19,6 @@ SOURCE = Source(
     "section 4: symmetric grids per token, scale = c max|x| / (2^(b-1) - 1)",
     "On a rotated model with 4-bit weights and cache too, LLaMA-2-70B loses at most 0.47 of WikiText-2 perplexity.",
 )
-NEEDS = frozenset()
-MAKES = frozenset({"quantized-inputs"})
-REFUSES = {"quantized-inputs": "because its linears round their inputs already; round them once"}
 
 
 class Options(LayerOptions):
@@ -35,3 +33,12 @@ def compress(linear: Linear, statistics: LinearStatistics | None, options: Optio
     """The linear as it is, behind the rounding of its inputs."""
     record = {"input_bits": options.bits, "input_symmetric": options.symmetric, "input_clip": options.clip}
     return QuantizedActivations(options.bits, options.symmetric, options.clip, record=record)
+
+
+METHOD = LayerMethod(
+    source=SOURCE,
+    options=Options,
+    adds_traits=frozenset({"quantized-activations"}),
+    incompatible_with={"quantized-activations": "its linears round their inputs already; round them once"},
+    compress=compress,
+)
