@@ -374,7 +374,7 @@ def test_other_branches_finish_and_a_corrected_study_completes(
     sentence = "model.layers.0.mlp.down_proj: A group size of 32 does not divide the 48 inputs of this layer"
     assert failure[0]["error"].startswith(sentence)
     assert f"error: {sentence}" in done.stdout  # what the log says is shown
-    assert "What there is, and what failed, is told in results/bad/report/index.html." in done.stdout
+    assert "results/bad/report/index.html shows what was achieved, and what failed." in done.stdout
     assert sentence in (results / "report/index.html").read_text()
     assert statuses(tmp_path) == {".": "FINISHED", "tiny": "FINISHED", "tiny/magnitude-50": "FINISHED"} | {
         "tiny/rtn-4": "FAILED"
@@ -436,7 +436,7 @@ def test_laws_that_cannot_be_fitted_are_failures_and_the_others_are_fitted(
         assert f"error: {sentence}" in done.stdout
         assert not (results / "laws" / law).exists()
     # That there is no page keeps nothing else from being told.
-    assert "There is no page of this run; what says why: python -m coppice report" in done.stdout
+    assert "There is no report of this run: " in done.stdout
     assert statuses(tmp_path)["tiny"] == "FINISHED"
 
 

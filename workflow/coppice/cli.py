@@ -27,6 +27,7 @@ STAGES = {
     "fit": ("coppice.laws.stage", "fit a law to the tables"),
     "report": ("coppice.report", "write a study's page"),
     "track": ("coppice.tracking", "mirror a study to MLflow"),
+    "salvage": ("coppice.tracking.salvage", "gather, report and track what a run with failures achieved"),
     "summary": ("coppice.report.summary", "print a study's results"),
     "show": ("coppice.report.show", "tell one node's story"),
     "recommend": ("coppice.decisions.stage", "say what a study's tables and laws advise, and how sure that is"),

@@ -15,11 +15,12 @@ from coppice.cli import main
 from coppice.errors import UserError
 from coppice.evaluation import roofline
 from coppice.planning import stage, times
-from coppice.planning.jobs import Job, jobs
+from coppice.planning.jobs import Job, JobGraph
 from coppice.planning.resources import LIBRARIES
 from coppice.planning.sizes import Size, node_sizes
 from coppice.planning.stage import plan
 from coppice.planning.text import lines
+from coppice.planning.work import SizedJob, sized_jobs
 from coppice.study import tree
 from coppice.study.loading import load_study
 from coppice.study.schema import SHIPPED, Study
@@ -75,7 +76,7 @@ def finish(results: Path, job: Job, seconds: float | None = None, memory: float 
 
 def test_every_job_once_with_what_it_reads() -> None:
     value = study()
-    found = jobs(value, sizes_of(value))
+    found = sized_jobs(JobGraph(value), sizes_of(value))
     # By hand: statistics of the dense model for wanda; windows for it, for two parts of the recovery, for the protocol.
     assert Counter(job.stage for job in found) == {
         **dict.fromkeys(("study", "root", "calibrate", "tables", "fit", "report", "track"), 1),
@@ -126,7 +127,7 @@ def test_a_model_of_the_hub_is_unknown(tmp_path: Path) -> None:
 
 def test_what_is_done_is_not_planned(tmp_path: Path) -> None:
     value = study()
-    found = {job.output: job for job in jobs(value, sizes_of(value))}
+    found = {job.output: job for job in sized_jobs(JobGraph(value), sizes_of(value))}
     before = plan(value, tmp_path, machine())
     finish(tmp_path, found["evaluations/tiny/quality/metrics.json"])
     finish(tmp_path, found["tokens/tiny/recovery.full/manifest.json"])
@@ -157,7 +158,7 @@ def test_line_through_benchmarks(points: list[tuple[float, float]], expected: tu
 def test_times_scale_from_benchmarks(tmp_path: Path) -> None:
     value = study()
     sizes = sizes_of(value)
-    found = jobs(value, sizes)
+    found = sized_jobs(JobGraph(value), sizes)
     job = next(job for job in found if job.stage == "recover")
     assert times.seconds_range(job, sizes, {}, None).low >= times.START_OF_MODELS / 2
     assert job.operations > 0
@@ -176,7 +177,7 @@ def test_times_scale_from_benchmarks(tmp_path: Path) -> None:
 def test_benchmarks_are_read_where_jobs_left_them(tmp_path: Path) -> None:
     value = study()
     sizes = sizes_of(value)
-    found = jobs(value, sizes)
+    found = sized_jobs(JobGraph(value), sizes)
     finish(tmp_path, next(job for job in found if job.name == "tiny/wanda-50"), 12.5, 400)
     finish(tmp_path, next(job for job in found if job.stage == "tokenize"), 0.4, "NA")
     records = times.benchmarks(found, sizes, tmp_path)
@@ -198,8 +199,8 @@ def test_a_gpu_is_faster_and_its_hours_are_counted() -> None:
 
 
 def test_jobs_side_by_side() -> None:
-    def job(name: str, *after: str, alone: bool = False, gpus: int = 1) -> Job:
-        return Job("recover", name, name, after, alone=alone, gpus=gpus)
+    def job(name: str, *after: str, alone: bool = False, gpus: int = 1) -> SizedJob:
+        return SizedJob("recover", name, (name,), {"inputs": after}, alone=alone, gpus=gpus)
 
     left = [job("a"), job("b"), job("c", "a"), job("d", "b", alone=True), job("e", "done before")]
     seconds = {"a": 3, "b": 1, "c": 2, "d": 4, "e": 1}
@@ -265,7 +266,7 @@ def test_what_processes_load_is_on_the_host_and_on_no_gpu() -> None:
         name: size._replace(parameters=8e9, linears=7e9, linear_bytes=14e9, stored=16e9)
         for name, size in sizes_of(value).items()
     }
-    recover = next(job for job in jobs(value, sizes) if job.stage == "recover")
+    recover = next(job for job in sized_jobs(JobGraph(value), sizes) if job.stage == "recover")
     assert recover.gpus == 8
     # 4 bytes a parameter in each of the eight processes.
     assert times.expected_memory(recover, sizes) > 8 * 4 * 8e9
@@ -281,7 +282,11 @@ def test_a_connectivity_is_expected_to_hold_three_models() -> None:
     }
     value = study(recipes=[{"product": [["wanda-50"], ["full"]], "seeds": [0, 1]}], evaluations=evaluations, laws={})
     sizes = sizes_of(value)
-    held = {job.kind: times.expected_memory(job, sizes) for job in jobs(value, sizes) if job.stage == "evaluate"}
+    held = {
+        job.kind: times.expected_memory(job, sizes)
+        for job in sized_jobs(JobGraph(value), sizes)
+        if job.stage == "evaluate"
+    }
     size = sizes["tiny/wanda-50/full@1"]
     assert held["basin"] - held["quality"] == pytest.approx(8 * size.parameters + size.stored, abs=1)
     assert held["quality"] > LIBRARIES["evaluate"]
@@ -290,7 +295,7 @@ def test_a_connectivity_is_expected_to_hold_three_models() -> None:
 def test_statistics_take_four_bytes_for_every_second_moment() -> None:
     value = study()
     sizes = sizes_of(value)
-    [calibrate] = [job for job in jobs(value, sizes) if job.stage == "calibrate"]
+    [calibrate] = [job for job in sized_jobs(JobGraph(value), sizes) if job.stage == "calibrate"]
     shape, layers = sizes["tiny"].shape, sizes["tiny"].layers
     # Four distinct inputs of a block: three as wide as the hidden states, one with all neurons; 4 bytes an entry.
     assert calibrate.disk == layers * 4 * (3 * shape.hidden**2 + shape.intermediate**2)
@@ -301,7 +306,7 @@ def test_gpus_without_a_name_say_nothing_of_times(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--gpus 1: which\?.*pass --device"):
         plan(value, tmp_path, machine(gpus=1))
     # Once every stage that runs on them was measured, a name is not needed.
-    found = jobs(value, sizes_of(value))
+    found = sized_jobs(JobGraph(value), sizes_of(value))
     for name in ("calibrate", "compress", "recover", "evaluate"):
         job = next(job for job in found if job.stage == name)
         finish(tmp_path, job, 10)

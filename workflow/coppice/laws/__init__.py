@@ -6,9 +6,11 @@
 from __future__ import annotations
 
 import pkgutil
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -143,3 +145,18 @@ def validated(name: str, options: Mapping[str, Any]) -> LawOptions:
     except ValidationError as error:
         found = [f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()]
         raise UserError(f"The options of law {name!r} are not valid: {'; '.join(found)}.") from None
+
+
+def source_files(name: str) -> list[Path]:
+    """The files of the law and of the engine."""
+    folder = Path(__file__).parent
+    files, waiting = {folder / "__init__.py"}, {name.replace("-", "_"), "stage"}
+    while waiting:
+        file = folder / f"{waiting.pop()}.py"
+        if file.is_file() and file not in files:
+            files.add(file)
+            text = file.read_text(encoding="utf-8")
+            packages = re.findall(r"^\s*from coppice\.laws import (.+)$", text, re.MULTILINE)
+            modules = re.findall(r"^\s*from coppice\.laws\.(\w+) import", text, re.MULTILINE)
+            waiting |= {name for names in packages for name in re.findall(r"\w+", names)} | set(modules)
+    return sorted(files)

@@ -32,6 +32,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from coppice.methods.declaration import Resources
+
 MEGABYTE = 1_000_000
 # Bytes of Python and the libraries that a stage imports: measured, torch without CUDA.
 LIBRARIES = {
@@ -52,10 +54,6 @@ HEADROOM = 1.3  # of what is asked for over what is expected
 
 BATCH_TOKENS = 8192  # of `calibrate`
 LOGITS = 1 << 26  # that `evaluate` computes at once
-FROZEN = frozenset({"lora", "heal"})  # methods under which most weights stay as they are
-TAUGHT = frozenset({"heal"})  # methods with the dense root as teacher
-DRAWN = frozenset({"scratch"})  # methods that draw all weights anew
-ADAPTED = frozenset({"lora"})  # methods whose states are small beside the model
 
 
 class Widths(NamedTuple):
@@ -80,8 +78,8 @@ def expected_bytes(stage: str, manifest: Mapping[str, Any], options: Mapping[str
     """Peak bytes of a job of `stage` on the model of `manifest`, all its processes together.
 
     options: fields of its step (length, batch_size, micro_batch_size, gradient_checkpointing, gpus ...), its
-    calibration (windows, length) or its evaluation (length), as far as they are known; `method` of the step and `kind`
-    of the statistics or the evaluation beside them. Without them, the largest that is usual, on one GPU.
+    calibration (windows, length) or its evaluation (length), as far as they are known; `resources` of its method, and
+    `kind` of the statistics or the evaluation. Without them, the largest that is usual, on one GPU.
     """
     held = RUNS_MODELS[stage](manifest, options or {}) if stage in RUNS_MODELS else 0
     return int(processes(options or {}) * LIBRARIES[stage] + held)
@@ -99,6 +97,11 @@ def disk_bytes(stage: str, manifest: Mapping[str, Any], fetched: float, options:
     statistics that a step reads. Without them, the most that is usual.
     """
     return int(HEADROOM * (fetched + FILES[stage](manifest, options)))
+
+
+def of_method(options: Mapping[str, Any]) -> Resources:
+    """What the method of a step declares."""
+    return options.get("resources", Resources())
 
 
 def processes(options: Mapping[str, Any]) -> int:
@@ -140,21 +143,21 @@ def recover_bytes(manifest: Mapping[str, Any], options: Mapping[str, Any]) -> fl
 
 def training_bytes(manifest: Mapping[str, Any], options: Mapping[str, Any]) -> float:
     """What the processes of a recovery hold together once the model is divided among them."""
-    parameters, dense, method = manifest["parameters"]["total"], manifest["dense"]["total"], options.get("method")
+    parameters, dense, method = manifest["parameters"]["total"], manifest["dense"]["total"], of_method(options)
     # A micro-batch on each of the GPUs; without its size, the batch is divided among them.
     micro_batch = options.get("micro_batch_size")
     at_once = processes(options) * micro_batch if micro_batch else options.get("batch_size", 32)
     recomputed = options.get("gradient_checkpointing", False)
     activations = activation_bytes(likely_widths(manifest), at_once * options.get("length", 512), recomputed)
-    trained = (4 if method in FROZEN else 16) * parameters + (4 * dense if method in TAUGHT else 0)
+    trained = (4 if method.frozen_base else 16) * parameters + (4 * dense if method.teacher else 0)
     measured = 4 * (parameters + dense)  # the dense root, for its held-out loss, beside what was trained
     return max(trained, measured) + manifest["stored_bytes"] + activations
 
 
 def loading_bytes(manifest: Mapping[str, Any], options: Mapping[str, Any]) -> float:
     """What the processes of a recovery hold on the host while each loads whole models, before they are divided."""
-    parameters, dense, method = manifest["parameters"]["total"], manifest["dense"]["total"], options.get("method")
-    beside = (dense if method in TAUGHT else 0) + (parameters if method in DRAWN else 0)
+    parameters, dense, method = manifest["parameters"]["total"], manifest["dense"]["total"], of_method(options)
+    beside = (dense if method.teacher else 0) + (parameters if method.redraws else 0)
     # The dense root is loaded in the end, when the model is gone.
     return processes(options) * 4 * max(parameters + beside, dense) + manifest["stored_bytes"]
 
@@ -176,7 +179,7 @@ def compress_files(manifest: Mapping[str, Any], options: Mapping[str, Any]) -> f
 
 
 def recover_files(manifest: Mapping[str, Any], options: Mapping[str, Any]) -> float:
-    state = 0 if options.get("method") in ADAPTED else 12 * manifest["parameters"]["total"]
+    state = 0 if of_method(options).small_state else 12 * manifest["parameters"]["total"]
     return max(manifest["stored_bytes"], 2 * state)
 
 

@@ -18,10 +18,12 @@ from coppice.errors import UserError, did_you_mean
 from coppice.evaluation import roofline
 from coppice.files import read_json
 from coppice.formatting import join_words
-from coppice.planning.jobs import RUN_ON_GPUS, STAGES, Job, checkpoint, jobs
+from coppice.planning.jobs import LAYOUT, RUNS_MODELS, STAGES, Job, JobGraph
 from coppice.planning.sizes import Size, child_size, node_sizes, size_of_source
 from coppice.planning.text import GIGABYTE, between, gigabytes, lines
 from coppice.planning.times import Range, Record, benchmarks, gpu_memory, makespan, memory_range, seconds_range
+from coppice.planning.work import SizedJob, sized_jobs
+from coppice.records.layout import ResultsLayout
 from coppice.study import changes as study_changes
 from coppice.study import tree
 from coppice.study.loading import effective, load_study, read_yaml
@@ -100,14 +102,14 @@ def plan(study: Study, results: Path, machine: Mapping[str, Any]) -> dict[str, A
     Raises UserError where GPUs are to run jobs whose times depend on which they are, and none is named.
     """
     sizes = node_sizes(study, results)
-    found = jobs(study, sizes)
-    changed = changes(study, found, results)
-    open_outputs = to_make(found, results, changed)
+    graph = JobGraph(study)
+    changed = changes(study, graph.jobs, results)
+    open_outputs = to_make(graph.jobs, results, changed)
     sizes = sizes_to_come(study, sizes, open_outputs)
-    found = jobs(study, sizes)
+    found = sized_jobs(graph, sizes)
     left = [job for job in found if job.output in open_outputs]
     records = records_of_last_run(study, results)
-    unmeasured = {job.stage for job in left} & set(RUN_ON_GPUS) - records.keys()
+    unmeasured = {job.stage for job in left} & set(RUNS_MODELS) - records.keys()
     if machine["gpus"] and not machine["device"] and unmeasured:
         raise UserError(
             f"--gpus {machine['gpus']}: which? Nothing of this study was measured yet, so that the times depend on it; "
@@ -182,7 +184,7 @@ def change(study: Study, nodes: Mapping[str, tree.Node], job: Job, results: Path
             study_changes.refuse_other_evaluation(study, job.model, job.kind, recorded["options"], path)
         else:
             node = nodes[job.name]
-            study_changes.refuse_other_node(study, node, recorded, path, results / "tokens" / node.model)
+            study_changes.refuse_other_node(study, node, recorded, path, ResultsLayout(results).token_sets(node.model))
     except UserError as error:
         return str(error)
     except (KeyError, TypeError):
@@ -214,7 +216,7 @@ def sizes_to_come(study: Study, sizes: Mapping[str, Size | None], left: set[str]
     """The sizes, where those of nodes that are made again are what they would be if the nodes were not there."""
     found = dict(sizes)
     for name, node in tree.nodes(study).items():
-        if checkpoint(name) not in left:
+        if str(LAYOUT.manifest(name)) not in left:
             continue
         if node.parent is None:
             found[name] = size_of_source(study.models[name])
@@ -234,7 +236,7 @@ def records_of_last_run(study: Study, results: Path) -> dict[str, list[Record]]:
         with suppress(UserError):
             last = load_study(results / "study.yaml")
     sizes = node_sizes(last, results)
-    found = jobs(last, sizes)
+    found = sized_jobs(JobGraph(last), sizes)
     older = changes(last, found, results)
     return benchmarks([job for job in found if job.output not in older], sizes, results)
 
@@ -262,7 +264,7 @@ def counts(stages: list[Mapping[str, Any]], stage: str) -> dict[str, int]:
 
 def stage_row(
     stage: str,
-    found: list[Job],
+    found: list[SizedJob],
     seconds: Mapping[str, Range | None],
     memory: Mapping[str, Range | None],
     records: Mapping[str, list[Record]],
@@ -289,11 +291,11 @@ def stage_row(
 
 def node_row(study: Study, name: str, size: Size | None, results: Path, left: set[str]) -> dict[str, Any]:
     """A node; `changed` where it is there and is made again. left: the outputs that are to be made."""
-    asked = [f"evaluations/{name}/{evaluation}/metrics.json" for evaluation in tree.evaluations(study, name)]
+    asked = [str(LAYOUT.metrics(name, evaluation)) for evaluation in tree.evaluations(study, name)]
     return {
         "node": name,
-        "done": checkpoint(name) not in left,
-        "changed": checkpoint(name) in left and (results / checkpoint(name)).exists(),
+        "done": str(LAYOUT.manifest(name)) not in left,
+        "changed": str(LAYOUT.manifest(name)) in left and (results / str(LAYOUT.manifest(name))).exists(),
         "parameters": size and round(size.parameters),
         "stored_bytes": size and round(size.stored),
         "size": size.how if size else "unknown",
@@ -305,7 +307,7 @@ def node_row(study: Study, name: str, size: Size | None, results: Path, left: se
 # What will not fit
 
 
-def memory_problems(left: list[Job], memory: Mapping[str, Range | None], machine: Mapping[str, Any]) -> list[str]:
+def memory_problems(left: list[SizedJob], memory: Mapping[str, Range | None], machine: Mapping[str, Any]) -> list[str]:
     """A sentence where jobs hold more than the machine has: one alone, or those that run at once."""
     known = sorted(((memory[job.output], job) for job in left if memory[job.output]), key=lambda pair: pair[0])
     room = gigabytes(machine["memory"])
@@ -329,7 +331,7 @@ def memory_problems(left: list[Job], memory: Mapping[str, Range | None], machine
     return []
 
 
-def gpu_problems(left: list[Job], sizes: Mapping[str, Size | None], machine: Mapping[str, Any]) -> list[str]:
+def gpu_problems(left: list[SizedJob], sizes: Mapping[str, Size | None], machine: Mapping[str, Any]) -> list[str]:
     """Sentences where jobs ask for more GPUs than there are, or for more than one of them holds."""
     sentences = []
     asked = max(left, key=lambda job: job.gpus, default=None)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
-from functools import reduce
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ from coppice.study import tree
 from coppice.study.schema import (
     Study,
     _badly_named,
-    _merged,
     _readable_numbers,
     _references,
     _refuse,
@@ -80,10 +78,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the effective study here; print nothing")
 
 
+def merged_files(files: Sequence[Path], changes: Mapping[str, Any]) -> Any:
+    """What YAML files say together, later ones on top, and then `changes`."""
+    return reduce(_merged, [*map(read_yaml, files), changes])
+
+
 def run(arguments: argparse.Namespace) -> None:
     """`coppice study`."""
-    value = reduce(_merged, [*map(read_yaml, arguments.files), arguments.config])
-    study = load_study(value, " and ".join(map(str, arguments.files)))
+    study = load_study(merged_files(arguments.files, arguments.config), " and ".join(map(str, arguments.files)))
     if arguments.output:
         write_effective(study, arguments.output)
     else:

@@ -238,6 +238,18 @@ def world(study: Study, evaluation: Any) -> str | None:
     return evaluation.world or next(name for name, text in study.texts.items() if hasattr(text, "builtin"))
 
 
+def evaluation_options(study: Study, evaluation: str) -> dict[str, Any]:
+    """How an evaluation measures, as `coppice evaluate` takes it: which nodes it measures is not part of it.
+
+    Options that are null are left out, so that a new option that is off measures nothing again; within a protocol null
+    says something: all windows.
+    """
+    body = study.evaluations[evaluation]
+    options = {k: v for k, v in body.model_dump(mode="json", exclude={"nodes", "world"}).items() if v is not None}
+    asked_about = world(study, body)
+    return options | ({"world": study.texts[asked_about].model_dump(mode="json")} if asked_about else {})
+
+
 def evaluations(study: Study, name: str) -> list[str]:
     """The evaluations that measure a node: their patterns match it, and a connectivity can interpolate its weights."""
     return [

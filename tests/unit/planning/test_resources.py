@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+from coppice.methods.declaration import Resources
+from coppice.methods.registry import method as registered
 from coppice.planning.resources import (
     CUDA,
     HEADROOM,
@@ -18,6 +20,10 @@ from coppice.planning.resources import (
     memory_bytes,
     moments_bytes,
 )
+
+
+def resources_of(name: str) -> Resources:
+    return registered(name).resources
 
 
 def manifest(total: float, blocks: float | None = None, stored: float | None = None) -> dict[str, Any]:
@@ -52,7 +58,10 @@ def test_training_holds_weights_gradients_and_two_moments() -> None:
     full = expected_bytes("recover", manifest(1e9), one_token) - LIBRARIES["recover"]
     # By hand: 16 bytes a parameter, and the checkpoint that is written; activations of one token are little.
     assert full == pytest.approx(16e9 + 2e9, rel=0.01)
-    frozen = expected_bytes("recover", manifest(1e9), {**one_token, "method": "lora"}) - LIBRARIES["recover"]
+    frozen = (
+        expected_bytes("recover", manifest(1e9), {**one_token, "resources": resources_of("lora")})
+        - LIBRARIES["recover"]
+    )
     # The dense root is loaded beside it.
     assert frozen == pytest.approx(4e9 + 4e9 + 2e9, rel=0.01)
 
@@ -70,7 +79,10 @@ def test_options_change_what_is_held() -> None:
 
 def test_the_dense_root_is_measured_beside_what_was_trained_of_a_tenth_of_it() -> None:
     small = {**manifest(1e8), "dense": {"total": int(1e9), "blocks": int(8e8)}}
-    full = expected_bytes("recover", small, {"length": 1, "batch_size": 1, "method": "full"}) - LIBRARIES["recover"]
+    full = (
+        expected_bytes("recover", small, {"length": 1, "batch_size": 1, "resources": resources_of("full")})
+        - LIBRARIES["recover"]
+    )
     # 4 bytes of either are more than the 16 of the small one.
     assert full == pytest.approx(4e8 + 4e9 + 2e8, rel=0.01)
 
@@ -82,7 +94,7 @@ LONG = {"length": 2048, "batch_size": 32, "micro_batch_size": 1, "gradient_check
 
 @pytest.mark.parametrize(("method", "models"), [("lora", 1), ("full", 1), ("heal", 2), ("scratch", 2)])
 def test_every_process_of_a_recovery_loads_whole_models_on_the_host(method: str, models: int) -> None:
-    asked = memory_bytes("recover", LARGE, {**LONG, "method": method, "gpus": 8})
+    asked = memory_bytes("recover", LARGE, {**LONG, "resources": resources_of(method), "gpus": 8})
     # In float32: the model, beside it a teacher or the weights that are drawn.
     loaded = 8 * models * 4 * 70.6e9
     assert loaded < asked
@@ -91,7 +103,7 @@ def test_every_process_of_a_recovery_loads_whole_models_on_the_host(method: str,
 
 
 def test_a_gpu_holds_its_share_and_not_what_processes_load_on_the_host() -> None:
-    lora = {**LONG, "method": "lora"}
+    lora = {**LONG, "resources": resources_of("lora")}
     one, eight = (device_bytes("recover", LARGE, {**lora, "gpus": gpus}) for gpus in (1, 8))
     # The model and, in the end, the dense root are divided; a micro-batch is on every GPU.
     models = (4 + 4 + 2) * 70.6e9
@@ -156,9 +168,9 @@ def test_the_disk_has_no_room_for_statistics_that_are_not_read() -> None:
 def test_the_disk_has_room_for_two_states_of_what_trains() -> None:
     # Model and dense root are fetched; a state is written while the one before is there: 12 bytes a parameter each.
     known = manifest(1e9)
-    assert disk_bytes("recover", known, 4e9, {"method": "full"}) == pytest.approx(HEADROOM * 28e9)
+    assert disk_bytes("recover", known, 4e9, {"resources": resources_of("full")}) == pytest.approx(HEADROOM * 28e9)
     # Of adapters there is little; the child is written.
-    assert disk_bytes("recover", known, 4e9, {"method": "lora"}) == pytest.approx(HEADROOM * 6e9)
+    assert disk_bytes("recover", known, 4e9, {"resources": resources_of("lora")}) == pytest.approx(HEADROOM * 6e9)
     assert disk_bytes("evaluate", known, 2e9, {"kind": "quality"}) == pytest.approx(HEADROOM * 2e9)
 
 
