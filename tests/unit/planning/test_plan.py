@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,8 @@ def test_every_job_once_with_what_it_reads() -> None:
     }
     assert len({job.output for job in found}) == len(found)
     by_output = {job.output: job for job in found}
-    assert all(read in by_output for job in found for read in job.after)
+    outputs = {output for job in found for output in job.outputs}
+    assert all(read in outputs for job in found for read in job.after)
     wanda = by_output["models/tiny/wanda-50/manifest.json"]
     assert set(wanda.after) == {
         "models/tiny/manifest.json",
@@ -167,7 +169,7 @@ def test_times_scale_from_benchmarks(tmp_path: Path) -> None:
     low, high = times.seconds_range(job, sizes, records, None)
     assert (low, high) == pytest.approx((25 / times.SURE, 25 * times.SURE))
     # Ten times the tokens lie beyond what was measured: twice the range.
-    low, high = times.seconds_range(job._replace(operations=10 * job.operations), sizes, records, None)
+    low, high = times.seconds_range(replace(job, operations=10 * job.operations), sizes, records, None)
     assert (low, high) == pytest.approx((205 / times.SURE / 2, 205 * times.SURE * 2))
     # The benchmarks held twice what was expected of them.
     low, high = times.memory_range(job, sizes, records)

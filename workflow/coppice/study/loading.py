@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping, Sequence
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -90,3 +91,10 @@ def run(arguments: argparse.Namespace) -> None:
         write_effective(study, arguments.output)
     else:
         print(tree.render_tree(study))
+
+
+def _merged(value: Any, changes: Any) -> Any:
+    """Mappings merged key by key, as Snakemake's --config does; anything else replaced."""
+    if isinstance(value, Mapping) and isinstance(changes, Mapping):
+        return {**value, **{key: _merged(value.get(key), item) for key, item in changes.items()}}
+    return changes

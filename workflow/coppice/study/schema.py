@@ -647,10 +647,3 @@ def _identity(text: Any) -> tuple[str, ...]:
     if isinstance(text, HubText):
         return ("dataset", text.dataset, text.name or "", text.split)
     return ("builtin", text.builtin, str(text.people), str(text.seed))
-
-
-def _merged(value: Any, changes: Any) -> Any:
-    """Mappings merged key by key, as Snakemake's --config does; anything else replaced."""
-    if isinstance(value, Mapping) and isinstance(changes, Mapping):
-        return {**value, **{key: _merged(value.get(key), item) for key, item in changes.items()}}
-    return changes
