@@ -114,7 +114,7 @@ def compress(
         achieved = rotation.achieved(model, options)
         model = rotation.rotate(model.to(device), used.module, options)
     elif used.contract == "cache":
-        from coppice.models import kv_cache
+        from coppice.models.modules import kv_cache
 
         achieved = used.module.cache(options)
         kv_cache.install_cache(model, achieved)

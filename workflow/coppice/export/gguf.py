@@ -22,7 +22,7 @@ from torch import Tensor
 
 from coppice.export import gguf_tokenizer
 from coppice.export.node import Node, Written
-from coppice.models import layers
+from coppice.models import modules
 from coppice.models.checkpoint import TOKENIZER_FILES, load_model
 from coppice.models.densify import densify
 
@@ -78,7 +78,7 @@ def write(node: Node, folder: Path) -> Written:
     vocabulary, notes = gguf_tokenizer.read(node.folder, node.config["vocab_size"])
     model = load_model(node.folder, dtype=torch.float32)
     packed = packed_linears(model)
-    replaced = {name for name, entry in node.planned.items() if entry["type"] != "Masked"}
+    replaced = {name for name, form in node.forms.items() if not form.keeps_linear}
     densify(model)
     writer = gguf.GGUFWriter(folder / FILE, ARCHITECTURES[node.config["model_type"]])
     kinds = {stored.kind for stored in packed.values()}
@@ -167,9 +167,9 @@ def neighbours(rows: int, heads: int) -> np.ndarray:
 def packed_linears(model: PreTrainedModel) -> dict[str, Stored]:
     """The weights that blocks hold without rounding, by the name of their linear."""
     found = {}
-    for index, block in enumerate(layers.blocks(model)):
-        for name, linear in layers.replaceable_modules(block).items():
-            if isinstance(linear, layers.QuantizedLinear):
+    for index, block in enumerate(modules.blocks(model)):
+        for name, linear in modules.replaceable_modules(block).items():
+            if isinstance(linear, modules.QuantizedLinear):
                 stored = in_blocks(linear.weight, linear.weight_scale)
                 if stored is not None:
                     found[f"model.layers.{index}.{name}"] = stored

@@ -18,8 +18,7 @@ The prompt is one chunk, up to the last multiple of `window` tokens, with `rank`
 with `decode_rank`. Tokens that do not fill a window stay in full precision. Attention sees what can be read back, of
 the newest tokens too, so one call over a whole text measures the compression. Padding counts as tokens.
 
-This file imports torch and transformers' cache classes alone, and its names differ from those of `layers`: a checkpoint
-carries a copy of both in one file.
+A checkpoint carries a copy of this file, which imports torch, transformers' cache classes and a file next to it alone.
 """
 
 from functools import partial
@@ -30,7 +29,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
-from coppice.models.layers import pack, unpack
+from .packing import pack, unpack
 
 
 class CacheSettings(NamedTuple):
