@@ -247,9 +247,9 @@ def test_a_compressed_cache_weighs_what_it_holds():
 
 
 def test_prompts_are_shortened_to_the_context():
-    assert roofline.fitted(1024, 128, 2048) == (1024, 128)
-    assert roofline.fitted(1024, 128, 128) == (113, 15)
-    assert roofline.fitted(1, 1000, 100) == (1, 99)
+    assert roofline.fit_to_context(1024, 128, 2048) == (1024, 128)
+    assert roofline.fit_to_context(1024, 128, 128) == (113, 15)
+    assert roofline.fit_to_context(1, 1000, 100) == (1, 99)
 
 
 def test_nothing_heavy_is_imported():

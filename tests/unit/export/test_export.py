@@ -212,7 +212,7 @@ def test_an_adapter_keeps_its_base_packed(folders: dict[str, Path], tmp_path: Pa
         ("masked", "compressed-tensors", "its zeros are stored as numbers"),
         ("codebook", "compressed-tensors", "the node holds Codebook; export it to dense"),
         ("symmetric-compensated", "compressed-tensors", "export it to peft"),
-        ("factorized", "peft", "no low-rank updates beside its linears"),
+        ("factorized", "peft", "its linears have no low-rank corrections"),
         ("inputs", "gguf", "rounds the inputs of its linears while it runs, which GGUF cannot hold"),
         ("inputs", "compressed-tensors", "export the node from before that step"),
     ],

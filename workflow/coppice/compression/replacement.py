@@ -9,7 +9,9 @@ from coppice.methods.replacements import Masked, QuantizedActivations, Replaceme
 from coppice.models import modules
 
 
-def replace(block: nn.Module, name: str, module: nn.Module, replacement: Replacement, storage: torch.dtype) -> None:
+def replace(
+    block: nn.Module, name: str, module: modules.Replaceable, replacement: Replacement, storage: torch.dtype
+) -> None:
     """Puts what a method returned in the linear's place: values as they will be read back from the checkpoint, in the
     dtype that the model computes in."""
     dtype = next(tensor.dtype for tensor in module.state_dict().values() if tensor.is_floating_point())
@@ -25,7 +27,7 @@ def replace(block: nn.Module, name: str, module: nn.Module, replacement: Replace
             modules.quantize_activations(module, {"bits": bits, "symmetric": symmetric, "clip": clip})
         case Masked(weight=weight, mask=mask):
             module.weight = nn.Parameter(stored(weight) * mask)
-            module.masked = True
+            modules.set_masked(module, True)
         case _:
             form = modules.FORMS[type(replacement).__name__].from_replacement(replacement, module, stored)
             keep_activation_quantization(module, form)
@@ -34,8 +36,9 @@ def replace(block: nn.Module, name: str, module: nn.Module, replacement: Replace
 
 def keep_activation_quantization(module: nn.Module, form: nn.Module) -> None:
     """Makes the matrices of a form round their inputs where the linear that it replaces did."""
-    if not hasattr(module, "quantized_activations"):
+    settings = getattr(module, "quantized_activations", None)
+    if settings is None:
         return
     for matrix in modules.weight_matrices(form).values():
         if not hasattr(matrix, "quantized_activations"):
-            modules.quantize_activations(matrix, module.quantized_activations)
+            modules.quantize_activations(matrix, settings)

@@ -17,7 +17,7 @@ h hidden and I intermediate size, n and n_kv heads, d their width, V vocabulary;
 
 The paper's own tool counts half the head's operations, takes h for I in the activation, and reads the cache once for
 each block of queries in fused attention, which kernels that find it on the chip again beat. Biases, the embedding's
-rows and the weights of norms are left out, which are small beside the linears.
+rows and the weights of norms are left out, which are small next to the linears.
 
 Integer peaks are taken only where weights and inputs are on uniform grids of 8 bits at most, those of 16-bit floats
 otherwise, for wider numbers too. What a format could do is no promise that this software does it: nodes with packed
@@ -96,7 +96,7 @@ class Operation(NamedTuple):
     bytes: float
     integer: bool = False
     sparse: bool = False
-    count: int = 1
+    count: int = 1  # type: ignore[assignment]
 
 
 # Models
@@ -217,11 +217,13 @@ def decode(model: Model, batch: int, prompt: int, decoded: int = 0, fused: bool 
 
 def generation(model: Model, batch: int, prompt: int, generate: int, fused: bool = True) -> list[Operation]:
     """The operations of a prefill and of the decoding of so many tokens after it."""
-    found = prefill(model, batch, prompt, fused)
-    found += [operation._replace(count=generate * operation.count) for operation in _dense_operations(model, batch, 1)]
+    operations = prefill(model, batch, prompt, fused)
+    operations += [
+        operation._replace(count=generate * operation.count) for operation in _dense_operations(model, batch, 1)
+    ]
     for decoded in range(generate):
-        found += _attention(model, batch, 1, prompt, decoded, fused)
-    return found
+        operations += _attention(model, batch, 1, prompt, decoded, fused)
+    return operations
 
 
 def _dense_operations(model: Model, batch: int, tokens: int) -> list[Operation]:
@@ -284,7 +286,7 @@ def efficiency(measured: float, predicted: float) -> float:
 # Rows of the table `costs`
 
 
-def fitted(prompt: int, generate: int, context: int) -> tuple[int, int]:
+def fit_to_context(prompt: int, generate: int, context: int) -> tuple[int, int]:
     """Prompt and generated tokens; shortened in proportion where they exceed the model's context."""
     if prompt + generate <= context:
         return prompt, generate
@@ -296,14 +298,14 @@ def rows(
     node: str, model: Model, context: int, *, devices: Iterable[str], batch: int, prompt: int, generate: int
 ) -> list[dict[str, Any]]:
     """Latencies of a node on each device, and the bytes of its cache once all tokens are written."""
-    prompt, generate = fitted(prompt, generate, context)
+    prompt, generate = fit_to_context(prompt, generate, context)
     settings = {"batch": batch, "prompt": prompt, "generate": generate}
     passes = {
         "prefill_latency": (prefill(model, batch, prompt), "s"),
         "decode_latency": (decode(model, batch, prompt), "s/token"),
         "generation_latency": (generation(model, batch, prompt, generate), "s"),
     }
-    found = [
+    latencies = [
         {
             "node": node,
             "device": f"{name} (roofline)",
@@ -324,4 +326,4 @@ def rows(
         "simulated": True,
         "details": json.dumps(settings, sort_keys=True),
     }
-    return [*found, cache]
+    return [*latencies, cache]

@@ -31,12 +31,12 @@ def reason_against(node: Node) -> str | None:
     """Why the node has no such form, and what to do instead."""
     others = {form for form in node.forms.values() if not (form.pack_quantized or form.keeps_linear)}
     if LowRankCorrection in others:
-        return "it has updates beside its linears; export it to peft, which keeps a packed base beside the adapter"
+        return "its linears have low-rank corrections; export it to peft, which keeps a packed base with the adapter"
     if others:
         names = ", ".join(sorted(form.__name__ for form in others))
         return f"the format holds integer grids alone and the node holds {names}; export it to dense"
     if not packed(node):
-        zeros = "its zeros are stored as numbers, and compressed-tensors 0.20 compresses no sparse weights any more"
+        zeros = "its zeros are stored as numbers, and compressed-tensors 0.20 no longer compresses sparse weights"
         return f"{zeros if node.entries else 'none of its linears is quantized'}; export it to dense"
     if not stock_loaders_read(quantization_grids(node.entries)):
         return "transformers 5.23 reads zero points on one grid only and the node has several; export it to dense"
@@ -65,7 +65,7 @@ def save_packed(model: PreTrainedModel, node: Node, folder: Path, dequantize: bo
     """
     linears = modules.weight_matrices(modules.blocks(model))
     for linear in linears.values():
-        linear.masked = False
+        modules.set_masked(linear, False)
     entries = modules.describe_replacements(model)
     grids = quantization_grids(entries)
     save_for_others(model, node, folder)

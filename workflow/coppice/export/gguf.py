@@ -166,14 +166,14 @@ def neighbours(rows: int, heads: int) -> np.ndarray:
 
 def packed_linears(model: PreTrainedModel) -> dict[str, Stored]:
     """The weights that blocks hold without rounding, by the name of their linear."""
-    found = {}
+    packed = {}
     for index, block in enumerate(modules.blocks(model)):
         for name, linear in modules.replaceable_modules(block).items():
             if isinstance(linear, modules.QuantizedLinear):
                 stored = in_blocks(linear.weight, linear.weight_scale)
                 if stored is not None:
-                    found[f"model.layers.{index}.{name}"] = stored
-    return found
+                    packed[f"model.layers.{index}.{name}"] = stored
+    return packed
 
 
 @torch.no_grad()

@@ -43,15 +43,15 @@ class Node:
 
 
 class Written(NamedTuple):
-    """rounded: whether the export's reader multiplies by weights that were rounded to the stored type anew, where the
-    node multiplies by what they stand for; notes: sentences that the user is to read."""
+    """rounded: whether the export's reader multiplies by weights that were rounded to the stored type again, where the
+    node multiplies by what they stand for; notes: sentences for the user."""
 
     rounded: bool
     notes: tuple[str, ...] = ()
 
 
 def read_node(folder: Path) -> Node:
-    """Raises UserError when the folder is no checkpoint."""
+    """Raises UserError when the folder is not a checkpoint."""
     manifest = read_manifest(folder)
     config = read_json(storage.ensure_local(folder / "config.json"))
     return Node(folder, manifest, config, linear_entries(read_compression(folder)))

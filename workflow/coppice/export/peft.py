@@ -1,4 +1,4 @@
-"""To PEFT: the updates beside a node's linears as a LoRA adapter, and in `base/` the model without them."""
+"""To PEFT: the low-rank corrections of a node's linears as a LoRA adapter, and in `base/` the model without them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def reason_against(node: Node) -> str | None:
         step = node.manifest.get("step") or {}
         if step.get("method") == "lora":
             return "what its training updated is merged into its weights; export it to dense"
-        return "it has no low-rank updates beside its linears, as eora and lora make them; export it to dense"
+        return "its linears have no low-rank corrections, which eora and lora make; export it to dense"
     factorized = {name for name, form in node.forms.items() if form.factorized}
     inside = [name for name in corrected if any(name.startswith(f"{outer}.") for outer in factorized)]
     if inside:
@@ -45,20 +45,20 @@ def write(node: Node, folder: Path) -> Written:
     write_adapter(model, folder)
     described = read_json(folder / "adapter_config.json")
     write_json(folder / "adapter_config.json", {**described, "base_model_name_or_path": BASE})
-    leave_out_updates(model)
+    remove_corrections(model)
     entries = modules.describe_replacements(model)
-    kept = {name: entry for name, entry in entries.items() if not form_of(entry).keeps_linear}
+    replaced = {name: entry for name, entry in entries.items() if not form_of(entry).keeps_linear}
     # While it puts weights together, transformers takes one grid for the whole model.
-    if len(quantization_grids(kept)) == 1 and all(form_of(entry).pack_quantized for entry in kept.values()):
+    if len(quantization_grids(replaced)) == 1 and all(form_of(entry).pack_quantized for entry in replaced.values()):
         compressed_tensors.save_packed(model, node, folder / BASE, dequantize=True)
     else:
         densify(model)
         save_for_others(model, node, folder / BASE)
-    return Written(rounded=bool(kept))
+    return Written(rounded=bool(replaced))
 
 
-def leave_out_updates(model: PreTrainedModel) -> None:
-    """Puts the compressed linear alone in the place of each with an update beside it."""
+def remove_corrections(model: PreTrainedModel) -> None:
+    """Puts the base of each linear with a low-rank correction in its place."""
     for block in modules.blocks(model):
         for name, module in modules.replaceable_modules(block).items():
             if isinstance(module, modules.LowRankCorrectionLinear):

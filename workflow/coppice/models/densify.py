@@ -46,7 +46,7 @@ def densify(model: PreTrainedModel) -> None:
     for block in modules.blocks(model):
         for name, module in modules.replaceable_modules(block).items():
             if type(module) is torch.nn.Linear:
-                module.masked = False
+                modules.set_masked(module, False)
                 continue
             weight = modules.effective_weight(module)
             dense = torch.nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")

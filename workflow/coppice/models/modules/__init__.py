@@ -7,7 +7,7 @@ from importlib import import_module
 from pkgutil import iter_modules
 
 from coppice.models.modules.activation_quantization import quantize_activations, round_tokens
-from coppice.models.modules.base import FORMS, PackedForm, StoredForm, effective_weight
+from coppice.models.modules.base import FORMS, PackedForm, Replaceable, StoredForm, effective_weight
 from coppice.models.modules.codebook import CodebookLinear
 from coppice.models.modules.cur import CURLinear
 from coppice.models.modules.finding import (
@@ -17,6 +17,7 @@ from coppice.models.modules.finding import (
     install,
     mask,
     replaceable_modules,
+    set_masked,
     weight_matrices,
 )
 from coppice.models.modules.flatten_quant import FlattenQuantLinear, flatten_inputs
@@ -35,6 +36,7 @@ __all__ = [
     "LowRankLinear",
     "PackedForm",
     "QuantizedLinear",
+    "Replaceable",
     "StoredForm",
     "TensorTrainLinear",
     "blocks",
@@ -49,6 +51,7 @@ __all__ = [
     "quantize_activations",
     "replaceable_modules",
     "round_tokens",
+    "set_masked",
     "unpack",
     "weight_matrices",
 ]

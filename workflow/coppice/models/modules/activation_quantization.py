@@ -30,11 +30,11 @@ def round_tokens(x: Tensor, bits: int, symmetric: bool, clip: float) -> Tensor:
     return x + (rounded.to(x.dtype) - x).detach()
 
 
-def quantize_activations(linear: nn.Linear, settings: dict[str, Any]) -> None:
+def quantize_activations(linear: nn.Module, settings: dict[str, Any]) -> None:
     """Makes a linear round its inputs token by token from now on: settings of `round_tokens`."""
-    linear.quantized_activations = settings
+    linear.quantized_activations = settings  # type: ignore[assignment]
     linear.register_forward_pre_hook(_quantize_first)
 
 
-def _quantize_first(linear: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def _quantize_first(linear: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return (round_tokens(inputs[0], **linear.quantized_activations), *inputs[1:])

@@ -1,9 +1,10 @@
 """The contract of a stored form: a module that takes the place of a linear, or of a factor inside another form.
 
-The name of a form's class is that of its replacement (`coppice.methods.replacements`) with `Linear` behind it; without,
-it is the type in `compression.json`. A form registers when its class is defined. A checkpoint that stock classes cannot
-read carries copies of the files that it needs, so that files of this folder import each other relatively, and otherwise
-torch and transformers alone.
+A form's class is named after its replacement (`coppice.methods.replacements`) plus `Linear`; the replacement's name is
+the type in `compression.json`. A form registers when its class is defined.
+
+A checkpoint that stock classes cannot read carries copies of the files that it needs. So files of this folder import
+each other relatively, and otherwise torch and transformers alone.
 
 Shapes: m = out_features, n = in_features, k = rank, b = bits, x: [..., n].
 """
@@ -27,6 +28,7 @@ class StoredForm(nn.Module):
     kind: ClassVar[str]
     in_features: int
     out_features: int
+    bias: nn.Parameter | None
 
     def __init_subclass__(cls, abstract: bool = False, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -35,7 +37,7 @@ class StoredForm(nn.Module):
             FORMS[cls.kind] = cls
 
     @classmethod
-    def from_replacement(cls, replacement: Any, linear: nn.Module, stored: Callable[[Tensor], Tensor]) -> Self:
+    def from_replacement(cls, replacement: Any, linear: Replaceable, stored: Callable[[Tensor], Tensor]) -> Self:
         """The form that holds what a method returned (the dataclass of the same name) for a linear, whose bias it takes
         over. stored: values as they will be read back from the checkpoint, in the dtype to compute in."""
         raise NotImplementedError
@@ -62,6 +64,13 @@ class StoredForm(nn.Module):
 class PackedForm(StoredForm, nn.Linear, abstract=True):
     """A linear whose weight is decoded from packed codes: `weight` is a property, all buffers stand for it."""
 
+    bias: nn.Parameter | None  # type: ignore[assignment]
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """[m, n]."""
+        raise NotImplementedError
+
     def effective_weight(self) -> Tensor:
         return self.weight
 
@@ -69,14 +78,15 @@ class PackedForm(StoredForm, nn.Linear, abstract=True):
         return nn.functional.linear(x, self.weight, self.bias)
 
 
-def effective_weight(module: nn.Module) -> Tensor:
+Replaceable = nn.Linear | StoredForm
+
+
+def effective_weight(module: Replaceable) -> Tensor:
     """[m, n] the matrix that a linear or a stored form multiplies by."""
-    weight = module.effective_weight() if isinstance(module, StoredForm) else module.weight
-    assert isinstance(weight, Tensor)
-    return weight
+    return module.effective_weight() if isinstance(module, StoredForm) else module.weight
 
 
-def wide_weight(module: nn.Module) -> Tensor:
+def wide_weight(module: Replaceable) -> Tensor:
     """The effective weight in float32, or in its own type where that is wider.
 
     A form's parts are put together in it: rounding their product would add an error that the layer does not make.
@@ -88,12 +98,11 @@ def wide_weight(module: nn.Module) -> Tensor:
 def linear_of(matrix: Any, bias: nn.Parameter | None, stored: Callable[[Tensor], Tensor]) -> nn.Linear:
     """A linear that holds a matrix [m, n] of a replacement: a tensor, or a replacement of a packed form."""
     linear = nn.Linear(matrix.shape[1], matrix.shape[0], bias is not None, device="meta")
-    linear.bias = bias
+    linear.bias = bias  # type: ignore[assignment]
     if isinstance(matrix, Tensor):
         linear.weight = nn.Parameter(stored(matrix))
         return linear
-    packed = FORMS[type(matrix).__name__].from_replacement(matrix, linear, stored)
-    assert isinstance(packed, PackedForm)
+    packed: Any = FORMS[type(matrix).__name__].from_replacement(matrix, linear, stored)
     return packed
 
 

@@ -9,7 +9,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from .base import PackedForm
+from .base import PackedForm, Replaceable
 from .packing import pack, packed_words, unpack, zero_words
 
 # Codebooks are stored as whole multiples of this, so that the type of a checkpoint's numbers does not round them.
@@ -24,6 +24,12 @@ class CodebookLinear(PackedForm):
     [2^bits] int32 in units of `TABLE_UNIT`; weight_absmax: one for each `block` codes. The product is computed with the
     dequantized weight.
     """
+
+    weight_packed: Tensor
+    weight_table: Tensor
+    weight_absmax: Tensor
+    weight_outliers: Tensor
+    weight_outlier_index: Tensor
 
     def __init__(
         self,
@@ -53,7 +59,7 @@ class CodebookLinear(PackedForm):
         self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
 
     @classmethod
-    def from_replacement(cls, replacement: Any, linear: nn.Module, stored: Callable[[Tensor], Tensor]) -> Self:
+    def from_replacement(cls, replacement: Any, linear: Replaceable, stored: Callable[[Tensor], Tensor]) -> Self:
         bits, bias, kept = replacement.bits, linear.bias, replacement.outliers
         out_features, in_features = replacement.shape
         absmax = stored(replacement.absmax)
@@ -83,7 +89,7 @@ class CodebookLinear(PackedForm):
         return {**fields, "transposed": self.transposed}
 
     @property
-    def weight(self) -> Tensor:
+    def weight(self) -> Tensor:  # type: ignore[override]
         """The dequantized weight [m, n], in the dtype of the scales, to which each product is rounded once."""
         count = prod(self.coded_shape)
         codes = unpack(self.weight_packed[None], self.bits, count)[0]

@@ -7,11 +7,15 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 
-from .base import StoredForm, linear_of, wide_weight
+from .base import Replaceable, StoredForm, linear_of, wide_weight
 
 
 class CURLinear(StoredForm):
     """y = columns(link(rows(x))): rows n -> r and columns r -> m hold rows and columns of the weight, link r -> r."""
+
+    rows: nn.Linear
+    link: nn.Linear
+    columns: nn.Linear
 
     def __init__(self, in_features: int, out_features: int, rank: int, bias: bool = False, **factory: Any) -> None:
         super().__init__()
@@ -21,7 +25,7 @@ class CURLinear(StoredForm):
         self.columns = nn.Linear(rank, out_features, bias=bias, **factory)
 
     @classmethod
-    def from_replacement(cls, replacement: Any, linear: nn.Module, stored: Callable[[Tensor], Tensor]) -> Self:
+    def from_replacement(cls, replacement: Any, linear: Replaceable, stored: Callable[[Tensor], Tensor]) -> Self:
         rows, link = linear_of(replacement.rows, None, stored), linear_of(replacement.link, None, stored)
         columns = linear_of(replacement.columns, linear.bias, stored)
         form = cls(rows.in_features, columns.out_features, link.out_features, linear.bias is not None, device="meta")
@@ -35,7 +39,7 @@ class CURLinear(StoredForm):
         return wide_weight(self.columns) @ wide_weight(self.link) @ wide_weight(self.rows)
 
     @property
-    def bias(self) -> Tensor | None:
+    def bias(self) -> nn.Parameter | None:  # type: ignore[override]
         return self.columns.bias
 
     def forward(self, x: Tensor) -> Tensor:

@@ -8,17 +8,18 @@ from typing import Any
 from torch import Tensor, nn
 
 from .activation_quantization import quantize_activations
-from .base import FORMS, StoredForm
+from .base import FORMS, Replaceable, StoredForm
 
 
 def blocks(model: nn.Module) -> nn.ModuleList:
     """The decoder's blocks, in order."""
-    return model.model.layers
+    decoder: Any = model.model
+    return decoder.layers
 
 
-def replaceable_modules(module: nn.Module) -> dict[str, nn.Module]:
+def replaceable_modules(module: nn.Module) -> dict[str, Replaceable]:
     """The linears of a block as its architecture names them: a stored form counts once, its parts not."""
-    modules: dict[str, nn.Module] = {}
+    modules: dict[str, Replaceable] = {}
     for name, child in module.named_modules():
         inside = any(name.startswith(f"{outer}.") for outer in modules)
         if not inside and isinstance(child, (nn.Linear, StoredForm)):
@@ -34,6 +35,11 @@ def weight_matrices(module: nn.Module) -> dict[str, nn.Linear]:
 def mask(linear: nn.Linear) -> Tensor | None:
     """[m, n] bool, True where a masked linear's weight is kept; None for a linear that is not masked."""
     return linear.weight != 0 if getattr(linear, "masked", False) else None
+
+
+def set_masked(linear: nn.Module, masked: bool) -> None:
+    """Whether a linear's zeros are pruned weights, which stay zero."""
+    linear.masked = masked  # type: ignore[assignment]
 
 
 def describe(module: nn.Module) -> dict[str, Any]:
@@ -55,10 +61,11 @@ def describe_replacements(model: nn.Module) -> dict[str, dict[str, Any]]:
 def install(model: nn.Module, entries: Mapping[str, Mapping[str, Any]]) -> None:
     """Puts the described modules, without values, in the places of a dense model's linears."""
     for name in sorted(entries, key=lambda name: name.count(".")):
-        fields, old = dict(entries[name]), model.get_submodule(name)
+        fields = dict(entries[name])
+        old: Any = model.get_submodule(name)
         kind, settings = fields.pop("type"), fields.pop("quantized_activations", None)
         if kind == "Masked":
-            old.masked = True
+            set_masked(old, True)
         # A form brings the forms along that are always parts of it.
         elif kind != "Linear" and not isinstance(old, StoredForm):
             model.set_submodule(name, FORMS[kind].build(old, fields))

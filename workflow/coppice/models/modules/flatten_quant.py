@@ -8,7 +8,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from .base import PackedForm
+from .base import PackedForm, Replaceable
 from .packing import pack, packed_words, unpack, zero_words
 
 
@@ -19,6 +19,12 @@ class FlattenQuantLinear(PackedForm):
     threshold. weight_packed: [m, words] codes stored from 0, zero at 2^(bits-1); weight_scale, weight_threshold: [1];
     weight_source, weight_piece: [n'] int32, see `methods.replacements.FlattenQuant`. Arithmetic is simulated in floats.
     """
+
+    weight_packed: Tensor
+    weight_source: Tensor
+    weight_piece: Tensor
+    weight_scale: Tensor
+    weight_threshold: Tensor
 
     def __init__(
         self,
@@ -42,7 +48,7 @@ class FlattenQuantLinear(PackedForm):
         self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
 
     @classmethod
-    def from_replacement(cls, replacement: Any, linear: nn.Module, stored: Callable[[Tensor], Tensor]) -> Self:
+    def from_replacement(cls, replacement: Any, linear: Replaceable, stored: Callable[[Tensor], Tensor]) -> Self:
         codes, bits, bias = replacement.codes, replacement.bits, linear.bias
         scale = stored(replacement.scale)
         factory = {"device": codes.device, "dtype": scale.dtype}
@@ -65,7 +71,7 @@ class FlattenQuantLinear(PackedForm):
         return codes.to(self.weight_scale.dtype) * self.weight_scale
 
     @property
-    def weight(self) -> Tensor:
+    def weight(self) -> Tensor:  # type: ignore[override]
         """[m, n] what the layer multiplies by where no input saturates."""
         source, expanded = self.weight_source.long(), self.expanded_weight
         # An input's pieces see the same columns; the parts of a split column add up.

@@ -7,11 +7,14 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 
-from .base import StoredForm, linear_of, wide_weight
+from .base import Replaceable, StoredForm, linear_of, wide_weight
 
 
 class LowRankLinear(StoredForm):
     """y = second(first(x)): first n -> k without bias, second k -> m with the linear's bias."""
+
+    first: nn.Linear
+    second: nn.Linear
 
     def __init__(self, in_features: int, out_features: int, rank: int, bias: bool = False, **factory: Any) -> None:
         super().__init__()
@@ -20,7 +23,7 @@ class LowRankLinear(StoredForm):
         self.second = nn.Linear(rank, out_features, bias=bias, **factory)
 
     @classmethod
-    def from_replacement(cls, replacement: Any, linear: nn.Module, stored: Callable[[Tensor], Tensor]) -> Self:
+    def from_replacement(cls, replacement: Any, linear: Replaceable, stored: Callable[[Tensor], Tensor]) -> Self:
         first = linear_of(replacement.first, None, stored)
         second = linear_of(replacement.second, linear.bias, stored)
         form = cls(first.in_features, second.out_features, first.out_features, linear.bias is not None, device="meta")
@@ -34,7 +37,7 @@ class LowRankLinear(StoredForm):
         return wide_weight(self.second) @ wide_weight(self.first)
 
     @property
-    def bias(self) -> Tensor | None:
+    def bias(self) -> nn.Parameter | None:  # type: ignore[override]
         return self.second.bias
 
     def forward(self, x: Tensor) -> Tensor:

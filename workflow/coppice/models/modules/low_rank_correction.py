@@ -7,7 +7,7 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 
-from .base import StoredForm, factory_of, linear_of, wide_weight
+from .base import Replaceable, StoredForm, factory_of, linear_of, wide_weight
 from .low_rank import LowRankLinear
 
 
@@ -17,14 +17,14 @@ class LowRankCorrectionLinear(StoredForm):
     The correction's tensors are stored under `compensation`, in checkpoints as in statistics.
     """
 
-    def __init__(self, base: nn.Module, rank: int, **factory: Any) -> None:
+    def __init__(self, base: Replaceable, rank: int, **factory: Any) -> None:
         super().__init__()
         self.in_features, self.out_features = base.in_features, base.out_features
         self.base = base
         self.compensation = LowRankLinear(self.in_features, self.out_features, rank, **factory)
 
     @classmethod
-    def from_replacement(cls, replacement: Any, linear: nn.Module, stored: Callable[[Tensor], Tensor]) -> Self:
+    def from_replacement(cls, replacement: Any, linear: Replaceable, stored: Callable[[Tensor], Tensor]) -> Self:
         form = cls(linear, len(replacement.first), device="meta")
         form.compensation.first = linear_of(replacement.first, None, stored)
         form.compensation.second = linear_of(replacement.second, None, stored)
@@ -41,7 +41,7 @@ class LowRankCorrectionLinear(StoredForm):
         return wide_weight(self.base) + wide_weight(self.compensation)
 
     @property
-    def bias(self) -> Tensor | None:
+    def bias(self) -> nn.Parameter | None:  # type: ignore[override]
         return self.base.bias
 
     def forward(self, x: Tensor) -> Tensor:

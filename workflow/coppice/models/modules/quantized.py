@@ -8,7 +8,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from .base import PackedForm
+from .base import PackedForm, Replaceable
 from .packing import pack, packed_words, unpack, zero_words
 
 
@@ -21,6 +21,10 @@ class QuantizedLinear(PackedForm):
     Codes are stored from 0; a symmetric grid has its zero at 2^(b-1). The product is computed with the dequantized
     weight: storage is saved, arithmetic is not.
     """
+
+    weight_packed: Tensor
+    weight_scale: Tensor
+    weight_zero_point: Tensor
 
     def __init__(
         self,
@@ -47,7 +51,7 @@ class QuantizedLinear(PackedForm):
         self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
 
     @classmethod
-    def from_replacement(cls, replacement: Any, linear: nn.Module, stored: Callable[[Tensor], Tensor]) -> Self:
+    def from_replacement(cls, replacement: Any, linear: Replaceable, stored: Callable[[Tensor], Tensor]) -> Self:
         bits, symmetric, bias = replacement.bits, replacement.symmetric, linear.bias
         out_features, in_features = replacement.codes.shape
         scale = stored(replacement.scale)
@@ -64,7 +68,7 @@ class QuantizedLinear(PackedForm):
         return {"bits": self.bits, "group_size": self.group_size, "symmetric": self.symmetric}
 
     @property
-    def weight(self) -> Tensor:
+    def weight(self) -> Tensor:  # type: ignore[override]
         """The dequantized weight [m, n], in the dtype of the scale."""
         codes = unpack(self.weight_packed, self.bits, self.in_features)
         groups = self.weight_scale.shape[1]

@@ -9,7 +9,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from .base import StoredForm, factory_of, linear_of, wide_weight
+from .base import Replaceable, StoredForm, factory_of, linear_of, wide_weight
 
 
 class TensorTrainLinear(StoredForm):
@@ -39,7 +39,7 @@ class TensorTrainLinear(StoredForm):
         self.bias = nn.Parameter(torch.zeros(self.out_features, **factory)) if bias else None
 
     @classmethod
-    def from_replacement(cls, replacement: Any, linear: nn.Module, stored: Callable[[Tensor], Tensor]) -> Self:
+    def from_replacement(cls, replacement: Any, linear: Replaceable, stored: Callable[[Tensor], Tensor]) -> Self:
         cores = replacement.cores
         in_shape, out_shape, bonds = ([core.shape[axis] for core in cores] for axis in (2, 1, 3))
         form = cls(in_shape, out_shape, bonds[:-1], device="meta")
@@ -55,7 +55,11 @@ class TensorTrainLinear(StoredForm):
         return {"in_shape": list(self.in_shape), "out_shape": list(self.out_shape), "bonds": list(self.bonds)}
 
     def effective_weight(self) -> Tensor:
-        return self.matrix([wide_weight(site) for site in self.sites])
+        return self.matrix([wide_weight(site) for site in self.linears()])
+
+    def linears(self) -> list[nn.Linear]:
+        """The sites in order."""
+        return [site for site in self.sites if isinstance(site, nn.Linear)]
 
     def product(self, x: Tensor) -> Tensor:
         """[..., n] -> [..., m] without the bias, site after site."""
@@ -94,6 +98,6 @@ class TensorTrainLinear(StoredForm):
         # Whoever watches or rounds the inputs of the sites wants them computed.
         watched = any(site._forward_pre_hooks or site._forward_hooks for site in self.sites)
         if not watched and vectors * (product - self.in_features * self.out_features) > matrix:
-            return nn.functional.linear(x, self.matrix([site.weight for site in self.sites]), self.bias)
+            return nn.functional.linear(x, self.matrix([site.weight for site in self.linears()]), self.bias)
         y = self.product(x)
         return y if self.bias is None else y + self.bias
