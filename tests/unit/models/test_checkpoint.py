@@ -116,6 +116,22 @@ save_file(found, "logits.safetensors")
         assert not torch.allclose(ours, dense, atol=1e-3), node
 
 
+def test_the_carried_code_is_a_copy_of_the_files_that_the_node_needs(folders: dict[str, Path]) -> None:
+    sources = Path(modules.__file__).parent
+    needed = {
+        "factorized": {"low_rank"},
+        "factors-quantized": {"low_rank", "quantized"},
+        "compensated": {"low_rank_correction", "low_rank", "quantized"},
+        "flattened": {"flatten_quant"},
+    }
+    for node, forms in needed.items():
+        common = {"base", "finding", "activation_quantization", "kv_cache", "packing"}
+        carried = {path.stem: path for path in folders[node].glob("*.py") if path.stem != "modeling_coppice"}
+        assert carried.keys() == forms | common
+        assert all(path.read_bytes() == (sources / path.name).read_bytes() for path in carried.values())
+    assert not list(folders["symmetric"].glob("*.py"))
+
+
 @pytest.mark.parametrize(
     "node", ["masked", "symmetric", "asymmetric", "factorized", "compensated", "factors-quantized"]
 )

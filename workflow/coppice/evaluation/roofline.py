@@ -218,9 +218,8 @@ def decode(model: Model, batch: int, prompt: int, decoded: int = 0, fused: bool 
 def generation(model: Model, batch: int, prompt: int, generate: int, fused: bool = True) -> list[Operation]:
     """The operations of a prefill and of the decoding of so many tokens after it."""
     operations = prefill(model, batch, prompt, fused)
-    operations += [
-        operation._replace(count=generate * operation.count) for operation in _dense_operations(model, batch, 1)
-    ]
+    step = _dense_operations(model, batch, 1)
+    operations += [operation._replace(count=generate * operation.count) for operation in step]
     for decoded in range(generate):
         operations += _attention(model, batch, 1, prompt, decoded, fused)
     return operations

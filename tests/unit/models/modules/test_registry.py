@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,17 @@ def test_replacements_and_forms_are_pairs() -> None:
     defined = subclasses(modules.StoredForm) - {modules.PackedForm} | subclasses(modules.PackedForm)
     assert {each.__name__ for each in defined} == {f"{name}Linear" for name in stored}
     assert {modules.FORMS[name].__name__ for name in stored} == {f"{name}Linear" for name in stored}
+
+
+def test_files_that_checkpoints_carry_import_nothing_that_a_loader_lacks() -> None:
+    allowed = {"torch", "transformers", *sys.stdlib_module_names}
+    for file in Path(modules.__file__).parent.glob("*.py"):
+        if file.name == "__init__.py":
+            continue
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) and node.level == 0 else []
+            assert {name.partition(".")[0] for name in names} <= allowed, file
 
 
 def test_a_form_that_is_not_known_is_one_sentence() -> None:
