@@ -18,6 +18,7 @@ from coppice.methods.registry import method
 from coppice.methods.solvers.codebook import encode
 from coppice.models import modules
 from coppice.models.checkpoint import load_model, read_manifest
+from coppice.models.modules.codebook import TABLE_UNIT
 
 ALL = {name: options[0] for name, options in ROWS.items()}
 LAYER_METHODS = [name for name in ALL if method(name).contract == "layer"]
@@ -108,7 +109,7 @@ def test_codes_are_chosen_against_stored_scales(workshop: Workshop) -> None:
 
 def test_tables_are_not_rounded(workshop: Workshop) -> None:
     for linear in linears(load_model(workshop.node("k-bit"))).values():
-        table = linear.weight_table.double() * modules.TABLE_UNIT
+        table = linear.weight_table.double() * TABLE_UNIT
         assert table.bfloat16().double().ne(table).any()
         assert set((table[encode(table, table).long()] - table).tolist()) == {0.0}
 
