@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from coppice.export import gguf_tokenizer
+from coppice.export import gguf_tokenizer, gguf_vocabulary
 from coppice.export.node import Node, Written
 from coppice.models import modules
 from coppice.models.checkpoint import TOKENIZER_FILES, load_model
@@ -84,7 +84,7 @@ def write(node: Node, folder: Path) -> Written:
     kinds = {stored.kind for stored in packed.values()}
     common = f"MOSTLY_{max(kinds)}" if kinds else FLOATS[node.dtype][1]
     write_metadata(writer, model.config, node.name, gguf.LlamaFileType[common])
-    gguf_tokenizer.write(writer, vocabulary)
+    gguf_vocabulary.write(writer, vocabulary)
     for name, stored in stored_tensors(model, packed, FLOATS[node.dtype][0]):
         writer.add_tensor(name, stored.data, raw_dtype=gguf.GGMLQuantizationType[stored.kind])
     writer.write_header_to_file()
