@@ -224,10 +224,10 @@ def loss(node: Path) -> float:
 
 def choices(module: Any) -> Any:
     """What a method chose for each weight of a linear: its code, or whether it is kept."""
-    from coppice.models import layers
+    from coppice.models import modules
 
-    if isinstance(module, layers.QuantizedLinear):
-        return layers.unpack(module.weight_packed, module.bits, module.in_features)
+    if isinstance(module, modules.QuantizedLinear):
+        return modules.unpack(module.weight_packed, module.bits, module.in_features)
     return module.weight != 0
 
 
@@ -235,10 +235,10 @@ def compare(first: Path, second: Path, tokens: Any) -> tuple[float, float]:
     """Of two nodes: the share of weights with the same choice, and the relative difference of their logits."""
     import torch
 
-    from coppice.models import checkpoint, layers
+    from coppice.models import checkpoint, modules
 
     models = [checkpoint.load_model(node, "cpu", torch.float32) for node in (first, second)]
-    leaves = [[choices(leaf) for leaf in layers.weight_matrices(model.model.layers).values()] for model in models]
+    leaves = [[choices(leaf) for leaf in modules.weight_matrices(model.model.layers).values()] for model in models]
     same = sum(int((a == b).sum()) for a, b in zip(*leaves, strict=True)) / sum(a.numel() for a in leaves[0])
     with torch.no_grad():
         a, b = (model(input_ids=tokens, use_cache=False).logits for model in models)

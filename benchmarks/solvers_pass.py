@@ -35,7 +35,7 @@ def write_inputs(folder: Path, arguments: argparse.Namespace) -> tuple[Path, Pat
 
     from coppice.data.text import Windows, save_windows
     from coppice.files import sha256
-    from coppice.models import layers
+    from coppice.models import modules
     from coppice.models.checkpoint import save_checkpoint
 
     tokenizer = ROOT / "resources" / "models" / "bio-small"
@@ -50,7 +50,7 @@ def write_inputs(folder: Path, arguments: argparse.Namespace) -> tuple[Path, Pat
     )
     torch.manual_seed(0)
     model = LlamaForCausalLM(config).eval()
-    weights = sum(leaf.weight.numel() for leaf in layers.weight_matrices(model.model.layers).values())
+    weights = sum(leaf.weight.numel() for leaf in modules.weight_matrices(model.model.layers).values())
     manifest = {"node": "root", "parent": None, "step": None, "marks": [], "source": {}, "recovery": None}
     save_checkpoint(model, folder / "root", tokenizer, manifest, torch.bfloat16)
     shape = (arguments.windows, arguments.length)

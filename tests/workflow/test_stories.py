@@ -201,7 +201,7 @@ def test_eora_lowers_the_error_of_every_layer(study: Finished) -> None:
     from coppice.calibration.stage import block_statistics
     from coppice.methods.solvers.loss import relative_error
     from coppice.models.checkpoint import load_model
-    from coppice.models.layers import blocks, effective_weight, replaceable_modules
+    from coppice.models.modules import blocks, effective_weight, replaceable_modules
 
     statistics = study.results / "statistics" / "stories" / "rtn-3" / "default" / "moments"
     manifest = read_json(statistics / "manifest.json")
@@ -232,7 +232,7 @@ def test_recovery_lowers_the_held_out_loss(study: Finished, node: str) -> None:
 
 def test_pruned_weights_stay_zero_when_the_node_is_trained_and_quantized(study: Finished) -> None:
     from coppice.models.checkpoint import load_model
-    from coppice.models.layers import blocks, effective_weight, replaceable_modules
+    from coppice.models.modules import blocks, effective_weight, replaceable_modules
 
     names = ("stories/wanda-50", "stories/wanda-50/full", "stories/wanda-50/full/gptq-3")
     models = [load_model(study.checkpoint(name)) for name in names]

@@ -22,7 +22,7 @@ from coppice.data.text import save_windows as write_windows
 from coppice.errors import UserError
 from coppice.files import read_json
 from coppice.methods.contracts import LinearStatistics
-from coppice.models import layers
+from coppice.models import modules
 from coppice.models.checkpoint import load_model, read_manifest
 
 DISTINCT = {
@@ -55,7 +55,7 @@ def direct_inputs(root: Path, sequences: list[Tensor]) -> dict[str, Tensor]:
     """[tokens, n] float64 inputs of every linear in the blocks, from whole forwards on sequences without padding."""
     model = exact_norms(load_model(root).double())
     seen: dict[str, list[Tensor]] = defaultdict(list)
-    for name, module in layers.blocks(model).named_modules():
+    for name, module in modules.blocks(model).named_modules():
         if isinstance(module, nn.Linear):
             module.register_forward_pre_hook(lambda _, inputs, name=name: seen[name].append(inputs[0].flatten(0, -2)))
     with torch.no_grad():
@@ -123,7 +123,7 @@ def direct_similarities(root: Path, sequences: list[Tensor]) -> list[float]:
         cosine = (before * after).sum(-1) / (before.norm(dim=-1) * after.norm(dim=-1))
         found[index].append(cosine.flatten())
 
-    for index, block in enumerate(layers.blocks(model)):
+    for index, block in enumerate(modules.blocks(model)):
         block.register_forward_hook(lambda _, inputs, output, index=index: note(index, inputs[0], output))
     with torch.no_grad():
         for tokens in sequences:
@@ -133,7 +133,7 @@ def direct_similarities(root: Path, sequences: list[Tensor]) -> list[float]:
 
 def test_a_block_that_adds_nothing_is_wholly_similar(tmp_path: Path, windows: Path) -> None:
     model = tiny_model(num_hidden_layers=2)
-    block = layers.blocks(model)[1]
+    block = modules.blocks(model)[1]
     with torch.no_grad():
         block.self_attn.o_proj.weight.zero_()
         block.mlp.down_proj.weight.zero_()
@@ -156,7 +156,7 @@ def test_the_walk_gives_the_hidden_states_of_a_whole_forward(
         expected = model(input_ids=tokens, use_cache=False, output_hidden_states=True).hidden_states
     batches = calibrate.embed(model, tokens, kept)
     assert max(len(batch.hidden) for batch in batches) == min(len(tokens), max(1, tokens_in_a_batch // 16))
-    for index, block in enumerate(layers.blocks(model)):
+    for index, block in enumerate(modules.blocks(model)):
         assert torch.allclose(torch.cat([batch.hidden for batch in batches]), expected[index], atol=1e-5)
         for batch in batches:
             batch.hidden = calibrate.run_block(block, index, batch, "cpu")
@@ -173,7 +173,7 @@ def test_the_walk_gives_the_hidden_states_of_a_whole_forward(
 )
 def test_a_weight_that_is_not_a_number_is_found(tmp_path: Path, windows: Path, weight: str, place: str) -> None:
     model = tiny_model(num_hidden_layers=2)
-    layers.blocks(model)[1].get_submodule(weight).weight.data[0, 0] = torch.nan
+    modules.blocks(model)[1].get_submodule(weight).weight.data[0, 0] = torch.nan
     root = save_root(tmp_path / "root", model)
     with pytest.raises(UserError, match=place):
         gather(root, windows, "moments", tmp_path / "moments")
@@ -244,11 +244,11 @@ def test_composites_are_calibrated_as_wholes_and_in_their_parts(root: Path, wind
         folder = gather(node, windows, "moments", tmp_path / f"moments-of-{node.name}")
         manifest = read_json(folder / "manifest.json")
         found = block_statistics(folder, 1, manifest, "cpu")
-        block = layers.blocks(load_model(node))[1]
-        assert found.keys() == layers.replaceable_modules(block).keys() | layers.weight_matrices(block).keys()
+        block = modules.blocks(load_model(node))[1]
+        assert found.keys() == modules.replaceable_modules(block).keys() | modules.weight_matrices(block).keys()
         for name in DISTINCT:
             factors = block.get_submodule(name + prefix)
-            assert isinstance(factors.first, layers.QuantizedLinear)
+            assert isinstance(factors.first, modules.QuantizedLinear)
             whole, first, second = (found[name + part] for part in ("", f"{prefix}.first", f"{prefix}.second"))
             assert first.second_moment is whole.second_moment is found[DISTINCT[name]].second_moment
             expected = factors.first.weight @ whole.second_moment @ factors.first.weight.T

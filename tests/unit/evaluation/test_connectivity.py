@@ -14,7 +14,7 @@ from coppice.data import text
 from coppice.errors import UserError
 from coppice.evaluation import connectivity, perplexity, stage
 from coppice.models.checkpoint import read_manifest
-from coppice.models.layers import QuantizedLinear, blocks
+from coppice.models.modules import QuantizedLinear, blocks
 from coppice.results.collection import measured_rows
 
 from .conftest import WORLD, make_model, save

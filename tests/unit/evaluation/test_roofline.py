@@ -146,7 +146,7 @@ def test_calibration_by_one_measured_run():
 
 
 def linears_of(planned, inputs=64, outputs=128, sparse=False):
-    return roofline.matrices({UP: planned} if "type" in planned else planned, UP, inputs, outputs, 16, sparse)
+    return roofline.products({UP: planned} if "type" in planned else planned, UP, inputs, outputs, 16, sparse)
 
 
 def test_a_plain_node_is_the_uniform_model():
@@ -159,7 +159,7 @@ def test_factors_are_products_of_their_own():
     first, second = linears_of({"type": "LowRank", "rank": 8})
     assert (first.inputs, first.outputs, first.stored_bytes) == (64, 8, 2 * 64 * 8)
     assert (second.inputs, second.outputs, second.stored_bytes) == (8, 128, 2 * 8 * 128)
-    sizes = [(one.inputs, one.outputs) for one in linears_of({"type": "Skeleton", "rank": 8})]
+    sizes = [(one.inputs, one.outputs) for one in linears_of({"type": "CUR", "rank": 8})]
     assert sizes == [(64, 8), (8, 8), (8, 128)]
     half = 64 * 128 // (2 * (64 + 128))
     assert sum(one.multiplications for one in linears_of({"type": "LowRank", "rank": half})) <= 64 * 128 / 2
@@ -167,7 +167,7 @@ def test_factors_are_products_of_their_own():
 
 def test_a_correction_stands_beside_its_packed_linear():
     planned = {
-        UP: {"type": "Compensated", "rank": 4},
+        UP: {"type": "LowRankCorrection", "rank": 4},
         f"{UP}.base": {"type": "Quantized", "bits": 4, "group_size": 32, "symmetric": True},
         f"{UP}.compensation": {"type": "LowRank", "rank": 4},
     }
@@ -182,16 +182,16 @@ def test_a_correction_stands_beside_its_packed_linear():
         ({"type": "Quantized", "bits": 8, "group_size": -1, "symmetric": True}, None, False),
         ({"type": "Quantized", "bits": 8, "group_size": -1, "symmetric": True}, 8, True),
         ({"type": "Quantized", "bits": 4, "group_size": -1, "symmetric": True}, 4, True),
-        ({"type": "Coded", "bits": 4, "block": 64, "outliers": 0, "transposed": False}, 8, False),
+        ({"type": "Codebook", "bits": 4, "block": 64, "outliers": 0, "transposed": False}, 8, False),
         ({"type": "Linear"}, 8, False),
-        ({"type": "Flattened", "bits": 8, "expanded": 70}, None, True),
+        ({"type": "FlattenQuant", "bits": 8, "expanded": 70}, None, True),
     ],
 )
 def test_integer_units_need_grids_on_both_sides(entry, rounded, integer):
-    inputs = {} if rounded is None else {"rounded_inputs": {"bits": rounded, "symmetric": True, "clip": 1.0}}
+    inputs = {} if rounded is None else {"quantized_activations": {"bits": rounded, "symmetric": True, "clip": 1.0}}
     (found,) = linears_of({**entry, **inputs})
     assert found.integer is integer
-    assert found.input_bits == (rounded or (8 if entry["type"] == "Flattened" else 16))
+    assert found.input_bits == (rounded or (8 if entry["type"] == "FlattenQuant" else 16))
 
 
 def test_a_sparse_kernel_is_an_assumption():
@@ -212,27 +212,27 @@ def test_a_sparse_kernel_is_an_assumption():
 def test_bytes_are_those_of_the_modules():
     import torch
 
-    from coppice.models import layers
+    from coppice.models import modules
 
     made = {
-        "Quantized": layers.QuantizedLinear(64, 96, 3, 32, symmetric=False, dtype=torch.bfloat16),
-        "Coded": layers.CodebookLinear(64, 96, 3, 48, outliers=2, transposed=True, dtype=torch.bfloat16),
-        "Flattened": layers.FlattenQuantLinear(64, 96, 5, expanded=70, dtype=torch.bfloat16),
-        "TensorTrain": layers.TensorTrainLinear([8, 8], [12, 8], [5], dtype=torch.bfloat16),
-        "LowRank": layers.LowRankLinear(64, 96, 7, dtype=torch.bfloat16),
+        "Quantized": modules.QuantizedLinear(64, 96, 3, 32, symmetric=False, dtype=torch.bfloat16),
+        "Codebook": modules.CodebookLinear(64, 96, 3, 48, outliers=2, transposed=True, dtype=torch.bfloat16),
+        "FlattenQuant": modules.FlattenQuantLinear(64, 96, 5, expanded=70, dtype=torch.bfloat16),
+        "TensorTrain": modules.TensorTrainLinear([8, 8], [12, 8], [5], dtype=torch.bfloat16),
+        "LowRank": modules.LowRankLinear(64, 96, 7, dtype=torch.bfloat16),
     }
     for name, module in made.items():
         tensors = [*module.parameters(), *(one for key, one in module.named_buffers() if key != "weight_shape")]
         expected = sum(one.numel() * one.element_size() for one in tensors)
-        found = linears_of(layers.describe(module), 64, 96)
+        found = linears_of(modules.describe(module), 64, 96)
         assert sum(one.stored_bytes for one in found) == expected, name
     train = made["TensorTrain"]
-    (found,) = linears_of(layers.describe(train), 64, 96)
+    (found,) = linears_of(modules.describe(train), 64, 96)
     assert found.multiplications == min(train.multiplications()[0], 64 * 96)
 
 
 def test_a_compressed_cache_weighs_what_it_holds():
-    from coppice.models import kv_cache
+    from coppice.models.modules import kv_cache
 
     for settings in (
         kv_cache.CacheSettings(bits=2, group_size=32, window=16),
@@ -247,9 +247,9 @@ def test_a_compressed_cache_weighs_what_it_holds():
 
 
 def test_prompts_are_shortened_to_the_context():
-    assert roofline.fitted(1024, 128, 2048) == (1024, 128)
-    assert roofline.fitted(1024, 128, 128) == (113, 15)
-    assert roofline.fitted(1, 1000, 100) == (1, 99)
+    assert roofline.fit_to_context(1024, 128, 2048) == (1024, 128)
+    assert roofline.fit_to_context(1024, 128, 128) == (113, 15)
+    assert roofline.fit_to_context(1, 1000, 100) == (1, 99)
 
 
 def test_nothing_heavy_is_imported():

@@ -25,7 +25,7 @@ from coppice.errors import UserError
 from coppice.methods.contracts import Linear, LinearStatistics, Replacement, Unchanged
 from coppice.methods.options import MethodOptions
 from coppice.methods.registry import Method, method, methods
-from coppice.models import folding, layers
+from coppice.models import folding, modules
 
 NAME = "model.layers.0.mlp.gate_proj"
 LAYER_ROWS = {name: rows for name, rows in ROWS.items() if method(name).contract == "layer"}
@@ -220,7 +220,7 @@ def outcome_of(name: str, given: dict[str, Any], situation: Situation, dtype: to
     block.linear.weight = nn.Parameter(linear.weight.clone())
     with torch.no_grad():
         replace(block, "linear", block.linear, replacement, dtype)
-        new = layers.effective_weight(block.linear)
+        new = modules.effective_weight(block.linear)
         return Outcome(linear, replacement, new, layer_pass.errors(new, linear, statistics))
 
 
@@ -509,11 +509,11 @@ def walk() -> Callable[..., layer_pass.LayerPass]:
 @pytest.mark.parametrize("given", [("awq", {"bits": 4, "group_size": -1}), ("flattenquant", {})])
 def test_scales_of_damaged_statistics_name_the_layer(walk: Callable[..., layer_pass.LayerPass], given: Any) -> None:
     walked = walk(*given)
-    block = layers.blocks(walked.model)[0]
+    block = modules.blocks(walked.model)[0]
     nan = everywhere(math.nan)
     statistics = {
         name: nan(statistics_of(torch.ones(2, linear.in_features)))
-        for name, linear in layers.replaceable_modules(block).items()
+        for name, linear in modules.replaceable_modules(block).items()
     }
     with pytest.raises(UserError, match=r"^model\.layers\.0\.self_attn\.q_proj: The statistics .* not finite"):
         layer_pass.fold_scales(walked, 0, block, statistics)

@@ -5,7 +5,7 @@ from tiny import tiny_model, tiny_tokens
 
 from coppice.methods.recover import full
 from coppice.methods.registry import method
-from coppice.models.layers import LowRankLinear, blocks
+from coppice.models.modules import LowRankLinear, blocks
 
 OPTIONS = full.Options(text="a", validation="b", tokens=1)
 

@@ -15,9 +15,9 @@ from coppice.methods.decompose.curing import paper_link, select
 from coppice.methods.recover import heal
 from coppice.methods.registry import method
 from coppice.models.checkpoint import load_model, read_manifest, save_checkpoint
-from coppice.models.layers import (
+from coppice.models.modules import (
     CURLinear,
-    LowRankCorrectedLinear,
+    LowRankCorrectionLinear,
     LowRankLinear,
     QuantizedLinear,
     TensorTrainLinear,
@@ -122,7 +122,7 @@ def mixed() -> nn.Module:
     first.self_attn.q_proj = skeleton(first.self_attn.q_proj)
     first.mlp.up_proj = LowRankLinear(32, 48, 4)
     second.mlp.up_proj = TensorTrainLinear((4, 8), (6, 8), (3,))
-    second.mlp.gate_proj = LowRankCorrectedLinear(second.mlp.gate_proj, 2)
+    second.mlp.gate_proj = LowRankCorrectionLinear(second.mlp.gate_proj, 2)
     return model
 
 

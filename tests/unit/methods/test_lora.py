@@ -2,12 +2,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from forms import quantized_linear
 from tiny import logits, tiny_model, tiny_tokens
 
 from coppice.methods.recover import lora
 from coppice.methods.registry import method
-from coppice.models.layers import (
-    LowRankCorrectedLinear,
+from coppice.models.modules import (
+    LowRankCorrectionLinear,
     LowRankLinear,
     QuantizedLinear,
     blocks,
@@ -32,7 +33,7 @@ def quantized(linear):
     codes = torch.randint(-8, 8, linear.weight.shape, dtype=torch.int32)
     scale = torch.full((len(codes), 1), 0.05)
     bias = linear.bias.detach() if linear.bias is not None else None
-    return QuantizedLinear.from_codes(codes, scale, torch.zeros_like(scale, dtype=torch.int32), 4, -1, True, bias)
+    return quantized_linear(codes, scale, torch.zeros_like(scale, dtype=torch.int32), 4, -1, True, bias)
 
 
 def test_registered():
@@ -114,7 +115,7 @@ def test_update_stays_beside_masked_and_quantized_linears():
 
     torch.testing.assert_close(logits(model, TOKENS), adapted, rtol=1e-5, atol=1e-5)
     for composite in (feedforward.up_proj, attention.q_proj):
-        assert isinstance(composite, LowRankCorrectedLinear)
+        assert isinstance(composite, LowRankCorrectionLinear)
         assert composite.compensation.second.weight.any()
     assert torch.equal(feedforward.up_proj.base.weight, mask_before)
     assert feedforward.up_proj.base.masked
@@ -145,7 +146,7 @@ def test_quantized_factors_keep_their_grid():
     lora.prepare(model, OPTIONS)
     train(model)
     lora.finish(model)
-    assert isinstance(factors.first, LowRankCorrectedLinear)
+    assert isinstance(factors.first, LowRankCorrectionLinear)
     assert isinstance(factors.first.base, QuantizedLinear)
     assert len(weight_matrices(factors)) == 4
 

@@ -7,7 +7,7 @@ import torch
 from tiny import ARCHITECTURES, logits, tiny_model, tiny_tokens
 
 from coppice.calibration.stage import embed, gather_block
-from coppice.models import folding, layers
+from coppice.models import folding, modules
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -16,7 +16,7 @@ def test_folded_scales_leave_the_logits_alone(architecture: str) -> None:
     tokens = tiny_tokens()
     before = logits(model, tokens)
     generator = torch.Generator().manual_seed(0)
-    for block in layers.blocks(model):
+    for block in modules.blocks(model):
         shared = folding.shared_inputs(block, folding.head_dim(model))
         assert [entry.producer for entry in shared] == [
             "input_layernorm",
@@ -33,7 +33,7 @@ def test_folded_scales_leave_the_logits_alone(architecture: str) -> None:
 
 
 def test_pooled_scales_are_the_same_for_what_one_output_makes() -> None:
-    block = layers.blocks(tiny_model("llama-gqa"))[0]
+    block = modules.blocks(tiny_model("llama-gqa"))[0]
     shared = folding.shared_inputs(block, 4)[1]
     assert shared.consumers == ("self_attn.o_proj",) and len(shared.index) == 32
     scales = torch.rand(32, dtype=torch.float64) + 0.5
@@ -44,15 +44,15 @@ def test_pooled_scales_are_the_same_for_what_one_output_makes() -> None:
 
 
 def test_inputs_of_composites_are_left_out() -> None:
-    block = layers.blocks(tiny_model())[0]
-    block.mlp.down_proj = layers.LowRankLinear(48, 32, 4)
-    block.self_attn.v_proj = layers.QuantizedLinear(32, 16, 4, -1, True)
+    block = modules.blocks(tiny_model())[0]
+    block.mlp.down_proj = modules.LowRankLinear(48, 32, 4)
+    block.self_attn.v_proj = modules.QuantizedLinear(32, 16, 4, -1, True)
     assert [entry.producer for entry in folding.shared_inputs(block, 4)] == ["post_attention_layernorm"]
 
 
 def test_scaled_statistics_are_those_of_the_scaled_inputs() -> None:
     model, tokens = tiny_model(dtype=torch.float64), tiny_tokens()
-    block = layers.blocks(model)[0]
+    block = modules.blocks(model)[0]
     kept = torch.ones_like(tokens, dtype=torch.bool)
     with torch.no_grad():
         before, _, _ = gather_block(block, 0, embed(model, tokens, kept), "cpu")

@@ -22,7 +22,7 @@ from coppice.errors import UserError
 from coppice.files import sha256, write_json
 from coppice.methods.recover import full, lora
 from coppice.models.checkpoint import load_model, read_manifest, save_checkpoint
-from coppice.models.layers import LowRankCorrectedLinear, blocks
+from coppice.models.modules import LowRankCorrectionLinear, blocks
 from coppice.recovery import distributed, trainer
 from coppice.recovery import stage as train
 
@@ -411,7 +411,7 @@ def test_lora_over_a_masked_parent_leaves_its_weights_alone(place, tmp_path):
     assert manifest["marks"] == ["compensated", "masked"]
     model, parent = load_model(tmp_path / "node"), load_model(place / "masked")
     composite = blocks(model)[0].mlp.down_proj
-    assert isinstance(composite, LowRankCorrectedLinear)
+    assert isinstance(composite, LowRankCorrectionLinear)
     assert torch.equal(composite.base.weight, blocks(parent)[0].mlp.down_proj.weight)
     assert composite.compensation.second.weight.any()
     assert not torch.equal(blocks(model)[0].mlp.up_proj.weight, blocks(parent)[0].mlp.up_proj.weight)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from coppice.errors import UserError
-from coppice.models.layers import blocks
+from coppice.models.modules import blocks
 from coppice.models.surgery import structure
 
 IMPORTANCES = ("vector", "first", "second", "mixed")

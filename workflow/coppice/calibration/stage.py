@@ -24,7 +24,7 @@ from coppice.data.text import check_tokenizer, load_windows
 from coppice.errors import UserError
 from coppice.files import atomic_directory, fingerprint, read_json, sha256, write_json
 from coppice.methods.contracts import KINDS, LinearStatistics
-from coppice.models import layers
+from coppice.models import modules
 from coppice.models.checkpoint import computing_dtype, load_model, read_manifest, read_tensors, versions
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def calibrate(model_directory: Path, tokens_directory: Path, kind: str, output: 
             **identity,
             "fingerprint": fingerprint(identity),
             "tokens": int(kept.sum()),
-            "blocks": len(layers.blocks(model)),
+            "blocks": len(modules.blocks(model)),
             "aliases": aliases,
             "files": files,
             "versions": versions(),
@@ -116,13 +116,13 @@ def _identity_blocks(model: PreTrainedModel, noted: list[dict[str, Any]]) -> Ite
     def identity(hidden_states: Tensor, **keywords: Any) -> Tensor:
         return hidden_states
 
-    hooks = [block.register_forward_pre_hook(note, with_kwargs=True) for block in layers.blocks(model)]
-    for block in layers.blocks(model):
+    hooks = [block.register_forward_pre_hook(note, with_kwargs=True) for block in modules.blocks(model)]
+    for block in modules.blocks(model):
         block.forward = identity
     try:
         yield
     finally:
-        for block, hook in zip(layers.blocks(model), hooks, strict=True):
+        for block, hook in zip(modules.blocks(model), hooks, strict=True):
             hook.remove()
             del block.forward
 
@@ -190,7 +190,7 @@ def gather_block(
     Returns:
         statistics by the name of the first linear that sees an input; aliases: every linear's name -> that name.
     """
-    targets = {**layers.replaceable_modules(block), **layers.weight_matrices(block)}
+    targets = {**modules.replaceable_modules(block), **modules.weight_matrices(block)}
     moments: dict[str, Moments] = {}
     aliases: dict[str, str] = {}
     seen: dict[int, tuple[str, Tensor]] = {}
@@ -230,7 +230,7 @@ def gather_moments(
     """Writes block-NNN.safetensors with `<linear>.<field>`; returns each block's aliases."""
     batches = embed(model, tokens, kept)
     aliases = {}
-    for index, block in enumerate(layers.blocks(model)):
+    for index, block in enumerate(modules.blocks(model)):
         block.to(device)
         aliases[str(index)] = _write_block_moments(block, index, batches, device, output / block_file(index))
         block.to("cpu")
@@ -266,7 +266,7 @@ def gather_blocks(model: PreTrainedModel, tokens: Tensor, kept: Tensor, device: 
     """
     batches = embed(model, tokens, kept)
     similarity, distance = [], []
-    for index, block in enumerate(layers.blocks(model)):
+    for index, block in enumerate(modules.blocks(model)):
         block.to(device)
         total = angle = 0.0
         for batch in batches:

@@ -19,7 +19,7 @@ from coppice.methods.contracts import Linear, LinearStatistics
 from coppice.methods.options import MethodOptions
 from coppice.methods.registry import Method
 from coppice.methods.solvers.loss import relative_error
-from coppice.models import folding, layers
+from coppice.models import folding, modules
 from coppice.models.checkpoint import computing_dtype, load_model
 from coppice.models.decoder import WholeDecoder
 
@@ -35,7 +35,7 @@ def load_reference(directory: Path, model: PreTrainedModel, device: str) -> PreT
     own, before = (
         {
             name: (linear.out_features, linear.in_features)
-            for name, linear in layers.replaceable_modules(each.model.layers).items()
+            for name, linear in modules.replaceable_modules(each.model.layers).items()
         }
         for each in (model, reference)
     )
@@ -78,7 +78,7 @@ class LayerPass:
         A compensate method sees linears as the architecture names them; every other method each matrix, also the
         factors inside a composite.
         """
-        return layers.weight_matrices(block) if self.original is None else layers.replaceable_modules(block)
+        return modules.weight_matrices(block) if self.original is None else modules.replaceable_modules(block)
 
     def chosen(self, name: str) -> bool:
         """Whether the options let the method work on the linear of that name."""
@@ -87,9 +87,9 @@ class LayerPass:
     def linear(self, name: str, module: nn.Module, reference: nn.Module | None = None, **more: Any) -> Linear:
         """What the method sees of one linear."""
         return Linear(
-            weight=layers.effective_weight(module).float(),
-            mask=layers.mask(module) if isinstance(module, nn.Linear) else None,
-            reference=None if reference is None else layers.effective_weight(reference).float(),
+            weight=modules.effective_weight(module).float(),
+            mask=modules.mask(module) if isinstance(module, nn.Linear) else None,
+            reference=None if reference is None else modules.effective_weight(reference).float(),
             storage=self.storage,
             name=name,
             **more,
@@ -130,8 +130,8 @@ def compress_layers(walk: LayerPass) -> tuple[dict[str, Any], dict[str, Any]]:
     if "sequential_moments" in walk.inputs.needs:
         behind = SequentialStatistics(walk.model, walk.inputs.windows, walk.device)
     record = {}
-    for index, block in enumerate(layers.blocks(walk.model)):
-        original = layers.blocks(walk.original)[index] if walk.original is not None else None
+    for index, block in enumerate(modules.blocks(walk.model)):
+        original = modules.blocks(walk.original)[index] if walk.original is not None else None
         for module in filter(None, (block, original)):
             module.to(walk.device)
         parents = walk.read(index)
@@ -149,7 +149,7 @@ def require_known_linears(walk: LayerPass) -> None:
     """Raises UserError for a name in the option `target_modules` that no linear has."""
     if walk.options.target_modules is None:
         return
-    known = {part for name in walk.linears(layers.blocks(walk.model)) for part in name.split(".")[1:]}
+    known = {part for name in walk.linears(modules.blocks(walk.model)) for part in name.split(".")[1:]}
     for name in walk.options.target_modules:
         if name not in known:
             raise UserError(f"target_modules: no linear of this model is named {name!r}.{did_you_mean(name, known)}")
@@ -177,7 +177,7 @@ def allocated(walk: LayerPass) -> tuple[dict[str, MethodOptions], dict[str, Any]
     """The options of each linear where the budget is spread unevenly, by full name, and what that achieves."""
     if not Method.allocates(walk.options):
         return {}, {}
-    references = {} if walk.original is None else layers.replaceable_modules(walk.original.model)
+    references = {} if walk.original is None else modules.replaceable_modules(walk.original.model)
 
     def entries() -> Iterator[tuple[str, Linear, LinearStatistics]]:
         read = lru_cache(maxsize=1)(walk.read)
@@ -199,7 +199,7 @@ def every_linear(walk: LayerPass) -> dict[str, nn.Module]:
     """The linears that the method works on by full name, in the model's order."""
     return {
         f"model.layers.{index}.{name}": module
-        for index, block in enumerate(layers.blocks(walk.model))
+        for index, block in enumerate(modules.blocks(walk.model))
         for name, module in walk.linears(block).items()
         if walk.chosen(name)
     }
@@ -223,7 +223,7 @@ def compress_block(
     propagates = getattr(walk.options, "sequential", False)
     statistics = behind if propagates and behind else parents
     statistics, folded = fold_scales(walk, index, block, statistics)
-    before = layers.replaceable_modules(original) if original is not None else {}
+    before = modules.replaceable_modules(original) if original is not None else {}
     record = {}
     for name, module in walk.linears(block).items():
         full = f"model.layers.{index}.{name}"
@@ -234,7 +234,7 @@ def compress_block(
         with error_context(full):
             replacement = walk.used.layer.compress(linear, statistics.get(name), options_of.get(full, walk.options))
             replace(block, name, module, replacement, walk.storage)
-            new = layers.effective_weight(block.get_submodule(name)).float()
+            new = modules.effective_weight(block.get_submodule(name)).float()
             found = errors(new, linear, statistics.get(name))
         record[full] = {**folded.get(name, {}), **replacement.record, **found}
     return record

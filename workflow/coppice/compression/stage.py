@@ -114,7 +114,7 @@ def compress(
         achieved = rotation.achieved(model, options)
         model = rotation.rotate(model.to(device), used.rotation.rotation, options)
     elif used.contract == "cache":
-        from coppice.models import kv_cache
+        from coppice.models.modules import kv_cache
 
         achieved = used.cache.cache(options)
         kv_cache.install_cache(model, achieved)

@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from coppice.export import gguf_tokenizer
+from coppice.export import gguf_tokenizer, gguf_vocabulary
 from coppice.export.node import Node, Written
-from coppice.models import layers
+from coppice.models import modules
 from coppice.models.checkpoint import TOKENIZER_FILES, load_model
 from coppice.models.densify import densify
 
@@ -78,13 +78,13 @@ def write(node: Node, folder: Path) -> Written:
     vocabulary, notes = gguf_tokenizer.read(node.folder, node.config["vocab_size"])
     model = load_model(node.folder, dtype=torch.float32)
     packed = packed_linears(model)
-    replaced = {name for name, entry in node.planned.items() if entry["type"] != "Masked"}
+    replaced = {name for name, form in node.forms.items() if not form.keeps_linear}
     densify(model)
     writer = gguf.GGUFWriter(folder / FILE, ARCHITECTURES[node.config["model_type"]])
     kinds = {stored.kind for stored in packed.values()}
     common = f"MOSTLY_{max(kinds)}" if kinds else FLOATS[node.dtype][1]
     write_metadata(writer, model.config, node.name, gguf.LlamaFileType[common])
-    gguf_tokenizer.write(writer, vocabulary)
+    gguf_vocabulary.write(writer, vocabulary)
     for name, stored in stored_tensors(model, packed, FLOATS[node.dtype][0]):
         writer.add_tensor(name, stored.data, raw_dtype=gguf.GGMLQuantizationType[stored.kind])
     writer.write_header_to_file()
@@ -166,14 +166,14 @@ def neighbours(rows: int, heads: int) -> np.ndarray:
 
 def packed_linears(model: PreTrainedModel) -> dict[str, Stored]:
     """The weights that blocks hold without rounding, by the name of their linear."""
-    found = {}
-    for index, block in enumerate(layers.blocks(model)):
-        for name, linear in layers.replaceable_modules(block).items():
-            if isinstance(linear, layers.QuantizedLinear):
+    packed = {}
+    for index, block in enumerate(modules.blocks(model)):
+        for name, linear in modules.replaceable_modules(block).items():
+            if isinstance(linear, modules.QuantizedLinear):
                 stored = in_blocks(linear.weight, linear.weight_scale)
                 if stored is not None:
-                    found[f"model.layers.{index}.{name}"] = stored
-    return found
+                    packed[f"model.layers.{index}.{name}"] = stored
+    return packed
 
 
 @torch.no_grad()

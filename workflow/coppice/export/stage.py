@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tolerance",
         type=float,
         metavar="NATS",
-        help="largest difference of log-probabilities (default: 0.001; 1 where weights are rounded to bfloat16 anew)",
+        help="largest difference of log-probabilities (default: 0.001; 1 where weights are rounded to bfloat16 again)",
     )
 
 

@@ -9,6 +9,40 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
+from coppice.methods.replacements import (
+    CUR,
+    Codebook,
+    FlattenQuant,
+    LowRank,
+    LowRankCorrection,
+    Masked,
+    Quantized,
+    QuantizedActivations,
+    Replacement,
+    TensorTrain,
+    Unchanged,
+)
+
+__all__ = [
+    "CUR",
+    "Codebook",
+    "Decoder",
+    "FlattenQuant",
+    "Linear",
+    "LinearStatistics",
+    "LowRank",
+    "LowRankCorrection",
+    "Masked",
+    "Quantized",
+    "QuantizedActivations",
+    "Removal",
+    "Replacement",
+    "Source",
+    "Structure",
+    "TensorTrain",
+    "Unchanged",
+]
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
@@ -100,125 +134,6 @@ class Decoder(Protocol):
 
     def gradients(self, batch: int = 1) -> Iterator[dict[str, Tensor]]:
         """For each `batch` consecutive windows, the gradient of their mean loss by each linear's weight [m, n]."""
-
-
-@dataclass(frozen=True)
-class Replacement:
-    """What a layer method puts in a linear's place, and the record of how (numbers that go into the manifest)."""
-
-    record: dict[str, Any] = field(default_factory=dict, kw_only=True)
-
-
-@dataclass(frozen=True)
-class Unchanged(Replacement):
-    """The linear stays as it is; record["unchanged"] is a sentence that says why."""
-
-
-@dataclass(frozen=True)
-class Masked(Replacement):
-    """weight: [m, n] with exact zeros where mask ([m, n] bool, True = kept) is False."""
-
-    weight: Tensor
-    mask: Tensor
-
-
-@dataclass(frozen=True)
-class Codebook(Replacement):
-    """w = absmax[block] table[code], over the weights of the inputs that are not outliers, row after row in blocks.
-
-    codes: [m, n - p] int32 in 0 .. 2^bits - 1; table: [2^bits] values in [-1, 1]; absmax: one for each `block`
-    consecutive codes of the flattened matrix (the last block may be shorter); outliers: [p] int64 inputs, in increasing
-    order, whose columns `outlier_weight` [m, p] are stored as they are. transposed: what is described is W^T.
-    """
-
-    codes: Tensor
-    table: Tensor
-    absmax: Tensor
-    block: int
-    bits: int
-    outliers: Tensor | None = None
-    outlier_weight: Tensor | None = None
-    transposed: bool = False
-
-
-@dataclass(frozen=True)
-class LowRank(Replacement):
-    """y = second (first x): first [k, n], second [m, k]. The bias stays on the output."""
-
-    first: Tensor | Codebook
-    second: Tensor | Codebook
-
-
-@dataclass(frozen=True)
-class CUR(Replacement):
-    """y = columns (link (rows x)): rows [r, n] and columns [m, r] of the weight, link [r, r]."""
-
-    rows: Tensor
-    link: Tensor
-    columns: Tensor
-
-
-@dataclass(frozen=True)
-class TensorTrain(Replacement):
-    """A matrix product operator of K sites: cores[k] is [bond k-1, o_k, i_k, bond k], the outer bonds are 1.
-
-    w[(o_1 .. o_K), (i_1 .. i_K)] = cores[0][0, o_1, i_1, :] cores[1][:, o_2, i_2, :] .. cores[K-1][:, o_K, i_K, 0].
-    """
-
-    cores: tuple[Tensor, ...]
-
-
-@dataclass(frozen=True)
-class Quantized(Replacement):
-    """w[i, j] = scale[i, g] * (codes[i, j] - zero_point[i, g]) with g = group_index[j].
-
-    codes: [m, n] int32; symmetric: -2^(bits-1) .. 2^(bits-1)-1 with zero_point 0; asymmetric: 0 .. 2^bits-1.
-    scale, zero_point: [m, groups] (zero_point int32); group_index: [n] int32, j // group_size unless activation order
-    with dynamic groups permuted it.
-    """
-
-    codes: Tensor
-    scale: Tensor
-    zero_point: Tensor
-    group_index: Tensor
-    bits: int
-    group_size: int
-    symmetric: bool
-
-
-@dataclass(frozen=True)
-class FlattenQuant(Replacement):
-    """Weights and inputs on one symmetric grid each for the whole tensor, their large channels split into pieces.
-
-    Expanded column c comes from input source[c] (int64 [n']), of which it sees piece piece[c] = 0, 1, ..:
-    clip(|x| - piece T, 0, T) with the sign of x, the last piece of an input without its upper bound; piece -1 sees x
-    whole. w[i, j] = scale * sum of codes[i, c] over the columns of a piece. codes: [m, n'] int32 in -(2^(bits-1) - 1)
-    .. 2^(bits-1) - 1; scale: [1]; threshold T. Inputs are rounded to T / (2^(bits-1) - 1) and saturate at T.
-    """
-
-    codes: Tensor
-    scale: Tensor
-    source: Tensor
-    piece: Tensor
-    threshold: float
-    bits: int
-
-
-@dataclass(frozen=True)
-class QuantizedActivations(Replacement):
-    """The linear stays; its inputs are rounded token by token to `bits` (`layers.round_tokens`)."""
-
-    bits: int
-    symmetric: bool
-    clip: float
-
-
-@dataclass(frozen=True)
-class LowRankCorrection(Replacement):
-    """Added to what the layer computes: y += second (first x): first [r, n], second [m, r]."""
-
-    first: Tensor
-    second: Tensor
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from coppice.models import layers
+from coppice.models import modules
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,7 +34,7 @@ def sizes(
             linear_weights += count
             linear_zeros += int((module.weight == 0).sum())
             linear_prefixes.append(f"model.layers.{name}.")
-    packed = {name: module for name, module in model.named_modules() if isinstance(module, layers.PACKED)}
+    packed = {name: module for name, module in model.named_modules() if isinstance(module, modules.PackedForm)}
     packed_weights = sum(module.in_features * module.out_features for module in packed.values())
     # Of a packed linear, all but the bias stands for its weights.
     packed_tensors = {f"{name}.{buffer}" for name, module in packed.items() for buffer, _ in module.named_buffers()}

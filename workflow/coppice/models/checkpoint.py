@@ -4,8 +4,8 @@ A folder holds `config.json`, `model*.safetensors`, the tokenizer's files, `comp
 replaced module) and `manifest.json`, written last. A folder without a manifest, or whose files differ from it, is
 refused.
 
-Stock loaders read dense, masked, shorter, narrower and integer-quantized nodes. A node with factors carries, as
-`modeling_coppice.py`, a copy of `layers.py` and a model class, for loaders that are told to trust it.
+Stock loaders read dense, masked, shorter, narrower and integer-quantized nodes. Any other node carries a model class,
+`modeling_coppice.py`, and copies of the modules that it is made of, for loaders that are told to trust it.
 """
 
 from __future__ import annotations
@@ -26,13 +26,15 @@ from torch import Tensor
 from coppice import __version__, storage
 from coppice.errors import UserError
 from coppice.files import atomic_directory, described, fingerprint, read_json, write_json
-from coppice.models import layers
+from coppice.models import modules
+from coppice.models.modules.kv_cache import install_cache
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 from coppice.models.accounting import is_weights, peak_memory, sizes
-from coppice.models.stock_formats import CACHE, write_config
+from coppice.models.stock_formats import write_config
+from coppice.records.compression import CACHE, FILE, Entries, linear_entries, read_compression
 
 ARCHITECTURES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -90,13 +92,16 @@ def load_model(directory: Path, device: str = "cpu", dtype: torch.dtype | None =
     manifest = read_manifest(directory)
     verify_files(directory, manifest)
     config = read_json(directory / "config.json")
-    model = build_model(directory, config, read_json(directory / "compression.json"))
+    model = build_model(directory, config, read_compression(directory))
     load_weights(model, directory, dtype or computing_dtype(directory, device))
     return model.to(device)
 
 
-def build_model(directory: Path, config: dict[str, Any], planned: dict[str, dict[str, Any]]) -> PreTrainedModel:
-    """The model that a config and a plan describe, without values (on the meta device, but for rotary tables)."""
+def build_model(directory: Path, config: dict[str, Any], entries: Entries) -> PreTrainedModel:
+    """The model that a config and the entries of compression.json describe, without values.
+
+    It is on the meta device, but for rotary tables.
+    """
     config_class, model_class = architecture(config.get("model_type", "none"))
     # What tells other loaders how to read this folder is no part of the model.
     foreign = ("quantization_config", "auto_map", "compression")
@@ -105,11 +110,9 @@ def build_model(directory: Path, config: dict[str, Any], planned: dict[str, dict
     with torch.device("meta"):
         model = model_class(settings)
     model.model.rotary_emb = type(model.model.rotary_emb)(config=settings)
-    layers.install(model, {name: entry for name, entry in planned.items() if name != CACHE})
-    if CACHE in planned:
-        from coppice.models.kv_cache import install_cache
-
-        install_cache(model, {key: value for key, value in planned[CACHE].items() if key != "type"})
+    modules.install(model, linear_entries(entries))
+    if CACHE in entries:
+        install_cache(model, {key: value for key, value in entries[CACHE].items() if key != "type"})
     return model.eval()
 
 
@@ -181,9 +184,9 @@ def save_checkpoint(
         travels: whether the files go to the store, where one is named; those of an export do not.
     """
     with atomic_directory(directory) as temporary:
-        planned = layers.describe_replacements(model)
+        entries: dict[str, Any] = modules.describe_replacements(model)
         if hasattr(model.model, "cache_settings"):
-            planned[CACHE] = {"type": "Cache", **model.model.cache_settings}
+            entries[CACHE] = {"type": "Cache", **model.model.cache_settings}
         tied = model.config.tie_word_embeddings
         state = {
             name: (tensor.to(dtype) if tensor.is_floating_point() else tensor).cpu().contiguous()
@@ -191,8 +194,8 @@ def save_checkpoint(
             if not (tied and name == "lm_head.weight")
         }
         save_torch_state_dict(state, temporary, metadata={"format": "pt"})
-        write_config(model, planned, dtype, temporary)
-        write_json(temporary / "compression.json", planned)
+        write_config(model, entries, dtype, temporary)
+        write_json(temporary / FILE, entries)
         for name in TOKENIZER_FILES:
             if (Path(tokenizer) / name).exists():
                 shutil.copyfile(Path(tokenizer) / name, temporary / name)

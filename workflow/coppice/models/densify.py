@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from coppice.errors import UserError
-from coppice.models import layers
+from coppice.models import modules
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -45,13 +45,13 @@ def refuse_rounding(manifest: dict[str, Any], holder: str) -> None:
 
 @torch.no_grad()
 def densify(model: PreTrainedModel) -> None:
-    """Puts an ordinary linear in the place of every composite and quantized one."""
-    for block in layers.blocks(model):
-        for name, module in layers.replaceable_modules(block).items():
+    """Puts an ordinary linear in the place of every stored form."""
+    for block in modules.blocks(model):
+        for name, module in modules.replaceable_modules(block).items():
             if type(module) is torch.nn.Linear:
-                module.masked = False
+                modules.set_masked(module, False)
                 continue
-            weight = layers.effective_weight(module)
+            weight = modules.effective_weight(module)
             dense = torch.nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
             dense.weight = torch.nn.Parameter(weight)
             if module.bias is not None:

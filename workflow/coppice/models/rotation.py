@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from coppice.methods.options import MethodOptions
-from coppice.models.layers import blocks
+from coppice.models.modules import blocks
 
 # Rows of a matrix that are in float64 at a time: vocabularies are long.
 _ROWS = 8192

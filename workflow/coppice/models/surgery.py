@@ -17,7 +17,7 @@ from transformers import LlamaConfig, MistralConfig, MistralForCausalLM, PreTrai
 
 from coppice.errors import UserError
 from coppice.methods.contracts import Removal, Structure
-from coppice.models.layers import blocks
+from coppice.models.modules import blocks
 
 # Fields of a Llama's configuration that a Mistral's does not have.
 _LLAMA_ONLY = ("model_type", "architectures", "attention_bias", "mlp_bias", "pretraining_tp")

@@ -173,7 +173,7 @@ def shard(model: nn.Module, device: str, precision: str) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    from coppice.models.layers import blocks
+    from coppice.models.modules import blocks
 
     mesh = init_device_mesh(torch.device(device).type, (count(),))
     narrow = torch.bfloat16 if precision == "bfloat16" else None

@@ -27,7 +27,7 @@ from coppice.errors import UserError
 from coppice.files import atomic_write
 from coppice.laws.learning_curve import pays_too_little
 from coppice.methods.options import RecoverOptions
-from coppice.models.layers import mask, weight_matrices
+from coppice.models.modules import mask, weight_matrices
 from coppice.recovery import distributed
 
 IGNORED = -100  # label of a position that is no target

@@ -18,6 +18,8 @@ from typing import Any
 from coppice import storage
 from coppice.files import fingerprint, read_json, sha256
 from coppice.formatting import human_count
+from coppice.methods.replacements import form_of
+from coppice.records.compression import linear_entries, read_compression
 from coppice.results.failures import OUTPUTS
 from coppice.results.reading import pareto_front, read_table
 from coppice.results.schemas import SCHEMAS, Row
@@ -252,8 +254,8 @@ def sizes(row: Row, ranks: list[int]) -> Metrics:
 
 def _ranks(folder: Path) -> list[int]:
     """Ranks of the linears that were decomposed."""
-    record = read_json(storage.ensure_local(folder / "compression.json"))
-    return [entry["rank"] for entry in record.values() if entry["type"] != "Compensated" and "rank" in entry]
+    entries = linear_entries(read_compression(folder)).values()
+    return [rank for entry in entries if (rank := form_of(entry).decomposition_rank(entry)) is not None]
 
 
 def measurements(parts: Mapping[str, list[Row]], repeated: frozenset[str]) -> Metrics:

@@ -32,7 +32,7 @@ class Options(RecoverOptions):
 
 def prepare(model: PreTrainedModel, options: Options) -> PreTrainedModel:
     """Lets every parameter train, and pruned entries of masked linears receive no gradient."""
-    from coppice.models.layers import mask, weight_matrices
+    from coppice.models.modules import mask, weight_matrices
 
     model.requires_grad_(True)
     for linear in weight_matrices(model).values():

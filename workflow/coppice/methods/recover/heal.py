@@ -53,7 +53,7 @@ def prepare(model: PreTrainedModel, options: Options) -> PreTrainedModel:
 
     Raises UserError where there are none, or all of them are packed integers.
     """
-    from coppice.models.layers import mask
+    from coppice.models.modules import mask
 
     model.requires_grad_(False)
     healed = _healed(model, options)
@@ -92,29 +92,29 @@ def finish(model: PreTrainedModel) -> PreTrainedModel:
 
 def _healed(model: PreTrainedModel, options: Options) -> list[nn.Linear]:
     """What trains. The low-rank path beside a compensated linear is no factor of it."""
-    from coppice.models.layers import (
-        PACKED,
+    from coppice.models.modules import (
         CURLinear,
-        LowRankCorrectedLinear,
+        LowRankCorrectionLinear,
         LowRankLinear,
+        PackedForm,
         TensorTrainLinear,
         weight_matrices,
     )
 
-    beside = {id(module.compensation) for module in model.modules() if isinstance(module, LowRankCorrectedLinear)}
+    beside = {id(module.compensation) for module in model.modules() if isinstance(module, LowRankCorrectionLinear)}
     found: list[nn.Linear] = []
     for module in model.modules():
         if isinstance(module, CURLinear) and options.parts == "links":
             found.append(module.link)
         elif isinstance(module, (LowRankLinear, CURLinear, TensorTrainLinear)) and id(module) not in beside:
             found.extend(weight_matrices(module).values())
-    return [linear for linear in found if not isinstance(linear, PACKED)]
+    return [linear for linear in found if not isinstance(linear, PackedForm)]
 
 
 @contextmanager
 def _block_outputs(model: PreTrainedModel) -> Iterator[list[Tensor]]:
     """A list that a forward within fills with each block's output [b, t, d]."""
-    from coppice.models.layers import blocks
+    from coppice.models.modules import blocks
 
     outputs: list[Tensor] = []
 

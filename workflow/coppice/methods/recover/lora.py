@@ -48,7 +48,7 @@ def prepare(model: PreTrainedModel, options: Options) -> PreTrainedModel:
     """Puts an update beside each linear and factor of the blocks, which alone trains. A is drawn from torch's seed."""
     from peft import LoraConfig, inject_adapter_in_model
 
-    from coppice.models.layers import blocks, weight_matrices
+    from coppice.models.modules import blocks, weight_matrices
 
     inside = {id(linear) for linear in weight_matrices(blocks(model)).values()}
     targets = [name for name, module in model.named_modules() if id(module) in inside]
@@ -77,15 +77,15 @@ def finish(model: PreTrainedModel) -> PreTrainedModel:
 
 def _settled(adapted: AdaptedLinear) -> nn.Module:
     """What stands in an adapted linear's place after training."""
-    from coppice.models.layers import PACKED, LowRankCorrectedLinear
+    from coppice.models.modules import LowRankCorrectionLinear, PackedForm
 
     base = adapted.get_base_layer()
     first = adapted.lora_A[ADAPTER].weight
     second = adapted.scaling[ADAPTER] * adapted.lora_B[ADAPTER].weight
-    if not isinstance(base, PACKED) and not getattr(base, "masked", False):
+    if not isinstance(base, PackedForm) and not getattr(base, "masked", False):
         base.weight += second @ first
         return base
-    compensated = LowRankCorrectedLinear(base, len(first), device=first.device, dtype=first.dtype)
+    compensated = LowRankCorrectionLinear(base, len(first), device=first.device, dtype=first.dtype)
     compensated.compensation.first.weight.copy_(first)
     compensated.compensation.second.weight.copy_(second)
     return compensated

@@ -52,7 +52,7 @@ def tokens(options: Options, parent: Mapping[str, Any]) -> int:
 
 def prepare(model: PreTrainedModel, options: Options) -> PreTrainedModel:
     """Draws every weight from torch's seed, under the masks that there are, and lets all of them train."""
-    from coppice.models.layers import mask, weight_matrices
+    from coppice.models.modules import mask, weight_matrices
 
     masks = {name: kept for name, linear in weight_matrices(model).items() if (kept := mask(linear)) is not None}
     # On the CPU, so that a seed gives the same weights on every device.

@@ -11,7 +11,7 @@ from tiny import logits, tiny_model, tiny_tokens
 from transformers import DynamicCache, StaticCache
 
 from coppice.methods.registry import method
-from coppice.models.kv_cache import (
+from coppice.models.modules.kv_cache import (
     CacheSettings,
     CompressedCache,
     CompressedCacheLayer,

@@ -18,8 +18,7 @@ The prompt is one chunk, up to the last multiple of `window` tokens, with `rank`
 with `decode_rank`. Tokens that do not fill a window stay in full precision. Attention sees what can be read back, of
 the newest tokens too, so one call over a whole text measures the compression. Padding counts as tokens.
 
-This file imports torch and transformers' cache classes alone, and its names differ from those of `layers`: a checkpoint
-carries a copy of both in one file.
+A checkpoint carries a copy of this file, which imports torch, transformers' cache classes and a file next to it alone.
 """
 
 from functools import partial
@@ -30,7 +29,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
-from coppice.models.layers import pack, unpack
+from .packing import pack, unpack
 
 
 class CacheSettings(NamedTuple):
@@ -61,7 +60,7 @@ class CompressedStates(NamedTuple):
     scale: Tensor
     minimum: Tensor
     outliers: Tensor | None = None
-    index: Tensor | None = None
+    index: Tensor | None = None  # type: ignore[assignment]
     tokens: Tensor | None = None
     channels: Tensor | None = None
 
@@ -77,13 +76,13 @@ def compress_states(states: Tensor, by_channel: bool, settings: CacheSettings, r
     count, length = vectors.shape
     group = _group_of(settings, length)
     outliers = index = None
-    if asked := outlier_count(settings, length):
+    if kept := outlier_count(settings, length):
         order = vectors.argsort(dim=1, stable=True)
-        chosen = torch.cat([order[:, : (asked + 1) // 2], order[:, length - asked // 2 :]], dim=1)
+        chosen = torch.cat([order[:, : (kept + 1) // 2], order[:, length - kept // 2 :]], dim=1)
         outliers, index = vectors.gather(1, chosen).to(states.dtype), chosen.to(_index_type(length))
         # Rounded to the stored type, so that a minimum is stored exactly.
-        mean = vectors.scatter(1, chosen, 0).sum(1, keepdim=True) / max(length - asked, 1)
-        vectors = vectors.scatter(1, chosen, mean.to(states.dtype).to(exact).expand(-1, asked))
+        mean = vectors.scatter(1, chosen, 0).sum(1, keepdim=True) / max(length - kept, 1)
+        vectors = vectors.scatter(1, chosen, mean.to(states.dtype).to(exact).expand(-1, kept))
     groups = _split_into_groups(vectors, group)
     minimum, maximum = groups.amin(2), groups.amax(2)
     span = maximum - minimum
@@ -93,7 +92,7 @@ def compress_states(states: Tensor, by_channel: bool, settings: CacheSettings, r
     levels = torch.round((groups - minimum[:, :, None]) / scale.to(exact)[:, :, None]).clamp(0, 2**settings.bits - 1)
     codes = levels.flatten(1)[:, :length].to(torch.int32)
     stored = CompressedStates(
-        tuple(states.shape),
+        tuple(states.shape),  # type: ignore[arg-type]
         by_channel,
         settings.bits,
         group,
@@ -120,13 +119,13 @@ def decompress_states(stored: CompressedStates, dtype: torch.dtype | None = None
     levels = _split_into_groups(codes, stored.group).to(work)
     groups = levels * stored.scale.to(work)[:, :, None] + stored.minimum.to(work)[:, :, None]
     vectors = groups.flatten(1)[:, :length]
-    if stored.outliers is not None:
+    if stored.outliers is not None and stored.index is not None:
         vectors = vectors.scatter(1, stored.index.long(), stored.outliers.to(work))
     if stored.by_channel:
         states = vectors.view(batch, heads, width, tokens).transpose(2, 3)
     else:
         states = vectors.view(batch, tokens, heads, width).transpose(1, 2)
-    if stored.tokens is not None:
+    if stored.tokens is not None and stored.channels is not None:
         states = states + stored.tokens.to(work) @ stored.channels.to(work).mT
     return states.to(dtype or own)
 
@@ -159,9 +158,9 @@ def cache_bytes(
     """What one layer's cache holds after a prompt of so many tokens and so many decoded ones; see `_chunk_bytes`."""
     whole = prompt // settings.window * settings.window
     chunks = [(whole, settings.rank)] if whole else []
-    behind = prompt - whole + decoded
-    chunks += [(settings.window, settings.decode_rank)] * (behind // settings.window)
-    newest = 2 * batch * heads * width * (behind % settings.window) * element_size
+    newer = prompt - whole + decoded
+    chunks += [(settings.window, settings.decode_rank)] * (newer // settings.window)
+    newest = 2 * batch * heads * width * (newer % settings.window) * element_size
     return newest + sum(
         _chunk_bytes(settings, (batch, heads, tokens, width), by_channel, rank, element_size)
         for tokens, rank in chunks
@@ -230,7 +229,7 @@ class CompressedCacheLayer(CacheLayerMixin):
         values = torch.cat([self.values, value_states.detach()], dim=2)
         window, prompt = self.settings.window, self.length == 0
         whole = keys.shape[2] // window * window
-        # Copies, so that what is compressed does not stay in memory behind a view.
+        # Copies, so that what is compressed does not stay in memory as part of a view's storage.
         self.keys, self.values = keys[:, :, whole:].clone(), values[:, :, whole:].clone()
         self.length += key_states.shape[2]
         if whole:
@@ -263,7 +262,7 @@ class CompressedCacheLayer(CacheLayerMixin):
         return -1
 
     def reset(self) -> None:
-        self.keys = self.values = None
+        self.keys = self.values = None  # type: ignore[assignment]
         self.chunks, self.length, self.is_initialized = [], 0, False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -309,7 +308,7 @@ def install_cache(model: nn.Module, settings: dict[str, Any]) -> None:
 
     They are left on the decoder as `cache_settings`; installing again replaces them.
     """
-    decoder = model.model
+    decoder: Any = model.model
     CacheSettings(**settings)
     if not hasattr(decoder, "cache_settings"):
         decoder.register_forward_pre_hook(_give_compressed_cache, with_kwargs=True)
@@ -317,7 +316,7 @@ def install_cache(model: nn.Module, settings: dict[str, Any]) -> None:
 
 
 def _give_compressed_cache(
-    decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """A call without a cache, or with the empty one that generate() makes, gets a compressed one."""
     past = kwargs.get("past_key_values")
