@@ -22,7 +22,7 @@ import pytest
 import yaml
 
 from coppice.cli import main
-from coppice.data.text import load_windows
+from coppice.data.windows import load_windows
 from coppice.evaluation.harness import write_task
 from coppice.evaluation.roofline import DEVICES
 from coppice.files import read_json

@@ -15,7 +15,7 @@ STAGES = {
     "study": ("coppice.study.loading", "check a study and print its tree"),
     "plan": ("coppice.planning.stage", "say what a study will take: time, memory, GPU hours, disk"),
     "root": ("coppice.models.sources", "bring a dense model into a study"),
-    "tokenize": ("coppice.data.text", "pack a text into windows of tokens"),
+    "tokenize": ("coppice.data.stage", "pack a text into windows of tokens"),
     "calibrate": ("coppice.calibration.stage", "gather statistics of a node's activations or gradients"),
     "compress": (
         "coppice.compression.stage",

@@ -1,7 +1,7 @@
-"""Trains a small Llama from scratch on the built-in world of biographies (`coppice.biographies`).
+"""Trains a small Llama from scratch on the built-in world of biographies (`coppice.data.biographies`).
 
 The shipped models are made by this stage. The corpus is a stream: each time a person comes up, the biography is
-rendered anew, after "Physics of Language Models: Part 3.3" (Allen-Zhu and Li, arXiv 2404.05405): AdamW and packed
+rendered again, after "Physics of Language Models: Part 3.3" (Allen-Zhu and Li, arXiv 2404.05405): AdamW and packed
 windows. The learning rate warms up, stays, and falls linearly to zero at the end ("MiniCPM", Hu et al., arXiv
 2404.06395), so that it does not depend on the length of the training until the fall begins: a training that was
 stopped before that may go on for more or for fewer tokens than it was begun with.
@@ -95,7 +95,7 @@ class Schedule:
         return self.learning_rate * min(1, (step + 1) / WARMUP, (self.steps - step) / (self.steps - self.fall))
 
 
-def batched(items: Iterable, size: int) -> Iterator[list]:
+def batch_items(items: Iterable, size: int) -> Iterator[list]:
     """Lists of `size` items; the last may be shorter."""
     iterator = iter(items)
     while batch := list(islice(iterator, size)):
@@ -108,7 +108,7 @@ def windows(texts: Iterator[str], tokenizer: PreTrainedTokenizerFast, window: in
     The rest of that one is dropped, so that no sentence is read without the name it speaks of.
     """
     filled: list[int] = []
-    for chunk in batched(texts, 256):
+    for chunk in batch_items(texts, 256):
         for tokens in tokenizer(chunk)["input_ids"]:
             filled += [*tokens, tokenizer.eos_token_id]
             if len(filled) >= window:
@@ -123,7 +123,7 @@ def batches(
     import torch
 
     texts = biographies.stream(world, "train", f"{schedule.seed}/{segment}")
-    for rows in batched(windows(texts, tokenizer, schedule.window), schedule.batch):
+    for rows in batch_items(windows(texts, tokenizer, schedule.window), schedule.batch):
         yield torch.tensor(rows)
 
 
@@ -143,7 +143,7 @@ def log_likelihood(
 
     def score(pairs: list[tuple[str, str]]) -> list[float]:
         scores: list[float] = []
-        for part in batched(pairs, batch):
+        for part in batch_items(pairs, batch):
             starts = [len(tokens) for tokens in tokenizer([prefix for prefix, _ in part])["input_ids"]]
             sequences = tokenizer([prefix + rest for prefix, rest in part])["input_ids"]
             scores += continuation_scores(model, sequences, starts)
@@ -203,7 +203,7 @@ def resume(state: Path, plan: dict, model: LlamaForCausalLM, optimizer: torch.op
     if different and (different != ["--tokens"] or saved["progress"]["step"] > fall):
         raise UserError(
             f"The training state {state} was made with another {' and '.join(different)}; give the options of "
-            "that training, or remove the file to start anew."
+            "that training, or remove the file to start over."
         )
     with torch.no_grad():
         for name, parameter in model.named_parameters():

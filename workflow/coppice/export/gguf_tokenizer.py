@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from unicodedata import normalize
 
-from coppice.data.text import load_tokenizer, optional_json
+from coppice.data.tokenizer import load_tokenizer, optional_json
 from coppice.errors import UserError
 
 if TYPE_CHECKING:

@@ -31,7 +31,8 @@ from pydantic import (
 
 from coppice import laws
 from coppice.data.biographies import World
-from coppice.data.text import ROLES, SUFFIXES, UNITS
+from coppice.data.sources import SUFFIXES, UNITS
+from coppice.data.splits import ROLES
 from coppice.errors import UserError, did_you_mean
 from coppice.evaluation.roofline import DEVICES
 from coppice.files import read_json
