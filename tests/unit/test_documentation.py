@@ -60,8 +60,8 @@ def test_the_schema_accepts_laws_with_their_options(schema):
         {"models": {"a": {"path": "b", "hub": "c"}}},
         {"recipes": ["a"]},
         {"laws": {"a": {"law": "p3"}}},
-        {"laws": {"a": {"law": "p2", "options": {"gian": 0.01}}}},
-        {"laws": {"a": {"law": "p2", "options": {"gain": 0}}}},
+        {"laws": {"a": {"law": "p2", "gian": 0.01}}},
+        {"laws": {"a": {"law": "p2", "gain": 0}}},
     ],
 )
 def test_the_schema_refuses_what_is_no_study(schema, change):

@@ -130,8 +130,8 @@ def extend(described: dict[str, Any]) -> None:
     }
     described["laws"] |= {
         "trend": {"law": "learning-curve"},
-        "pruning": {"law": "pruning", "options": {"metric": "perplexity_stories"}},
-        "bits": {"law": "k-bit", "options": {"metric": "perplexity_stories"}},
+        "pruning": {"law": "pruning", "metric": "perplexity_stories"},
+        "bits": {"law": "k-bit", "metric": "perplexity_stories"},
     }
 
 

@@ -82,8 +82,8 @@ def test_a_name_tells_the_rest():
 
 
 def test_marks_gather_along_the_path_and_outlive_recovery():
-    assert tree.marks(study(), "tiny/wanda-50/full-5k/rtn-4/eora-2") == {"masked", "quantized", "compensated"}
-    assert tree.marks(study(), "tiny") == frozenset()
+    assert tree.traits(study(), "tiny/wanda-50/full-5k/rtn-4/eora-2") == {"masked", "quantized", "compensated"}
+    assert tree.traits(study(), "tiny") == frozenset()
 
 
 def test_a_method_may_say_itself_which_marks_it_leaves():

@@ -1,0 +1,57 @@
+"""What every section of the config shares: unknown keys, alternatives, and the sentences about names."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+
+from coppice.errors import did_you_mean
+
+PINNED = r"[0-9a-f]{40}"
+
+Length = Annotated[int, Field(ge=2)]
+
+
+class Section(BaseModel):
+    """A mapping of the config. Unknown keys are errors that name the nearest known one."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_keys(cls, value: Any) -> Any:
+        if isinstance(value, Mapping):
+            refuse_unknown_keys(value, cls.model_fields, "key")
+        return value
+
+
+def refuse_unknown_keys(value: Mapping[str, Any], known: Collection[str], noun: str) -> None:
+    """Raises ValueError that names each unknown key and the nearest known one."""
+    unknown = [key for key in value if key not in known]
+    if unknown:
+        raise ValueError(" ".join(f"There is no {noun} {key!r}.{did_you_mean(str(key), known)}" for key in unknown))
+
+
+def alternatives(noun: str, **sections: type[Section]) -> Any:
+    """A union of sections that are distinguished by the key that each requires; the key's name in <> is the tag."""
+
+    def tag(value: Any) -> str | None:
+        keys = value if isinstance(value, Mapping) else type(value).model_fields if isinstance(value, Section) else ()
+        present = [key for key in sections if key in keys]
+        return f"<{present[0]}>" if len(present) == 1 else None
+
+    union: Any = None
+    for key, section in sections.items():
+        tagged = Annotated[section, Tag(f"<{key}>")]
+        union = tagged if union is None else union | tagged
+    message = f"A {noun} needs exactly one of the keys {', '.join(sections)}."
+    discriminator = Discriminator(tag, custom_error_type="alternatives", custom_error_message=message)
+    return Annotated[union, discriminator]
+
+
+def unknown_name(place: str, noun: str, name: str, known: Collection[str]) -> str:
+    """The sentence about a name that refers to nothing."""
+    near = did_you_mean(name, known) if known else f" There are no {noun}s yet."
+    return f"{place}: there is no {noun} {name!r}.{near}"
