@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from pydantic import BaseModel, ValidationError
 
@@ -106,8 +106,7 @@ def _text_name(study: Study, use: str) -> str:
     if kind == "evaluation":
         evaluation, _, protocol = name.partition(".")
         return tree.protocols(study.evaluations[evaluation])[protocol].text
-    options = study.steps[name].options
-    assert isinstance(options, RecoverOptions), use
+    options = cast(RecoverOptions, study.steps[name].options)  # only training steps have token sets of their own
     return options.text if kind == "recovery" else options.validation
 
 
