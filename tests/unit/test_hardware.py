@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from typing import get_args
 
-from coppice.hardware import DEVICES, GPU_MEMORY
+from coppice.hardware import DEVICES, GPU_MEMORY, DeviceName
+
+
+def test_every_name_has_a_row():
+    assert get_args(DeviceName) == tuple(DEVICES)
 
 
 def test_every_figure_has_a_source():

@@ -6,6 +6,9 @@ Peaks are dense: a data sheet's figure with sparsity is halved.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
+
+DeviceName = Literal["H200", "H100-SXM", "A100-80G", "A100-40G", "A6000", "L40", "i9-13900K"]
 
 TOOL = "figures of the roofline tool of arXiv 2402.16363"
 # Tables of NVIDIA's data sheets, each row with its link.
@@ -27,7 +30,7 @@ class Device:
     memory_source: str | None = None
 
 
-DEVICES = {
+DEVICES: dict[str, Device] = {
     "H200": Device(
         bandwidth=4.8e12,
         float16=1979e12 / 2,

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from coppice.data import biographies
-from coppice.data.biographies import World
+from coppice.data.biographies import Question, World
 from coppice.errors import UserError
 from coppice.files import atomic_directory, atomic_write
 
@@ -152,7 +152,7 @@ def log_likelihood(
     return score
 
 
-def accuracy(score: Callable[[list[tuple[str, str]]], Sequence[float]], items: list[dict]) -> float:
+def accuracy(score: Callable[[list[tuple[str, str]]], Sequence[float]], items: list[Question]) -> float:
     """The share of questions whose right choice has the highest log-likelihood."""
     scores = iter(score([(item["context"], " " + choice) for item in items for choice in item["choices"]]))
     right = 0
@@ -256,7 +256,7 @@ def pretrain(
     while progress["step"] < schedule.steps:
         train_segment(model, optimizer, tokenizer, world, schedule, progress)
         save_state(state, plan, progress, model, optimizer)
-    model.to(torch.bfloat16)
+    model.bfloat16()
     with atomic_directory(output, last="training.json") as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -368,20 +368,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                 help=f"default {field.default}",
             )
     parser.add_argument("--output", type=Path, required=True, help="the folder of the model")
-    parser.add_argument("--state", type=Path, help="where a killed training goes on; by default beside the output")
+    parser.add_argument(
+        "--state", type=Path, help="where a killed training resumes from; by default next to the output"
+    )
     parser.add_argument("--threads", type=int, default=1, help="default 1")
+
+
+def field_values(arguments: argparse.Namespace, group: str, kind: type) -> dict[str, Any]:
+    """The values of a group's options by the fields of its type."""
+    values = vars(arguments)
+    return {
+        field.name: values[flag(group, field.name).removeprefix("--").replace("-", "_")]
+        for field in dataclasses.fields(kind)
+    }
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Runs `coppice pretrain` and prints what the model knows."""
-    given = vars(arguments)
-    groups = [
-        kind(**{f.name: given[flag(group, f.name)[2:].replace("-", "_")] for f in dataclasses.fields(kind)})
-        for group, kind in GROUPS
-    ]
     output = arguments.output
-    state = arguments.state or output.with_name(f".{output.name}.state")
-    record = pretrain(*groups, output=output, state=state, threads=arguments.threads)
+    record = pretrain(
+        World(**field_values(arguments, "world", World)),
+        Architecture(**field_values(arguments, "architecture", Architecture)),
+        Schedule(**field_values(arguments, "schedule", Schedule)),
+        output=output,
+        state=arguments.state or output.with_name(f".{output.name}.state"),
+        threads=arguments.threads,
+    )
     knowledge = record["knowledge"]
     print(
         f"{record['parameters']:,} parameters, held-out loss {record['held_out_loss']:.4f}, accuracy "

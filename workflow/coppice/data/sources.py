@@ -18,13 +18,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from coppice.data import biographies
 from coppice.errors import UserError
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
-UNITS = ("paragraph", "line", "file")
+Unit = Literal["paragraph", "line", "file"]
+UNITS = get_args(Unit)
 
 
 def describe(text: Mapping[str, Any]) -> str:

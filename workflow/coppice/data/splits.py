@@ -10,12 +10,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
-from typing import Any
+from typing import Any, Literal, get_args
 
 from coppice.data.sources import builtin_documents, describe, document_reader
 from coppice.errors import UserError
 
-ROLES = ("calibration", "recovery", "validation", "evaluation")
+Role = Literal["calibration", "recovery", "validation", "evaluation"]
+ROLES = get_args(Role)
 
 
 def documents(text: Mapping[str, Any], role: str, seed: int = 0) -> Iterator[str]:

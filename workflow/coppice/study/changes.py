@@ -64,8 +64,9 @@ def refuse_other_evaluation(study: Study, node: str, name: str, recorded: Mappin
     was = _add_defaults(type(evaluation), {key: value for key, value in recorded.items() if key != "world"})
     # Which nodes are measured does not change how; and what the world is follows from the study's texts.
     if "world" in recorded:
+        world = tree.world(study, evaluation)
         was["world"] = recorded["world"]
-        now["world"] = study.texts[tree.world(study, evaluation)].model_dump(mode="json")
+        now["world"] = study.texts[world].model_dump(mode="json") if world else None
     _refuse(f"The evaluation {name!r} of {node!r}", f"evaluation {name!r}", was, now, path)
 
 

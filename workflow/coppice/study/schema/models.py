@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from pydantic import Field, model_validator
+from pydantic import Field, Tag, model_validator
 
 from coppice.files import read_json
 from coppice.models.sources import SHIPPED
-from coppice.study.schema.section import PINNED, Section, alternatives, unknown_name
+from coppice.study.schema.section import PINNED, Section, discriminate_by_key, unknown_name
 
 if TYPE_CHECKING:
     from coppice.study.schema.study import Study
@@ -47,7 +47,12 @@ class HubModel(Section):
         return self
 
 
-Model = alternatives("model", shipped=ShippedModel, path=LocalModel, hub=HubModel)
+Model = Annotated[
+    Annotated[ShippedModel, Tag("<shipped>")]
+    | Annotated[LocalModel, Tag("<path>")]
+    | Annotated[HubModel, Tag("<hub>")],
+    discriminate_by_key("model", "shipped", "path", "hub"),
+]
 
 
 def problems(study: Study) -> Iterator[str]:

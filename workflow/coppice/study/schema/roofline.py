@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import get_args
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 
-from coppice.hardware import DEVICES
+from coppice.hardware import DeviceName
 from coppice.study.schema.section import Section
 
 
 class Roofline(Section):
     """Lower bounds of times by the roofline model: from shapes, stored bytes, and each device's bandwidth and peaks."""
 
-    devices: list[Literal[tuple(DEVICES)]] = Field(
-        default=list(DEVICES),
+    devices: list[DeviceName] = Field(
+        default=list(get_args(DeviceName)),
         description="Names of devices; `details` of each row of costs.parquet names the source of their figures.",
         min_length=1,
     )

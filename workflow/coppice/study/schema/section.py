@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, model_validator
 
 from coppice.errors import did_you_mean
 
@@ -34,21 +34,16 @@ def refuse_unknown_keys(value: Mapping[str, Any], known: Collection[str], noun: 
         raise ValueError(" ".join(f"There is no {noun} {key!r}.{did_you_mean(str(key), known)}" for key in unknown))
 
 
-def alternatives(noun: str, **sections: type[Section]) -> Any:
-    """A union of sections that are distinguished by the key that each requires; the key's name in <> is the tag."""
+def discriminate_by_key(noun: str, *keys: str) -> Discriminator:
+    """Chooses among sections by the one of `keys` that each requires; a section's tag is its key in <>."""
 
     def tag(value: Any) -> str | None:
-        keys = value if isinstance(value, Mapping) else type(value).model_fields if isinstance(value, Section) else ()
-        present = [key for key in sections if key in keys]
+        known = value if isinstance(value, Mapping) else type(value).model_fields if isinstance(value, Section) else ()
+        present = [key for key in keys if key in known]
         return f"<{present[0]}>" if len(present) == 1 else None
 
-    union: Any = None
-    for key, section in sections.items():
-        tagged = Annotated[section, Tag(f"<{key}>")]
-        union = tagged if union is None else union | tagged
-    message = f"A {noun} needs exactly one of the keys {', '.join(sections)}."
-    discriminator = Discriminator(tag, custom_error_type="alternatives", custom_error_message=message)
-    return Annotated[union, discriminator]
+    message = f"A {noun} needs exactly one of the keys {', '.join(keys)}."
+    return Discriminator(tag, custom_error_type="alternatives", custom_error_message=message)
 
 
 def unknown_name(place: str, noun: str, name: str, known: Collection[str]) -> str:

@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, Tag, model_validator
 
 from coppice.data.biographies import World
-from coppice.data.sources import SUFFIXES, UNITS
-from coppice.data.splits import ROLES
-from coppice.study.schema.section import PINNED, Section, alternatives, unknown_name
+from coppice.data.sources import SUFFIXES, Unit
+from coppice.data.splits import ROLES, Role
+from coppice.study.schema.section import PINNED, Section, discriminate_by_key, unknown_name
 
 if TYPE_CHECKING:
     from coppice.study.schema.study import Study
@@ -27,7 +27,7 @@ Documents = Annotated[
 class SplitText(Section):
     """A text whose parts for the roles are cut from its documents."""
 
-    splits: dict[Literal[ROLES], Share] = Field(
+    splits: dict[Role, Share] = Field(
         default={"calibration": 0.1, "recovery": 0.7, "validation": 0.1, "evaluation": 0.1},
         description=f"Disjoint parts of the text by role ({', '.join(ROLES)}), as shares of its documents, cut in this "
         "order. A document that repeats an earlier one is left out.",
@@ -70,7 +70,7 @@ class FileText(SplitText):
 
     path: str = Field(description="The file, relative to the working directory.")
     field: str = Field(default="text", description="Key or column that holds the text; unused for .txt.")
-    document: Literal[UNITS] = Field(default="paragraph", description="What a document is in a .txt file.")
+    document: Unit = Field(default="paragraph", description="What a document is in a .txt file.")
     documents: Documents = None
 
 
@@ -91,7 +91,12 @@ class HubText(SplitText):
         return self
 
 
-Text = alternatives("text", builtin=BuiltinText, path=FileText, dataset=HubText)
+Text = Annotated[
+    Annotated[BuiltinText, Tag("<builtin>")]
+    | Annotated[FileText, Tag("<path>")]
+    | Annotated[HubText, Tag("<dataset>")],
+    discriminate_by_key("text", "builtin", "path", "dataset"),
+]
 
 
 def problems(study: Study) -> Iterator[str]:
@@ -113,7 +118,7 @@ def problems(study: Study) -> Iterator[str]:
             )
 
 
-def _source(text: BuiltinText | FileText | HubText) -> tuple[str, ...]:
+def _source(text: Text) -> tuple[str, ...]:
     """What two texts of one source have in common."""
     if isinstance(text, FileText):
         return ("path", str(Path(text.path).resolve()))
