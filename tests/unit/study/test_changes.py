@@ -15,6 +15,7 @@ from coppice.errors import UserError
 from coppice.files import sha256, write_json
 from coppice.methods.options import MethodOptions
 from coppice.methods.registry import methods
+from coppice.records import renamed
 from coppice.study import changes, tree
 from coppice.study.loading import load_study
 from coppice.study.schema import Study
@@ -213,11 +214,11 @@ def test_names_that_an_older_version_recorded_are_not_a_change(tokens: Path, mon
         sequential: bool = False
 
     entry = SimpleNamespace(options=Options, needs=lambda options: frozenset())
-    monkeypatch.setitem(methods(), "activation-quant", entry)
-    monkeypatch.delitem(methods(), "round-inputs", raising=False)
-    steps = small_study()["steps"] | {"new": {"method": "activation-quant", "sequential": True}}
+    monkeypatch.setitem(methods(), "new-name", entry)
+    monkeypatch.setitem(renamed.METHODS, "old-name", "new-name")
+    steps = small_study()["steps"] | {"new": {"method": "new-name", "sequential": True}}
     node, path = tree.Node("tiny/new", "tiny", "tiny", "new", 0), Path("manifest.json")
-    step = {"method": "round-inputs", "family": "quantize", "options": {"propagate": True}}
+    step = {"method": "old-name", "family": "quantize", "options": {"propagate": True}}
     manifest = {"step": step, "seed": 0, "calibration": None, "recovery": None}
     changes.refuse_other_node(study(steps=steps), node, manifest, path, tokens)
     manifest["step"] = step | {"options": {"propagate": False}}

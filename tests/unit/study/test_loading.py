@@ -18,6 +18,7 @@ from studies import small_study, tiny_folder
 from coppice.errors import UserError
 from coppice.methods.options import MethodOptions
 from coppice.methods.registry import methods
+from coppice.records import renamed
 from coppice.study import loading, tree
 from coppice.study.loading import effective, load_study
 
@@ -217,10 +218,11 @@ def test_options_that_were_renamed_are_refused_with_the_new_name(monkeypatch):
 
 def test_a_method_that_was_renamed_is_refused_with_the_new_name(monkeypatch):
     entry = SimpleNamespace(options=MethodOptions, needs=lambda options: frozenset())
-    monkeypatch.setitem(methods(), "activation-quant", entry)
-    monkeypatch.delitem(methods(), "round-inputs", raising=False)
-    sentence = "steps.new: the method `round-inputs` is now `activation-quant`; rename it."
-    assert sentence in refusal(changed("steps.new", {"method": "round-inputs"}))
+    monkeypatch.setitem(renamed.METHODS, "old-name", "new-name")
+    assert "steps.new: there is no method 'old-name'." in refusal(changed("steps.new", {"method": "old-name"}))
+    monkeypatch.setitem(methods(), "new-name", entry)
+    sentence = "steps.new: the method `old-name` is now `new-name`; rename it."
+    assert sentence in refusal(changed("steps.new", {"method": "old-name"}))
 
 
 def test_laws_have_typed_options_and_are_written_flat():

@@ -108,7 +108,7 @@ def test_an_impossible_step_is_told_once_for_all_models_and_seeds():
 
 
 def test_the_same_step_twice_in_a_row_is_refused():
-    assert "the step 'wanda-50' stands twice in a row; write it once." in refusal("wanda-50", "wanda-50")
+    assert "the step 'wanda-50' appears twice in a row; write it once." in refusal("wanda-50", "wanda-50")
     assert len(tree.nodes(recipes(["wanda-50", "full-5k", "wanda-50"]))) == 4
 
 

@@ -1,6 +1,6 @@
 """Trains a small Llama from scratch on the built-in world of biographies (`coppice.data.biographies`).
 
-The shipped models are made by this stage. The corpus is a stream: each time a person comes up, the biography is
+This stage trained the shipped models. The corpus is a stream: each time a person comes up, the biography is
 rendered again, after "Physics of Language Models: Part 3.3" (Allen-Zhu and Li, arXiv 2404.05405): AdamW and packed
 windows. The learning rate warms up, stays, and falls linearly to zero at the end ("MiniCPM", Hu et al., arXiv
 2404.06395), so that it does not depend on the length of the training until the fall begins: a training that was
@@ -184,8 +184,8 @@ def measure(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, world: 
 def resume(state: Path, plan: dict, model: LlamaForCausalLM, optimizer: torch.optim.Optimizer) -> dict:
     """Loads a killed training's `state` into `model` and `optimizer` and returns its progress.
 
-    Raises UserError, naming what differs, where the state was made by another plan. Another number of tokens is no
-    other plan as long as, by both, the learning rate had not begun to fall.
+    Raises UserError, naming what differs, where the state is of another plan. Another number of tokens is the same
+    plan as long as, by both, the learning rate had not begun to fall.
     """
     import torch
     from safetensors import safe_open
@@ -202,7 +202,7 @@ def resume(state: Path, plan: dict, model: LlamaForCausalLM, optimizer: torch.op
     fall = min(Schedule(**given["schedule"]).fall for given in (saved["plan"], plan))
     if different and (different != ["--tokens"] or saved["progress"]["step"] > fall):
         raise UserError(
-            f"The training state {state} was made with another {' and '.join(different)}; give the options of "
+            f"The training state {state} is of a training with another {' and '.join(different)}; pass the options of "
             "that training, or remove the file to start over."
         )
     with torch.no_grad():
@@ -220,7 +220,7 @@ def resume(state: Path, plan: dict, model: LlamaForCausalLM, optimizer: torch.op
 def save_state(
     state: Path, plan: dict, progress: dict, model: LlamaForCausalLM, optimizer: torch.optim.Optimizer
 ) -> None:
-    """Writes what `resume` needs: parameters and moments as tensors, plan and progress as JSON beside them."""
+    """Writes what `resume` needs: parameters and moments as tensors, plan and progress as JSON metadata."""
     from safetensors.torch import save_file
 
     tensors = {f"model.{name}": parameter.detach() for name, parameter in model.named_parameters()}

@@ -1,4 +1,4 @@
-"""The disjoint parts of a text by role, and what tells two documents apart.
+"""The disjoint parts of a text by role, and the hash that identifies a document.
 
 `splits` {role: share} of a text gives each role a stretch of its documents, in the order of ROLES. A document that
 repeats an earlier one exactly is left out, so that no text lies in two roles. Biographies are disjoint by their own
@@ -56,7 +56,7 @@ def role_bounds(text: Mapping[str, Any], role: str, count: int) -> tuple[int, in
     if (total := sum(splits.values())) > 1 + 1e-9:
         raise UserError(f"The splits of {describe(text)} add up to {total:g}; shares may not exceed 1 together.")
     before = sum(splits.get(name, 0) for name in ROLES[: ROLES.index(role)])
-    # The small addend takes sums such as 0.1 + 0.2 over the integer that they stand for.
+    # Sums such as 0.1 + 0.2 may fall just below the integer that they mean.
     return int(count * before + 1e-6), min(count, int(count * (before + splits[role]) + 1e-6))
 
 

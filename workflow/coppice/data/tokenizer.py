@@ -55,7 +55,7 @@ def check_tokenizer(directory: Path, windows: Windows) -> None:
 
 
 def beginning_token(directory: Path, tokenizer: Tokenizer) -> int:
-    """The token that stands before each document: the tokenizer's beginning of sequence, else the model's.
+    """The token before each document: the tokenizer's beginning of sequence, else the model's.
 
     Raises UserError where neither names one.
     """
@@ -73,5 +73,5 @@ def beginning_token(directory: Path, tokenizer: Tokenizer) -> int:
 
 
 def optional_json(path: Path) -> dict[str, Any]:
-    """The content of a checkpoint's JSON file; empty where there is no such file."""
+    """The content of a checkpoint's JSON file; empty where the file does not exist."""
     return read_json(path) if storage.ensure_local(path).is_file() else {}

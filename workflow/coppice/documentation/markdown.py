@@ -59,5 +59,5 @@ def describe_type(value: dict[str, Any], definitions: dict[str, Any]) -> str:
 
 
 def escape_cell(text: str) -> str:
-    """Text that may stand in a cell of a Markdown table."""
+    """Text escaped for a cell of a Markdown table."""
     return " ".join(text.replace("|", "\\|").split())

@@ -13,7 +13,7 @@ from coppice.methods.options import Allocation, BudgetOptions, LayerOptions, Met
 from coppice.methods.registry import FAMILIES, Method, methods
 
 PATH = Path("docs/methods.md")
-# What studies measured, and what is to be said about it.
+# What studies measured, and the findings.
 MEASURED = Path("docs/measured")
 # Options that several methods have, by the heading of their section.
 SHARED: dict[str, type[BaseModel]] = {
@@ -31,7 +31,7 @@ def render(root: Path) -> str:
         "A step is a method with options. What a method cannot work on is refused when the study is loaded. `coppice",
         "methods --json` prints the same for programs.",
         "",
-        "| method | family | source | equation | statistics | leaves a model | refuses a model that is |",
+        "| method | family | source | equation | statistics | adds traits | refuses traits |",
         "|---|---|---|---|---|---|---|",
     ]
     ordered = sorted(methods().values(), key=lambda method: (FAMILIES.index(method.family), method.name))
@@ -89,8 +89,8 @@ def method_row(method: Method) -> str:
         f"{source.title} ({source.identifier})",
         source.equation,
         ", ".join(sorted(method.needs())) or "none",
-        ", ".join(sorted(method.makes)) or "as it was",
-        ", ".join(sorted(method.refuses)) or "nothing",
+        ", ".join(sorted(method.makes)) or "none",
+        ", ".join(sorted(method.refuses)) or "none",
     ]
     return f"| {' | '.join(map(escape_cell, cells))} |"
 

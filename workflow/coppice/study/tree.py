@@ -142,7 +142,7 @@ def _incompatibility(
     """Why a step cannot follow its parent; None where it can."""
     applied = method_of(study, step)
     if step == previous:
-        return f"the step {step!r} stands twice in a row; write it once."
+        return f"the step {step!r} appears twice in a row; write it once."
     for trait in sorted(parent_traits & applied.refuses.keys()):
         reason = applied.refuses[trait].removeprefix("because ").rstrip(".")
         return f"the step {step!r} ({applied.name}) cannot work on a {trait} model, because {reason}."

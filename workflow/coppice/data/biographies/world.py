@@ -102,7 +102,7 @@ def permutation(generator: random.Random, count: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Person:
-    """One row of the people table: the name and the value of every attribute, as they stand in a text."""
+    """One row of the people table: the name and the value of every attribute, as they appear in a text."""
 
     name: str
     feminine: bool

@@ -14,7 +14,7 @@ RESERVED = {"adapter", "models", "tokens", "statistics", "evaluations", "tables"
     *KINDS,
 }
 SECTIONS = ("models", "steps", "calibrations", "evaluations", "texts", "laws")
-# Their names are no folders among the others.
+# Sections whose names do not become folders next to those of the others.
 SEPARATE = ("texts", "laws")
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
