@@ -4,13 +4,31 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import TypedDict
 
 from coppice.data.biographies.text import prompt
 from coppice.data.biographies.world import World
 
 # The attributes that carry information; the working city follows from the employer.
 KNOWLEDGE = ("pronoun", "birth_date", "birth_city", "university", "major", "employer")
+
+
+class KnowledgeBits(TypedDict):
+    """What a model holds of the world, and the most that there is to hold; attribute_bits by attribute, per person."""
+
+    bits_per_person: float
+    bits_per_person_max: float
+    bits_per_parameter: float
+    bits_per_parameter_max: float
+    attribute_bits: dict[str, float]
+    attribute_bits_max: dict[str, float]
+
+
+class MeasuredKnowledge(KnowledgeBits):
+    """The same, estimated on `people` people, with the standard error of the bits per person."""
+
+    people: int
+    bits_per_person_stderr: float
 
 
 def knowledge_prompts(world: World, people: Iterable[int]) -> list[dict[str, tuple[str, str]]]:
@@ -30,7 +48,7 @@ def knowledge_prompts(world: World, people: Iterable[int]) -> list[dict[str, tup
     return prompts
 
 
-def knowledge_bits(p1: float, p2: Mapping[str, float], parameters: int, world: World) -> dict[str, Any]:
+def knowledge_bits(p1: float, p2: Mapping[str, float], parameters: int, world: World) -> KnowledgeBits:
     """The capacity ratio of bioS in arXiv 2404.05405.
 
     `p1` is the mean over people of -ln Pr(name), `p2` that of -ln Pr(value | name) for each attribute of KNOWLEDGE;
@@ -63,7 +81,7 @@ def measure_knowledge(
     world: World,
     people: Iterable[int],
     parameters: int,
-) -> dict[str, Any]:
+) -> MeasuredKnowledge:
     """`knowledge_bits` of a model, estimated on `people`, with the standard error of the bits per person.
 
     `log_likelihood` maps pairs (prefix, continuation) to the natural logarithm of the probability of the continuation
