@@ -5,7 +5,13 @@ arXiv 2404.05405), scaled down: every value is one word of a small vocabulary (a
 million parameters spends most of them on facts and not on embeddings.
 """
 
-from coppice.data.biographies.knowledge import KNOWLEDGE, knowledge_bits, knowledge_prompts, measure_knowledge
+from coppice.data.biographies.knowledge import (
+    KNOWLEDGE,
+    MeasuredKnowledge,
+    knowledge_bits,
+    knowledge_prompts,
+    measure_knowledge,
+)
 from coppice.data.biographies.text import (
     ATTRIBUTES,
     SPLITS,
@@ -25,6 +31,7 @@ __all__ = [
     "KNOWLEDGE",
     "SPLITS",
     "TEMPLATES",
+    "MeasuredKnowledge",
     "Person",
     "Question",
     "World",
