@@ -249,7 +249,7 @@ def agreement(folder: Path, device: str) -> bool:
     """Prints the table of agreement; whether all is within tolerance."""
     import torch
 
-    from coppice.data.text import load_windows
+    from coppice.data.windows import load_windows
 
     prepare(folder, TINY, "cpu")
     branch(folder, folder / "first", TINY, "cpu")
@@ -344,7 +344,7 @@ def forward(folder: Path, device: str) -> float:
     import torch
 
     from coppice.calibration.stage import TOKENS_IN_A_BATCH
-    from coppice.data.text import load_windows
+    from coppice.data.windows import load_windows
     from coppice.models import checkpoint
 
     model = checkpoint.load_model(folder / "root", device)

@@ -33,7 +33,7 @@ def write_inputs(folder: Path, arguments: argparse.Namespace) -> tuple[Path, Pat
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from coppice.data.text import Windows, save_windows
+    from coppice.data.windows import Windows, save_windows
     from coppice.files import sha256
     from coppice.models import modules
     from coppice.models.checkpoint import save_checkpoint
@@ -67,7 +67,7 @@ def forward(root: Path, tokens: Path) -> float:
     import torch
 
     from coppice.calibration.stage import TOKENS_IN_A_BATCH
-    from coppice.data.text import load_windows
+    from coppice.data.windows import load_windows
     from coppice.models.checkpoint import load_model
 
     model = load_model(root)

@@ -56,7 +56,7 @@ STUDY = {
             "perplexity": {"own": {"text": "bio", "length": 32, "windows": 4}},
         }
     },
-    "laws": {"p2": {"law": "p2", "options": {"bootstrap": 4, "starts": 4}}},
+    "laws": {"p2": {"law": "p2", "bootstrap": 4, "starts": 4}},
 }
 RESULTS = "results/podded"
 # What a user edits at the top of the profile.

@@ -117,7 +117,7 @@ BAD_STUDIES: list[tuple[dict[str, Any], str]] = [
         "the step 'eora-2' (eora) has nothing to compensate: put it after a step that prunes",
     ),
     (changed("texts.words.path", "lost.txt"), "texts.words.path: lost.txt does not exist"),
-    (changed("models.tiny.path", "lost"), "models.tiny.path: lost is no model folder"),
+    (changed("models.tiny.path", "lost"), "models.tiny.path: lost is not a model folder"),
     (changed("calibrations.default.length", 1), "calibrations.default.length is 1; it should be greater than"),
     (
         changed("texts.words.splits", {"calibration": 0.5, "recovery": 0.5}),
@@ -403,9 +403,9 @@ def test_laws_that_cannot_be_fitted_are_failures_and_the_others_are_fitted(
     points.to_csv("unscored.csv", index=False)
     points.assign(score=[(1 - ratio) ** 0.5 for ratio in ratios]).to_csv("scored.csv", index=False)
     laws = {
-        "column": {"law": "pruning", "options": {"file": "unscored.csv"}},
-        "metric": {"law": "k-bit", "options": {"metric": "perplexity_lost"}},
-        "whole": {"law": "pruning", "options": {"file": "scored.csv", "bootstrap": 0}},
+        "column": {"law": "pruning", "file": "unscored.csv"},
+        "metric": {"law": "k-bit", "metric": "perplexity_lost"},
+        "whole": {"law": "pruning", "file": "scored.csv", "bootstrap": 0},
     }
     described = load_study({"study": "bad", "models": {"tiny": {"path": "tiny"}}, "laws": laws})
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(effective(described)))

@@ -319,7 +319,7 @@ LAWS = {
     "recovery": {"law": "p2"},
     "compression": {"law": "compression"},
     "bits": {"law": "k-bit"},
-    "points": {"law": "pruning", "options": {"file": "points.csv"}},
+    "points": {"law": "pruning", "file": "points.csv"},
 }
 FITTED = ("fit.json", "points.parquet", "samples.parquet", "fit.svg")
 

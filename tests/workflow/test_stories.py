@@ -22,7 +22,7 @@ import pytest
 import yaml
 
 from coppice.cli import main
-from coppice.data.text import load_windows
+from coppice.data.windows import load_windows
 from coppice.evaluation.harness import write_task
 from coppice.evaluation.roofline import DEVICES
 from coppice.files import read_json
@@ -130,8 +130,8 @@ def extend(described: dict[str, Any]) -> None:
     }
     described["laws"] |= {
         "trend": {"law": "learning-curve"},
-        "pruning": {"law": "pruning", "options": {"metric": "perplexity_stories"}},
-        "bits": {"law": "k-bit", "options": {"metric": "perplexity_stories"}},
+        "pruning": {"law": "pruning", "metric": "perplexity_stories"},
+        "bits": {"law": "k-bit", "metric": "perplexity_stories"},
     }
 
 

@@ -15,7 +15,7 @@ STAGES = {
     "study": ("coppice.study.loading", "check a study and print its tree"),
     "plan": ("coppice.planning.stage", "say what a study will take: time, memory, GPU hours, disk"),
     "root": ("coppice.models.sources", "bring a dense model into a study"),
-    "tokenize": ("coppice.data.text", "pack a text into windows of tokens"),
+    "tokenize": ("coppice.data.stage", "pack a text into windows of tokens"),
     "calibrate": ("coppice.calibration.stage", "gather statistics of a node's activations or gradients"),
     "compress": (
         "coppice.compression.stage",
@@ -34,7 +34,7 @@ STAGES = {
     "methods": ("coppice.methods.catalogue", "list the registered methods"),
     "fetch": ("coppice.storage", "bring a study's manifests, tables and logs here from where they are stored"),
     "export": ("coppice.export.stage", "write a node in a form that other programs read, and check its logits"),
-    "pretrain": ("coppice.data.pretrain", "train a small dense model on the built-in biographies"),
+    "pretrain": ("coppice.recovery.pretraining", "train a small dense model on the built-in biographies"),
 }
 RUNS_MODELS = ("calibrate", "compress", "recover", "evaluate")
 

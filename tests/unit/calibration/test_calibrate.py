@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from coppice.calibration import stage as calibrate
 from coppice.calibration.stage import MOMENT_FIELDS, block_statistics, read_statistics
-from coppice.data.text import load_windows, tokenize
-from coppice.data.text import save_windows as write_windows
+from coppice.data.windows import load_windows, tokenize
+from coppice.data.windows import save_windows as write_windows
 from coppice.errors import UserError
 from coppice.files import read_json
 from coppice.methods.contracts import LinearStatistics

@@ -160,7 +160,7 @@ def check_node(workshop: Workshop, parent: str, node: str) -> Tensor:
     """Its logits, once all is found to be as the manifest says."""
     folder = workshop.node(node)
     manifest, model = read_manifest(folder), load_model(folder)
-    assert manifest["marks"] == sorted(tree.marks(workshop.study, node))
+    assert manifest["marks"] == sorted(tree.traits(workshop.study, node))
     computed = logits(model, tiny_tokens())
     assert torch.isfinite(computed).all()
     check_modules(workshop.model(parent), model, manifest)

@@ -14,7 +14,7 @@ from tiny import logits, tiny_model, tiny_tokens
 from torch import Tensor, nn
 
 from coppice.calibration.stage import Moments, block_statistics, read_statistics_file
-from coppice.data.text import load_windows
+from coppice.data.windows import load_windows
 from coppice.errors import UserError
 from coppice.files import read_json
 from coppice.methods.contracts import Linear, LinearStatistics, LowRank, Masked, Quantized, Replacement

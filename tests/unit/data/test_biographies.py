@@ -17,7 +17,7 @@ from coppice.data import biographies
 from coppice.data.biographies import ATTRIBUTES, KNOWLEDGE, TEMPLATES, Person, World
 from coppice.errors import UserError
 
-SOURCE = Path(biographies.__file__).parents[2]
+SOURCE = Path(biographies.__file__).parents[3]
 
 
 @pytest.fixture(scope="module")

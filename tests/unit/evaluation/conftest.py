@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from coppice.data import biographies, text
+from coppice.data import biographies, sources
 from coppice.models.checkpoint import save_checkpoint
 
 WORLD = {"builtin": "biographies", "people": 30}
@@ -35,7 +35,7 @@ def make_model(vocabulary: int, seed: int = 0, tied: bool = True) -> LlamaForCau
 def save(model, folder):
     """A root checkpoint of `model` with the tokenizer of the world."""
     tokenizer = folder.parent / f"{folder.name}-tokenizer"
-    biographies.tokenizer(text.world(WORLD)).save_pretrained(tokenizer)
+    biographies.tokenizer(sources.world(WORLD)).save_pretrained(tokenizer)
     manifest = {"node": "tiny", "parent": None, "step": None, "seed": 0, "marks": []}
     save_checkpoint(model, folder, tokenizer, manifest, torch.float32)
     return folder
@@ -43,7 +43,7 @@ def save(model, folder):
 
 @pytest.fixture(scope="package")
 def tokenizer():
-    return biographies.tokenizer(text.world(WORLD))
+    return biographies.tokenizer(sources.world(WORLD))
 
 
 @pytest.fixture(scope="package")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 
 from coppice.evaluation import roofline
-from coppice.evaluation.roofline import DEVICES, Device, Shape
+from coppice.evaluation.roofline import Shape
+from coppice.hardware import DEVICES, Device
 
 LLAMA = Shape(hidden=4096, intermediate=11008, layers=32, heads=32, kv_heads=32, head_dim=128, vocabulary=32000)
 SMALL = Shape(hidden=64, intermediate=128, layers=2, heads=4, kv_heads=2, head_dim=16, vocabulary=100)
@@ -81,8 +83,8 @@ def test_decoding_one_sequence_waits_for_memory_alone():
     base = DEVICES["A6000"]
     for bits in [(16, 16, 16), (4, 16, 16), (8, 8, 8)]:
         time = decode_ms(base, bits)
-        assert decode_ms(base._replace(bandwidth=base.bandwidth / 2), bits) == pytest.approx(2 * time, rel=1e-12)
-        assert decode_ms(base._replace(float16=2 * base.float16, int8=2 * base.int8), bits) == time
+        assert decode_ms(replace(base, bandwidth=base.bandwidth / 2), bits) == pytest.approx(2 * time, rel=1e-12)
+        assert decode_ms(replace(base, float16=2 * base.float16, int8=2 * base.int8), bits) == time
         _, passed = totals(roofline.decode(roofline.uniform(LLAMA, *bits), 1, 1024))
         assert time == pytest.approx(1000 * passed / base.bandwidth, rel=1e-12)
 
@@ -91,8 +93,8 @@ def test_reading_a_long_prompt_waits_for_the_units():
     base, model = DEVICES["A6000"], roofline.uniform(LLAMA)
     operations = [one for one in roofline.prefill(model, 1, 2048) if one.operations > 1e9]
     time = roofline.latency(operations, base)
-    assert roofline.latency(operations, base._replace(float16=2 * base.float16)) == pytest.approx(time / 2)
-    assert roofline.latency(operations, base._replace(bandwidth=2 * base.bandwidth)) == time
+    assert roofline.latency(operations, replace(base, float16=2 * base.float16)) == pytest.approx(time / 2)
+    assert roofline.latency(operations, replace(base, bandwidth=2 * base.bandwidth)) == time
 
 
 def test_times_grow_with_bits():
@@ -197,7 +199,7 @@ def test_integer_units_need_grids_on_both_sides(entry, rounded, integer):
 def test_a_sparse_kernel_is_an_assumption():
     (stored,), (assumed,) = linears_of({"type": "Masked"}), linears_of({"type": "Masked"}, sparse=True)
     assert assumed.stored_bytes == stored.stored_bytes * (1 / 2 + 1 / 16)
-    device = Device(bandwidth=1e30, float16=1.0, int8=1.0)
+    device = Device(bandwidth=1e30, float16=1.0, int8=1.0, source="assumed")
     times = [
         roofline.latency(
             roofline.prefill(roofline.model_of_node(CONFIG, {UP: {"type": "Masked"}}, sparse), 1, 8), device

@@ -9,7 +9,7 @@ from nodes import save_root, save_windows
 from tiny import tiny_model, tiny_tokens
 from torch import nn
 
-from coppice.data.text import load_windows
+from coppice.data.windows import load_windows
 from coppice.errors import UserError
 from coppice.methods.decompose.curing import paper_link, select
 from coppice.methods.recover import heal

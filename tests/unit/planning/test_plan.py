@@ -15,6 +15,7 @@ import pytest
 from coppice.cli import main
 from coppice.errors import UserError
 from coppice.evaluation import roofline
+from coppice.hardware import DEVICES
 from coppice.planning import stage, times
 from coppice.planning.jobs import Job, JobGraph
 from coppice.planning.resources import LIBRARIES
@@ -190,7 +191,7 @@ def test_benchmarks_are_read_where_jobs_left_them(tmp_path: Path) -> None:
 def test_a_gpu_is_faster_and_its_hours_are_counted() -> None:
     shape = roofline.Shape(4096, 11008, 32, 32, 32, 128, 32_000)
     size = Size(shape, 32, 6.7e9, 6.5e9, 13e9, 13.4e9, "measured")
-    rate = times.operations_per_second(size, roofline.DEVICES["H100-SXM"])
+    rate = times.operations_per_second(size, DEVICES["H100-SXM"])
     # By hand: long prompts are bound by the peak, of which a share is reached; attention takes some of it.
     assert rate == pytest.approx(times.EFFICIENCY * 989.5e12, rel=0.15)
     assert rate > 1000 * times.operations_per_second(size, None)

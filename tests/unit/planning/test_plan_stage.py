@@ -157,7 +157,7 @@ def test_another_seed_leaves_every_job(finished: Path) -> None:
             [f"{node}/quality" for node in ("tiny", "tiny/wanda-50", "tiny/wanda-50/full", "tiny/rtn-4")],
             {"evaluate": 4},
         ),
-        ({"laws": {"p2": {"law": "p2", "options": {"gain": 0.5}}}}, [], {}),
+        ({"laws": {"p2": {"law": "p2", "gain": 0.5}}}, [], {}),
     ],
     ids=["calibration", "evaluation", "law"],
 )

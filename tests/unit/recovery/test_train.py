@@ -17,7 +17,7 @@ from tiny import VOCABULARY, tiny_model
 from tokenizers import Tokenizer, models
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-from coppice.data.text import Windows, load_windows, save_windows
+from coppice.data.windows import Windows, load_windows, save_windows
 from coppice.errors import UserError
 from coppice.files import sha256, write_json
 from coppice.methods.recover import full, lora

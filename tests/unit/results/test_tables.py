@@ -18,6 +18,7 @@ import pytest
 from fake_results import AnyOptions, fake_study, log, write_results
 
 from coppice.errors import UserError
+from coppice.hardware import DEVICES
 from coppice.results import collection as tables
 from coppice.results.failures import failures
 from coppice.results.reading import read_table
@@ -112,7 +113,7 @@ def test_every_node_has_lower_bounds_of_its_times(results: Path) -> None:
     cache = bounds[bounds["metric"] == "kv_cache_bytes"].set_index("node")["value"]
     assert cache["small"] == 2 * 2 * 2 * 16 * (1024 + 128) * 4
     details = json.loads(bounds[bounds["device"] == "H200 (roofline)"]["details"].iloc[0])
-    assert details == {"batch": 1, "generate": 128, "prompt": 1024, "source": "vendor figure, as recalled"}
+    assert details == {"batch": 1, "generate": 128, "prompt": 1024, "source": DEVICES["H200"].source}
 
 
 def test_lower_bounds_are_those_that_the_study_asks_for(results: Path) -> None:

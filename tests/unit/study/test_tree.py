@@ -82,8 +82,8 @@ def test_a_name_tells_the_rest():
 
 
 def test_marks_gather_along_the_path_and_outlive_recovery():
-    assert tree.marks(study(), "tiny/wanda-50/full-5k/rtn-4/eora-2") == {"masked", "quantized", "compensated"}
-    assert tree.marks(study(), "tiny") == frozenset()
+    assert tree.traits(study(), "tiny/wanda-50/full-5k/rtn-4/eora-2") == {"masked", "quantized", "compensated"}
+    assert tree.traits(study(), "tiny") == frozenset()
 
 
 def test_a_method_may_say_itself_which_marks_it_leaves():
@@ -108,7 +108,7 @@ def test_an_impossible_step_is_told_once_for_all_models_and_seeds():
 
 
 def test_the_same_step_twice_in_a_row_is_refused():
-    assert "the step 'wanda-50' stands twice in a row; write it once." in refusal("wanda-50", "wanda-50")
+    assert "the step 'wanda-50' appears twice in a row; write it once." in refusal("wanda-50", "wanda-50")
     assert len(tree.nodes(recipes(["wanda-50", "full-5k", "wanda-50"]))) == 4
 
 

@@ -20,7 +20,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from coppice import storage
-from coppice.data.text import check_tokenizer, load_windows
+from coppice.data.tokenizer import check_tokenizer
+from coppice.data.windows import load_windows
 from coppice.errors import UserError
 from coppice.files import atomic_directory, fingerprint, read_json, sha256, write_json
 from coppice.methods.contracts import KINDS, LinearStatistics

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from coppice.calibration import stage as calibrate
 from coppice.compression import allocation
-from coppice.data.text import Windows
+from coppice.data.windows import Windows
 from coppice.errors import UserError, did_you_mean, error_context
 from coppice.methods.contracts import Linear, LinearStatistics
 from coppice.methods.options import MethodOptions

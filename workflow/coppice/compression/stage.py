@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from coppice.calibration import stage as calibrate
-from coppice.data.text import check_tokenizer, load_windows
+from coppice.data.tokenizer import check_tokenizer
+from coppice.data.windows import load_windows
 from coppice.errors import UserError
 from coppice.methods.contracts import FROM_WINDOWS
 from coppice.methods.options import MethodOptions

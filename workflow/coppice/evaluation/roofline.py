@@ -33,33 +33,11 @@ from collections.abc import Iterable, Mapping
 from math import ceil
 from typing import Any, NamedTuple
 
+from coppice.hardware import DEVICES, Device
 from coppice.methods.replacements import Place, Product, word_bytes
 from coppice.records.compression import CACHE, Entries
 
-TOOL = "figures of the roofline tool of arXiv 2402.16363"
-RECALLED = "vendor figure, as recalled"
 BITS = {"float32": 32, "bfloat16": 16, "float16": 16}
-
-
-class Device(NamedTuple):
-    """bandwidth of the memory in bytes/s; float16, int8: peak operations/s; source: where the figures are from."""
-
-    bandwidth: float
-    float16: float
-    int8: float
-    source: str = TOOL
-
-
-DEVICES = {
-    "H200": Device(4.8e12, 989.5e12, 1979e12, RECALLED),
-    "H100-SXM": Device(3072e9, 989.5e12, 1979e12),
-    "A100-80G": Device(2039e9, 312e12, 624e12),
-    "A100-40G": Device(1555e9, 312e12, 624e12),
-    "A6000": Device(768e9, 154.8e12, 309.7e12),
-    "L40": Device(864e9, 181e12, 362e12),
-    # 8 cores, 5.4 GHz, 32 operations a cycle; there is no figure for integers, so they gain bytes alone.
-    "i9-13900K": Device(89.6e9, 8 * 5.4e9 * 32, 8 * 5.4e9 * 32),
-}
 
 
 class Shape(NamedTuple):

@@ -20,7 +20,7 @@ from coppice.files import atomic_directory, described, fingerprint, read_json, w
 
 if TYPE_CHECKING:
     from coppice.data.biographies import World
-    from coppice.data.text import Windows
+    from coppice.data.windows import Windows
 
 Rows = list[dict[str, Any]]
 
@@ -200,14 +200,15 @@ def protocol_windows(
     model_directory: Path, evaluation: Mapping[str, Any], tokens: Mapping[str, Path]
 ) -> dict[str, Windows]:
     """The windows of each protocol of perplexity. Raises UserError where they are missing or another tokenizer's."""
-    from coppice.data import text
+    from coppice.data.tokenizer import check_tokenizer
+    from coppice.data.windows import load_windows
 
     protocols = {}
     for protocol in evaluation.get("perplexity") or {}:
         if protocol not in tokens:
             raise UserError(f"The protocol {protocol!r} has no windows; give them with `--tokens {protocol}=DIR`.")
-        protocols[protocol] = text.load_windows(tokens[protocol])
-        text.check_tokenizer(model_directory, protocols[protocol])
+        protocols[protocol] = load_windows(tokens[protocol])
+        check_tokenizer(model_directory, protocols[protocol])
     return protocols
 
 
@@ -240,7 +241,7 @@ def built_in_world(evaluation: Mapping[str, Any], windows: Any) -> World:
 
     Raises UserError where neither names one, or protocols are about several.
     """
-    from coppice.data import text
+    from coppice.data import sources
 
     named = evaluation.get("world")
     candidates: list[Windows] = list(windows)
@@ -252,7 +253,7 @@ def built_in_world(evaluation: Mapping[str, Any], windows: Any) -> World:
             f"The evaluation asks about the built-in world, but {reason}; give it a `world`, as in "
             "`world: {builtin: biographies, people: 1200}`."
         )
-    return text.world(next(iter(worlds.values())))
+    return sources.world(next(iter(worlds.values())))
 
 
 def refuse_infinite(node: str, metrics: Rows, items: Rows) -> None:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unicodedata import normalize
 
-from coppice.data.text import load_tokenizer, optional_json
+from coppice.data.tokenizer import load_tokenizer, optional_json
 from coppice.errors import UserError
 from coppice.export.gguf_vocabulary import BYTES, FAMILIES, SPACE, SPECIAL, Vocabulary, read_back, tokenize
 

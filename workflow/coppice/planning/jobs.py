@@ -312,15 +312,14 @@ class JobGraph:
     def fit(self, law: str) -> Job:
         """The job that fits a law. Raises KeyError for a law that the study does not have."""
         body = self.study.laws[law]
-        points = body.options.get("file")
         return Job(
             "fit",
             law,
             _fit_files(law),
             {"tables": self.tables.outputs},
-            files=(points,) if points else (),
+            files=(body.options.file,) if body.options.file else (),
             sources=tuple(laws.source_files(body.law)),
-            parameters={"law": body.law, "options": json.dumps(body.options)},
+            parameters={"law": body.law, "options": body.options.model_dump_json()},
         )
 
     @property

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from coppice.errors import UserError, did_you_mean
-from coppice.evaluation import roofline
 from coppice.files import read_json
 from coppice.formatting import join_words
+from coppice.hardware import DEVICES, GPU_MEMORY
 from coppice.planning.jobs import LAYOUT, RUNS_MODELS, STAGES, Job, JobGraph
 from coppice.planning.sizes import Size, child_size, node_sizes, size_of_source
 from coppice.planning.text import GIGABYTE, between, gigabytes, lines
@@ -29,8 +29,6 @@ from coppice.study import tree
 from coppice.study.loading import effective, load_study, read_yaml
 from coppice.study.schema import HubModel, Study
 
-# Memory of the devices that the roofline knows and that are GPUs, in bytes: the vendors' figures.
-GPU_MEMORY = {"H200": 141e9, "H100-SXM": 80e9, "A100-80G": 80e9, "A100-40G": 40e9, "A6000": 48e9, "L40": 48e9}
 # Stages that gather what all the others made.
 GATHER = ("tables", "fit", "report", "track")
 
@@ -44,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpus", type=int, help="GPUs that jobs take turns on (default: 1 if --device is a GPU, or 0)")
     parser.add_argument("--memory", type=float, metavar="GB", help="memory for all jobs (default: this machine's)")
     parser.add_argument("--disk", type=float, metavar="GB", help="space for the results (default: what is free)")
-    parser.add_argument("--device", help=f"what computes, as the roofline knows it: {', '.join(roofline.DEVICES)}")
+    parser.add_argument("--device", help=f"what computes, as the roofline knows it: {', '.join(DEVICES)}")
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
 
 
@@ -65,10 +63,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 def refuse(arguments: argparse.Namespace, results: Path) -> None:
     """Raises UserError for an option that means nothing."""
-    if arguments.device is not None and arguments.device not in roofline.DEVICES:
-        raise UserError(
-            f"--device: there is no {arguments.device!r}.{did_you_mean(arguments.device, roofline.DEVICES)}"
-        )
+    if arguments.device is not None and arguments.device not in DEVICES:
+        raise UserError(f"--device: there is no {arguments.device!r}.{did_you_mean(arguments.device, DEVICES)}")
     for name, least in (("cores", 1), ("gpus", 0)):
         value = getattr(arguments, name)
         if value is not None and value < least:
@@ -115,7 +111,7 @@ def plan(study: Study, results: Path, machine: Mapping[str, Any]) -> dict[str, A
             f"--gpus {machine['gpus']}: which? Nothing of this study was measured yet, so that the times depend on it; "
             f"pass --device with one of {', '.join(GPU_MEMORY)}, the nearest to yours."
         )
-    device = roofline.DEVICES[machine["device"]] if machine["device"] else None
+    device = DEVICES[machine["device"]] if machine["device"] else None
     seconds = {job.output: seconds_range(job, sizes, records, device) for job in left}
     memory = {job.output: memory_range(job, sizes, records) for job in left}
     stages = [

@@ -17,6 +17,7 @@ from statistics import fmean, median, quantiles
 from typing import Any, NamedTuple
 
 from coppice.evaluation import roofline
+from coppice.hardware import Device
 from coppice.planning import resources
 from coppice.planning.jobs import RUNS_MODELS
 from coppice.planning.sizes import Size
@@ -25,7 +26,7 @@ from coppice.records.layout import ResultsLayout
 from coppice.records.node_name import NodeName
 
 # One thread of a CPU as these jobs use it: what the demo's recoveries reached, operations/s and bytes/s.
-THREAD = roofline.Device(bandwidth=1e10, float16=1.5e10, int8=1.5e10, source="measured on the demo")
+THREAD = Device(bandwidth=1e10, float16=1.5e10, int8=1.5e10, source="measured on the demo")
 EFFICIENCY = 0.35  # share of a GPU's roofline that training and evaluation usually reach
 START = {"study": 1.0, "tokenize": 1.0, "tables": 3.0, "fit": 13.0, "report": 3.0, "track": 12.0}
 START_OF_MODELS = 11.0  # seconds until torch, transformers and a small model are loaded
@@ -87,7 +88,7 @@ def line(records: list[Record]) -> tuple[float, float]:
 
 
 def seconds_range(
-    job: SizedJob, sizes: Mapping[str, Size | None], records: Mapping[str, list[Record]], device: roofline.Device | None
+    job: SizedJob, sizes: Mapping[str, Size | None], records: Mapping[str, list[Record]], device: Device | None
 ) -> Range | None:
     """Seconds of a job; None where its model's size is unknown."""
     if job.operations is None:
@@ -111,7 +112,7 @@ def seconds_range(
     return Range(seconds * low / (2 if far else 1), seconds * high * (2 if far else 1))
 
 
-def operations_per_second(size: Size, device: roofline.Device | None) -> float:
+def operations_per_second(size: Size, device: Device | None) -> float:
     """What a device does of a model's operations on 16 sequences of 512 tokens: its roofline, times the efficiency."""
     used = device or THREAD
     seconds = roofline.latency(roofline.prefill(roofline.uniform(size.shape), 16, 512), used)

@@ -25,7 +25,7 @@ from coppice.recovery import distributed
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from coppice.data.text import Windows
+    from coppice.data.windows import Windows
     from coppice.recovery.trainer import Progress, Run
 
 STATE = "state.safetensors"
@@ -97,7 +97,7 @@ def recover(
     disjoint, the state is another run's, or training diverges; nothing is written then.
     """
     from coppice.compression.stage import refuse_impossible
-    from coppice.data.text import load_windows
+    from coppice.data.windows import load_windows
     from coppice.models.checkpoint import load_model, read_manifest, save_checkpoint, stored_dtype
 
     started = time.monotonic()
@@ -192,7 +192,8 @@ def recover(
 def _check_windows(windows: Windows, held_out: Windows, parent: Path, options: RecoverOptions) -> None:
     """Raises UserError where windows are not what the step and the parent need, or hold the same documents."""
     from coppice import storage
-    from coppice.data.text import assert_disjoint, check_tokenizer
+    from coppice.data.tokenizer import check_tokenizer
+    from coppice.data.windows import assert_disjoint
     from coppice.files import read_json
 
     for use, used in (("training", windows), ("validation", held_out)):

@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from coppice.data.text import Windows
+from coppice.data.windows import Windows
 from coppice.errors import UserError
 from coppice.files import atomic_write
 from coppice.laws.learning_curve import pays_too_little

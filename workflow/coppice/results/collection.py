@@ -30,7 +30,7 @@ from coppice.results.schemas import SCHEMAS, Row, _text
 from coppice.study import changes
 from coppice.study.loading import load_study
 from coppice.study.schema import Study
-from coppice.study.tree import Node, evaluations, model_of, nodes, protocols
+from coppice.study.tree import Node, calibration_of, evaluations, model_of, nodes, protocols
 
 # Costs that every manifest tells: metric -> column of nodes; the unit is the column's.
 _MANIFEST_COSTS = ("stored_bytes", "parameters", "nonzero_parameters", "bits_per_weight", "bits_per_linear_weight")
@@ -199,7 +199,7 @@ def _calibration(study: Study, node: Node, fingerprints: dict[str, str] | None) 
     """Name and fingerprint of what a step's statistics were gathered over; all kinds share one calibration."""
     if not fingerprints:
         return {"calibration": None, "calibration_fingerprint": None}
-    name = changes.calibration_of(study, node.step)
+    name = calibration_of(study, node.step)
     return {"calibration": name, "calibration_fingerprint": next(iter(fingerprints.values()))}
 
 

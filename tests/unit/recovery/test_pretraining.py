@@ -13,10 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from coppice.data import biographies, pretrain
+from coppice.data import biographies
 from coppice.data.biographies import World
-from coppice.data.pretrain import Architecture, Schedule
 from coppice.errors import UserError
+from coppice.recovery import pretraining, pretraining_metrics
+from coppice.recovery.pretraining import Architecture, Schedule
 
 WORLD = World(people=8)
 ARCHITECTURE = Architecture(hidden=32, layers=1, heads=2, key_value_heads=2, head_dim=16, intermediate=32)
@@ -36,7 +37,7 @@ def model(tokenizer):
 
 def train(folder: Path, **options) -> dict:
     settings = {"world": WORLD, "architecture": ARCHITECTURE, "schedule": SCHEDULE, **options}
-    return pretrain.pretrain(**settings, output=folder / "model", state=folder / "state")
+    return pretraining.pretrain(**settings, output=folder / "model", state=folder / "state")
 
 
 def test_the_rate_warms_up_stays_and_falls_to_zero() -> None:
@@ -50,7 +51,7 @@ def test_the_rate_warms_up_stays_and_falls_to_zero() -> None:
 
 def test_windows_begin_with_a_document_and_drop_what_does_not_fit(tokenizer) -> None:
     texts = list(biographies.documents(WORLD, "train", 40))
-    rows = list(pretrain.windows(iter(texts), tokenizer, 100))
+    rows = list(pretraining_metrics.windows(iter(texts), tokenizer, 100))
     remaining = [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in texts]
     for row in rows:
         assert len(row) == 100
@@ -62,7 +63,7 @@ def test_windows_begin_with_a_document_and_drop_what_does_not_fit(tokenizer) -> 
 
 def test_scores_are_those_of_single_sentences_without_padding(model, tokenizer) -> None:
     pairs = [("", "Alia"), *(pair for asked in biographies.knowledge_prompts(WORLD, [0, 1]) for pair in asked.values())]
-    scores = pretrain.log_likelihood(model, tokenizer, batch=4)(pairs)
+    scores = pretraining_metrics.log_likelihood(model, tokenizer, batch=4)(pairs)
     for (prefix, continuation), score in zip(pairs, scores, strict=True):
         prefix_tokens, tokens = tokenizer(prefix)["input_ids"], tokenizer(prefix + continuation)["input_ids"]
         assert tokens[: len(prefix_tokens)] == prefix_tokens
@@ -79,14 +80,14 @@ def test_accuracy_counts_the_likeliest_choice() -> None:
     def score(pairs: list[tuple[str, str]]) -> list[float]:
         return [0.0 if prefix + choice in right else -1.0 - len(choice) / 100 for prefix, choice in pairs]
 
-    assert pretrain.accuracy(score, items[:30]) == 1.0
+    assert pretraining_metrics.accuracy(score, items[:30]) == 1.0
     wrong = [item for item in items[30:] if min(map(len, item["choices"])) < len(item["choices"][item["answer"]])]
     assert wrong
-    assert pretrain.accuracy(score, wrong) == 0.0
+    assert pretraining_metrics.accuracy(score, wrong) == 0.0
 
 
 def test_an_untrained_model_holds_almost_nothing(model, tokenizer) -> None:
-    measured = pretrain.measure(model, tokenizer, WORLD, 64)
+    measured = pretraining_metrics.measure(model, tokenizer, WORLD, 64)
     assert measured["parameters"] == model.num_parameters()
     assert measured["held_out_loss"] == pytest.approx(math.log(len(tokenizer)), rel=0.15)
     assert measured["knowledge"]["bits_per_person"] < 0
@@ -108,25 +109,25 @@ def test_the_model_is_written_whole_with_its_record(tmp_path: Path) -> None:
     assert model.num_parameters() == record["parameters"]
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert model.config.head_dim == 16
-    assert pretrain.measure(model, tokenizer, WORLD, 64)["knowledge"] == record["knowledge"]
+    assert pretraining_metrics.measure(model, tokenizer, WORLD, 64)["knowledge"] == record["knowledge"]
 
 
 def test_a_killed_training_goes_on_to_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pretrain, "SEGMENT", 2)
+    monkeypatch.setattr(pretraining, "SEGMENT", 2)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     train(whole)
-    segment = pretrain.train_segment
+    segment = pretraining.train_segment
 
     def kill_in_the_second(*arguments) -> None:
         if arguments[-1]["step"] == 2:
             raise KeyboardInterrupt
         segment(*arguments)
 
-    monkeypatch.setattr(pretrain, "train_segment", kill_in_the_second)
+    monkeypatch.setattr(pretraining, "train_segment", kill_in_the_second)
     with pytest.raises(KeyboardInterrupt):
         train(killed)
     assert not (killed / "model").exists()
-    monkeypatch.setattr(pretrain, "train_segment", segment)
+    monkeypatch.setattr(pretraining, "train_segment", segment)
     with pytest.raises(UserError, match="another --layers and --tokens;"):
         train(killed, architecture=replace(ARCHITECTURE, layers=2), schedule=replace(SCHEDULE, tokens=10_000))
     record = train(killed)
@@ -142,19 +143,19 @@ def test_a_training_may_be_lengthened_until_its_rate_falls(tmp_path: Path, token
     optimizer = torch.optim.AdamW(model.parameters())
     longer = {**plan, "schedule": asdict(replace(SCHEDULE, tokens=10_000))}
     assert SCHEDULE.fall == 2
-    pretrain.save_state(tmp_path / "state", plan, {"step": 2}, model, optimizer)
-    assert pretrain.resume(tmp_path / "state", longer, model, optimizer) == {"step": 2}
-    pretrain.save_state(tmp_path / "state", plan, {"step": 3}, model, optimizer)
+    pretraining.save_state(tmp_path / "state", plan, {"step": 2}, model, optimizer)
+    assert pretraining.resume(tmp_path / "state", longer, model, optimizer) == {"step": 2}
+    pretraining.save_state(tmp_path / "state", plan, {"step": 3}, model, optimizer)
     with pytest.raises(UserError, match="another --tokens;"):
-        pretrain.resume(tmp_path / "state", longer, model, optimizer)
+        pretraining.resume(tmp_path / "state", longer, model, optimizer)
 
 
 def test_the_recorded_command_gives_the_same_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = {"world": WORLD, "architecture": ARCHITECTURE, "schedule": SCHEDULE}
-    text = pretrain.command({name: asdict(group) for name, group in plan.items()}, Path("a model"))
+    text = pretraining.command({name: asdict(group) for name, group in plan.items()}, Path("a model"))
     assert text.startswith("coppice pretrain --world-people 8 --hidden 32 ")
     parser = argparse.ArgumentParser()
-    pretrain.add_arguments(parser)
+    pretraining.add_arguments(parser)
     called = {}
 
     def note(*groups, **options) -> dict:
@@ -162,8 +163,8 @@ def test_the_recorded_command_gives_the_same_plan(tmp_path: Path, monkeypatch: p
         return {"parameters": 1, "held_out_loss": 1.0, "question_accuracy": 1.0, "knowledge": knowledge}
 
     knowledge = {"bits_per_person": 1.0, "bits_per_person_max": 1.0, "bits_per_parameter": 1.0}
-    monkeypatch.setattr(pretrain, "pretrain", note)
-    pretrain.run(parser.parse_args(shlex.split(text)[2:]))
+    monkeypatch.setattr(pretraining, "pretrain", note)
+    pretraining.run(parser.parse_args(shlex.split(text)[2:]))
     assert called == {
         "groups": tuple(plan.values()),
         "output": Path("a model"),

@@ -8,36 +8,37 @@ import yaml
 from pydantic import Field
 from studies import small_study
 
-from coppice import documentation, laws
+from coppice import laws
+from coppice.documentation import config_page, config_schema, laws_page, methods_page
+from coppice.documentation.generated import ROOT, outdated_files, write_files
 from coppice.laws import LawOptions
 from coppice.methods.registry import methods
 
 
 def test_the_files_in_the_repository_are_up_to_date():
-    assert documentation.outdated() == [], "run `python -m coppice.documentation`"
+    assert outdated_files() == [], "run `python -m coppice.documentation`"
 
 
 def test_a_file_that_was_changed_by_hand_is_out_of_date(tmp_path):
-    documentation.write(tmp_path)
-    assert documentation.outdated(tmp_path) == []
+    write_files(tmp_path)
+    assert outdated_files(tmp_path) == []
     (tmp_path / "config" / "README.md").write_text("by hand")
-    assert [path.name for path in documentation.outdated(tmp_path)] == ["README.md"]
+    assert [path.name for path in outdated_files(tmp_path)] == ["README.md"]
 
 
-def test_what_is_written_by_hand_around_the_laws_stays(monkeypatch, tmp_path):
+def test_what_is_written_by_hand_around_the_laws_stays(tmp_path):
     (tmp_path / "docs").mkdir()
-    page = f"# By hand\n\n{documentation.LAWS_BEGIN}\nold\n{documentation.LAWS_END}\n\nThe end.\n"
-    (tmp_path / documentation.LAWS).write_text(page)
-    monkeypatch.setattr(documentation, "ROOT", tmp_path)
-    found = documentation.laws_page()
-    assert found.startswith(f"# By hand\n\n{documentation.LAWS_BEGIN}\n\n| law |")
-    assert found.endswith(f"\n\n{documentation.LAWS_END}\n\nThe end.\n")
-    assert "old" not in found.splitlines()
+    page = f"# By hand\n\n{laws_page.BEGIN}\nold\n{laws_page.END}\n\nThe end.\n"
+    (tmp_path / laws_page.PATH).write_text(page)
+    rendered = laws_page.render(tmp_path)
+    assert rendered.startswith(f"# By hand\n\n{laws_page.BEGIN}\n\n| law |")
+    assert rendered.endswith(f"\n\n{laws_page.END}\n\nThe end.\n")
+    assert "old" not in rendered.splitlines()
 
 
 @pytest.fixture(scope="module")
 def schema() -> jsonschema.Draft202012Validator:
-    return jsonschema.Draft202012Validator(documentation.schema())
+    return jsonschema.Draft202012Validator(config_schema.schema())
 
 
 def test_the_schema_accepts_a_study(schema):
@@ -46,7 +47,7 @@ def test_the_schema_accepts_a_study(schema):
 
 
 def test_the_schema_accepts_laws_with_their_options(schema):
-    study = yaml.safe_load((documentation.ROOT / "config/examples/knowledge.yaml").read_text(encoding="utf-8"))
+    study = yaml.safe_load((ROOT / "config/examples/knowledge.yaml").read_text(encoding="utf-8"))
     assert len(study["laws"]) > 1
     schema.validate(study)
 
@@ -60,17 +61,18 @@ def test_the_schema_accepts_laws_with_their_options(schema):
         {"models": {"a": {"path": "b", "hub": "c"}}},
         {"recipes": ["a"]},
         {"laws": {"a": {"law": "p3"}}},
-        {"laws": {"a": {"law": "p2", "options": {"gian": 0.01}}}},
-        {"laws": {"a": {"law": "p2", "options": {"gain": 0}}}},
+        {"laws": {"a": {"law": "p2", "gian": 0.01}}},
+        {"laws": {"a": {"law": "p2", "options": {"gain": 0.01}}}},
+        {"laws": {"a": {"law": "p2", "gain": 0}}},
     ],
 )
-def test_the_schema_refuses_what_is_no_study(schema, change):
+def test_the_schema_refuses_what_is_not_a_study(schema, change):
     with pytest.raises(jsonschema.ValidationError):
         schema.validate({**small_study(), **change})
 
 
 def test_every_method_has_its_row_and_every_option_a_description():
-    page = documentation.methods_page()
+    page = methods_page.render(ROOT)
     for name, method in methods().items():
         assert f"| [{name}](#{name}) | {method.family} |" in page
         for option, field in method.options.model_fields.items():
@@ -78,7 +80,7 @@ def test_every_method_has_its_row_and_every_option_a_description():
 
 
 def test_every_law_has_its_section_and_every_option_a_description():
-    page = documentation.laws_page()
+    page = laws_page.render(ROOT)
     for name in laws.names():
         law = laws.load(name)
         assert f"| [{name}](#{name}) | `{law.source['equation']}` |" in page
@@ -92,18 +94,18 @@ def test_every_law_has_its_section_and_every_option_a_description():
             assert f"`{part}`" in section
         for option, field in law.options.model_fields.items():
             assert field.description, f"{name}.{option} has no description"
-            assert option in documentation.unchanged(law.options) or f"\n| `{option}` |" in section
+            assert option in laws_page.unchanged_options(law.options) or f"\n| `{option}` |" in section
 
 
-def test_options_that_a_law_changes_are_told_and_the_others_are_not():
+def test_options_that_a_law_changes_are_listed_and_the_others_are_not():
     class Options(LawOptions):
         tolerance: float = Field(default=0.2, description=LawOptions.model_fields["tolerance"].description)
 
-    assert documentation.unchanged(Options) == set(LawOptions.model_fields) - {"tolerance"}
+    assert laws_page.unchanged_options(Options) == set(LawOptions.model_fields) - {"tolerance"}
 
 
 def test_every_key_of_the_config_has_a_description():
-    for _, _, types in documentation.PARTS:
+    for _, _, types in config_page.PARTS:
         for section in types:
             for key, field in section.model_fields.items():
                 assert field.description or key == "options", f"{section.__name__}.{key} has no description"

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +16,9 @@ import yaml
 from studies import small_study, tiny_folder
 
 from coppice.errors import UserError
+from coppice.methods.options import MethodOptions
+from coppice.methods.registry import methods
+from coppice.records import renamed
 from coppice.study import loading, tree
 from coppice.study.loading import effective, load_study
 
@@ -104,15 +111,15 @@ REFUSED: list[tuple[dict[str, Any] | Callable[[], dict[str, Any]], str]] = [
     (changed("calibrations", {}), "steps.wanda-50: wanda needs a calibration; describe one under `calibrations`."),
     (
         changed("tracking", {"uri": "postgresql://me:a/secret@host/runs"}),
-        "tracking.uri: an address with a password would stand in logs and reports; leave the password out, and set",
+        "tracking.uri: an address with a password would appear in logs and reports; leave the password out, and set",
     ),
     # Names
-    (changed("study", "a/b"), "study: 'a/b' is no name"),
-    (changed("steps.a/b", {"method": "rtn"}), "steps.a/b: 'a/b' is no name"),
+    (changed("study", "a/b"), "study: 'a/b' is not a name"),
+    (changed("steps.a/b", {"method": "rtn"}), "steps.a/b: 'a/b' is not a name"),
     (changed("steps.moments", {"method": "rtn"}), "steps.moments: the name 'moments' is reserved"),
     (changed("steps.Tiny", {"method": "rtn"}), "steps.Tiny: the name is taken by models.tiny"),
     (changed("calibrations.cost", {"text": "biographies"}), "evaluations.cost: the name is taken by calibrations.cost"),
-    (changed("evaluations.quality.perplexity", {"a.b": {}}), "evaluations.quality.perplexity.a.b: 'a.b' is no name"),
+    (changed("evaluations.quality.perplexity", {"a.b": {}}), "evaluations.quality.perplexity.a.b: 'a.b' is not a name"),
     (changed("models", {4: {"path": "tiny"}}), "models.4: this name is a number to YAML"),
     # Models
     (
@@ -124,7 +131,7 @@ REFUSED: list[tuple[dict[str, Any] | Callable[[], dict[str, Any]], str]] = [
         changed("models.tiny", {"hub": "a/b", "revision": "main"}),
         "models.tiny: revision is 'main'; write the commit's 40",
     ),
-    (changed("models.tiny", {"path": "there"}), "models.tiny.path: there is no model folder: it has no config.json"),
+    (changed("models.tiny", {"path": "there"}), "models.tiny.path: there is not a model folder: it has no config.json"),
     (changed("models.tiny", {"shipped": "huge"}), "models.tiny.shipped: there is no shipped model 'huge'."),
     # Texts
     (changed("calibrations.default.text", "bio"), "calibrations.default.text: there is no text 'bio'."),
@@ -172,17 +179,69 @@ REFUSED: list[tuple[dict[str, Any] | Callable[[], dict[str, Any]], str]] = [
     ),
     (
         changed("evaluations.quality.intrinsic", {"protocol": "own", "length": 33}),
-        "evaluations.quality: `intrinsic` asks for texts of 33 tokens, but the windows of the protocol 'own' have 32",
+        "evaluations.quality: `intrinsic` requests texts of 33 tokens, but the windows of the protocol 'own' have 32",
     ),
-    (changed("evaluations.quality.task_path", "tasks"), "evaluations.quality.task_path: tasks is no folder"),
+    (changed("evaluations.quality.task_path", "tasks"), "evaluations.quality.task_path: tasks is not a folder"),
     (changed("roofline", {"devices": ["H2000"]}), "roofline.devices.0 is \"H2000\"; it should be 'H200', "),
-    (changed("laws.p2.law", "p3"), "laws.p2.law: there is no law 'p3'. Did you mean 'p2'?"),
+    (changed("laws.p2.law", "p3"), "laws.p2: there is no law named 'p3'. Did you mean 'p2'?"),
+    (changed("laws.p2.law", remove=True), "laws.p2: a law needs the key 'law' with the name of a law."),
+    (changed("laws.p2.gian", 0.1), "laws.p2: there is no p2 option 'gian'. Did you mean 'gain'?"),
+    (changed("laws.p2.gain", 0), "laws.p2.gain is 0; it should be greater than 0."),
+    (changed("laws.p2.file", "points.csv"), "laws.p2.file: points.csv does not exist (looked in"),
+    (
+        changed("laws.p2.options", {"gain": 0.1}),
+        "laws.p2: the key `options` is no longer nested; write the law's options next to `law`, as in `{law: p2, ",
+    ),
 ]
 
 
 @pytest.mark.parametrize(("study", "sentence"), REFUSED, ids=[sentence for _, sentence in REFUSED])
 def test_refusals(study, sentence):
     assert sentence in refusal(study)
+
+
+def test_options_that_were_renamed_are_refused_with_the_new_name(monkeypatch):
+    class Options(MethodOptions):
+        target_modules: list[str] | None = None
+        sequential: bool = False
+
+    entry = SimpleNamespace(options=Options, needs=lambda options: frozenset())
+    monkeypatch.setitem(methods(), "new", entry)
+    step = {"method": "new", "linears": ["q_proj"], "propagate": True}
+    assert (
+        "steps.new: the option `linears` is now `target_modules`; rename it. "
+        "The option `propagate` is now `sequential`; rename it."
+    ) in refusal(changed("steps.new", step))
+    study = load_study(changed("steps.new", {"method": "new", "target_modules": ["q_proj"]}))
+    assert study.steps["new"].options.target_modules == ["q_proj"]
+
+
+def test_a_method_that_was_renamed_is_refused_with_the_new_name(monkeypatch):
+    entry = SimpleNamespace(options=MethodOptions, needs=lambda options: frozenset())
+    monkeypatch.setitem(renamed.METHODS, "old-name", "new-name")
+    assert "steps.new: there is no method 'old-name'." in refusal(changed("steps.new", {"method": "old-name"}))
+    monkeypatch.setitem(methods(), "new-name", entry)
+    sentence = "steps.new: the method `old-name` is now `new-name`; rename it."
+    assert sentence in refusal(changed("steps.new", {"method": "old-name"}))
+
+
+def test_laws_have_typed_options_and_are_written_flat():
+    study = load_study(changed("laws.p2", {"law": "p2", "gain": 0.01}))
+    assert study.laws["p2"].options.gain == 0.01
+    law = effective(study)["laws"]["p2"]
+    assert (law["law"], law["gain"], law["bootstrap"]) == ("p2", 0.01, 200)
+    assert load_study(effective(study)) == study
+
+
+def test_a_study_is_read_without_torch_pandas_or_scipy():
+    program = (
+        "import json, sys\n"
+        "from coppice.study.loading import load_study\n"
+        "load_study(json.loads(sys.argv[1]))\n"
+        "print({'torch', 'pandas', 'scipy', 'transformers', 'pyarrow'} & sys.modules.keys() or 'light')"
+    )
+    done = subprocess.run([sys.executable, "-c", program, json.dumps(small_study())], capture_output=True, text=True)
+    assert done.stdout.strip() == "light", done.stdout + done.stderr
 
 
 def test_an_unsupported_architecture_is_refused_by_name(tmp_path):
@@ -210,7 +269,7 @@ def test_one_source_under_two_names_is_refused(tmp_path):
 
 
 def test_every_problem_is_listed():
-    study = changed("laws.p2.law", "p3")
+    study = changed("laws.p2.file", "points.csv")
     study["calibrations"]["default"]["text"] = "bio"
     lines = refusal(study).splitlines()
     assert lines[0] == "The study has 2 problems:"

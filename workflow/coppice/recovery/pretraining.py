@@ -1,10 +1,10 @@
-"""Trains a small Llama from scratch on the built-in world of biographies (`coppice.biographies`).
+"""Trains a small Llama from scratch on the built-in world of biographies (`coppice.data.biographies`).
 
-The shipped models are made by this stage. The corpus is a stream: each time a person comes up, the biography is
-rendered anew, after "Physics of Language Models: Part 3.3" (Allen-Zhu and Li, arXiv 2404.05405): AdamW and packed
+This stage trained the shipped models. The corpus is a stream: each time a person comes up, the biography is
+rendered again, after "Physics of Language Models: Part 3.3" (Allen-Zhu and Li, arXiv 2404.05405): AdamW and packed
 windows. The learning rate warms up, stays, and falls linearly to zero at the end ("MiniCPM", Hu et al., arXiv
 2404.06395), so that it does not depend on the length of the training until the fall begins: a training that was
-stopped before that may go on for more or for fewer tokens than it was begun with.
+stopped before that may resume with more or fewer tokens than it was started with.
 """
 
 from __future__ import annotations
@@ -16,9 +16,8 @@ import math
 import platform
 import shlex
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +25,14 @@ from coppice.data import biographies
 from coppice.data.biographies import World
 from coppice.errors import UserError
 from coppice.files import atomic_directory, atomic_write
+from coppice.recovery.pretraining_metrics import (
+    accuracy,
+    batch_items,
+    log_likelihood,
+    measure,
+    next_token_loss,
+    windows,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -95,27 +102,6 @@ class Schedule:
         return self.learning_rate * min(1, (step + 1) / WARMUP, (self.steps - step) / (self.steps - self.fall))
 
 
-def batched(items: Iterable, size: int) -> Iterator[list]:
-    """Lists of `size` items; the last may be shorter."""
-    iterator = iter(items)
-    while batch := list(islice(iterator, size)):
-        yield batch
-
-
-def windows(texts: Iterator[str], tokenizer: PreTrainedTokenizerFast, window: int) -> Iterator[list[int]]:
-    """Windows of `window` tokens: whole documents, each `<s> text </s>`, and the beginning of one more.
-
-    The rest of that one is dropped, so that no sentence is read without the name it speaks of.
-    """
-    filled: list[int] = []
-    for chunk in batched(texts, 256):
-        for tokens in tokenizer(chunk)["input_ids"]:
-            filled += [*tokens, tokenizer.eos_token_id]
-            if len(filled) >= window:
-                yield filled[:window]
-                filled = []
-
-
 def batches(
     world: World, tokenizer: PreTrainedTokenizerFast, schedule: Schedule, segment: int
 ) -> Iterator[torch.Tensor]:
@@ -123,69 +109,15 @@ def batches(
     import torch
 
     texts = biographies.stream(world, "train", f"{schedule.seed}/{segment}")
-    for rows in batched(windows(texts, tokenizer, schedule.window), schedule.batch):
+    for rows in batch_items(windows(texts, tokenizer, schedule.window), schedule.batch):
         yield torch.tensor(rows)
-
-
-def next_token_loss(model: LlamaForCausalLM, tokens: torch.Tensor) -> torch.Tensor:
-    """Mean loss in nats of the tokens [batch, window] after the first of each window."""
-    from torch.nn.functional import cross_entropy
-
-    logits = model(input_ids=tokens, use_cache=False).logits
-    return cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten())
-
-
-def log_likelihood(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, batch: int = 256
-) -> Callable[[list[tuple[str, str]]], list[float]]:
-    """A function from pairs (prefix, continuation) to ln Pr(continuation | `<s>` prefix), summed over its tokens."""
-    from coppice.evaluation.knowledge import continuation_scores
-
-    def score(pairs: list[tuple[str, str]]) -> list[float]:
-        scores: list[float] = []
-        for part in batched(pairs, batch):
-            starts = [len(tokens) for tokens in tokenizer([prefix for prefix, _ in part])["input_ids"]]
-            sequences = tokenizer([prefix + rest for prefix, rest in part])["input_ids"]
-            scores += continuation_scores(model, sequences, starts)
-        return scores
-
-    return score
-
-
-def accuracy(score: Callable[[list[tuple[str, str]]], Sequence[float]], items: list[dict]) -> float:
-    """The share of questions whose right choice has the highest log-likelihood."""
-    scores = iter(score([(item["context"], " " + choice) for item in items for choice in item["choices"]]))
-    right = 0
-    for item in items:
-        choices = [next(scores) for _ in item["choices"]]
-        right += choices.index(max(choices)) == item["answer"]
-    return right / len(items)
-
-
-def measure(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, world: World, window: int) -> dict:
-    """Held-out loss (nats per token, 200 windows), accuracy on 1,000 questions, and knowledge of everyone."""
-    import torch
-
-    model.eval()
-    held_out = islice(windows(biographies.stream(world, "evaluation", 0), tokenizer, window), 200)
-    with torch.no_grad():
-        loss = next_token_loss(model, torch.tensor(list(held_out))).item()
-    score = log_likelihood(model, tokenizer)
-    items = biographies.questions(world, min(1000, world.people))
-    parameters = model.num_parameters()
-    return {
-        "parameters": parameters,
-        "held_out_loss": loss,
-        "question_accuracy": accuracy(score, items),
-        "knowledge": biographies.measure_knowledge(score, world, range(world.people), parameters),
-    }
 
 
 def resume(state: Path, plan: dict, model: LlamaForCausalLM, optimizer: torch.optim.Optimizer) -> dict:
     """Loads a killed training's `state` into `model` and `optimizer` and returns its progress.
 
-    Raises UserError, naming what differs, where the state was made by another plan. Another number of tokens is no
-    other plan as long as, by both, the learning rate had not begun to fall.
+    Raises UserError, naming what differs, where the state is of another plan. Another number of tokens is the same
+    plan as long as, by both, the learning rate had not begun to fall.
     """
     import torch
     from safetensors import safe_open
@@ -202,8 +134,8 @@ def resume(state: Path, plan: dict, model: LlamaForCausalLM, optimizer: torch.op
     fall = min(Schedule(**given["schedule"]).fall for given in (saved["plan"], plan))
     if different and (different != ["--tokens"] or saved["progress"]["step"] > fall):
         raise UserError(
-            f"The training state {state} was made with another {' and '.join(different)}; give the options of "
-            "that training, or remove the file to start anew."
+            f"The training state {state} is of a training with another {' and '.join(different)}; pass the options of "
+            "that training, or remove the file to start over."
         )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -220,7 +152,7 @@ def resume(state: Path, plan: dict, model: LlamaForCausalLM, optimizer: torch.op
 def save_state(
     state: Path, plan: dict, progress: dict, model: LlamaForCausalLM, optimizer: torch.optim.Optimizer
 ) -> None:
-    """Writes what `resume` needs: parameters and moments as tensors, plan and progress as JSON beside them."""
+    """Writes what `resume` needs: parameters and moments as tensors, plan and progress as JSON metadata."""
     from safetensors.torch import save_file
 
     tensors = {f"model.{name}": parameter.detach() for name, parameter in model.named_parameters()}
@@ -256,7 +188,7 @@ def pretrain(
     while progress["step"] < schedule.steps:
         train_segment(model, optimizer, tokenizer, world, schedule, progress)
         save_state(state, plan, progress, model, optimizer)
-    model.to(torch.bfloat16)
+    model.bfloat16()
     with atomic_directory(output, last="training.json") as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -368,29 +300,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                 help=f"default {field.default}",
             )
     parser.add_argument("--output", type=Path, required=True, help="the folder of the model")
-    parser.add_argument("--state", type=Path, help="where a killed training goes on; by default beside the output")
+    parser.add_argument(
+        "--state", type=Path, help="where a killed training resumes from; by default next to the output"
+    )
     parser.add_argument("--threads", type=int, default=1, help="default 1")
+
+
+def field_values(arguments: argparse.Namespace, group: str, kind: type) -> dict[str, Any]:
+    """The values of a group's options by the fields of its type."""
+    values = vars(arguments)
+    return {
+        field.name: values[flag(group, field.name).removeprefix("--").replace("-", "_")]
+        for field in dataclasses.fields(kind)
+    }
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Runs `coppice pretrain` and prints what the model knows."""
-    given = vars(arguments)
-    groups = [
-        kind(**{f.name: given[flag(group, f.name)[2:].replace("-", "_")] for f in dataclasses.fields(kind)})
-        for group, kind in GROUPS
-    ]
     output = arguments.output
-    state = arguments.state or output.with_name(f".{output.name}.state")
-    record = pretrain(*groups, output=output, state=state, threads=arguments.threads)
+    record = pretrain(
+        World(**field_values(arguments, "world", World)),
+        Architecture(**field_values(arguments, "architecture", Architecture)),
+        Schedule(**field_values(arguments, "schedule", Schedule)),
+        output=output,
+        state=arguments.state or output.with_name(f".{output.name}.state"),
+        threads=arguments.threads,
+    )
     knowledge = record["knowledge"]
     print(
         f"{record['parameters']:,} parameters, held-out loss {record['held_out_loss']:.4f}, accuracy "
         f"{record['question_accuracy']:.3f}, {knowledge['bits_per_person']:.2f} of "
         f"{knowledge['bits_per_person_max']:.2f} bits a person, {knowledge['bits_per_parameter']:.3f} bits a parameter"
     )
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(prog="coppice pretrain", description=__doc__)
-    add_arguments(parser)
-    run(parser.parse_args())

@@ -13,8 +13,10 @@ from studies import small_study, tiny_folder
 from coppice import storage
 from coppice.errors import UserError
 from coppice.files import sha256, write_json
-from coppice.study import changes as study_changes
-from coppice.study import tree
+from coppice.methods.options import MethodOptions
+from coppice.methods.registry import methods
+from coppice.records import renamed
+from coppice.study import changes, tree
 from coppice.study.loading import load_study
 from coppice.study.schema import Study
 
@@ -26,26 +28,26 @@ OTHER = {"builtin": "biographies", "people": 9}
 QUALITY = {"kind": "quality", "perplexity": {"own": {"text": "biographies", "length": 32, "windows": 4}}}
 
 
-def study(text: dict[str, Any] = TEXT, calibration: dict[str, Any] | None = None, **changes: Any) -> Study:
-    described = {"text": "biographies", "windows": 4, "length": 32, **(calibration or {})}
+def study(text: dict[str, Any] = TEXT, calibration: dict[str, Any] | None = None, **sections: Any) -> Study:
+    default = {"text": "biographies", "windows": 4, "length": 32, **(calibration or {})}
     return load_study(
         small_study()
         | {"texts": {"biographies": text, "people": OTHER}}
-        | {"calibrations": {"default": described}, "evaluations": {"quality": QUALITY}}
-        | changes
+        | {"calibrations": {"default": default}, "evaluations": {"quality": QUALITY}}
+        | sections
     )
 
 
-def made(node: str, **record: Any) -> dict[str, Any]:
+def manifest_of(node: str, **record: Any) -> dict[str, Any]:
     """What the manifest of a node of the study says of how it was made."""
     step = study().steps[tree.step_of(node)]
     family = tree.method_of(study(), tree.step_of(node)).family
-    described = {"method": step.method, "family": family, "options": step.options.model_dump(mode="json")}
-    return {"step": described, "seed": 0, "calibration": None, "recovery": None} | record
+    recorded = {"method": step.method, "family": family, "options": step.options.model_dump(mode="json")}
+    return {"step": recorded, "seed": 0, "calibration": None, "recovery": None} | record
 
 
-def compare(asked: Study, node: str, manifest: dict[str, Any], tokens: Path) -> None:
-    study_changes.refuse_other_node(asked, tree.nodes(asked)[node], manifest, Path("models/manifest.json"), tokens)
+def compare(requested: Study, node: str, manifest: dict[str, Any], tokens: Path) -> None:
+    changes.refuse_other_node(requested, tree.nodes(requested)[node], manifest, Path("models/manifest.json"), tokens)
 
 
 @pytest.fixture
@@ -54,14 +56,14 @@ def tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     tiny_folder(tmp_path)
     (tmp_path / "lives.txt").write_text("A life.\n")
-    made = {"text": TEXT, "text_sha256": sha256(tmp_path / "lives.txt"), "windows": 4, "length": 32, "packed": True}
+    manifest = {"text": TEXT, "text_sha256": sha256(tmp_path / "lives.txt"), "windows": 4, "length": 32, "packed": True}
     for use in USES:
-        write_json(tmp_path / "tokens" / use / "manifest.json", made)
+        write_json(tmp_path / "tokens" / use / "manifest.json", manifest)
     return tmp_path / "tokens"
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("change", "sentences"),
     [
         (
             {"text": TEXT | {"documents": 9}},
@@ -84,36 +86,38 @@ def tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ),
     ],
 )
-def test_token_sets_of_another_text_are_refused(tokens: Path, changes: dict[str, Any], said: dict[str, str]) -> None:
-    changed = study(**changes)
+def test_token_sets_of_another_text_are_refused(
+    tokens: Path, change: dict[str, Any], sentences: dict[str, str]
+) -> None:
+    changed = study(**change)
     for use in USES:
-        if use not in said:
-            study_changes.refuse_other_tokens(changed, [use], tokens)
+        if use not in sentences:
+            changes.refuse_other_tokens(changed, [use], tokens)
             continue
-        with pytest.raises(UserError, match=said[use]) as caught:
-            study_changes.refuse_other_tokens(changed, [use], tokens)
+        with pytest.raises(UserError, match=sentences[use]) as caught:
+            changes.refuse_other_tokens(changed, [use], tokens)
         assert f"The token set '{use}' was made before" in str(caught.value)
         assert f"remove {tokens / use / 'manifest.json'} from where the results are stored" in str(caught.value)
-    study_changes.refuse_other_tokens(study(), USES, tokens)
+    changes.refuse_other_tokens(study(), USES, tokens)
 
 
-def test_tokens_that_are_not_there_tell_nothing(tokens: Path) -> None:
-    study_changes.refuse_other_tokens(study(TEXT | {"documents": 9}), USES, tokens / "elsewhere")
+def test_tokens_that_are_not_there_are_not_compared(tokens: Path) -> None:
+    changes.refuse_other_tokens(study(TEXT | {"documents": 9}), USES, tokens / "elsewhere")
 
 
 def test_a_texts_file_that_changed_is_refused_where_results_lie_elsewhere(
     tokens: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(storage.VARIABLE, "elsewhere")
-    study_changes.refuse_other_tokens(study(), USES, tokens)
+    changes.refuse_other_tokens(study(), USES, tokens)
     Path("lives.txt").write_text("Another life.\n")
     with pytest.raises(
         UserError, match=r"text 'biographies' changed: lives\.txt \(was [0-9a-f]{12}, is [0-9a-f]{12}\)"
     ):
-        study_changes.refuse_other_tokens(study(), ["recovery.full-5k"], tokens)
-    # Elsewhere dates tell it, and nothing is read.
+        changes.refuse_other_tokens(study(), ["recovery.full-5k"], tokens)
+    # On the machine that computed them dates say it, and nothing is read.
     monkeypatch.delenv(storage.VARIABLE)
-    study_changes.refuse_other_tokens(study(), USES, tokens)
+    changes.refuse_other_tokens(study(), USES, tokens)
 
 
 def test_a_models_file_that_changed_is_refused_where_results_lie_elsewhere(
@@ -125,35 +129,35 @@ def test_a_models_file_that_changed_is_refused_where_results_lie_elsewhere(
     files = {"config.json": sha256(config), "model.safetensors": "0" * 64}
     manifest = {"source": {"path": "tiny"}, "seed": 0, "source_files": files}
     monkeypatch.setenv(storage.VARIABLE, "elsewhere")
-    study_changes.refuse_other_node(study(), root, manifest, Path("manifest.json"), tokens)
+    changes.refuse_other_node(study(), root, manifest, Path("manifest.json"), tokens)
     config.write_text('{"model_type": "llama", "hidden_size": 9}')
     with pytest.raises(UserError, match=r"the study's model 'tiny' changed: config\.json \(was [0-9a-f]{12}, is"):
-        study_changes.refuse_other_node(study(), root, manifest, Path("manifest.json"), tokens)
-    # Of what an older version made nothing is recorded.
-    study_changes.refuse_other_node(study(), root, manifest | {"source_files": {}}, Path("manifest.json"), tokens)
+        changes.refuse_other_node(study(), root, manifest, Path("manifest.json"), tokens)
+    # An older version did not record the files.
+    changes.refuse_other_node(study(), root, manifest | {"source_files": {}}, Path("manifest.json"), tokens)
     monkeypatch.delenv(storage.VARIABLE)
-    study_changes.refuse_other_node(study(), root, manifest, Path("manifest.json"), tokens)
+    changes.refuse_other_node(study(), root, manifest, Path("manifest.json"), tokens)
 
 
 def test_a_node_that_was_calibrated_on_other_tokens_is_refused(tokens: Path) -> None:
-    """No option of a step says on what it was calibrated: the one that it names may be another, or have changed."""
-    node, described = "tiny/wanda-50", {"text": "biographies", "windows": 4, "length": 32}
+    """No option of a step says on which tokens it was calibrated: its calibration may be another, or have changed."""
+    node, default = "tiny/wanda-50", {"text": "biographies", "windows": 4, "length": 32}
     changed = study(
-        calibrations={"default": described, "other": described | {"windows": 8}},
+        calibrations={"default": default, "other": default | {"windows": 8}},
         steps={"wanda-50": {"method": "wanda", "sparsity": 0.5, "calibration": "other"}},
         recipes=[["wanda-50"]],
         laws={},
     )
-    manifest = made(node, calibration={"moments": "a" * 64})
+    manifest = manifest_of(node, calibration={"moments": "a" * 64})
     compare(changed, node, manifest, tokens)  # of tokens that are not there nothing is known
     write_json(tokens / "calibration.other/manifest.json", {"fingerprint": "a" * 64})
     compare(changed, node, manifest, tokens)
     write_json(tokens / "calibration.other/manifest.json", {"fingerprint": "b" * 64})
-    said = (
+    sentence = (
         r"'tiny/wanda-50' was made before the study's step 'wanda-50' changed: tokens of calibration 'other' "
         r"\(was a{12}, is b{12}\)\. Give what changed a new name, or remove models/manifest\.json"
     )
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=sentence):
         compare(changed, node, manifest, tokens)
 
 
@@ -161,9 +165,9 @@ def test_all_that_a_node_was_calibrated_on_counts(tokens: Path) -> None:
     """Of several kinds one may have been gathered before the others."""
     node = "tiny/shortgpt-1/gptq-4"
     write_json(tokens / "calibration.default/manifest.json", {"fingerprint": "b" * 64})
-    compare(study(), node, made(node, calibration={"blocks": "b" * 64, "moments": "b" * 64}), tokens)
+    compare(study(), node, manifest_of(node, calibration={"blocks": "b" * 64, "moments": "b" * 64}), tokens)
     with pytest.raises(UserError, match=r"\(was a{12}, b{12}, is b{12}\)"):
-        compare(study(), node, made(node, calibration={"blocks": "b" * 64, "moments": "a" * 64}), tokens)
+        compare(study(), node, manifest_of(node, calibration={"blocks": "b" * 64, "moments": "a" * 64}), tokens)
 
 
 def recovery(budgets: tuple[int, ...], tokens: int = 5_024) -> dict[str, Any]:
@@ -179,27 +183,44 @@ def recovery(budgets: tuple[int, ...], tokens: int = 5_024) -> dict[str, Any]:
 
 def test_a_recovery_on_another_ladder_of_budgets_is_refused(tokens: Path) -> None:
     node = "tiny/wanda-50/full-5k"
-    compare(study(budgets=[1_000, 10_000]), node, made(node, recovery=recovery((1_000,))), tokens)
+    compare(study(budgets=[1_000, 10_000]), node, manifest_of(node, recovery=recovery((1_000,))), tokens)
     with pytest.raises(UserError, match=r"step 'full-5k' changed: budgets \(was \[1000\], is \[1000, 2000\]\)"):
-        compare(study(budgets=[2_000, 1_000]), node, made(node, recovery=recovery((1_000,))), tokens)
+        compare(study(budgets=[2_000, 1_000]), node, manifest_of(node, recovery=recovery((1_000,))), tokens)
     with pytest.raises(UserError, match=r"budgets \(was \[1000\], is \[\]\)"):
-        compare(study(budgets=[]), node, made(node, recovery=recovery((1_000,))), tokens)
+        compare(study(budgets=[]), node, manifest_of(node, recovery=recovery((1_000,))), tokens)
 
 
 def test_a_rung_that_a_recovery_does_not_reach_is_no_change(tokens: Path) -> None:
-    """Of the study's rungs the workflow tells a recovery those up to what is asked of it; it may end before."""
+    """The workflow passes a recovery the rungs up to its requested tokens; it may end before."""
     node = "tiny/wanda-50/full-5k"
-    compare(study(budgets=[1_000, 5_010]), node, made(node, recovery=recovery((1_000,))), tokens)
+    compare(study(budgets=[1_000, 5_010]), node, manifest_of(node, recovery=recovery((1_000,))), tokens)
     ended_early = recovery((1_000, 4_000), tokens=2_016)
-    compare(study(budgets=[1_000, 3_000]), node, made(node, recovery=ended_early), tokens)
+    compare(study(budgets=[1_000, 3_000]), node, manifest_of(node, recovery=ended_early), tokens)
     with pytest.raises(UserError, match=r"budgets \(was \[1000\], is \[1000, 2000\]\)"):
-        compare(study(budgets=[1_000, 2_000]), node, made(node, recovery=ended_early), tokens)
+        compare(study(budgets=[1_000, 2_000]), node, manifest_of(node, recovery=ended_early), tokens)
 
 
 def test_a_recovery_of_a_version_that_recorded_no_budgets_is_accepted(tokens: Path) -> None:
     node = "tiny/wanda-50/full-5k"
     recorded = {key: value for key, value in recovery((1_000,)).items() if key != "budgets"}
-    compare(study(budgets=[9]), node, made(node, recovery=recorded), tokens)
+    compare(study(budgets=[9]), node, manifest_of(node, recovery=recorded), tokens)
     # A node that was compressed after it carries its record on, and was not trained itself.
     below = "tiny/shortgpt-1/full-5k/gptq-4"
-    compare(study(budgets=[9]), below, made(below, recovery=recovery((1_000,))), tokens)
+    compare(study(budgets=[9]), below, manifest_of(below, recovery=recovery((1_000,))), tokens)
+
+
+def test_names_that_an_older_version_recorded_are_not_a_change(tokens: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Options(MethodOptions):
+        sequential: bool = False
+
+    entry = SimpleNamespace(options=Options, needs=lambda options: frozenset())
+    monkeypatch.setitem(methods(), "new-name", entry)
+    monkeypatch.setitem(renamed.METHODS, "old-name", "new-name")
+    steps = small_study()["steps"] | {"new": {"method": "new-name", "sequential": True}}
+    node, path = tree.Node("tiny/new", "tiny", "tiny", "new", 0), Path("manifest.json")
+    step = {"method": "old-name", "family": "quantize", "options": {"propagate": True}}
+    manifest = {"step": step, "seed": 0, "calibration": None, "recovery": None}
+    changes.refuse_other_node(study(steps=steps), node, manifest, path, tokens)
+    manifest["step"] = step | {"options": {"propagate": False}}
+    with pytest.raises(UserError, match=r"changed: sequential \(was False, is True\)"):
+        changes.refuse_other_node(study(steps=steps), node, manifest, path, tokens)
