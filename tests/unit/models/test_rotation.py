@@ -15,7 +15,7 @@ TOKENS = tiny_tokens()
 
 def assert_same_function(model, options):
     before = copy.deepcopy(model)
-    rotated = rotate(model, method, options)
+    rotated = rotate(model, method.rotation, options)
     torch.testing.assert_close(logits(rotated, TOKENS), logits(before, TOKENS), rtol=1e-10, atol=1e-10)
     return before, rotated
 
@@ -76,7 +76,7 @@ def test_the_record_tells_what_is_rotated():
 
 def test_values_are_rotated_within_their_heads_only():
     with_heads, without = (
-        rotate(tiny_model("mistral", dtype=torch.float64), method, method.Options(heads=heads))
+        rotate(tiny_model("mistral", dtype=torch.float64), method.rotation, method.Options(heads=heads))
         for heads in (True, False)
     )
     r = method.rotation(8, method.Options())
@@ -105,9 +105,9 @@ def test_an_outlying_channel_is_spread():
 def test_types_and_gradients_stay():
     model = tiny_model("qwen2").to(torch.bfloat16)
     model.lm_head.weight.requires_grad_(False)
-    rotated = rotate(model, method, method.Options())
+    rotated = rotate(model, method.rotation, method.Options())
     assert {parameter.dtype for parameter in rotated.parameters()} == {torch.bfloat16}
     assert not rotated.lm_head.weight.requires_grad and rotated.model.embed_tokens.weight.requires_grad
     model = tiny_model("qwen2")
     before = logits(model, TOKENS)
-    torch.testing.assert_close(logits(rotate(model, method, method.Options()), TOKENS), before, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits(rotate(model, method.rotation, method.Options()), TOKENS), before, rtol=1e-4, atol=1e-4)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import product
 from math import ceil
+from typing import Any
 
 from coppice.methods.contracts import FROM_WINDOWS
 from coppice.methods.options import RecoverOptions

@@ -69,8 +69,8 @@ OLD_ENTRIES: dict[str, tuple[dict[str, Any], str]] = {
         {UP: {"type": "Compensated", "rank": 3}, f"{UP}.compensation": {"type": "LowRank", "rank": 3}},
         "LowRankCorrection",
     ),
-    "quantized_activations": (
-        {UP: {"type": "Linear", "quantized_activations": {"bits": 8, "symmetric": True, "clip": 1.0}}},
+    "rounded_inputs": (
+        {UP: {"type": "Linear", "rounded_inputs": {"bits": 8, "symmetric": True, "clip": 1.0}}},
         "Linear",
     ),
 }
