@@ -198,7 +198,7 @@ def paired(study: Finished, first: str, second: str) -> Any:
 
 
 def test_eora_lowers_the_error_of_every_layer(study: Finished) -> None:
-    from coppice.calibration.stage import block_statistics
+    from coppice.calibration.reading import block_statistics
     from coppice.methods.solvers.loss import relative_error
     from coppice.models.checkpoint import load_model
     from coppice.models.layers import blocks, effective_weight, replaceable_modules

@@ -15,8 +15,9 @@ from nodes import WORDS, gather, make, save_root, save_windows
 from tiny import ARCHITECTURES, exact_norms, tiny_model
 from torch import Tensor, nn
 
-from coppice.calibration import stage as calibrate
-from coppice.calibration.stage import MOMENT_FIELDS, block_statistics, read_statistics
+from coppice.calibration import moments as moments_module
+from coppice.calibration import walk
+from coppice.calibration.reading import MOMENT_FIELDS, block_statistics, read_statistics, read_statistics_file
 from coppice.data.text import load_windows, tokenize
 from coppice.data.text import save_windows as write_windows
 from coppice.errors import UserError
@@ -84,7 +85,7 @@ def assert_moments(folder: Path, root: Path, inputs: dict[str, Tensor]) -> None:
 def test_moments_are_those_of_a_whole_forward(
     tmp_path: Path, architecture: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(calibrate, "TOKENS_IN_A_BATCH", 160)
+    monkeypatch.setattr(walk, "TOKENS_IN_A_BATCH", 160)
     root = save_root(tmp_path / "root", architecture=architecture, num_hidden_layers=2, **short_window(architecture))
     windows = save_windows(tmp_path / "windows", root)
     moments = gather(root, windows, "moments", tmp_path / "moments")
@@ -111,7 +112,7 @@ def test_padding_leaves_no_trace(tmp_path: Path, architecture: str) -> None:
 
 def similarities(folder: Path) -> list[float]:
     manifest = read_json(folder / "manifest.json")
-    return calibrate.read_statistics_file(folder, "blocks.safetensors", manifest)["similarity"].tolist()
+    return read_statistics_file(folder, "blocks.safetensors", manifest)["similarity"].tolist()
 
 
 def direct_similarities(root: Path, sequences: list[Tensor]) -> list[float]:
@@ -149,17 +150,17 @@ def test_a_block_that_adds_nothing_is_wholly_similar(tmp_path: Path, windows: Pa
 def test_the_walk_gives_the_hidden_states_of_a_whole_forward(
     root: Path, windows: Path, tokens_in_a_batch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(calibrate, "TOKENS_IN_A_BATCH", tokens_in_a_batch)
+    monkeypatch.setattr(walk, "TOKENS_IN_A_BATCH", tokens_in_a_batch)
     model = load_model(root)
-    tokens, kept = calibrate.as_tensors(load_windows(windows))
+    tokens, kept = walk.as_tensors(load_windows(windows))
     with torch.no_grad():
         expected = model(input_ids=tokens, use_cache=False, output_hidden_states=True).hidden_states
-    batches = calibrate.embed(model, tokens, kept)
+    batches = walk.embed(model, tokens, kept)
     assert max(len(batch.hidden) for batch in batches) == min(len(tokens), max(1, tokens_in_a_batch // 16))
-    for index, block in enumerate(layers.blocks(model)):
+    for index in range(len(layers.blocks(model))):
         assert torch.allclose(torch.cat([batch.hidden for batch in batches]), expected[index], atol=1e-5)
         for batch in batches:
-            batch.hidden = calibrate.run_block(block, index, batch, "cpu")
+            batch.hidden = walk.run_block(model, index, batch, "cpu")
     last = model.model.norm(torch.cat([batch.hidden for batch in batches]))
     assert torch.allclose(last, expected[-1], atol=1e-5)
 
@@ -186,7 +187,7 @@ def test_the_moments_of_one_block_are_held_at_a_time(
 ) -> None:
     made: list[weakref.ref] = []
     begun = []
-    gather_block, initialize = calibrate.gather_block, LinearStatistics.__init__
+    gather_block, initialize = moments_module.gather_block, LinearStatistics.__init__
 
     def noted(entry: LinearStatistics, **fields: Any) -> None:
         initialize(entry, **fields)
@@ -198,7 +199,7 @@ def test_the_moments_of_one_block_are_held_at_a_time(
         return gather_block(*arguments)
 
     monkeypatch.setattr(LinearStatistics, "__init__", noted)
-    monkeypatch.setattr(calibrate, "gather_block", watched)
+    monkeypatch.setattr(moments_module, "gather_block", watched)
     if stage == "calibrate":
         gather(root, windows, "moments", tmp_path / "moments")
     else:

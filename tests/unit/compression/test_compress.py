@@ -13,7 +13,8 @@ from safetensors import SafetensorError
 from tiny import logits, tiny_model, tiny_tokens
 from torch import Tensor, nn
 
-from coppice.calibration.stage import Moments, block_statistics, read_statistics_file
+from coppice.calibration.moments import Moments
+from coppice.calibration.reading import block_statistics, read_statistics_file
 from coppice.data.text import load_windows
 from coppice.errors import UserError
 from coppice.files import read_json

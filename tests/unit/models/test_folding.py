@@ -6,7 +6,8 @@ import pytest
 import torch
 from tiny import ARCHITECTURES, logits, tiny_model, tiny_tokens
 
-from coppice.calibration.stage import embed, gather_block
+from coppice.calibration.moments import gather_block
+from coppice.calibration.walk import embed
 from coppice.models import folding, layers
 
 

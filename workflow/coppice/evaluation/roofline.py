@@ -33,6 +33,8 @@ from collections.abc import Iterable, Mapping
 from math import ceil, prod
 from typing import Any, NamedTuple
 
+from coppice.models.architectures.base import Shape, architecture, shape_of
+
 TOOL = "figures of the roofline tool of arXiv 2402.16363"
 RECALLED = "vendor figure, as recalled"
 # The name in `compression.json` of what a model does with its keys and values.
@@ -59,18 +61,6 @@ DEVICES = {
     # 8 cores, 5.4 GHz, 32 operations a cycle; there is no figure for integers, so they gain bytes alone.
     "i9-13900K": Device(89.6e9, 8 * 5.4e9 * 32, 8 * 5.4e9 * 32),
 }
-
-
-class Shape(NamedTuple):
-    """The sizes of a decoder with gated feed-forward layers."""
-
-    hidden: int
-    intermediate: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocabulary: int
 
 
 class Matrix(NamedTuple):
@@ -119,31 +109,17 @@ class Operation(NamedTuple):
 # Models
 
 
-def block_linears(shape: Shape) -> dict[str, tuple[int, int]]:
-    """(inputs, outputs) of the linears of a block by their names."""
-    queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    return {
-        "self_attn.q_proj": (shape.hidden, queries),
-        "self_attn.k_proj": (shape.hidden, keys),
-        "self_attn.v_proj": (shape.hidden, keys),
-        "self_attn.o_proj": (queries, shape.hidden),
-        "mlp.gate_proj": (shape.hidden, shape.intermediate),
-        "mlp.up_proj": (shape.hidden, shape.intermediate),
-        "mlp.down_proj": (shape.intermediate, shape.hidden),
-    }
-
-
 def uniform(shape: Shape, weight_bits: float = 16, activation_bits: float = 16, kv_bits: float = 16) -> Model:
     """A model whose weights, the head's too, states and cache have so many bits each."""
 
-    def matrix(name: str, inputs: int, outputs: int) -> Matrix:
+    def matrix(role: str, inputs: int, outputs: int) -> Matrix:
         weights = inputs * outputs
-        written = kv_bits if name in ("self_attn.k_proj", "self_attn.v_proj") else activation_bits
+        written = kv_bits if role in ("k", "v") else activation_bits
         integer = max(weight_bits, activation_bits) <= 8
         return Matrix(inputs, outputs, weights, weights * weight_bits / 8, activation_bits, written, integer)
 
-    block = [matrix(name, *sizes) for name, sizes in block_linears(shape).items()]
-    head = matrix("lm_head", shape.hidden, shape.vocabulary)
+    block = [matrix(role, *sizes) for role, sizes in shape.linears().items()]
+    head = matrix("head", shape.hidden, shape.vocabulary)
     return Model(shape, tuple(block) * shape.layers, (head,), activation_bits, kv_bits)
 
 
@@ -153,23 +129,15 @@ def model_of_node(config: Mapping[str, Any], planned: Mapping[str, Mapping[str, 
     sparse: whether masked matrices have a 2:4 pattern and a kernel that makes use of it; they then weigh half their
     weights and 2 bits for the place of each kept one, and are multiplied twice as fast. Zeros save nothing otherwise.
     """
-    shape = Shape(
-        hidden=config["hidden_size"],
-        intermediate=config["intermediate_size"],
-        layers=config["num_hidden_layers"],
-        heads=config["num_attention_heads"],
-        kv_heads=config["num_key_value_heads"],
-        head_dim=config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"],
-        vocabulary=config["vocab_size"],
-    )
+    family, shape = architecture(config["model_type"]), shape_of(config)
     bits = BITS[config.get("dtype", config.get("torch_dtype", "float32"))]
     linears = [
         matrix
         for layer in range(shape.layers)
-        for name, sizes in block_linears(shape).items()
-        for matrix in matrices(planned, f"model.layers.{layer}.{name}", *sizes, bits, sparse)
+        for role, sizes in shape.linears().items()
+        for matrix in matrices(planned, family.full_name(layer, family.linears[role]), *sizes, bits, sparse)
     ]
-    head = matrices(planned, "lm_head", shape.hidden, shape.vocabulary, bits, sparse)
+    head = matrices(planned, family.head, shape.hidden, shape.vocabulary, bits, sparse)
     return Model(shape, tuple(linears), tuple(head), bits, bits, planned.get(CACHE))
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from coppice.evaluation import roofline
 from coppice.planning import resources
 from coppice.planning.sizes import Size
 from coppice.study import tree
@@ -133,7 +132,7 @@ def node_jobs(study: Study, node: tree.Node, sizes: Mapping[str, Size | None], u
 
 def solving(size: Size, solves: bool) -> float:
     """Operations of a method on all linears."""
-    sides = roofline.block_linears(size.shape).values()
+    sides = size.shape.linears().values()
     return 20 * size.layers * sum(m * n * (min(m, n) if solves else 1) for m, n in sides)
 
 

@@ -38,10 +38,11 @@ from coppice.files import read_json
 from coppice.methods.contracts import KINDS
 from coppice.methods.options import MethodOptions
 from coppice.methods.registry import method
+from coppice.models.architectures.base import model_types
 from coppice.study import tree
 
 SHIPPED = Path(__file__).parents[3] / "resources" / "models"
-MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+MODEL_TYPES = model_types()
 # Names become folders beside these.
 RESERVED = {"adapter", "models", "tokens", "statistics", "evaluations", "tables", "laws", "report", "tracking"} | {
     *("logs", "benchmarks", "state"),
