@@ -18,11 +18,12 @@ def test_folded_scales_leave_the_logits_alone(architecture: str) -> None:
     before = logits(model, tokens)
     generator = torch.Generator().manual_seed(0)
     for block in layers.blocks(model):
-        shared = folding.shared_inputs(block, folding.head_dim(model))
+        shared = folding.scalable_inputs(model, block)
+        norms = architecture != "olmo2"
         assert [entry.producer for entry in shared] == [
-            "input_layernorm",
+            *["input_layernorm"] * norms,
             "self_attn.v_proj",
-            "post_attention_layernorm",
+            *["post_attention_layernorm"] * norms,
             "mlp.up_proj",
         ]
         for entry in shared:
@@ -34,8 +35,8 @@ def test_folded_scales_leave_the_logits_alone(architecture: str) -> None:
 
 
 def test_pooled_scales_are_the_same_for_what_one_output_makes() -> None:
-    block = layers.blocks(tiny_model("llama-gqa"))[0]
-    shared = folding.shared_inputs(block, 4)[1]
+    model = tiny_model("llama-gqa")
+    shared = folding.scalable_inputs(model, layers.blocks(model)[0])[1]
     assert shared.consumers == ("self_attn.o_proj",) and len(shared.index) == 32
     scales = torch.rand(32, dtype=torch.float64) + 0.5
     pooled = shared.pooled(scales)
@@ -45,10 +46,11 @@ def test_pooled_scales_are_the_same_for_what_one_output_makes() -> None:
 
 
 def test_inputs_of_composites_are_left_out() -> None:
-    block = layers.blocks(tiny_model())[0]
+    model = tiny_model()
+    block = layers.blocks(model)[0]
     block.mlp.down_proj = layers.LowRankLinear(48, 32, 4)
     block.self_attn.v_proj = layers.QuantizedLinear(32, 16, 4, -1, True)
-    assert [entry.producer for entry in folding.shared_inputs(block, 4)] == ["post_attention_layernorm"]
+    assert [entry.producer for entry in folding.scalable_inputs(model, block)] == ["post_attention_layernorm"]
 
 
 def test_scaled_statistics_are_those_of_the_scaled_inputs() -> None:
@@ -56,11 +58,11 @@ def test_scaled_statistics_are_those_of_the_scaled_inputs() -> None:
     block = layers.blocks(model)[0]
     kept = torch.ones_like(tokens, dtype=torch.bool)
     with torch.no_grad():
-        before, _, _ = gather_block(block, 0, embed(model, tokens, kept), "cpu")
-        shared = folding.shared_inputs(block, folding.head_dim(model))[2]
+        before, _, _ = gather_block(model, 0, embed(model, tokens, kept), "cpu")
+        shared = folding.scalable_inputs(model, block)[2]
         scales = torch.linspace(0.5, 2, 32)
         folding.fold(block, shared, scales)
-        after, _, _ = gather_block(block, 0, embed(model, tokens, kept), "cpu")
+        after, _, _ = gather_block(model, 0, embed(model, tokens, kept), "cpu")
     expected = folding.scaled(before["mlp.gate_proj"], scales)
     for field in ("second_moment", "mean", "absmean", "absmax"):
         torch.testing.assert_close(getattr(after["mlp.gate_proj"], field), getattr(expected, field))

@@ -63,14 +63,13 @@ def reason_against(node: Node) -> str | None:
     rope = config.get("rope_parameters", {}).get("rope_type", "default")
     if rope != "default":
         return f"rotary embeddings of type {rope} are not written here; {CONVERTER}"
+    name, width, heads = holder.name, config["hidden_size"], config["num_attention_heads"]
+    unchecked = f"so that nothing could be checked; {CONVERTER}"
     if not holder.reads_biases and (config.get("attention_bias") or config.get("mlp_bias")):
+        return f"transformers reads no biases of a {name} from GGUF, {unchecked}"
+    if holder.heads_divide and width % heads:
         return (
-            f"transformers reads no biases of a {holder.name} from GGUF, so that nothing could be checked; {CONVERTER}"
-        )
-    if holder.heads_divide and config["hidden_size"] % config["num_attention_heads"]:
-        return (
-            f"transformers reads it from GGUF as a {holder.name}, which cannot be {config['hidden_size']} wide with "
-            + (f"{config['num_attention_heads']} heads, so that nothing could be checked; {CONVERTER}")
+            f"transformers reads it from GGUF as a {name}, which cannot be {width} wide with {heads} heads, {unchecked}"
         )
     window = config.get("sliding_window")
     if window is not None and window < config["max_position_embeddings"]:

@@ -96,8 +96,9 @@ def _require_exact(family: Architecture) -> None:
     after = [norm for norm in (family.norms.after_attention, family.norms.after_mlp) if norm is not None]
     if after:
         raise UserError(
-            f"The residual stream of a {family.model_type} model cannot be rotated: the weights of {' and '.join(after)} "
-            "act on what is added to it and commute with no rotation. Leave the step out for this model."
+            f"The residual stream of a {family.model_type} model cannot be rotated: the weights of "
+            f"{' and '.join(after)} act on what is added to it and commute with no rotation. "
+            "Leave the step out for this model."
         )
 
 
