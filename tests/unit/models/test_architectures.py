@@ -1,0 +1,104 @@
+"""Descriptions of architectures: whole, true of the models that they describe, and read without torch."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from tiny import ARCHITECTURES, tiny_model
+from torch import nn
+
+from coppice.errors import UserError
+from coppice.models.architectures import base as architectures
+from coppice.models.architectures.base import architecture_of, blocks
+
+
+def test_every_description_has_a_tiny_model() -> None:
+    described = {tiny_model(name).config.model_type for name in ARCHITECTURES}
+    assert described == set(architectures.model_types())
+
+
+@pytest.mark.parametrize("model_type", architectures.model_types())
+def test_a_file_describes_the_architecture_of_its_name(model_type: str) -> None:
+    family = architectures.architecture(model_type)
+    config_class, model_class = family.classes()
+    assert family.model_type == config_class.model_type == model_type
+    assert model_class.config_class is config_class
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_paths_name_every_linear_and_norm_of_a_model(architecture: str) -> None:
+    model = tiny_model(architecture)
+    family, norms = architecture_of(model), architecture_of(model).norms
+    named = {norms.before_attention, norms.after_attention, norms.before_mlp, norms.after_mlp, norms.query, norms.key}
+    for index, block in enumerate(blocks(model)):
+        linears = {name for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+        assert linears == set(family.linears.values())
+        assert {name for name, module in block.named_modules() if "Norm" in type(module).__name__} == named - {None}
+        for path in (family.attention, family.mlp, *linears):
+            name = family.full_name(index, path)
+            assert model.get_submodule(name) is block.get_submodule(path)
+            assert family.place(name) == (index, path)
+    assert model.get_submodule(family.embeddings) is model.get_input_embeddings()
+    assert model.get_submodule(family.head) is model.get_output_embeddings()
+    assert model.get_submodule(family.decoder) is model.get_decoder()
+    assert "Norm" in type(model.get_submodule(family.final_norm)).__name__
+    assert "Rotary" in type(model.get_submodule(family.rotary)).__name__
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_norms_span_heads_where_their_weights_do(architecture: str) -> None:
+    model = tiny_model(architecture)
+    norms = architecture_of(model).norms
+    if norms.query is None:
+        assert norms.key is None and not norms.span_heads
+        return
+    width = len(blocks(model)[0].get_submodule(norms.query).weight)
+    heads = width // architectures.head_dim(model.config)
+    assert heads == (model.config.num_attention_heads if norms.span_heads else 1)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_shape_gives_the_linears_their_sizes(architecture: str) -> None:
+    model = tiny_model(architecture)
+    family, shape = architecture_of(model), architectures.shape_of(model.config.to_dict())
+    assert shape.head_dim == architectures.head_dim(model.config) and shape.layers == len(blocks(model))
+    for role, size in shape.linears().items():
+        linear = blocks(model)[0].get_submodule(family.linears[role])
+        assert size == (linear.in_features, linear.out_features)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_inputs_that_cannot_be_scaled_have_no_producer(architecture: str) -> None:
+    """Each producer's output is what its consumers read, up to the product with the gate or the heads' sums."""
+    model = tiny_model(architecture)
+    block, seen = blocks(model)[0], {}
+    for name, module in block.named_modules():
+        module.register_forward_hook(lambda _, inputs, output, name=name: seen.update({name: (inputs, output)}))
+    model(torch.arange(5, 9)[None])
+    read = architecture_of(model).scalable_inputs()
+    from_norms = [shared for shared in read if "norm" in shared.producer]
+    for shared in from_norms:
+        assert all(seen[name][0][0] is seen[shared.producer][1] for name in shared.consumers)
+    roles = architecture_of(model).linears
+    scaled = {name for shared in read for name in shared.consumers}
+    alone = set(roles.values()) - scaled
+    # What is left out reads the residual stream: what entered the block, or that with attention's outputs added.
+    assert alone == ({roles[role] for role in ("q", "k", "v", "gate", "up")} if architecture == "olmo2" else set())
+    assert all("norm" in producer or producer in (roles["v"], roles["up"]) for producer in (s.producer for s in read))
+
+
+def test_an_unknown_architecture_is_refused() -> None:
+    with pytest.raises(UserError, match="'base' is not supported; supported are llama, "):
+        architectures.architecture("base")
+
+
+def test_descriptions_are_read_without_torch_and_transformers() -> None:
+    script = (
+        "import sys; from coppice.models.architectures.base import architecture, model_types; "
+        "print([architecture(name).model_type for name in model_types()], {'torch', 'transformers'} & set(sys.modules))"
+    )
+    printed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    assert printed == f"{list(architectures.model_types())} set()\n"
