@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from coppice.models.architectures import base as architectures
+from coppice.models.architectures.base import Architecture
 
 # By the name that a test gives one: its model_type, and fields of its config. hidden_size is not num_attention_heads *
 # head_dim in mistral and qwen3.
@@ -23,12 +24,19 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "smollm3": ("smollm3", {"num_attention_heads": 8, "num_key_value_heads": 4, "no_rope_layer_interval": 2}),
 }
 ARCHITECTURES = tuple(_CONFIGS)
-# Those whose norms of queries and keys span heads: a removal of heads changes the others' queries and keys too.
-NORMS_SPAN_HEADS = tuple(
-    name for name, (model_type, _) in _CONFIGS.items() if architectures.architecture(model_type).norms.span_heads
-)
 
 VOCABULARY = 61
+
+
+def family(architecture: str) -> Architecture:
+    """The description of one of `ARCHITECTURES`."""
+    return architectures.architecture(_CONFIGS[architecture][0])
+
+
+# Those whose norms of queries and keys span heads: a removal of heads changes the others' queries and keys too.
+NORMS_SPAN_HEADS = tuple(name for name in ARCHITECTURES if family(name).norms.span_heads)
+# Those whose blocks normalise what they add to the residual stream, which then cannot be rotated.
+NORMS_AFTER = tuple(name for name in ARCHITECTURES if family(name).norms.after_attention)
 
 
 def tiny_model(
@@ -39,8 +47,7 @@ def tiny_model(
     Embeddings are untied unless `tie_word_embeddings=True`; `changes` are fields of the configuration. Every parameter
     is random, norms and biases too. In float64 the norms compute in float64 (see `exact_norms`).
     """
-    model_type, fields = _CONFIGS[architecture]
-    config_class, _ = architectures.architecture(model_type).classes()
+    config_class, _ = family(architecture).classes()
     defaults = {
         "vocab_size": VOCABULARY,
         "hidden_size": 32,
@@ -55,7 +62,11 @@ def tiny_model(
     # The seed draws nothing outside this function.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config_class(**defaults | fields | changes)).to(dtype).eval()
+        model = (
+            AutoModelForCausalLM.from_config(config_class(**defaults | _CONFIGS[architecture][1] | changes))
+            .to(dtype)
+            .eval()
+        )
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 parameter.normal_(1.0 if "norm" in name else 0.0, 0.2)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from nodes import gather, make, save_root, save_windows
 from rows import ROWS
-from tiny import ARCHITECTURES, logits, tiny_tokens
+from tiny import ARCHITECTURES, NORMS_AFTER, logits, tiny_tokens
 from transformers import AutoModelForCausalLM
 
 from coppice.compression.stage import FROM_WINDOWS
@@ -23,7 +23,10 @@ from coppice.models.densify import export_dense
 from coppice.recovery.stage import recover
 
 TOKENS = tiny_tokens()
-REFUSALS = {("rotate", "olmo2"): "cannot be rotated: the weights of post_attention_layernorm"}
+REFUSALS = {
+    ("rotate", architecture): "cannot be rotated: the weights of post_attention_layernorm"
+    for architecture in NORMS_AFTER
+}
 
 
 class Roots:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from torch import nn
 
 from coppice.errors import UserError
 from coppice.models.architectures import base as architectures
-from coppice.models.architectures.base import architecture_of, blocks
+from coppice.models.architectures.base import ATTENTION_READERS, architecture_of, blocks
 
 
 def test_every_description_has_a_tiny_model() -> None:
@@ -71,23 +73,32 @@ def test_a_shape_gives_the_linears_their_sizes(architecture: str) -> None:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_inputs_that_cannot_be_scaled_have_no_producer(architecture: str) -> None:
-    """Each producer's output is what its consumers read, up to the product with the gate or the heads' sums."""
+def test_an_input_is_scalable_unless_it_is_the_residual_stream(architecture: str) -> None:
     model = tiny_model(architecture)
-    block, seen = blocks(model)[0], {}
+    block, family = blocks(model)[0], architecture_of(model)
+    inputs: dict[str, torch.Tensor] = {}
+    outputs: dict[str, torch.Tensor] = {}
+
+    def note(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(_: nn.Module, arguments: Any, output: Any) -> None:
+            inputs[name], outputs[name] = arguments[0] if arguments else None, output
+
+        return hook
+
     for name, module in block.named_modules():
-        module.register_forward_hook(lambda _, inputs, output, name=name: seen.update({name: (inputs, output)}))
-    model(torch.arange(5, 9)[None])
-    read = architecture_of(model).scalable_inputs()
-    from_norms = [shared for shared in read if "norm" in shared.producer]
-    for shared in from_norms:
-        assert all(seen[name][0][0] is seen[shared.producer][1] for name in shared.consumers)
-    roles = architecture_of(model).linears
-    scaled = {name for shared in read for name in shared.consumers}
-    alone = set(roles.values()) - scaled
-    # What is left out reads the residual stream: what entered the block, or that with attention's outputs added.
-    assert alone == ({roles[role] for role in ("q", "k", "v", "gate", "up")} if architecture == "olmo2" else set())
-    assert all("norm" in producer or producer in (roles["v"], roles["up"]) for producer in (s.producer for s in read))
+        module.register_forward_hook(note(name))
+    stream = model.get_input_embeddings()(torch.arange(5, 9)[None])
+    model(inputs_embeds=stream)
+    scalable = {name: shared.producer for shared in family.scalable_inputs() for name in shared.consumers}
+    for role, name in family.linears.items():
+        if role in ("o", "down"):
+            assert scalable[name] == family.linears["v" if role == "o" else "up"]
+        elif name in scalable:
+            assert inputs[name] is outputs[scalable[name]]
+        elif role in ATTENTION_READERS:
+            assert torch.equal(inputs[name], stream)
+        else:
+            assert torch.equal(inputs[name], stream + outputs[family.norms.after_attention])
 
 
 def test_an_unknown_architecture_is_refused() -> None:

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from tiny import ARCHITECTURES, exact_norms, logits, tiny_model, tiny_tokens
+from tiny import ARCHITECTURES, NORMS_AFTER, exact_norms, logits, tiny_model, tiny_tokens
 from transformers import AutoModelForCausalLM
 
 from coppice.errors import UserError
@@ -12,7 +12,7 @@ from coppice.methods.quantize import rotate as method
 from coppice.models.rotation import achieved, rotate
 
 TOKENS = tiny_tokens()
-ROTATABLE = [name for name in ARCHITECTURES if name != "olmo2"]
+ROTATABLE = [name for name in ARCHITECTURES if name not in NORMS_AFTER]
 
 
 def assert_same_function(model, options):

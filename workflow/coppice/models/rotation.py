@@ -79,7 +79,7 @@ def achieved(model: PreTrainedModel, options: MethodOptions) -> dict[str, Any]:
     """What the rotation will do to the model, before it does.
 
     residual_width: d. head_width: h, or None where heads are not rotated. norms_folded: how many. untied: whether
-    lm_head gets weights of its own, and parameters_added how many those are.
+    the head gets weights of its own, and parameters_added how many those are.
     """
     family, tied = architecture_of(model), model.config.tie_word_embeddings
     folded = sum(norm is not None for norm in (family.norms.before_attention, family.norms.before_mlp))
