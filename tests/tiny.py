@@ -33,8 +33,8 @@ def family(architecture: str) -> Architecture:
     return architectures.architecture(_CONFIGS[architecture][0])
 
 
-# Those whose norms of queries and keys span heads: a removal of heads changes the others' queries and keys too.
-NORMS_SPAN_HEADS = tuple(name for name in ARCHITECTURES if family(name).norms.span_heads)
+# Those whose norms of queries and keys act across heads: a removal of heads changes the others' queries and keys too.
+NORMS_ACROSS_HEADS = tuple(name for name in ARCHITECTURES if family(name).norms.across_heads)
 # Those whose blocks normalise what they add to the residual stream, which then cannot be rotated.
 NORMS_AFTER = tuple(name for name in ARCHITECTURES if family(name).norms.after_attention)
 
@@ -62,11 +62,8 @@ def tiny_model(
     # The seed draws nothing outside this function.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = (
-            AutoModelForCausalLM.from_config(config_class(**defaults | _CONFIGS[architecture][1] | changes))
-            .to(dtype)
-            .eval()
-        )
+        config = config_class(**defaults | _CONFIGS[architecture][1] | changes)
+        model = AutoModelForCausalLM.from_config(config).to(dtype).eval()
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 parameter.normal_(1.0 if "norm" in name else 0.0, 0.2)

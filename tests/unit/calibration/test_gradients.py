@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from tiny import ARCHITECTURES, NORMS_SPAN_HEADS, tiny_model, tiny_tokens
+from tiny import ARCHITECTURES, NORMS_ACROSS_HEADS, tiny_model, tiny_tokens
 
 from coppice.calibration.gradients import IMPORTANCES, fold, salience, unit_scores
 from coppice.errors import UserError
@@ -160,7 +160,7 @@ def test_units_without_an_output_score_nothing(architecture):
         groups, neurons = scores[f"kv_groups.{importance}"], scores[f"neurons.{importance}"]
         assert (neurons == 0).nonzero().tolist() == [[2, 17]]
         # Under a norm across heads, a head's queries and keys change those of the others.
-        assert (groups == 0).nonzero().tolist() == ([] if architecture in NORMS_SPAN_HEADS else [[1, 1]])
+        assert (groups == 0).nonzero().tolist() == ([] if architecture in NORMS_ACROSS_HEADS else [[1, 1]])
 
 
 def test_first_order_is_the_slope_of_the_loss():

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 from pydantic import ValidationError
-from tiny import ARCHITECTURES, NORMS_SPAN_HEADS, logits, tiny_model, tiny_tokens
+from tiny import ARCHITECTURES, NORMS_ACROSS_HEADS, logits, tiny_model, tiny_tokens
 
 from coppice.calibration.gradients import IMPORTANCES, unit_scores
 from coppice.errors import UserError
@@ -93,7 +93,7 @@ def test_planted_redundancy_goes_first_and_is_not_missed(architecture, importanc
     model = tiny_model(architecture, dtype=torch.float64)
     groups = model.config.num_key_value_heads
     # Under a norm across heads, a group without an output still changes the others.
-    kv_ratio = 0.0 if architecture in NORMS_SPAN_HEADS else 1.2 / groups
+    kv_ratio = 0.0 if architecture in NORMS_ACROSS_HEADS else 1.2 / groups
     planted_groups, planted_neurons = [block % groups for block in range(3)], [7, 40, 0]
     with torch.no_grad():
         for block, group, neuron in zip(model.model.layers, planted_groups, planted_neurons, strict=True):
@@ -102,7 +102,7 @@ def test_planted_redundancy_goes_first_and_is_not_missed(architecture, importanc
             block.mlp.down_proj.weight[:, neuron] = 0
     expected = logits(model, TOKENS)
     smaller, removal = pruned(model, Options(ratio=1.5 / 48, kv_ratio=kv_ratio, importance=importance))
-    assert removal.kv_groups == (tuple((group,) for group in planted_groups) if kv_ratio else ((), (), ()))
+    assert removal.kv_groups == (tuple((group,) for group in planted_groups) if kv_ratio else ())
     assert removal.neurons == tuple((neuron,) for neuron in planted_neurons)
     torch.testing.assert_close(logits(smaller, TOKENS), expected, rtol=0, atol=1e-10)
 
@@ -122,7 +122,7 @@ def test_permuted_units_are_chosen_permuted(architecture):
             for name in ("q_proj", "k_proj", "v_proj"):
                 linear = getattr(attention, name)
                 tensors = [linear.weight, linear.bias]
-                if architecture in NORMS_SPAN_HEADS and name != "v_proj":
+                if architecture in NORMS_ACROSS_HEADS and name != "v_proj":
                     tensors.append(getattr(attention, name.replace("proj", "norm")).weight)
                 for tensor in tensors:
                     if tensor is not None:

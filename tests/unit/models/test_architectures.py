@@ -34,7 +34,8 @@ def test_a_file_describes_the_architecture_of_its_name(model_type: str) -> None:
 def test_paths_name_every_linear_and_norm_of_a_model(architecture: str) -> None:
     model = tiny_model(architecture)
     family, norms = architecture_of(model), architecture_of(model).norms
-    named = {norms.before_attention, norms.after_attention, norms.before_mlp, norms.after_mlp, norms.query, norms.key}
+    named = {norms.before_attention, norms.after_attention, norms.before_mlp, norms.after_mlp}
+    named |= {*(norms.within_heads or ()), *(norms.across_heads or ())}
     for index, block in enumerate(blocks(model)):
         linears = {name for name, module in block.named_modules() if isinstance(module, nn.Linear)}
         assert linears == set(family.linears.values())
@@ -51,15 +52,16 @@ def test_paths_name_every_linear_and_norm_of_a_model(architecture: str) -> None:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_norms_span_heads_where_their_weights_do(architecture: str) -> None:
+def test_norms_of_queries_and_keys_are_as_wide_as_a_head_or_as_all(architecture: str) -> None:
     model = tiny_model(architecture)
-    norms = architecture_of(model).norms
-    if norms.query is None:
-        assert norms.key is None and not norms.span_heads
-        return
-    width = len(blocks(model)[0].get_submodule(norms.query).weight)
-    heads = width // architectures.head_dim(model.config)
-    assert heads == (model.config.num_attention_heads if norms.span_heads else 1)
+    norms, config = architecture_of(model).norms, model.config
+    for paths, heads in (
+        (norms.within_heads, (1, 1)),
+        (norms.across_heads, (config.num_attention_heads, config.num_key_value_heads)),
+    ):
+        if paths is not None:
+            widths = [len(blocks(model)[0].get_parameter(f"{path}.weight")) for path in paths]
+            assert widths == [count * architectures.head_dim(config) for count in heads]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

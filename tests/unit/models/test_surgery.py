@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from tiny import ARCHITECTURES, NORMS_SPAN_HEADS, exact_norms, logits, tiny_model, tiny_tokens
+from tiny import ARCHITECTURES, NORMS_ACROSS_HEADS, exact_norms, logits, tiny_model, tiny_tokens
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import (
@@ -45,8 +45,8 @@ def zeroed(model, removal):
             width = r * block.self_attn.head_dim
             for group in removal.kv_groups[index] if removal.kv_groups else ():
                 block.self_attn.o_proj.weight[:, group * width : (group + 1) * width] = 0
-            if family.norms.span_heads and removal.kv_groups:
-                for path, heads in ((family.norms.query, r), (family.norms.key, 1)):
+            if family.norms.across_heads and removal.kv_groups:
+                for path, heads in zip(family.norms.across_heads, (r, 1), strict=True):
                     restrict_norm(block.get_submodule(path), heads * block.self_attn.head_dim, removal.kv_groups[index])
             for neuron in removal.neurons[index] if removal.neurons else ():
                 block.mlp.down_proj.weight[:, neuron] = 0
@@ -180,7 +180,7 @@ def test_a_block_keeps_whether_it_has_rotary_embeddings(tmp_path):
     assert torch.equal(logits(loaded, TOKENS), logits(pruned, TOKENS))
 
 
-@pytest.mark.parametrize("architecture", NORMS_SPAN_HEADS)
+@pytest.mark.parametrize("architecture", NORMS_ACROSS_HEADS)
 def test_norms_across_heads_lose_the_channels_of_removed_heads(architecture):
     model = tiny_model(architecture)
     r = model.config.num_attention_heads // model.config.num_key_value_heads

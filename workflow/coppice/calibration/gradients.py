@@ -146,9 +146,9 @@ def fold(channels: Tensor, units: int) -> Tensor:
 def _members(model: PreTrainedModel) -> list[_Member]:
     family = architecture_of(model)
     return [
-        _Member(family.full_name(index, path), index, *_unit(role), block.get_submodule(path))
+        _Member(family.full_name(index, family.linears[role]), index, *_unit(role), linear)
         for index, block in enumerate(blocks(model))
-        for role, path in family.linears.items()
+        for role, linear in zip(UNITS, family.modules(block, tuple(UNITS)), strict=True)
     ]
 
 

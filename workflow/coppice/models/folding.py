@@ -43,12 +43,12 @@ def scalable_inputs(model: PreTrainedModel, block: nn.Module) -> list[ScalableIn
     inputs = []
     for shared in architecture_of(model).scalable_inputs():
         producer = block.get_submodule(shared.producer)
+        weight = dict(producer.named_parameters(recurse=False)).get("weight")
         consumers = [block.get_submodule(name) for name in shared.consumers]
-        plain = all(type(module) is nn.Linear for module in consumers) and (
-            type(producer) is nn.Linear or (not isinstance(producer, nn.Linear) and producer.weight.ndim == 1)
-        )
-        if plain:
-            index = _index(len(producer.weight), consumers[0].in_features, head_dim(model.config))
+        plain = [module for module in consumers if type(module) is nn.Linear]
+        divisible = weight is not None and (type(producer) is nn.Linear or weight.ndim == 1)
+        if divisible and len(plain) == len(consumers):
+            index = _index(len(weight), plain[0].in_features, head_dim(model.config))
             inputs.append(ScalableInput(shared.producer, shared.consumers, index))
     return inputs
 
@@ -67,16 +67,16 @@ def fold(block: nn.Module, shared: ScalableInput, scales: Tensor) -> None:
 
     s is constant over the inputs that are one output (see `ScalableInput.pooled`).
     """
-    producer = block.get_submodule(shared.producer)
-    divisors = torch.ones(len(producer.weight), dtype=torch.float64)
+    producer = dict(block.get_submodule(shared.producer).named_parameters())
+    weight, bias = producer["weight"], producer.get("bias")
+    divisors = torch.ones(len(weight), dtype=torch.float64)
     divisors[shared.index] = scales.double().cpu()
-    divisors = divisors.to(producer.weight.device)
-    rows = divisors if producer.weight.ndim == 1 else divisors[:, None]
-    producer.weight.copy_(producer.weight.double() / rows)
-    if getattr(producer, "bias", None) is not None:
-        producer.bias.copy_(producer.bias.double() / divisors)
+    divisors = divisors.to(weight.device)
+    weight.copy_(weight.double() / (divisors if weight.ndim == 1 else divisors[:, None]))
+    if bias is not None:
+        bias.copy_(bias.double() / divisors)
     for name in shared.consumers:
-        weight = block.get_submodule(name).weight
+        weight = block.get_parameter(f"{name}.weight")
         weight.copy_(weight.double() * scales.to(weight.device, torch.float64))
 
 

@@ -19,7 +19,7 @@ Tied embeddings are untied first, as the norm before the head goes into one of t
 from __future__ import annotations
 
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -51,27 +51,23 @@ def rotate(model: PreTrainedModel, module: ModuleType, options: MethodOptions) -
     _require_exact(family)
     if model.config.tie_word_embeddings:
         _untie(model, family)
-    head = model.get_submodule(family.head)
+    head = cast(nn.Linear, model.get_submodule(family.head))
     device = head.weight.device
     q = module.rotation(model.config.hidden_size, options).to(device, torch.float64)
     r = None
     if options.heads:
         r = module.rotation(head_dim(model.config), options).to(device, torch.float64)
-    _rotate_columns(model.get_submodule(family.embeddings).weight, q)
+    _rotate_columns(model.get_parameter(f"{family.embeddings}.weight"), q)
     for block in blocks(model):
-        for norm, readers in (
-            (family.norms.before_attention, family.paths(ATTENTION_READERS)),
-            (family.norms.before_mlp, family.paths(MLP_READERS)),
-        ):
-            _rotate_readers(
-                None if norm is None else block.get_submodule(norm), [block.get_submodule(path) for path in readers], q
-            )
-        v, o, down = (block.get_submodule(path) for path in family.paths(("v", "o", "down")))
+        for norm, roles in ((family.norms.before_attention, ATTENTION_READERS), (family.norms.before_mlp, MLP_READERS)):
+            weight = None if norm is None else block.get_parameter(f"{norm}.weight")
+            _rotate_readers(weight, family.modules(block, roles), q)
+        v, o, down = family.modules(block, ("v", "o", "down"))
         _rotate_writer(o, q)
         _rotate_writer(down, q)
         if r is not None:
             _rotate_values(v, o, r)
-    _rotate_readers(model.get_submodule(family.final_norm), [head], q)
+    _rotate_readers(model.get_parameter(f"{family.final_norm}.weight"), [head], q)
     return model
 
 
@@ -104,19 +100,19 @@ def _require_exact(family: Architecture) -> None:
 
 def _untie(model: PreTrainedModel, family: Architecture) -> None:
     model.config.tie_word_embeddings = False
-    head = model.get_submodule(family.head)
+    head = cast(nn.Linear, model.get_submodule(family.head))
     head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=head.weight.requires_grad)
     # What transformers ties again and leaves out of a file is read off the configuration once, when a model is built.
     model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
 
 
-def _rotate_readers(norm: nn.Module | None, readers: list[nn.Linear], q: Tensor) -> None:
+def _rotate_readers(norm: Tensor | None, readers: list[nn.Linear], q: Tensor) -> None:
     """W diag(norm) Q, or W Q where they read the stream itself."""
-    rotation = q if norm is None else norm.weight.double()[:, None] * q
+    rotation = q if norm is None else norm.double()[:, None] * q
     for linear in readers:
         _rotate_columns(linear.weight, rotation)
     if norm is not None:
-        norm.weight.fill_(1)
+        norm.fill_(1)
 
 
 def _rotate_writer(linear: nn.Linear, q: Tensor) -> None:

@@ -87,14 +87,14 @@ def achieved(model: PreTrainedModel, removal: Removal) -> dict[str, Any]:
 def _kv_group_parameters(model: PreTrainedModel, block: nn.Module) -> int:
     """2 d h (1 + r), and h for each of its heads whose projection has a bias or a norm across heads."""
     family, h, r = architecture_of(model), head_dim(model.config), _queries_per_group(model)
-    q, k, v, o = (block.get_submodule(path) for path in family.paths(("q", "k", "v", "o")))
-    norms = h * (1 + r) if family.norms.span_heads else 0
+    q, k, v, o = family.modules(block, ("q", "k", "v", "o"))
+    norms = h * (1 + r) if family.norms.across_heads else 0
     return h * (_row_parameters(k) + _row_parameters(v)) + r * h * (_row_parameters(q) + o.out_features) + norms
 
 
 def _neuron_parameters(family: Architecture, block: nn.Module) -> int:
     """3 d, and one for each of gate and up that has a bias."""
-    gate, up, down = (block.get_submodule(path) for path in family.paths(("gate", "up", "down")))
+    gate, up, down = family.modules(block, ("gate", "up", "down"))
     return _row_parameters(gate) + _row_parameters(up) + down.out_features
 
 
@@ -141,17 +141,16 @@ def _check_indices(what: str, indices: Sequence[int], count: int) -> None:
 def _remove_kv_groups(model: PreTrainedModel, removed: Sequence[Sequence[int]]) -> None:
     family, h, r = architecture_of(model), head_dim(model.config), _queries_per_group(model)
     for block, groups in zip(blocks(model), removed, strict=True):
-        q, k, v, o = (block.get_submodule(path) for path in family.paths(("q", "k", "v", "o")))
+        q, k, v, o = family.modules(block, ("q", "k", "v", "o"))
         kept = _kept(k.out_features // h, groups, k.weight.device)
         keys, queries = _channels(kept, h), _channels(kept, r * h)
         _keep_rows(k, keys)
         _keep_rows(v, keys)
         _keep_rows(q, queries)
         _keep_columns(o, queries)
-        if family.norms.span_heads:
-            for path, channels in ((family.norms.query, queries), (family.norms.key, keys)):
-                norm = block.get_submodule(path)
-                norm.weight = _selected(norm.weight, 0, channels)
+        if (norms := family.norms.across_heads) is not None:
+            _keep_weights(block.get_submodule(norms.query), queries)
+            _keep_weights(block.get_submodule(norms.key), keys)
     # Stock classes would otherwise take d / num_attention_heads for it.
     model.config.head_dim = h
     model.config.num_key_value_heads = len(kept)
@@ -161,7 +160,7 @@ def _remove_kv_groups(model: PreTrainedModel, removed: Sequence[Sequence[int]]) 
 def _remove_neurons(model: PreTrainedModel, removed: Sequence[Sequence[int]]) -> None:
     family = architecture_of(model)
     for block, neurons in zip(blocks(model), removed, strict=True):
-        gate, up, down = (block.get_submodule(path) for path in family.paths(("gate", "up", "down")))
+        gate, up, down = family.modules(block, ("gate", "up", "down"))
         kept = _kept(down.in_features, neurons, down.weight.device)
         _keep_rows(gate, kept)
         _keep_rows(up, kept)
@@ -193,6 +192,10 @@ def _kept(count: int, removed: Sequence[int], device: torch.device) -> Tensor:
 def _channels(units: Tensor, width: int) -> Tensor:
     """[u] units -> [u width] the channels u width .. u width + width - 1 of each."""
     return (units[:, None] * width + torch.arange(width, device=units.device)).flatten()
+
+
+def _keep_weights(norm: nn.Module, channels: Tensor) -> None:
+    norm.weight = _selected(norm.get_parameter("weight"), 0, channels)
 
 
 def _keep_rows(linear: nn.Linear, rows: Tensor) -> None:
@@ -229,7 +232,7 @@ def _substitute(model: PreTrainedModel, kv_groups: int) -> Substitute | None:
 def _substituted(model: PreTrainedModel, substitute: Substitute) -> PreTrainedModel:
     config_class, model_class = architecture(substitute.model_type).classes()
     fields = {name: value for name, value in model.config.to_dict().items() if name not in substitute.dropped}
-    config = config_class(**fields | substitute.changed)
+    config = config_class(**fields | dict(substitute.changed))
     config._attn_implementation = model.config._attn_implementation
     with torch.device("meta"):
         new = model_class(config)

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 from coppice.errors import UserError
 
@@ -68,22 +68,28 @@ class Shape(NamedTuple):
         }
 
 
+class QueryKeyNorms(NamedTuple):
+    """The norms on the outputs of q and of k by their paths within a block."""
+
+    query: str
+    key: str
+
+
 @dataclass(frozen=True)
 class Norms:
     """The RMS norms of a block by their paths within it, None for one that the architecture does not have.
 
     before_attention, before_mlp: produce what q, k, v and gate, up read from the residual stream. after_attention,
-    after_mlp: normalise what o and down compute before it is added to the stream. query, key: normalise the outputs of
-    q and k, within each head, or over all heads together where `span_heads` is set.
+    after_mlp: normalise what o and down compute before it is added to the stream. within_heads: act on the queries and
+    keys of one head; across_heads: on those of all heads together.
     """
 
     before_attention: str | None = None
     after_attention: str | None = None
     before_mlp: str | None = None
     after_mlp: str | None = None
-    query: str | None = None
-    key: str | None = None
-    span_heads: bool = False
+    within_heads: QueryKeyNorms | None = None
+    across_heads: QueryKeyNorms | None = None
 
 
 @dataclass(frozen=True)
@@ -172,6 +178,10 @@ class Architecture:
         """The paths within a block of the linears with these roles."""
         return tuple(self.linears[role] for role in roles)
 
+    def modules(self, block: nn.Module, roles: tuple[Role, ...]) -> list[nn.Linear]:
+        """The linears of a dense block with these roles."""
+        return [cast("nn.Linear", block.get_submodule(path)) for path in self.paths(roles)]
+
     def block_name(self, index: int) -> str:
         """The name within the model of block `index`."""
         return f"{self.blocks}.{index}"
@@ -202,9 +212,8 @@ class Architecture:
 
 def model_types() -> tuple[str, ...]:
     """The supported architectures, by the files next to this one."""
-    return tuple(
-        sorted(each.name for each in pkgutil.iter_modules([str(Path(__file__).parent)]) if each.name != "base")
-    )
+    files = pkgutil.iter_modules([str(Path(__file__).parent)])
+    return tuple(sorted(file.name for file in files if file.name != "base"))
 
 
 @cache
@@ -223,7 +232,7 @@ def architecture_of(model: PreTrainedModel) -> Architecture:
 
 def blocks(model: PreTrainedModel) -> nn.ModuleList:
     """The decoder's blocks, in order."""
-    return model.get_submodule(architecture_of(model).blocks)
+    return cast("nn.ModuleList", model.get_submodule(architecture_of(model).blocks))
 
 
 def head_dim(config: PretrainedConfig) -> int:

@@ -17,7 +17,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from coppice.models.architectures import llama
-from coppice.models.architectures.base import Norms
+from coppice.models.architectures.base import Norms, QueryKeyNorms
 
 ARCHITECTURE = replace(
     llama.ARCHITECTURE,
@@ -26,9 +26,7 @@ ARCHITECTURE = replace(
     norms=Norms(
         after_attention="post_attention_layernorm",
         after_mlp="post_feedforward_layernorm",
-        query="self_attn.q_norm",
-        key="self_attn.k_norm",
-        span_heads=True,
+        across_heads=QueryKeyNorms("self_attn.q_norm", "self_attn.k_norm"),
     ),
     substitute=None,
     gguf=None,

@@ -9,12 +9,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 from coppice.models.architectures import qwen2
-from coppice.models.architectures.base import Gguf
+from coppice.models.architectures.base import Gguf, QueryKeyNorms
 
 ARCHITECTURE = replace(
     qwen2.ARCHITECTURE,
     model_type="qwen3",
     class_prefix="Qwen3",
-    norms=replace(qwen2.ARCHITECTURE.norms, query="self_attn.q_norm", key="self_attn.k_norm"),
+    norms=replace(qwen2.ARCHITECTURE.norms, within_heads=QueryKeyNorms("self_attn.q_norm", "self_attn.k_norm")),
     gguf=Gguf("qwen3"),
 )
