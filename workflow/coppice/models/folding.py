@@ -46,8 +46,9 @@ def scalable_inputs(model: PreTrainedModel, block: nn.Module) -> list[ScalableIn
         weight = dict(producer.named_parameters(recurse=False)).get("weight")
         consumers = [block.get_submodule(name) for name in shared.consumers]
         plain = [module for module in consumers if type(module) is nn.Linear]
-        divisible = weight is not None and (type(producer) is nn.Linear or weight.ndim == 1)
-        if divisible and len(plain) == len(consumers):
+        if weight is None or not (type(producer) is nn.Linear or weight.ndim == 1):
+            continue
+        if len(plain) == len(consumers):
             index = _index(len(weight), plain[0].in_features, head_dim(model.config))
             inputs.append(ScalableInput(shared.producer, shared.consumers, index))
     return inputs

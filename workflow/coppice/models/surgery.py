@@ -165,7 +165,8 @@ def _remove_neurons(model: PreTrainedModel, removed: Sequence[Sequence[int]]) ->
         _keep_rows(gate, kept)
         _keep_rows(up, kept)
         _keep_columns(down, kept)
-        block.get_submodule(family.mlp).intermediate_size = len(kept)
+        mlp: Any = block.get_submodule(family.mlp)
+        mlp.intermediate_size = len(kept)
     model.config.intermediate_size = len(kept)
 
 
@@ -175,7 +176,8 @@ def _remove_blocks(model: PreTrainedModel, removed: Sequence[int]) -> None:
     model.set_submodule(family.blocks, nn.ModuleList(blocks(model)[index] for index in kept))
     # The cache finds a block's keys and values by this number.
     for index, block in enumerate(blocks(model)):
-        block.get_submodule(family.attention).layer_idx = index
+        attention: Any = block.get_submodule(family.attention)
+        attention.layer_idx = index
     config.num_hidden_layers = len(kept)
     for name in family.per_block:
         if (entries := getattr(config, name, None)) is not None:
@@ -210,7 +212,7 @@ def _keep_columns(linear: nn.Linear, columns: Tensor) -> None:
     linear.in_features = len(columns)
 
 
-def _selected(parameter: nn.Parameter, dimension: int, indices: Tensor) -> nn.Parameter:
+def _selected(parameter: Tensor, dimension: int, indices: Tensor) -> nn.Parameter:
     return nn.Parameter(parameter.detach().index_select(dimension, indices), requires_grad=parameter.requires_grad)
 
 
@@ -241,6 +243,7 @@ def _substituted(model: PreTrainedModel, substitute: Substitute) -> PreTrainedMo
         own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
         if own:
             new.set_submodule(name, module)
-    new.get_submodule(architecture_of(new).rotary).config = config
+    rotary: Any = new.get_submodule(architecture_of(new).rotary)
+    rotary.config = config
     new.generation_config = model.generation_config
     return new.train(model.training)
