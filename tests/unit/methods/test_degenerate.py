@@ -138,7 +138,7 @@ DTYPES = [torch.float32, torch.float64]
 class FakeDecoder:
     """Tokens are predicted from the outputs of the one linear, in windows of 8 tokens."""
 
-    windows, head_dim, seed = 3, 1, 0
+    windows, head_dim, seed, paths = 3, 1, 0, {"gate": "mlp.gate_proj"}
 
     def __init__(self, given: Linear, statistics: LinearStatistics | None, inputs: Tensor) -> None:
         self.names, self._linear, self._statistics = [NAME], given, statistics
@@ -203,7 +203,7 @@ def outcome_of(name: str, given: dict[str, Any], situation: Situation, dtype: to
     if used.family == "compensate":
         scale = weight.abs().amax().clamp(min=torch.finfo(dtype).tiny)
         reference, weight = weight, torch.round(weight / scale) * scale
-    linear = Linear(weight, situation.mask, reference, dtype, NAME, behind=statistics)
+    linear = Linear(weight, situation.mask, reference, dtype, NAME, "gate", behind=statistics)
     if hasattr(used.module, "plan"):
         planned = used.module.plan(FakeDecoder(linear, statistics, situation.inputs), options)
         linear = dataclasses.replace(linear, plan=planned.get(NAME))
@@ -464,7 +464,9 @@ def check_allocation(options: MethodOptions, situation: Situation, dtype: torch.
     linears = []
     for block, each in enumerate((ordinary, situation, ordinary)):
         weight = each.weight.to(dtype)
-        linear = Linear(weight, each.mask, torch.zeros_like(weight), dtype, f"model.layers.{block}.mlp.gate_proj")
+        linear = Linear(
+            weight, each.mask, torch.zeros_like(weight), dtype, f"model.layers.{block}.mlp.gate_proj", "gate"
+        )
         linears.append((linear.name, linear, each.statistics(dtype)))
     power = linears[1][2].second_moment.diagonal()
     # Sparsities are spread by the diagonal alone; what is wrong beside it is found by the method.

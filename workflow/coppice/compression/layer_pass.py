@@ -88,12 +88,14 @@ class LayerPass:
 
     def linear(self, name: str, module: nn.Module, reference: nn.Module | None = None, **more: Any) -> Linear:
         """What the method sees of one linear."""
+        family = architecture_of(self.model)
         return Linear(
             weight=layers.effective_weight(module).float(),
             mask=layers.mask(module) if isinstance(module, nn.Linear) else None,
             reference=None if reference is None else layers.effective_weight(reference).float(),
             storage=self.storage,
             name=name,
+            role=family.role(family.place(name)[1]),
             **more,
         )
 

@@ -45,7 +45,7 @@ class WholeDecoder:
         self.model, self.modules, self.seed = model, dict(linears), seed
         self.names = list(linears)
         self.windows = 0 if tokens is None else len(tokens)
-        self.head_dim = head_dim(model.config)
+        self.head_dim, self.paths = head_dim(model.config), architecture_of(model).linears
         self._as_linear, self._gathered, self._tokens, self._kept = as_linear, gathered, tokens, kept
         # Names come block by block: the last one read serves all of its linears.
         self._read = lru_cache(maxsize=1)(read)

@@ -43,7 +43,7 @@ REFUSES = {
     "masked": "because the product of the factors fills the pruned places again; decompose before pruning",
     "compensated": "because the compensation was fitted to the weights as they are; decompose before compensating",
 }
-LINEARS = ("q_proj", "k_proj", "gate_proj")
+ROLES = ("q", "k", "gate")
 RANK = 256
 
 
@@ -223,8 +223,8 @@ def _stays_dense(linear: Linear, rank: int, options: Options) -> str:
     """Why this linear is left alone; empty when it is not."""
     shape = linear.weight.shape
     kind = linear.name.rpartition(".")[-1]
-    if options.linears is None and kind not in LINEARS:
-        return f"CURing leaves {kind} alone unless `linears` names it; it takes {', '.join(LINEARS)}."
+    if options.linears is None and linear.role not in ROLES:
+        return f"CURing leaves {kind} alone unless `linears` names it; it takes {', '.join(ROLES)}."
     if linear.plan is False:
         return f"The block is not among the {options.blocks} with the least angular distance."
     limit = break_even(*shape)

@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 from coppice.errors import UserError
+from coppice.methods.contracts import Role
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PretrainedConfig, PreTrainedModel
 
-Role = Literal["q", "k", "v", "o", "gate", "up", "down"]
 Unit = Literal["kv_groups", "neurons"]
 
 # The roles that read one input together; servers fuse each of the two sets into one matrix.
@@ -177,6 +177,10 @@ class Architecture:
     def paths(self, roles: tuple[Role, ...]) -> tuple[str, ...]:
         """The paths within a block of the linears with these roles."""
         return tuple(self.linears[role] for role in roles)
+
+    def role(self, path: str) -> Role | None:
+        """What the linear at that path within a block is; None for a factor of a linear."""
+        return next((role for role, own in self.linears.items() if own == path), None)
 
     def modules(self, block: nn.Module, roles: tuple[Role, ...]) -> list[nn.Linear]:
         """The linears of a dense block with these roles."""
