@@ -343,7 +343,7 @@ def forward(folder: Path, device: str) -> float:
     """Seconds of the calibration windows through the blocks, without files; the second of two passes."""
     import torch
 
-    from coppice.calibration.stage import TOKENS_IN_A_BATCH
+    from coppice.calibration.walk import TOKENS_IN_A_BATCH
     from coppice.data.windows import load_windows
     from coppice.models import checkpoint
 
@@ -364,7 +364,7 @@ def speed(folder: Path, size: Size, device: str) -> None:
     """Prints the table of speed, each row when it is measured."""
     import torch
 
-    from coppice.calibration import stage as calibration
+    from coppice.calibration import moments as calibration
     from coppice.methods.registry import method
 
     prepare(folder, size, device)

@@ -66,7 +66,7 @@ def forward(root: Path, tokens: Path) -> float:
     """Seconds of the windows through the blocks, in calibration's batches; the faster of two passes."""
     import torch
 
-    from coppice.calibration.stage import TOKENS_IN_A_BATCH
+    from coppice.calibration.walk import TOKENS_IN_A_BATCH
     from coppice.data.windows import load_windows
     from coppice.models.checkpoint import load_model
 

@@ -21,6 +21,7 @@ from coppice.errors import UserError
 from coppice.files import read_json
 from coppice.methods.registry import method, methods
 from coppice.models import modules
+from coppice.models.architectures.base import blocks
 from coppice.models.checkpoint import load_model, read_manifest
 from coppice.models.densify import export_dense
 from coppice.study import tree
@@ -174,18 +175,18 @@ def check_modules(before: nn.Module, after: nn.Module, manifest: dict[str, Any])
     # By the name that each had before a compensation came beside it.
     own = {
         name.replace(".base", ""): linear
-        for name, linear in modules.weight_matrices(modules.blocks(after)).items()
+        for name, linear in modules.weight_matrices(blocks(after)).items()
         if ".compensation." not in name
     }
     if method(step).contract == "layer":
-        for name, linear in modules.weight_matrices(modules.blocks(before)).items():
+        for name, linear in modules.weight_matrices(blocks(before)).items():
             zero = linear.weight == 0
             if zero.any() and getattr(linear, "masked", False):
                 weight = own[name].weight
                 assert (weight[zero] == 0).all()
                 assert (weight != 0).any()
         assert {place.removeprefix("model.layers.") for place in manifest["layers"]} <= (
-            modules.replaceable_modules(modules.blocks(before)) | modules.weight_matrices(modules.blocks(before))
+            modules.replaceable_modules(blocks(before)) | modules.weight_matrices(blocks(before))
         ).keys()
     quantized = [isinstance(linear, modules.PackedForm) for linear in own.values()]
     assert all(quantized) if "quantized" in manifest["marks"] else not any(quantized)
@@ -194,7 +195,7 @@ def check_modules(before: nn.Module, after: nn.Module, manifest: dict[str, Any])
     ]
     assert all(rounded) if "quantized-activations" in manifest["marks"] else not any(rounded)
     assert hasattr(after.model, "cache_settings") == ("quantized-cache" in manifest["marks"])
-    kinds = [type(module) for module in modules.replaceable_modules(modules.blocks(after)).values()]
+    kinds = [type(module) for module in modules.replaceable_modules(blocks(after)).values()]
     assert all(kind is modules.LowRankCorrectionLinear for kind in kinds) == ("compensated" in manifest["marks"])
     factors = [
         isinstance(each, (modules.LowRankLinear, modules.CURLinear, modules.TensorTrainLinear))
@@ -215,7 +216,7 @@ def check_accounting(folder: Path, model: nn.Module, manifest: dict[str, Any], r
     assert manifest["stored_bits"]["total"] == 8 * sum(each.numel() * each.element_size() for each in tensors.values())
     assert manifest["stored_bytes"] == (folder / "model.safetensors").stat().st_size
     assert 8 * manifest["stored_bytes"] > manifest["stored_bits"]["total"] > manifest["stored_bits"]["decoder_linears"]
-    matrices = modules.weight_matrices(modules.blocks(model)).values()
+    matrices = modules.weight_matrices(blocks(model)).values()
     packed = [linear for linear in matrices if isinstance(linear, modules.PackedForm)]
     numbers = sum(parameter.numel() for parameter in model.parameters()) + sum(
         linear.in_features * linear.out_features for linear in packed
@@ -243,7 +244,7 @@ def check_export(folder: Path, computed: Tensor, dense: Path) -> None:
     model = load_model(dense)
     assert torch.allclose(logits(model, tiny_tokens()), computed, atol=1e-3, rtol=1e-4)
     assert read_json(dense / "compression.json") == {}
-    assert all(type(linear) is nn.Linear for linear in modules.weight_matrices(modules.blocks(model)).values())
+    assert all(type(linear) is nn.Linear for linear in modules.weight_matrices(blocks(model)).values())
 
 
 def test_an_exported_node_can_be_compressed_again(workshop: Workshop, tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ from safetensors import SafetensorError
 from tiny import logits, tiny_model, tiny_tokens
 from torch import Tensor, nn
 
-from coppice.calibration.stage import Moments, block_statistics, read_statistics_file
+from coppice.calibration.moments import Moments
+from coppice.calibration.reading import block_statistics, read_statistics_file
 from coppice.data.windows import load_windows
 from coppice.errors import UserError
 from coppice.files import read_json
@@ -21,6 +22,7 @@ from coppice.methods.contracts import Linear, LinearStatistics, LowRank, Masked,
 from coppice.methods.registry import method
 from coppice.methods.solvers.grid import dequantize
 from coppice.models import modules, surgery
+from coppice.models.architectures.base import blocks
 from coppice.models.checkpoint import load_model, read_manifest
 
 STEPS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -87,8 +89,8 @@ def test_every_linear_is_what_the_method_makes_of_it(
     name, values = STEPS[step]
     node = make(tmp_path / "node", root, name, [statistics["moments"]], **values)
     used, moments = method(name), read_moments(statistics["moments"])
-    manifest, dense = read_manifest(node), modules.replaceable_modules(modules.blocks(load_model(root)))
-    stored = modules.replaceable_modules(modules.blocks(load_model(node)))
+    manifest, dense = read_manifest(node), modules.replaceable_modules(blocks(load_model(root)))
+    stored = modules.replaceable_modules(blocks(load_model(node)))
     assert len(stored) == len(dense) == len(manifest["layers"]) == 14
     for place, linear in dense.items():
         weight, module, moment = linear.weight.detach(), stored[place], moments[place]
@@ -133,7 +135,7 @@ def test_a_compensation_is_fitted_to_the_reference(
     node = make(tmp_path / "node", parent, "eora", [folder], rank=3, reference=root)
     used, moments, manifest = method("eora"), read_moments(folder), read_manifest(node)
     before, compressed, stored = (
-        modules.replaceable_modules(modules.blocks(load_model(path))) for path in (root, parent, node)
+        modules.replaceable_modules(blocks(load_model(path))) for path in (root, parent, node)
     )
     with torch.no_grad():
         for place, module in stored.items():
@@ -157,14 +159,13 @@ def test_propagation_gathers_behind_the_compressed_blocks(
     static = make(tmp_path / "static", root, name, [statistics["moments"]], **values)
     node = make(tmp_path / "node", root, name, sequential=True, tokens=windows, **values)
     first, second = (
-        [modules.replaceable_modules(modules.blocks(load_model(path))[index]) for path in (static, node)]
-        for index in (0, 1)
+        [modules.replaceable_modules(blocks(load_model(path))[index]) for path in (static, node)] for index in (0, 1)
     )
     for linear, twin in zip(*(each.values() for each in first), strict=True):
         assert torch.equal(modules.effective_weight(linear), modules.effective_weight(twin))
     assert not torch.equal(*(modules.effective_weight(each["mlp.down_proj"]) for each in second))
     expected = by_hand(load_model(root), windows, name, values)
-    found = modules.replaceable_modules(modules.blocks(load_model(node)))
+    found = modules.replaceable_modules(blocks(load_model(node)))
     for place, weight in expected.items():
         torch.testing.assert_close(modules.effective_weight(found[place]).detach(), weight, rtol=0, atol=1e-4)
     tokens_fingerprint = load_windows(windows).manifest["fingerprint"]
@@ -178,7 +179,7 @@ def by_hand(model: nn.Module, windows: Path, name: str, values: dict[str, Any]) 
     used = method(name)
     tokens = torch.as_tensor(load_windows(windows).tokens).long()
     weights = {}
-    for index, block in enumerate(modules.blocks(model)):
+    for index, block in enumerate(blocks(model)):
         moments = {place: Moments() for place in modules.replaceable_modules(block)}
         hooks = [
             linear.register_forward_pre_hook(lambda _, inputs, sums=moments[place]: sums.add(inputs[0].flatten(0, 1)))
@@ -239,7 +240,7 @@ def test_the_record_is_of_the_weights_as_stored(tmp_path: Path) -> None:
     windows = save_windows(tmp_path / "windows", root)
     moments = gather(root, windows, "moments", tmp_path / "moments")
     node = make(tmp_path / "node", root, "svd-llm", [moments], rank=14)
-    before, after = (modules.replaceable_modules(modules.blocks(load_model(path))) for path in (root, node))
+    before, after = (modules.replaceable_modules(blocks(load_model(path))) for path in (root, node))
     for place, entry in read_manifest(node)["layers"].items():
         name = place.removeprefix("model.layers.")
         wanted, new = (modules.effective_weight(each[name]).detach() for each in (before, after))
@@ -263,7 +264,7 @@ def test_a_weight_that_is_not_a_number_is_named(
     tmp_path: Path, existing: Path, name: str, values: dict[str, Any]
 ) -> None:
     model = tiny_model("qwen2", num_hidden_layers=2)
-    modules.blocks(model)[1].mlp.up_proj.weight.data[0, 0] = torch.nan
+    blocks(model)[1].mlp.up_proj.weight.data[0, 0] = torch.nan
     broken = save_root(tmp_path / "broken", model)
     before = contents(existing)
     with pytest.raises(UserError, match=r"^model\.layers\.1\.mlp\.up_proj: .* not (finite|numbers)"):

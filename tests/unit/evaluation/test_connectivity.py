@@ -13,8 +13,9 @@ from torch import nn
 from coppice.data.windows import save_windows, tokenize
 from coppice.errors import UserError
 from coppice.evaluation import connectivity, perplexity, stage
+from coppice.models.architectures.base import blocks
 from coppice.models.checkpoint import read_manifest
-from coppice.models.modules import QuantizedLinear, blocks
+from coppice.models.modules import QuantizedLinear
 from coppice.results.collection import measured_rows
 
 from .conftest import WORLD, make_model, save

@@ -232,6 +232,7 @@ def test_what_a_format_cannot_say_is_refused_before_work(
         ("llama", {"attention_bias": True}, "no biases of a llama"),
         ("mistral", {"num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 64}, "looks back 64 tokens"),
         ("mistral", {}, "cannot be 32 wide with 6 heads"),
+        ("smollm3", {}, "reads no smollm3 from GGUF"),
     ],
 )
 def test_gguf_refuses_what_its_reader_passes_over(

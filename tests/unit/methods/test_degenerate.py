@@ -26,6 +26,7 @@ from coppice.methods.contracts import Linear, LinearStatistics, Replacement, Unc
 from coppice.methods.options import MethodOptions
 from coppice.methods.registry import Method, method, methods
 from coppice.models import folding, modules
+from coppice.models.architectures.base import blocks
 
 NAME = "model.layers.0.mlp.gate_proj"
 LAYER_ROWS = {name: rows for name, rows in ROWS.items() if method(name).contract == "layer"}
@@ -138,7 +139,7 @@ DTYPES = [torch.float32, torch.float64]
 class FakeDecoder:
     """Tokens are predicted from the outputs of the one linear, in windows of 8 tokens."""
 
-    windows, head_dim, seed = 3, 1, 0
+    windows, head_dim, seed, paths = 3, 1, 0, {"gate": "mlp.gate_proj"}
 
     def __init__(self, given: Linear, statistics: LinearStatistics | None, inputs: Tensor) -> None:
         self.names, self._linear, self._statistics = [NAME], given, statistics
@@ -203,7 +204,7 @@ def outcome_of(name: str, given: dict[str, Any], situation: Situation, dtype: to
     if used.family == "compensate":
         scale = weight.abs().amax().clamp(min=torch.finfo(dtype).tiny)
         reference, weight = weight, torch.round(weight / scale) * scale
-    linear = Linear(weight, situation.mask, reference, dtype, NAME, sequential=statistics)
+    linear = Linear(weight, situation.mask, reference, dtype, NAME, "gate", sequential=statistics)
     if used.layer.plan is not None:
         planned = used.layer.plan(FakeDecoder(linear, statistics, situation.inputs), options)
         linear = dataclasses.replace(linear, plan=planned.get(NAME))
@@ -464,7 +465,9 @@ def check_allocation(options: MethodOptions, situation: Situation, dtype: torch.
     linears = []
     for block, each in enumerate((ordinary, situation, ordinary)):
         weight = each.weight.to(dtype)
-        linear = Linear(weight, each.mask, torch.zeros_like(weight), dtype, f"model.layers.{block}.mlp.gate_proj")
+        linear = Linear(
+            weight, each.mask, torch.zeros_like(weight), dtype, f"model.layers.{block}.mlp.gate_proj", "gate"
+        )
         linears.append((linear.name, linear, each.statistics(dtype)))
     power = linears[1][2].second_moment.diagonal()
     # Sparsities are spread by the diagonal alone; what is wrong beside it is found by the method.
@@ -509,7 +512,7 @@ def walk() -> Callable[..., layer_pass.LayerPass]:
 @pytest.mark.parametrize("given", [("awq", {"bits": 4, "group_size": -1}), ("flattenquant", {})])
 def test_scales_of_damaged_statistics_name_the_layer(walk: Callable[..., layer_pass.LayerPass], given: Any) -> None:
     walked = walk(*given)
-    block = modules.blocks(walked.model)[0]
+    block = blocks(walked.model)[0]
     nan = everywhere(math.nan)
     statistics = {
         name: nan(statistics_of(torch.ones(2, linear.in_features)))

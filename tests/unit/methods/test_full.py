@@ -5,7 +5,8 @@ from tiny import tiny_model, tiny_tokens
 
 from coppice.methods.recover import full
 from coppice.methods.registry import method
-from coppice.models.modules import LowRankLinear, blocks
+from coppice.models.architectures.base import blocks
+from coppice.models.modules import LowRankLinear
 
 OPTIONS = full.Options(text="a", validation="b", tokens=1)
 

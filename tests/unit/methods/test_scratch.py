@@ -6,7 +6,7 @@ from tiny import ARCHITECTURES, tiny_model, tiny_tokens
 
 from coppice.methods.recover import scratch
 from coppice.methods.registry import method
-from coppice.models.modules import blocks
+from coppice.models.architectures.base import blocks
 
 FIELDS = {"text": "a", "validation": "b", "tokens": 1000}
 OPTIONS = scratch.Options(**FIELDS)

@@ -17,6 +17,7 @@ from torch import nn
 from coppice.methods.registry import method
 from coppice.methods.solvers.codebook import encode
 from coppice.models import modules
+from coppice.models.architectures.base import blocks
 from coppice.models.checkpoint import load_model, read_manifest
 from coppice.models.modules.codebook import TABLE_UNIT
 
@@ -59,9 +60,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
 
 
 def linears(model: nn.Module) -> dict[str, nn.Module]:
-    return {
-        f"model.layers.{name}": linear for name, linear in modules.replaceable_modules(modules.blocks(model)).items()
-    }
+    return {f"model.layers.{name}": linear for name, linear in modules.replaceable_modules(blocks(model)).items()}
 
 
 @pytest.mark.parametrize("name", LAYER_METHODS)

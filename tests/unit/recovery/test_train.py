@@ -21,8 +21,9 @@ from coppice.data.windows import Windows, load_windows, save_windows
 from coppice.errors import UserError
 from coppice.files import sha256, write_json
 from coppice.methods.recover import full, lora
+from coppice.models.architectures.base import blocks
 from coppice.models.checkpoint import load_model, read_manifest, save_checkpoint
-from coppice.models.modules import LowRankCorrectionLinear, blocks
+from coppice.models.modules import LowRankCorrectionLinear
 from coppice.recovery import distributed, trainer
 from coppice.recovery import stage as train
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from coppice.calibration import stage as calibrate
+from coppice.calibration.reading import read_statistics
 from coppice.data.tokenizer import check_tokenizer
 from coppice.data.windows import load_windows
 from coppice.errors import UserError
@@ -94,7 +94,7 @@ def compress(
     readable = wanted | {"moments"} if used.contract == "layer" and "sequential_moments" not in needs else wanted
     sources = {}
     for directory in statistics:
-        read = calibrate.read_statistics(directory, parent_manifest["fingerprint"])
+        read = read_statistics(directory, parent_manifest["fingerprint"])
         if read["kind"] in readable:
             sources[read["kind"]] = (directory, read)
     given = {name for name, path in (("tokens", tokens), ("reference", reference)) if path is not None}

@@ -35,21 +35,10 @@ from typing import Any, NamedTuple
 
 from coppice.hardware import DEVICES, Device
 from coppice.methods.replacements import Place, Product, word_bytes
+from coppice.models.architectures.base import Shape, architecture, shape_of
 from coppice.records.compression import CACHE, Entries
 
 BITS = {"float32": 32, "bfloat16": 16, "float16": 16}
-
-
-class Shape(NamedTuple):
-    """The sizes of a decoder with gated feed-forward layers."""
-
-    hidden: int
-    intermediate: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocabulary: int
 
 
 class Model(NamedTuple):
@@ -80,31 +69,17 @@ class Operation(NamedTuple):
 # Models
 
 
-def block_linears(shape: Shape) -> dict[str, tuple[int, int]]:
-    """(inputs, outputs) of the linears of a block by their names."""
-    queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    return {
-        "self_attn.q_proj": (shape.hidden, queries),
-        "self_attn.k_proj": (shape.hidden, keys),
-        "self_attn.v_proj": (shape.hidden, keys),
-        "self_attn.o_proj": (queries, shape.hidden),
-        "mlp.gate_proj": (shape.hidden, shape.intermediate),
-        "mlp.up_proj": (shape.hidden, shape.intermediate),
-        "mlp.down_proj": (shape.intermediate, shape.hidden),
-    }
-
-
 def uniform(shape: Shape, weight_bits: float = 16, activation_bits: float = 16, kv_bits: float = 16) -> Model:
     """A model whose weights, the head's too, states and cache have so many bits each."""
 
-    def product(name: str, inputs: int, outputs: int) -> Product:
+    def product(role: str, inputs: int, outputs: int) -> Product:
         weights = inputs * outputs
-        written = kv_bits if name in ("self_attn.k_proj", "self_attn.v_proj") else activation_bits
+        written = kv_bits if role in ("k", "v") else activation_bits
         integer = max(weight_bits, activation_bits) <= 8
         return Product(inputs, outputs, weights, weights * weight_bits / 8, activation_bits, written, integer)
 
-    block = [product(name, *sizes) for name, sizes in block_linears(shape).items()]
-    head = product("lm_head", shape.hidden, shape.vocabulary)
+    block = [product(role, *sizes) for role, sizes in shape.linears().items()]
+    head = product("head", shape.hidden, shape.vocabulary)
     return Model(shape, tuple(block) * shape.layers, (head,), activation_bits, kv_bits)
 
 
@@ -114,23 +89,15 @@ def model_of_node(config: Mapping[str, Any], entries: Entries, sparse: bool = Fa
     sparse: whether masked matrices have a 2:4 pattern and a kernel that makes use of it; they then weigh half their
     weights and 2 bits for the place of each kept one, and are multiplied twice as fast. Zeros save nothing otherwise.
     """
-    shape = Shape(
-        hidden=config["hidden_size"],
-        intermediate=config["intermediate_size"],
-        layers=config["num_hidden_layers"],
-        heads=config["num_attention_heads"],
-        kv_heads=config["num_key_value_heads"],
-        head_dim=config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"],
-        vocabulary=config["vocab_size"],
-    )
+    family, shape = architecture(config["model_type"]), shape_of(config)
     bits = BITS[config.get("dtype", config.get("torch_dtype", "float32"))]
     linears = [
         product
         for layer in range(shape.layers)
-        for name, sizes in block_linears(shape).items()
-        for product in products(entries, f"model.layers.{layer}.{name}", *sizes, bits, sparse)
+        for role, sizes in shape.linears().items()
+        for product in products(entries, family.full_name(layer, family.linears[role]), *sizes, bits, sparse)
     ]
-    head = products(entries, "lm_head", shape.hidden, shape.vocabulary, bits, sparse)
+    head = products(entries, family.head, shape.hidden, shape.vocabulary, bits, sparse)
     return Model(shape, tuple(linears), tuple(head), bits, bits, entries.get(CACHE))
 
 

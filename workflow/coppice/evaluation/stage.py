@@ -222,9 +222,10 @@ def measure_cost(
     """Latency, throughput and memory: metrics, no items, no windows."""
     from coppice.evaluation import cost
     from coppice.models import checkpoint
+    from coppice.models.architectures.base import architecture
 
     # The libraries' own memory is no part of the model's, so they are imported before the baseline is taken.
-    checkpoint.architecture(read_json(storage.ensure_local(model_directory / "config.json"))["model_type"])
+    architecture(read_json(storage.ensure_local(model_directory / "config.json"))["model_type"]).classes()
     baseline = cost.resident_bytes()
     model = checkpoint.load_model(model_directory, device)
     metrics = cost.measure(

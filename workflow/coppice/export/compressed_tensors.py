@@ -15,6 +15,7 @@ from coppice.export.node import Node, Written, save_for_others
 from coppice.files import read_json, write_json
 from coppice.methods.replacements import LowRankCorrection
 from coppice.models import modules
+from coppice.models.architectures.base import blocks
 from coppice.models.checkpoint import load_model
 from coppice.models.stock_formats import quantization_grids, stock_loaders_read
 
@@ -63,7 +64,7 @@ def save_packed(model: PreTrainedModel, node: Node, folder: Path, dequantize: bo
     dequantize: whether transformers is to put the weights together as it loads them, which it has to for zero points,
     and for whoever attaches something to the linears. Other programs pass over that key.
     """
-    linears = modules.weight_matrices(modules.blocks(model))
+    linears = modules.weight_matrices(blocks(model))
     for linear in linears.values():
         modules.set_masked(linear, False)
     entries = modules.describe_replacements(model)

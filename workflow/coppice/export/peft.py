@@ -13,6 +13,7 @@ from coppice.export.node import Node, Written, save_for_others
 from coppice.files import read_json, write_json
 from coppice.methods.replacements import LowRankCorrection, form_of
 from coppice.models import modules
+from coppice.models.architectures.base import blocks
 from coppice.models.checkpoint import load_model
 from coppice.models.densify import densify
 from coppice.models.stock_formats import quantization_grids
@@ -59,7 +60,7 @@ def write(node: Node, folder: Path) -> Written:
 
 def remove_corrections(model: PreTrainedModel) -> None:
     """Puts the base of each linear with a low-rank correction in its place."""
-    for block in modules.blocks(model):
+    for block in blocks(model):
         for name, module in modules.replaceable_modules(block).items():
             if isinstance(module, modules.LowRankCorrectionLinear):
                 block.set_submodule(name, module.base)

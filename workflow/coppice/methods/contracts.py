@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from coppice.methods.replacements import (
     CUR,
@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+Role = Literal["q", "k", "v", "o", "gate", "up", "down"]
 KINDS = ("moments", "blocks", "gradients")
 # What a step can read besides kinds of statistics of its parent: both come from the calibration windows.
 FROM_WINDOWS = frozenset({"sequential_moments", "windows"})
@@ -88,8 +89,9 @@ class Linear:
     is not masked: a method keeps what is pruned at zero. reference: [m, n] what the layer computed before it was
     compressed; given to compensate methods only. storage: the type in which the checkpoint stores the layer's floating
     point numbers, None for the weight's own: codes are computed against scales as they will be read back. name: in
-    full, as `model.layers.0.mlp.up_proj`. plan: what the method's `plan` returned for it. sequential: its statistics
-    gathered after the blocks already compressed, for a method that needs them as well as the parent's "moments".
+    full, as `model.layers.0.mlp.up_proj`. role: what it does in its block, None for a factor of a linear. plan: what
+    the method's `plan` returned for it. sequential: its statistics gathered after the blocks already compressed, for a
+    method that needs them as well as the parent's "moments".
     """
 
     weight: Tensor
@@ -97,6 +99,7 @@ class Linear:
     reference: Tensor | None = None
     storage: torch.dtype | None = None
     name: str = ""
+    role: Role | None = None
     plan: Any = None
     sequential: LinearStatistics | None = None
 
@@ -105,10 +108,12 @@ class Decoder(Protocol):
     """A whole decoder and the calibration windows, as the `plan` of a method sees them.
 
     Linears are named in full and come in the model's order, those that the options leave out not among them. Losses are
-    means over predicted tokens, in nats, in the dtype of the model, and can be differentiated.
+    means over predicted tokens, in nats, in the dtype of the model, and can be differentiated. paths: how the names of
+    linears end by their roles, before the names of their factors.
     """
 
     names: list[str]
+    paths: Mapping[Role, str]
     windows: int
     head_dim: int
     seed: int

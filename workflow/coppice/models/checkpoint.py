@@ -10,7 +10,6 @@ Stock loaders read dense, masked, shorter, narrower and integer-quantized nodes.
 
 from __future__ import annotations
 
-import importlib
 import importlib.metadata
 import platform
 import shutil
@@ -30,30 +29,17 @@ from coppice.models import modules
 from coppice.models.modules.kv_cache import install_cache
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
 from coppice.models.accounting import is_weights, peak_memory, sizes
+from coppice.models.architectures.base import architecture, architecture_of
 from coppice.models.stock_formats import write_config
 from coppice.records.compression import CACHE, FILE, Entries, linear_entries, read_compression
 
-ARCHITECTURES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 PACKAGES = ("torch", "transformers", "safetensors")
 FORMAT_VERSION = 1
-
-
-def architecture(model_type: str) -> tuple[type[PretrainedConfig], type[PreTrainedModel]]:
-    """The config and model classes of a supported architecture. Raises UserError for any other."""
-    if model_type not in ARCHITECTURES:
-        supported = ", ".join(sorted(ARCHITECTURES))
-        raise UserError(f"Architecture {model_type!r} is not supported; supported are {supported}.")
-    name = ARCHITECTURES[model_type]
-    package = f"transformers.models.{model_type}"
-    # The submodules are imported rather than transformers' Auto classes, which cost a second more at every start.
-    config = importlib.import_module(f"{package}.configuration_{model_type}")
-    modeling = importlib.import_module(f"{package}.modeling_{model_type}")
-    return getattr(config, f"{name}Config"), getattr(modeling, f"{name}ForCausalLM")
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
@@ -102,14 +88,15 @@ def build_model(directory: Path, config: dict[str, Any], entries: Entries) -> Pr
 
     It is on the meta device, but for rotary tables.
     """
-    config_class, model_class = architecture(config.get("model_type", "none"))
+    family = architecture(config.get("model_type", "none"))
+    config_class, model_class = family.classes()
     # What tells other loaders how to read this folder is no part of the model.
     foreign = ("quantization_config", "auto_map", "compression")
     settings = config_class.from_dict({key: value for key, value in config.items() if key not in foreign})
     settings.name_or_path = str(directory)
     with torch.device("meta"):
         model = model_class(settings)
-    model.model.rotary_emb = type(model.model.rotary_emb)(config=settings)
+    model.set_submodule(family.rotary, type(model.get_submodule(family.rotary))(config=settings))
     modules.install(model, linear_entries(entries))
     if CACHE in entries:
         install_cache(model, {key: value for key, value in entries[CACHE].items() if key != "type"})
@@ -121,16 +108,16 @@ def load_weights(model: PreTrainedModel, directory: Path, dtype: torch.dtype | N
 
     Raises UserError that names missing or unexpected keys, wrong shapes, or a broken file.
     """
-    tied = model.config.tie_word_embeddings
+    tied, head = model.config.tie_word_embeddings, architecture_of(model).head_weight
     expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
     if tied:
-        expected.pop("lm_head.weight")
+        expected.pop(head)
     state: dict[str, Tensor] = {}
     for path in weight_files(directory):
         for name, tensor in read_tensors(path).items():
             state[name] = tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
     if tied:
-        state.pop("lm_head.weight", None)
+        state.pop(head, None)
     problems = [f"{name} is missing" for name in expected.keys() - state.keys()]
     problems += [f"{name} is unexpected" for name in state.keys() - expected.keys()]
     problems += [
@@ -187,11 +174,11 @@ def save_checkpoint(
         entries: dict[str, Any] = modules.describe_replacements(model)
         if hasattr(model.model, "cache_settings"):
             entries[CACHE] = {"type": "Cache", **model.model.cache_settings}
-        tied = model.config.tie_word_embeddings
+        tied, head = model.config.tie_word_embeddings, architecture_of(model).head_weight
         state = {
             name: (tensor.to(dtype) if tensor.is_floating_point() else tensor).cpu().contiguous()
             for name, tensor in model.state_dict().items()
-            if not (tied and name == "lm_head.weight")
+            if not (tied and name == head)
         }
         save_torch_state_dict(state, temporary, metadata={"format": "pt"})
         write_config(model, entries, dtype, temporary)

@@ -9,6 +9,7 @@ import torch
 
 from coppice.errors import UserError
 from coppice.models import modules
+from coppice.models.architectures.base import blocks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -46,7 +47,7 @@ def refuse_rounding(manifest: dict[str, Any], holder: str) -> None:
 @torch.no_grad()
 def densify(model: PreTrainedModel) -> None:
     """Puts an ordinary linear in the place of every stored form."""
-    for block in modules.blocks(model):
+    for block in blocks(model):
         for name, module in modules.replaceable_modules(block).items():
             if type(module) is torch.nn.Linear:
                 modules.set_masked(module, False)

@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from coppice.evaluation import roofline
 from coppice.planning import resources
 from coppice.planning.jobs import Job, JobGraph
 from coppice.planning.sizes import Size
@@ -67,7 +66,7 @@ def _compression(graph: JobGraph, job: Job, size: Size) -> float:
     node = graph.nodes[job.name]
     step, method = graph.study.steps[node.step], tree.method_of(graph.study, node.step)
     solves = bool(tree.needs(step)) or method.family == "decompose"
-    sides = roofline.block_linears(size.shape).values()
+    sides = size.shape.linears().values()
     solving = 20 * size.layers * sum(m * n * (min(m, n) if solves else 1) for m, n in sides)
     calibration = f"calibration.{tree.calibration(graph.study, node.step)}"
     tokens = use_tokens(graph, calibration) if tree.reads_windows(step) else 0

@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING
 
 from coppice.errors import UserError
 from coppice.lazy import torch
+from coppice.models.architectures.base import blocks
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -172,8 +173,6 @@ def shard(model: nn.Module, device: str, precision: str) -> None:
         return
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
-    from coppice.models.modules import blocks
 
     mesh = init_device_mesh(torch.device(device).type, (count(),))
     narrow = torch.bfloat16 if precision == "bfloat16" else None

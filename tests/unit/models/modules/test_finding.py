@@ -6,10 +6,11 @@ from tiny import tiny_model
 from torch import nn
 
 from coppice.models import modules
+from coppice.models.architectures.base import blocks
 
 
 def test_forms_are_replaceable_modules_and_their_factors_weight_matrices() -> None:
-    block = modules.blocks(tiny_model())[0]
+    block = blocks(tiny_model())[0]
     assert len(modules.replaceable_modules(block)) == len(modules.weight_matrices(block)) == 7
     block.self_attn.q_proj = modules.LowRankLinear(32, 32, 4)
     assert len(modules.replaceable_modules(block)) == 7

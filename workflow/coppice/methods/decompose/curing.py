@@ -36,7 +36,7 @@ SOURCE = Source(
     "W = C U R with U = C^+ W R^+, rows and columns by DEIM on |W| |x|",
     "The authors compress Llama-3.1-8B to 7.32 billion parameters (9 % fewer) in 129 seconds.",
 )
-LINEARS = ("q_proj", "k_proj", "gate_proj")
+ROLES = ("q", "k", "gate")
 RANK = 256
 
 
@@ -216,8 +216,8 @@ def _stays_dense(linear: Linear, rank: int, options: Options) -> str:
     """Why this linear is left alone; empty when it is not."""
     shape = linear.weight.shape
     kind = linear.name.rpartition(".")[-1]
-    if options.target_modules is None and kind not in LINEARS:
-        return f"CURing leaves {kind} alone unless `target_modules` names it; it takes {', '.join(LINEARS)}."
+    if options.target_modules is None and linear.role not in ROLES:
+        return f"CURing leaves {kind} alone unless `target_modules` names it; it takes {', '.join(ROLES)}."
     if linear.plan is False:
         return f"The block is not among the {options.blocks} with the least angular distance."
     limit = break_even(*shape)

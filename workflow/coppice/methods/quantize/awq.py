@@ -90,7 +90,7 @@ def compress(linear: Linear, statistics: LinearStatistics, options: Options) -> 
     width = group_width(options, weight.shape[1])
     grid = make_grid(linear, options)
     record = grid_record(options, width)
-    if options.clip and (options.clip_attention or linear.name.rpartition(".")[2] not in ("q_proj", "k_proj")):
+    if options.clip and (options.clip_attention or linear.role not in ("q", "k")):
         moment = second_moment(statistics.second_moment).to(weight.dtype)
         scale, zero_point, clipped = _clipped_groups(grid, weight, moment, width)
         record |= {"clipped_groups": clipped}

@@ -20,6 +20,7 @@ from coppice.lazy import torch
 from coppice.methods.contracts import Source
 from coppice.methods.declaration import Resources, TrainingMethod
 from coppice.methods.options import RecoverOptions
+from coppice.models.architectures.base import blocks
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -114,7 +115,6 @@ def _healed(model: PreTrainedModel, options: Options) -> list[nn.Linear]:
 @contextmanager
 def _block_outputs(model: PreTrainedModel) -> Iterator[list[Tensor]]:
     """A list that a forward within fills with each block's output [b, t, d]."""
-    from coppice.models.modules import blocks
 
     outputs: list[Tensor] = []
 

@@ -17,6 +17,7 @@ from coppice.lazy import torch
 from coppice.methods.contracts import Source
 from coppice.methods.declaration import Resources, TrainingMethod
 from coppice.methods.options import MethodOptions, RecoverOptions
+from coppice.models.architectures.base import blocks
 
 if TYPE_CHECKING:
     from peft.tuners.lora import Linear as AdaptedLinear
@@ -48,7 +49,7 @@ def prepare(model: PreTrainedModel, options: Options) -> PreTrainedModel:
     """Puts an update beside each linear and factor of the blocks, which alone trains. A is drawn from torch's seed."""
     from peft import LoraConfig, inject_adapter_in_model
 
-    from coppice.models.modules import blocks, weight_matrices
+    from coppice.models.modules import weight_matrices
 
     inside = {id(linear) for linear in weight_matrices(blocks(model)).values()}
     targets = [name for name, module in model.named_modules() if id(module) in inside]

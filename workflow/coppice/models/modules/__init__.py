@@ -11,7 +11,6 @@ from coppice.models.modules.base import FORMS, PackedForm, Replaceable, StoredFo
 from coppice.models.modules.codebook import CodebookLinear
 from coppice.models.modules.cur import CURLinear
 from coppice.models.modules.finding import (
-    blocks,
     describe,
     describe_replacements,
     install,
@@ -39,7 +38,6 @@ __all__ = [
     "Replaceable",
     "StoredForm",
     "TensorTrainLinear",
-    "blocks",
     "describe",
     "describe_replacements",
     "effective_weight",

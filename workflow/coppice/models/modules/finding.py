@@ -11,12 +11,6 @@ from .activation_quantization import quantize_activations
 from .base import FORMS, Replaceable, StoredForm
 
 
-def blocks(model: nn.Module) -> nn.ModuleList:
-    """The decoder's blocks, in order."""
-    decoder: Any = model.model
-    return decoder.layers
-
-
 def replaceable_modules(module: nn.Module) -> dict[str, Replaceable]:
     """The linears of a block as its architecture names them: a stored form counts once, its parts not."""
     modules: dict[str, Replaceable] = {}

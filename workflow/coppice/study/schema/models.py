@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import Field, Tag, model_validator
 
 from coppice.files import read_json
+from coppice.models.architectures.base import model_types
 from coppice.models.sources import SHIPPED
 from coppice.study.schema.section import PINNED, Section, discriminate_by_key, unknown_name
 
 if TYPE_CHECKING:
     from coppice.study.schema.study import Study
 
-MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+MODEL_TYPES = model_types()
 
 
 class ShippedModel(Section):
