@@ -16,14 +16,14 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import coppice.recovery.trainer  # noqa: F401 - for the processes that are forked
 from coppice.recovery import distributed
-from coppice.recovery.stage import recover
+from coppice.recovery.stage import Recovery, recover
 
 
 def run(jobs: list[dict[str, Any]]) -> None:
-    """Each job's arguments as those of `recover`, paths as text."""
+    """Each job's fields as those of `Recovery`, paths as text."""
     for job in jobs:
         paths = {key: Path(job[key]) for key in ("parent", "dense", "tokens", "validation", "state", "output")}
-        recover(**{**job, **paths, "budgets": tuple(job["budgets"])})
+        recover(Recovery(**{**job, **paths, "budgets": tuple(job["budgets"])}))
 
 
 def run_together(jobs: list[dict[str, Any]]) -> None:

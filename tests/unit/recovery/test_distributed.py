@@ -171,13 +171,13 @@ def test_a_killed_process_ends_the_job_with_a_sentence(killed: dict[str, Any]) -
     assert killed["code"] == 1
     last = killed["log"].strip().splitlines()[-1]
     assert last.startswith("error: Process 2 of 2 was killed by SIGKILL")
-    assert last.endswith("run the same command again to go on from the last state.")
+    assert last.endswith("run the same command again to resume from the last state.")
     assert killed["seconds"] < 30
     assert not (killed["output"] / "manifest.json").exists()
     assert not any(Path(f"/proc/{rank}").exists() for rank in killed["ranks"])
 
 
 @pytest.mark.parametrize("count", ["one", "two"])
-def test_what_was_killed_goes_on_and_ends_as_if_undisturbed(ran: Path, count: str) -> None:
+def test_a_killed_run_resumes_and_ends_as_if_undisturbed(ran: Path, count: str) -> None:
     assert_alike(ran / "undisturbed", ran / f"resumed-{count}")
     assert not (ran / f"resumed-{count}-state").exists()
