@@ -6,6 +6,7 @@ The processes are forked from this one, which imported what they need.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -46,6 +47,12 @@ def launch(jobs: list[dict[str, Any]]) -> None:
             max_restarts=0,
         )
         elastic_launch(config, run_together)(jobs)
+
+
+def environment() -> dict[str, str]:
+    """Of a process that imports the package and the helpers of tests."""
+    tests = Path(__file__).resolve().parent
+    return {**os.environ, "PYTHONPATH": f"{tests.parent / 'workflow'}{os.pathsep}{tests}", "OMP_NUM_THREADS": "1"}
 
 
 if __name__ == "__main__":

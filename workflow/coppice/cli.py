@@ -120,7 +120,7 @@ def claim_devices(arguments: argparse.Namespace) -> None:
         claim(processes(arguments))
     elif arguments.device.startswith("cuda:") and processes(arguments) > 1:
         raise UserError(
-            f"--device {arguments.device} is one, but the step asks for {processes(arguments)} GPUs; pass auto or cuda."
+            f"--device {arguments.device} is one, but the step requests {processes(arguments)} GPUs; pass auto or cuda."
         )
 
 

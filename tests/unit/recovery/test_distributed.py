@@ -72,11 +72,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def environment() -> dict[str, str]:
-    tests = Path(__file__).resolve().parents[2]
-    return {**os.environ, "PYTHONPATH": f"{tests.parent / 'workflow'}{os.pathsep}{tests}", "OMP_NUM_THREADS": "1"}
-
-
 def command(arguments: dict) -> list[str]:
     """`coppice recover` in two processes."""
     words = ["--step", json.dumps(arguments["step"]), "--gpus", "2"]
@@ -92,7 +87,7 @@ def killed(place: Path) -> dict[str, Any]:
     arguments = job(place, "killed", "masked", "full", place / "out" / "killed", **LONG)
     log, state = place / "killed.log", Path(arguments["state"]) / "state.safetensors"
     with log.open("w") as file:
-        run = subprocess.Popen(command(arguments), stdout=file, stderr=file, env=environment())
+        run = subprocess.Popen(command(arguments), stdout=file, stderr=file, env=together.environment())
     try:
         limit = time.monotonic() + 300
         while not state.exists() and run.poll() is None and time.monotonic() < limit:
@@ -127,7 +122,9 @@ def ran(place: Path, killed: dict[str, Any]) -> Path:
     jobs["one"].append(job(place, "killed", "masked", "full", out / "undisturbed", **LONG))
     together.run(jobs["one"])
     (place / "jobs.json").write_text(json.dumps(jobs["two"]))
-    subprocess.run([sys.executable, together.__file__, str(place / "jobs.json")], env=environment(), check=True)
+    subprocess.run(
+        [sys.executable, together.__file__, str(place / "jobs.json")], env=together.environment(), check=True
+    )
     return out
 
 

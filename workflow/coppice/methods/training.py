@@ -85,6 +85,7 @@ def distribute_like(tensor: Tensor, other: Tensor) -> Tensor:
     tensor = tensor.to(other.device)
     if not hasattr(other, "full_tensor"):
         return tensor
-    from torch.distributed.tensor import distribute_tensor
+    from torch.distributed.tensor import DTensor, distribute_tensor
 
+    assert isinstance(other, DTensor)
     return distribute_tensor(tensor, other.device_mesh, other.placements, src_data_rank=None)

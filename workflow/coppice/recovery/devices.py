@@ -74,8 +74,8 @@ def _lock(devices: list[str], count: int) -> list[str]:
         except BlockingIOError:
             file.close()
     if len(taken) < count:
-        for file in taken.values():
-            file.close()
+        for lock in taken.values():
+            lock.close()
         return []
     _claims.extend(taken.values())
     return list(taken)

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from coppice.errors import UserError
@@ -119,22 +118,15 @@ class Journal(TrainerCallback):
         print(f"{row['tokens']:,} of {self.run.tokens(steps):,} tokens: {', '.join(parts)}", flush=True)
 
     def on_train_begin(
-        self,
-        arguments: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        *,
-        model: PreTrainedModel,
-        optimizer: Optimizer,
-        **_: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if self.resumed:
             # Not before: accelerate reloads an optimizer that it wraps, which would put its steps on the GPU.
-            self.run.state.restore_optimizer(model, optimizer)
+            self.run.state.restore_optimizer(kwargs["model"], kwargs["optimizer"])
         self.step_began = self.saved_at = time.monotonic()
 
     def on_step_begin(
-        self, arguments: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         # Dropout is a function of the step, so that a resumed run draws what an undisturbed one draws. The first of
         # several processes draws what a single one does.
@@ -142,16 +134,8 @@ class Journal(TrainerCallback):
         source = np.random.SeedSequence((self.run.seed, self.progress.step), spawn_key=spawn_key)
         torch.manual_seed(int(source.generate_state(1)[0]))
 
-    def on_step_end(
-        self,
-        arguments: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        *,
-        model: PreTrainedModel,
-        optimizer: Optimizer,
-        **_: Any,
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        model: PreTrainedModel = kwargs["model"]
         progress, steps = self.progress, self.run.schedule.steps
         progress.step += 1
         progress.seconds += time.monotonic() - self.step_began
@@ -163,7 +147,7 @@ class Journal(TrainerCallback):
         now = time.monotonic()
         pause = max(self.run.state_every, self.save_seconds / STATE_SHARE)
         if at_budget or distributed.broadcast_decision(now - self.saved_at >= pause, model.device):
-            self.run.state.save(model, optimizer, progress, self.run.extra_state(model))
+            self.run.state.save(model, kwargs["optimizer"], progress, self.run.extra_state(model))
             self.saved_at = time.monotonic()
             self.save_seconds = self.saved_at - now
         if at_budget and progress.step < steps and self.run.ends_early(progress.rows):

@@ -19,7 +19,7 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
 
 
-def summed_loss(model: PreTrainedModel, tokens: Tensor, labels: Tensor, precision: str) -> Tensor:
+def summed_loss(model: nn.Module, tokens: Tensor, labels: Tensor, precision: str) -> Tensor:
     """Negative log-likelihood of the labels in nats, summed in float32. tokens, labels: [b, L]; labels are not shifted.
 
     Padding follows a window's tokens and is not a target, so that causal attention needs no mask for it.

@@ -119,6 +119,7 @@ def recover(recovery: Recovery, device: str = "cpu") -> dict[str, Any] | None:
     parent_manifest, dense_manifest = read_manifest(recovery.parent), read_manifest(recovery.dense)
     chosen = method(step["method"])
     options = chosen.validated(step["options"])
+    assert isinstance(options, RecoverOptions)
     refuse_impossible(step["name"], chosen, parent_manifest["marks"])
     windows, held_out = load_windows(recovery.tokens), load_windows(recovery.validation)
     _check_windows(windows, held_out, recovery.parent, options)

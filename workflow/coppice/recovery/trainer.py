@@ -64,29 +64,17 @@ class StepHooks(TrainerCallback):
 
     @torch.no_grad()
     def on_step_begin(
-        self,
-        arguments: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        *,
-        model: PreTrainedModel,
-        **_: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if self.run.method.before_step:
-            self.run.method.before_step(model, self.clock())
+            self.run.method.before_step(kwargs["model"], self.clock())
 
     @torch.no_grad()
     def on_optimizer_step(
-        self,
-        arguments: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        *,
-        model: PreTrainedModel,
-        **_: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if self.run.method.after_step:
-            self.run.method.after_step(model, self.clock())
+            self.run.method.after_step(kwargs["model"], self.clock())
 
 
 class RecoveryTrainer(Trainer):
@@ -149,10 +137,10 @@ class RecoveryTrainer(Trainer):
 
     def compute_loss(
         self,
-        model: PreTrainedModel,
+        model: nn.Module,
         inputs: dict[str, Tensor],
         return_outputs: bool = False,
-        num_items_in_batch: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
         """The summed loss of a micro-batch by the targets of the whole step."""
         tokens, labels, run = inputs["input_ids"], inputs["labels"], self.journal.run
@@ -163,6 +151,7 @@ class RecoveryTrainer(Trainer):
                 loss = run.method.loss(model, tokens, labels, self.teacher, run.options)
         total, targets = distributed.sum_over_processes((loss.item(), objective.count_targets(labels)), loss.device)
         self.journal.observe(total, int(targets))
+        assert num_items_in_batch is not None
         # Processes average their gradients, which are to be summed.
         return loss * distributed.world_size() / num_items_in_batch
 
@@ -170,6 +159,7 @@ class RecoveryTrainer(Trainer):
         """As Trainer's; pruned entries of masked weights then have no gradient."""
         loss = super().training_step(*arguments, **keywords)
         for parameter, kept in self.masks:
+            assert parameter.grad is not None
             parameter.grad.mul_(kept)
         return loss
 
@@ -208,7 +198,7 @@ def train(
     if progress.step:
         run.restore(model)
     distributed.shard(model, device, run.precision)
-    weights = {name: model.get_submodule(name).weight for name in whole_masks}
+    weights = {name: model.get_parameter(f"{name}.weight") for name in whole_masks}
     masks = [(weight, distribute_like(whole_masks[name], weight)) for name, weight in weights.items()]
     if progress.step:
         print(f"Resuming after step {progress.step} ({run.tokens(progress.step):,} tokens).", flush=True)

@@ -55,13 +55,14 @@ def prepare(model: PreTrainedModel, options: Options) -> PreTrainedModel:
     targets = [name for name, module in model.named_modules() if id(module) in linears]
     configuration = LoraConfig(
         r=options.rank,
-        lora_alpha=options.alpha,
+        lora_alpha=options.alpha,  # type: ignore[arg-type]
         lora_dropout=options.dropout,
         target_modules=targets,
         bias="none",
         use_rslora=False,
     )
-    return inject_adapter_in_model(configuration, model, ADAPTER)
+    inject_adapter_in_model(configuration, model, ADAPTER)
+    return model
 
 
 def finish(model: PreTrainedModel, options: Options) -> PreTrainedModel:
@@ -81,8 +82,8 @@ def _merge_update(adapted: AdaptedLinear) -> nn.Module:
     from coppice.models.layers import PACKED, LowRankCorrectedLinear
 
     base = adapted.get_base_layer()
-    first = adapted.lora_A[ADAPTER].weight
-    second = adapted.scaling[ADAPTER] * adapted.lora_B[ADAPTER].weight
+    first = adapted.get_parameter(f"lora_A.{ADAPTER}.weight")
+    second = adapted.scaling[ADAPTER] * adapted.get_parameter(f"lora_B.{ADAPTER}.weight")
     if not isinstance(base, PACKED) and not getattr(base, "masked", False):
         base.weight += second @ first
         return base
