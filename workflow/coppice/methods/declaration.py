@@ -19,6 +19,7 @@ from coppice.methods.training import Clock, ParameterGroup, adamw, matrices_and_
 if TYPE_CHECKING:
     from torch import Tensor
     from torch.optim import Optimizer
+    from transformers import PreTrainedModel
 
     from coppice.methods.contracts import Decoder, Linear, LinearStatistics, Removal, Replacement, Structure
 
@@ -180,16 +181,16 @@ class TrainingMethod(Declaration):
     functions for divided tensors.
     """
 
-    prepare: Callable[[Any, Any], Any]
-    finish: Callable[[Any, Any], Any]
+    prepare: Callable[[PreTrainedModel, Any], PreTrainedModel]
+    finish: Callable[[PreTrainedModel, Any], PreTrainedModel]
     loss: Callable[..., Tensor] | None = None
-    tokens: Callable[[Any, Any], int] | None = None
-    parameter_groups: Callable[[Any, Any], list[ParameterGroup]] = matrices_and_vectors
+    tokens: Callable[[Any, Mapping[str, Any]], int] | None = None
+    parameter_groups: Callable[[PreTrainedModel, Any], list[ParameterGroup]] = matrices_and_vectors
     optimizer: Callable[[list[dict[str, Any]], Any], Optimizer] = adamw
-    before_step: Callable[[Any, Clock], None] | None = None
-    after_step: Callable[[Any, Clock], None] | None = None
-    state: Callable[[Any], dict[str, Tensor]] | None = None
-    restore: Callable[[Any, dict[str, Tensor]], None] | None = None
+    before_step: Callable[[PreTrainedModel, Clock], None] | None = None
+    after_step: Callable[[PreTrainedModel, Clock], None] | None = None
+    state: Callable[[PreTrainedModel], dict[str, Tensor]] | None = None
+    restore: Callable[[PreTrainedModel, dict[str, Tensor]], None] | None = None
 
     contract: ClassVar[str] = "training"
     functions: ClassVar[Mapping[str, int]] = {

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Clock:
-    """Where training stands, as the hooks of a step see it; the same in every process and in a resumed run.
+    """The position of a run, as the hooks of a step see it; the same in every process and in a resumed run.
 
     step: the number of the current step, from 1 to `steps`; a run with `stop_gain` may end before. tokens: read by the
     end of the step. seed: of the run; what a hook draws, it draws from a generator of its own, seeded by `seed` and

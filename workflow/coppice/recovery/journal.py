@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from coppice.errors import UserError
@@ -60,13 +60,13 @@ class Run:
         return pays_too_little(tokens, losses, self.tokens(self.schedule.steps), self.options.stop_gain)
 
     @torch.no_grad()
-    def extra_state(self, model: nn.Module) -> dict[str, Tensor]:
+    def extra_state(self, model: PreTrainedModel) -> dict[str, Tensor]:
         """The method's own tensors, for the state."""
         return self.method.state(model) if self.method.state else {}
 
     @torch.no_grad()
-    def restore(self, model: nn.Module) -> None:
-        """Makes of a prepared, undivided model the one that was saved."""
+    def restore(self, model: PreTrainedModel) -> None:
+        """Restores the saved parameters and the method's own tensors in a prepared, undivided model."""
         self.state.restore_parameters(model)
         if self.method.restore:
             self.method.restore(model, self.state.extra())
@@ -94,7 +94,7 @@ class Journal(TrainerCallback):
         if not math.isfinite(loss) and self.progress.step:
             raise divergence_error("held-out loss", loss, self.progress.step, self.run)
         if not math.isfinite(loss):
-            raise UserError(f"The parent's held-out loss is {loss}; look at the step that made it.")
+            raise UserError(f"The parent's held-out loss is {loss}; check the step that produced it.")
         self.add_row(loss)
 
     def add_row(self, validation_loss: float | None = None) -> None:

@@ -41,7 +41,7 @@ def batch_schedule(sizes: np.ndarray, batch_size: int, tokens: int, seed: int) -
 def learning_rate(options: RecoverOptions, step: int, steps: int) -> float:
     """Of the step with that index: linear warm-up to options.learning_rate, then constant or half a cosine to zero.
 
-    The scheduler also asks for the index `steps`, after the last step, where warm-up may just have ended.
+    The scheduler also evaluates the index `steps`, after the last step, where warm-up may just have ended.
     """
     warmup = min(steps, math.ceil(options.warmup * steps if options.warmup < 1 else options.warmup))
     if step < warmup:

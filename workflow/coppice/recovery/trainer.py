@@ -30,7 +30,7 @@ from coppice.recovery.schedule import learning_rate
 from coppice.recovery.state import Progress
 
 
-def create_optimizer(model: nn.Module, method: TrainingMethod, options: RecoverOptions) -> Optimizer:
+def create_optimizer(model: PreTrainedModel, method: TrainingMethod, options: RecoverOptions) -> Optimizer:
     """The method's optimizer over its groups. Raises UserError where a trained parameter is in none."""
     groups = [group for group in method.parameter_groups(model, options) if group.parameters]
     grouped = {id(parameter) for group in groups for parameter in group.parameters}
@@ -80,7 +80,7 @@ class StepHooks(TrainerCallback):
 class RecoveryTrainer(Trainer):
     """Trainer of a method, which reports its losses to a journal.
 
-    masks: trained weights of masked linears with True where a weight is kept, divided as they are.
+    masks: of trained weights of masked linears, True where a weight is kept, divided as the weights are.
     """
 
     loss_is_scaled_for_ga = True  # `compute_loss` divides by the targets of the whole step
@@ -172,7 +172,7 @@ def device_batch_size(options: RecoverOptions) -> int:
 def _masks(model: nn.Module) -> dict[str, Tensor]:
     """Those of masked linears whose weights train, by the linear's name.
 
-    Methods hook the gradients of such weights, but dividing a model makes its parameters anew, without hooks.
+    Methods hook the gradients of such weights, but dividing a model re-creates its parameters, without hooks.
     """
     trained = {name: linear for name, linear in weight_matrices(model).items() if linear.weight.requires_grad}
     return {name: kept for name, linear in trained.items() if (kept := mask(linear)) is not None}
