@@ -174,8 +174,8 @@ def recovery(budgets: tuple[int, ...], tokens: int = 5_024) -> dict[str, Any]:
     """The record that training for 5,000 tokens writes, which may have ended before."""
     from coppice.recovery import stage as train
 
-    course = SimpleNamespace(order=np.zeros((157, 1)), steps=157)
-    planned = SimpleNamespace(budgets=budgets, tokens=lambda step: tokens, course=course, precision="float32")
+    schedule = SimpleNamespace(order=np.zeros((157, 1)), steps=157)
+    planned = SimpleNamespace(budgets=budgets, tokens=lambda step: tokens, schedule=schedule, precision="float32")
     progress = SimpleNamespace(step=157, seconds=1.0)
     windows = SimpleNamespace(tokens=np.zeros((157, 32)))
     return train._recovery(planned, progress, SimpleNamespace(name="full"), windows, {"recovery": None}, 5_000)

@@ -14,8 +14,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from coppice.errors import did_you_mean
 from coppice.methods.contracts import FROM_WINDOWS, KINDS, Source
 from coppice.methods.options import LayerOptions, MethodOptions, RecoverOptions
+from coppice.methods.training import Clock, ParameterGroup, adamw, matrices_and_vectors
 
 if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.optim import Optimizer
+    from transformers import PreTrainedModel
+
     from coppice.methods.contracts import Decoder, Linear, LinearStatistics, Removal, Replacement, Structure
 
 # What a node is; the accounting, the exports and other methods go by these.
@@ -148,22 +153,67 @@ class CacheMethod(Declaration):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingMethod(Declaration):
-    """Trains its parent: prepare(model, options) -> model, and finish(model) -> model when training has ended.
+    """Trains its parent: prepare(model, options) -> model, and finish(model, options) -> model after training.
 
-    loss(model, tokens, labels, teacher, options) -> Tensor takes the place of the cross entropy, with the dense root as
-    teacher. tokens(options, parent) -> int says, from the parent's manifest, on how many tokens to train in the place
-    of `options.tokens`. Where the model is divided among GPUs its parameters are created again, without hooks that
-    `prepare` put on them; the trainer keeps the zeros of masked linears.
+    What requires a gradient after `prepare` is trained; torch's seed is set before it. The other parts are optional.
+
+    loss(model, tokens, labels, teacher, options) -> Tensor replaces the cross entropy; it is summed over the targets.
+    teacher: the dense root if `resources.teacher` is set, otherwise None. Where the model is divided among GPUs, the
+    loss may use parameters only through the model's forward.
+
+    tokens(options, parent) -> int: how many tokens to train on instead of `options.tokens`, from the parent's manifest.
+
+    parameter_groups(model, options) -> list[ParameterGroup]: each trained parameter in one of them.
+
+    optimizer(groups, options) -> torch.optim.Optimizer, from groups as torch takes them. What changes in it must be in
+    its state per parameter, as tensors or plain values. Tensors of another shape than their parameter's must be equal
+    in every process.
+
+    before_step(model, clock), after_step(model, clock): called in every step, with gradients disabled, before its
+    forward passes and after the optimizer's update, when the parameters still have their gradients.
+
+    state(model) -> dict[str, Tensor]: what an interrupted run needs besides the trained parameters and the optimizer's
+    state, such as buffers and attributes that hooks change. restore(model, tensors) receives it, whole and on the CPU,
+    for a model from `prepare` that is not yet divided among GPUs.
+
+    Dividing a model among GPUs creates its parameters again, without hooks that `prepare` put on their gradients; the
+    trainer keeps the zeros of linears that `prepare` leaves masked. `methods.training` has the types, the defaults, and
+    functions for divided tensors.
     """
 
-    prepare: Callable[[Any, Any], Any]
-    finish: Callable[[Any], Any]
-    loss: Callable[..., Any] | None = None
-    tokens: Callable[[Any, Any], int] | None = None
+    prepare: Callable[[PreTrainedModel, Any], PreTrainedModel]
+    finish: Callable[[PreTrainedModel, Any], PreTrainedModel]
+    loss: Callable[..., Tensor] | None = None
+    tokens: Callable[[Any, Mapping[str, Any]], int] | None = None
+    parameter_groups: Callable[[PreTrainedModel, Any], list[ParameterGroup]] = matrices_and_vectors
+    optimizer: Callable[[list[dict[str, Any]], Any], Optimizer] = adamw
+    before_step: Callable[[PreTrainedModel, Clock], None] | None = None
+    after_step: Callable[[PreTrainedModel, Clock], None] | None = None
+    state: Callable[[PreTrainedModel], dict[str, Tensor]] | None = None
+    restore: Callable[[PreTrainedModel, dict[str, Tensor]], None] | None = None
 
     contract: ClassVar[str] = "training"
-    functions: ClassVar[Mapping[str, int]] = {"prepare": 2, "finish": 1, "loss": 5, "tokens": 2, "traits": 2}
+    functions: ClassVar[Mapping[str, int]] = {
+        "prepare": 2,
+        "finish": 2,
+        "loss": 5,
+        "tokens": 2,
+        "parameter_groups": 2,
+        "optimizer": 2,
+        "before_step": 2,
+        "after_step": 2,
+        "state": 1,
+        "restore": 2,
+        "traits": 2,
+    }
     options_base: ClassVar[type[MethodOptions]] = RecoverOptions
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.state is None) != (self.restore is None):
+            raise TypeError("`state` and `restore` belong together; declare both or neither")
+        if self.resources.teacher and self.loss is None:
+            raise TypeError("`resources` names a teacher, but there is no `loss` that learns from it")
 
 
 def _require_known(field_name: str, values: Any, known: tuple[str, ...]) -> None:

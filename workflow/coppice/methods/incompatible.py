@@ -19,3 +19,4 @@ DECOMPOSE = {
     "quantized": "packed integers have no factors; decompose before quantizing",
     "compensated": f"{_FITTED}; decompose before compensating",
 }
+QUANTIZED_CACHE = "its keys and values are quantized as it runs; train before the step that quantizes them"
