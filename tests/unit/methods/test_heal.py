@@ -14,6 +14,7 @@ from coppice.errors import UserError
 from coppice.methods.decompose.curing import paper_link, select
 from coppice.methods.recover import heal
 from coppice.methods.registry import method
+from coppice.models.architectures.base import blocks
 from coppice.models.checkpoint import load_model, read_manifest, save_checkpoint
 from coppice.models.modules import (
     CURLinear,
@@ -21,7 +22,6 @@ from coppice.models.modules import (
     LowRankLinear,
     QuantizedLinear,
     TensorTrainLinear,
-    blocks,
 )
 from coppice.recovery import objective
 from coppice.recovery.schedule import batch_schedule

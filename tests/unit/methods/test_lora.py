@@ -8,11 +8,11 @@ from tiny import logits, tiny_model, tiny_tokens
 
 from coppice.methods.recover import lora
 from coppice.methods.registry import method
+from coppice.models.architectures.base import blocks
 from coppice.models.modules import (
     LowRankCorrectionLinear,
     LowRankLinear,
     QuantizedLinear,
-    blocks,
     describe_replacements,
     weight_matrices,
 )
