@@ -20,10 +20,13 @@ from typing import Literal
 import numpy as np
 from pydantic import Field
 
-from coppice.laws import Law, Residuals, p2
-from coppice.laws.fit import Form, Objective, Parameter, Parameters, Points, is_single, without
-from coppice.laws.held_out import highest_of_each, largest, later_tokens
-from coppice.laws.recoveries import RecoveryOptions
+from coppice.laws import p2
+from coppice.laws.contracts import Law
+from coppice.laws.engine.forms import Form, Objective, Parameter, Parameters, Reduction, without
+from coppice.laws.engine.held_out import highest_of_each, largest, later_tokens
+from coppice.laws.engine.points import Points, is_single
+from coppice.laws.options import Residuals
+from coppice.laws.points.recoveries import RecoveryOptions
 
 MILLION = 1e6
 
@@ -48,7 +51,7 @@ def predict(parameters: Parameters, points: Points) -> np.ndarray:
     )
 
 
-def reduce(points: Points) -> tuple[dict[str, float], list[str]]:
+def reduce(points: Points) -> Reduction:
     """Of the factors that are the same for all points one stands for their product; the others have exponent 0."""
     same = [name for name, what in _constant(points).items() if what]
     notes = [f"There is one {_WHAT[name]}, so {name} is not identified: it is fixed at 0." for name in same[1:]]

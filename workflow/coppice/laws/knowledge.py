@@ -19,17 +19,21 @@ from __future__ import annotations
 
 import json
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from pydantic import Field
 
 from coppice.formatting import join_words
-from coppice.laws import Law, LawOptions
-from coppice.laws.fit import Fit, Form, Parameter, Parameters, Points, drawn_interval, is_single
-from coppice.laws.held_out import largest, leave_one_out, lowest_of_each
+from coppice.laws.contracts import Advice, Law, Tables
+from coppice.laws.engine.forms import Form, Parameter, Parameters, Reduction
+from coppice.laws.engine.held_out import largest, leave_one_out, lowest_of_each
+from coppice.laws.engine.inference import sample_interval
+from coppice.laws.engine.points import Points, is_single
+from coppice.laws.engine.search import Fit
+from coppice.laws.options import LawOptions
+from coppice.laws.points.quality import LOW_BIT_COMPUTE, METRICS, join_quality, list_steps
 from coppice.laws.precision import retained
-from coppice.laws.quality import METRICS, measured, path
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -42,7 +46,6 @@ NEGLIGIBLE = 0.95  # of the dense model's bits: what still counts as no change
 HALF = 0.5  # the paper's "more than a factor of two"
 
 DENSE = "dense"
-_INPUT_MARKS = frozenset({"quantized-inputs", "quantized-cache"})
 
 COLUMNS = {
     "run": str,
@@ -112,7 +115,7 @@ def knowledge(parameters: Parameters, points: Points) -> np.ndarray:
     return points["world"] * predict(parameters, points)
 
 
-def reduce(points: Points) -> tuple[dict[str, float], list[str]]:
+def reduce(points: Points) -> Reduction:
     """One precision leaves the damage untold, one size p, and nodes that hold all of their world R; the sentences."""
     fixed: dict[str, float] = {}
     notes = []
@@ -154,7 +157,7 @@ def _by_size_alone(parameters: Parameters, points: Points) -> np.ndarray:
     return predict(parameters | {"c": 0.0, "p": 0.0, "gamma": 1.0}, points)
 
 
-def _reduce_capacity_by_bits(points: Points) -> tuple[dict[str, float], list[str]]:
+def _reduce_capacity_by_bits(points: Points) -> Reduction:
     return ({"gamma": 0.05} if is_single(points["bits"]) else {}), []
 
 
@@ -177,7 +180,7 @@ HELD_OUT = {
 }
 
 
-def points(tables: dict[str, pd.DataFrame], options: dict[str, Any]) -> Points:
+def points(tables: Tables, options: Options) -> Points:
     """One row a node whose knowledge was measured.
 
     knowledge [n]: K, bits, which is negative for a node that does worse than chance; world [n]: K_max; share [n] =
@@ -188,9 +191,9 @@ def points(tables: dict[str, pd.DataFrame], options: dict[str, Any]) -> Points:
     if METRIC not in set(tables["metrics"]["metric"]):
         return {name: np.empty(0, kind) for name, kind in COLUMNS.items()}
     nodes = tables["nodes"].set_index("node", drop=False)
-    found, most = (measured(tables, options | {"metric": name}) for name in (METRIC, f"{METRIC}_max"))
+    found, most = (join_quality(tables, options.evaluation, name, options.nodes) for name in (METRIC, f"{METRIC}_max"))
     found = found.merge(most[["node", "value"]].rename(columns={"value": "most"}), on="node").sort_values("node")
-    if options["nodes"] is None:
+    if options.nodes is None:
         found = found[np.array([_is_stored_shorter(nodes, node) for node in found["node"]], bool)]
     parameters, stored = (found[name].to_numpy(dtype=float) for name in ("parameters", "stored_bits"))
     held, world = found["value"].to_numpy(dtype=float) * parameters, found["most"].to_numpy(dtype=float) * parameters
@@ -212,17 +215,17 @@ def points(tables: dict[str, pd.DataFrame], options: dict[str, Any]) -> Points:
 
 def _is_stored_shorter(nodes: pd.DataFrame, node: str) -> bool:
     """Whether it is dense, or made by quantizing weights and nothing else."""
-    weights_alone = not set(nodes.at[node, "marks"]) & _INPUT_MARKS
-    return weights_alone and all(nodes.at[step, "family"] == "quantize" for step in path(nodes, node))
+    weights_alone = not set(nodes.at[node, "marks"]) & LOW_BIT_COMPUTE
+    return weights_alone and all(nodes.at[step, "family"] == "quantize" for step in list_steps(nodes, node))
 
 
 def _method(nodes: pd.DataFrame, node: str) -> str:
-    return nodes.at[node, "method"] if path(nodes, node) else DENSE
+    return nodes.at[node, "method"] if list_steps(nodes, node) else DENSE
 
 
 def _width(nodes: pd.DataFrame, node: str) -> float:
     """The bits that the node's step was asked for; 0 for a dense model, and for a step that has no such number."""
-    asked = json.loads(nodes.at[node, "options"]).get("bits") if path(nodes, node) else None
+    asked = json.loads(nodes.at[node, "options"]).get("bits") if list_steps(nodes, node) else None
     return float(asked) if isinstance(asked, int) else 0.0
 
 
@@ -294,10 +297,8 @@ def _dense(points: Points) -> np.ndarray:
 # Advice
 
 
-def recommend(
-    fit: Fit, samples: Parameters, points: Points, scales: dict[str, float], options: dict[str, Any]
-) -> tuple[list[dict[str, Any]], list[str]]:
-    """For each dense model the stored bits per weight at which it keeps options["keep"] of its knowledge.
+def recommend(fit: Fit, samples: Parameters, points: Points, scales: dict[str, float], options: Options) -> Advice:
+    """For each dense model the stored bits per weight at which it keeps options.keep of its knowledge.
 
     From K(b) = keep K(dense): delta(b) = delta(dense) - ln keep, so b = -gamma ln(delta(b) / (c (K_max / N)^p)).
     """
@@ -305,18 +306,18 @@ def recommend(
     if missing:
         return [], [f"No precision is recommended, since the points do not identify {join_words(missing)}."]
     dense = {name: column[_dense(points)] for name, column in points.items()}
-    bits = _bits_to_keep(fit.parameters, dense, options["keep"])
-    drawn = _bits_to_keep(samples, dense, options["keep"])
+    bits = _bits_to_keep(fit.parameters, dense, options.keep)
+    drawn = _bits_to_keep(samples, dense, options.keep)
     entries = []
     for row, model in enumerate(dense["run"]):
-        low, high = drawn_interval(drawn[:, row])
+        low, high = sample_interval(drawn[:, row])
         between = "" if low is None else f" ({low:.2f} to {high:.2f})"
         entries.append(
             {
-                "sentence": f"{model} keeps {options['keep']:.0%} of its knowledge at {bits[row]:.2f}{between} stored "
+                "sentence": f"{model} keeps {options.keep:.0%} of its knowledge at {bits[row]:.2f}{between} stored "
                 "bits per weight of its linears.",
                 "model": str(model),
-                "keep": options["keep"],
+                "keep": options.keep,
                 "bits": float(bits[row]),
                 "low": low,
                 "high": high,

@@ -12,17 +12,20 @@ the tokens of the recovery, and a_D and b_D say how fast a recovery is, not how 
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from coppice.laws import Law, chinchilla
-from coppice.laws.fit import Form, Parameter, Parameters, Points, is_single, points_of, powers_of_a_thousand
-from coppice.laws.held_out import highest_of_each, largest, later_tokens
-from coppice.laws.recoveries import CURVES, RecoveryOptions, recoveries
+from coppice.laws import chinchilla
+from coppice.laws.contracts import Law, Tables
+from coppice.laws.engine.forms import Form, Parameter, Parameters, Reduction
+from coppice.laws.engine.held_out import highest_of_each, largest, later_tokens
+from coppice.laws.engine.points import Points, is_single, points_from, powers_of_a_thousand
+from coppice.laws.points.quality import LOW_BIT_COMPUTE
+from coppice.laws.points.recoveries import CURVES, RecoveryOptions, join_recoveries
 
 if TYPE_CHECKING:
-    import pandas as pd
+    pass
 
 SOURCE = {
     "title": "Scaling Laws for Sparsely-Connected Foundation Models",
@@ -33,7 +36,7 @@ SOURCE = {
 COLUMNS = {"run": str, "model": str, "parameters": float, "sparsity": float, "tokens": float, "loss": float}
 
 # What else could have changed the loss, or makes stored parameters no count of connections.
-_OTHER_MARKS = frozenset({"factorized", "smaller", "quantized", "compensated", "quantized-inputs", "quantized-cache"})
+_OTHER_TRAITS = frozenset({"factorized", "smaller", "quantized", "compensated"}) | LOW_BIT_COMPUTE
 
 
 class Options(RecoveryOptions):
@@ -64,7 +67,7 @@ def predict(parameters: Parameters, points: Points) -> np.ndarray:
     )
 
 
-def reduce(points: Points) -> tuple[dict[str, float], list[str]]:
+def reduce(points: Points) -> Reduction:
     """The nested form that one sparsity, one dense size, one non-zero size, or one number of tokens leaves, and why."""
     fixed: dict[str, float] = {}
     notes = []
@@ -124,22 +127,22 @@ HELD_OUT = {
 }
 
 
-def points(tables: dict[str, pd.DataFrame], options: dict[str, Any]) -> Points:
+def points(tables: Tables, options: Options) -> Points:
     """One row a validation loss of a recovery of a model with zeros among its weights, or of a dense one (S = 0).
 
     A run is a node that `recoveries` chooses, whose parent is a dense root or masked, and which is not quantized,
     factorized, compensated or smaller. `sparsity` [n] is rho_nonzero, the part of ALL parameters that is zero,
     embeddings included, and `parameters` [n] the rest, so that N / (1 - S) is the dense size; not yet in units.
     """
-    found = recoveries(tables, options)
+    found = join_recoveries(tables, options)
     chosen = [
-        (parent == model or "masked" in before) and not _OTHER_MARKS & set(after)
+        (parent == model or "masked" in before) and not _OTHER_TRAITS & set(after)
         for parent, model, before, after in zip(
             found["parent"], found["model"], found["parent.marks"], found["marks"], strict=True
         )
     ]
     found = found[np.array(chosen, bool)]
-    return points_of(found.assign(parameters=found["nonzero_parameters"], sparsity=found["rho_nonzero"]), COLUMNS)
+    return points_from(found.assign(parameters=found["nonzero_parameters"], sparsity=found["rho_nonzero"]), COLUMNS)
 
 
 LAW = Law(

@@ -231,12 +231,12 @@ def _identity(
 
     On how many GPUs it ran is no part of it.
     """
-    from coppice.laws import learning_curve
+    from coppice.laws.learning_curve import trends
     from coppice.recovery import trainer
 
     code = {"stage": sha256(Path(__file__)), "trainer": sha256(Path(trainer.__file__)), "method": sha256(chosen.file)}
     if options.stop_gain is not None:
-        code["law"] = sha256(Path(learning_curve.__file__))
+        code["law"] = sha256(Path(trends.__file__))
     return {
         "method": chosen.name,
         **{f"options.{key}": value for key, value in options.model_dump(mode="json", exclude={"gpus"}).items()},

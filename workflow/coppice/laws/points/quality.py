@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from pydantic import Field
 
 from coppice.errors import UserError
-from coppice.laws import LawOptions
+from coppice.laws.contracts import Tables
+from coppice.laws.options import LawOptions
 
 if TYPE_CHECKING:
     import pandas as pd
 
 METRICS = ("node", "evaluation", "metric", "value", "stderr", "unit")
+# Traits of nodes that compute with fewer bits, which cost quality that the bits of their weights do not explain.
+LOW_BIT_COMPUTE = frozenset({"quantized-activations", "quantized-inputs", "quantized-cache"})
+
+Kind = Literal["perplexity", "accuracy"]
 
 
 class QualityOptions(LawOptions):
@@ -33,52 +38,55 @@ class QualityOptions(LawOptions):
     )
 
 
-def measured(tables: dict[str, pd.DataFrame], options: dict[str, Any], kind: str = "perplexity") -> pd.DataFrame:
+def join_quality(
+    tables: Tables, evaluation: str | None, metric: str | None, nodes: list[str] | None, kind: Kind = "perplexity"
+) -> pd.DataFrame:
     """The chosen nodes, one row each, with the columns of the table `nodes` that were read, and `value`, `stderr`.
 
-    kind: `perplexity`, whose values become losses ln(perplexity) in nats per token with stderr by the delta method, or
-    `accuracy`; it picks the metric where the options name none. Rows without a finite value are kept: whoever reads
-    them says so. Raises UserError where the options name no measurement, or leave several to choose from.
+    A perplexity becomes a loss ln(perplexity) in nats per token, with stderr by the delta method. The metric is chosen
+    by `choose_metric`, the nodes by glob patterns (None: all). Rows without a finite value are kept, for the caller to
+    report. Raises UserError as `choose_metric` does, and where the metric has several units.
     """
-    nodes, metrics = tables["nodes"], tables["metrics"]
-    evaluation, metric = choice(metrics, options, kind)
+    metrics = tables["metrics"]
+    evaluation, metric = choose_metric(metrics, evaluation, metric, kind)
     rows = metrics[(metrics["evaluation"] == evaluation) & (metrics["metric"] == metric)]
     units = sorted(rows["unit"].dropna().unique())
     if len(units) > 1:
         raise UserError(
-            f"The metric {metric} stands in several units ({', '.join(units)}); evaluate its nodes anew with one "
-            "version."
+            f"The metric {metric} has several units ({', '.join(units)}); evaluate its nodes again with one version."
         )
-    found = nodes.merge(rows[["node", "value", "stderr"]], on="node", how="inner")
-    chosen = np.array([matches(node, options["nodes"]) for node in found["node"]], bool)
-    found = found[chosen].reset_index(drop=True)
+    joined = tables["nodes"].merge(rows[["node", "value", "stderr"]], on="node", how="inner")
+    chosen = np.array([matches(node, nodes) for node in joined["node"]], bool)
+    joined = joined[chosen].reset_index(drop=True)
     if metric.startswith("perplexity_"):
-        found["stderr"] = found["stderr"] / found["value"]
-        found["value"] = np.log(found["value"])
-    return found
+        joined["stderr"] = joined["stderr"] / joined["value"]
+        joined["value"] = np.log(joined["value"])
+    return joined
 
 
-def choice(metrics: pd.DataFrame, options: dict[str, Any], kind: str) -> tuple[str, str]:
-    """The evaluation and the metric that `measured` reads: the one pair that the options leave. Raises as it does."""
+def choose_metric(
+    metrics: pd.DataFrame, evaluation: str | None, metric: str | None, kind: Kind = "perplexity"
+) -> tuple[str, str]:
+    """The pair (evaluation, metric) that a law is about: the one that is left, of the kind where no metric is named.
+
+    Raises UserError where the options leave no measurement, or several.
+    """
     pairs = metrics[["evaluation", "metric"]].drop_duplicates()
-    if options["evaluation"] is not None:
-        pairs = pairs[pairs["evaluation"] == options["evaluation"]]
-    if options["metric"] is not None:
-        pairs = pairs[pairs["metric"] == options["metric"]]
+    if evaluation is not None:
+        pairs = pairs[pairs["evaluation"] == evaluation]
+    if metric is not None:
+        pairs = pairs[pairs["metric"] == metric]
+    elif kind == "perplexity":
+        pairs = pairs[pairs["metric"].str.startswith("perplexity_")]
     else:
-        of_kind = (
-            pairs["metric"].str.startswith("perplexity_")
-            if kind == "perplexity"
-            else pairs["metric"].str.endswith("_acc")
-        )
-        pairs = pairs[of_kind]
+        pairs = pairs[pairs["metric"].str.endswith("_acc")]
     known = sorted(f"{row.evaluation}: {row.metric}" for row in pairs.itertuples())
     if len(known) == 1:
         return pairs.iloc[0]["evaluation"], pairs.iloc[0]["metric"]
     if not known:
-        asked = options["metric"] or ("a perplexity" if kind == "perplexity" else "an accuracy")
+        requested = metric or ("a perplexity" if kind == "perplexity" else "an accuracy")
         raise UserError(
-            f"The tables hold no measurement of {asked}; name one of their metrics as the law's option `metric`."
+            f"The tables hold no measurement of {requested}; name one of their metrics as the law's option `metric`."
         )
     raise UserError(
         f"The tables hold several measurements that the law could be about ({', '.join(known)}); name one by the "
@@ -91,7 +99,7 @@ def matches(node: str, patterns: list[str] | None) -> bool:
     return patterns is None or any(fnmatchcase(node, pattern) for pattern in patterns)
 
 
-def path(nodes: pd.DataFrame, node: str) -> list[str]:
+def list_steps(nodes: pd.DataFrame, node: str) -> list[str]:
     """The steps that made `node`, from the first, as names in the index of `nodes`, without the dense model."""
     steps: list[str] = []
     while isinstance(nodes.at[node, "parent"], str):
