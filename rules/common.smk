@@ -7,7 +7,7 @@ from os.path import relpath
 from shlex import join, quote
 from urllib.parse import urlencode, urlsplit
 
-from coppice import laws
+from coppice.laws import registry as laws
 from coppice.planning import resources as needs
 from coppice.study import tree
 from coppice.errors import UserError
@@ -278,18 +278,8 @@ def law_name(wildcards):
 
 
 def law_sources(wildcards):
-    """The files of the law and of the engine.
-
-    A changed law is fitted anew, as is one that rests on it; a changed engine fits all of them anew.
-    """
-    folder = Path(laws.__file__).parent
-    found, waiting = {folder / "__init__.py"}, {law_name(wildcards).replace("-", "_"), "stage"}
-    while waiting:
-        file = folder / f"{waiting.pop()}.py"
-        if file.is_file() and file not in found:
-            found.add(file)
-            waiting |= law_modules(file.read_text(encoding="utf-8"))
-    return sorted(map(relpath, found))
+    """The files that a fit of the law rests on."""
+    return [relpath(file) for file in laws.source_files(law_name(wildcards))]
 
 
 def law_points(wildcards):
@@ -306,13 +296,6 @@ def law_files(wildcards):
 def law_content(wildcards):
     """The content of the files of a law."""
     return content([*law_sources(wildcards), *law_points(wildcards)])
-
-
-def law_modules(text):
-    """What a module's text imports from the package of laws: modules, and other names among them."""
-    packages = re.findall(r"^\s*from coppice\.laws import (.+)$", text, re.MULTILINE)
-    modules = re.findall(r"^\s*from coppice\.laws\.(\w+) import", text, re.MULTILINE)
-    return {name for names in packages for name in re.findall(r"\w+", names)} | set(modules)
 
 
 def law_options(wildcards):

@@ -17,7 +17,6 @@ import pyarrow.parquet as pq
 import pytest
 from fake_results import fake_study, write_results
 
-from coppice import laws
 from coppice.cli import main
 from coppice.decisions import recipe
 from coppice.decisions.budget import expected_loss, predictive_interval, tokens_to_buy
@@ -35,7 +34,7 @@ from coppice.decisions.recipe import (
     probabilities_of_best,
 )
 from coppice.errors import UserError
-from coppice.laws import p2
+from coppice.laws import p2, registry
 from coppice.results import collection as tables
 from coppice.results.comparisons import Scores
 from coppice.results.reading import read_table
@@ -149,7 +148,7 @@ def fitted(missing: tuple[int, float] | None = None, spread: float = 0.02, **rep
     known = {"low": None, "high": None, "identified": True, "spread": 0.0}
     return Fitted(
         "recovery",
-        laws.load("p2"),
+        registry.load("p2"),
         {
             "law": "p2",
             "target": "loss",

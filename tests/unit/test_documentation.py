@@ -8,8 +8,9 @@ import yaml
 from pydantic import Field
 from studies import small_study
 
-from coppice import documentation, laws
-from coppice.laws import LawOptions
+from coppice import documentation
+from coppice.laws import registry as laws
+from coppice.laws.options import LawOptions
 from coppice.methods.registry import methods
 
 

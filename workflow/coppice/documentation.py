@@ -16,10 +16,10 @@ from typing import Any
 import yaml
 from pydantic import BaseModel
 
-from coppice import laws
 from coppice.files import atomic_write
-from coppice.laws.fit import Form
-from coppice.laws.held_out import HoldOut
+from coppice.laws import registry as laws
+from coppice.laws.engine.forms import Form
+from coppice.laws.engine.held_out import HoldOut
 from coppice.methods.options import Allocation, BudgetOptions, LayerOptions, MethodOptions, RecoverOptions
 from coppice.methods.registry import FAMILIES, Method, methods
 from coppice.results.schemas import with_tables

@@ -4,9 +4,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from coppice import laws
-from coppice.laws import compression
-from coppice.laws.fit import Points, fit_form, select
+from coppice.laws import compression, registry
+from coppice.laws.engine.points import Points, select
+from coppice.laws.engine.search import fit_form
 
 TRUTH = {"alpha": 1.05, "beta": 0.9, "gamma": 0.35}
 DENSE_LOSS = {1: 2.9, 3: 2.5, 8: 2.1}
@@ -70,7 +70,7 @@ def test_a_factor_that_is_the_same_everywhere_tells_one_constant() -> None:
 
 def test_recovery_tokens_count_in_millions() -> None:
     assert compression.LAW.scales(grid()) == {"tokens": 1e6}
-    assert laws.validated("compression", {}).residuals == "logarithmic"
+    assert registry.validate_options("compression", {}).residuals == "logarithmic"
 
 
 def test_held_out_tests() -> None:
@@ -93,7 +93,7 @@ def test_points_are_losses_of_recoveries_with_the_ratio_of_the_pruned_model() ->
     curves = pd.DataFrame(
         {"node": "m/laco/full", "tokens": [0, 1e6, 2e6], "loss": [9.0, 3.0, 2.8], "dense_loss": 2.5}
     ).assign(split="validation")
-    options = laws.validated("compression", {"ratio": "rho_blocks"}).model_dump()
+    options = registry.validate_options("compression", {"ratio": "rho_blocks"})
     points = compression.LAW.points({"nodes": nodes, "curves": curves}, options)
     assert list(points) == list(compression.LAW.columns)
     assert points["tokens"].tolist() == [1e6, 2e6]

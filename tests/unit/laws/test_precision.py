@@ -4,10 +4,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from coppice import laws
 from coppice.errors import UserError
-from coppice.laws import precision
-from coppice.laws.fit import Points, fit_form, select
+from coppice.laws import precision, registry
+from coppice.laws.engine.points import Points, select
+from coppice.laws.engine.search import fit_form
 
 TRUTH = {"C_T": 0.6, "gamma_D": 0.5, "gamma_N": 0.35, "gamma_post": 0.7}
 TRAINING = {
@@ -20,7 +20,7 @@ TRAINING = {
     "gamma_a": 2.2,
     "gamma_kv": 0.96,
 }
-OPTIONS = precision.Options().model_dump()
+OPTIONS = precision.Options()
 
 
 def grid(
@@ -226,18 +226,18 @@ def test_points_are_nodes_that_were_quantized_and_nothing_else() -> None:
 
 
 def test_options_choose_the_points() -> None:
-    named = precision.points(tables(), OPTIONS | {"pretraining_tokens": {"a": 5e9, "b": 7e9}})
+    named = precision.points(tables(), OPTIONS.model_copy(update={"pretraining_tokens": {"a": 5e9, "b": 7e9}}))
     assert named["tokens"].tolist() == [5e9, 5e9, 7e9]
-    partly = precision.points(tables(), OPTIONS | {"pretraining_tokens": {"a": 5e9}})
+    partly = precision.points(tables(), OPTIONS.model_copy(update={"pretraining_tokens": {"a": 5e9}}))
     assert partly["tokens"].tolist() == [1, 1, 1]
-    alone = precision.points(tables(), OPTIONS | {"pretraining_tokens": {"a": 5e9}, "nodes": ["a/*"]})
+    alone = precision.points(tables(), OPTIONS.model_copy(update={"pretraining_tokens": {"a": 5e9}, "nodes": ["a/*"]}))
     assert alone["tokens"].tolist() == [5e9, 5e9]
     assert alone["degradation"] == pytest.approx(np.log([1.5, 0.95]))
-    assert precision.points(tables(), OPTIONS | {"method": "rtn"})["run"].tolist() == ["a/rtn-3"]
-    assert precision.points(tables(), OPTIONS | {"method": "awq"})["tokens"].shape == (0,)
+    assert precision.points(tables(), OPTIONS.model_copy(update={"method": "rtn"}))["run"].tolist() == ["a/rtn-3"]
+    assert precision.points(tables(), OPTIONS.model_copy(update={"method": "awq"}))["tokens"].shape == (0,)
 
 
 def test_the_law_is_found_by_name() -> None:
-    assert laws.load("precision").form is precision.FORM
+    assert registry.load("precision").form is precision.FORM
     with pytest.raises(UserError, match="pretraining_tokens"):
-        laws.validated("precision", {"pretraining_tokens": {"a": 0}})
+        registry.validate_options("precision", {"pretraining_tokens": {"a": 0}})

@@ -6,13 +6,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from coppice import laws
 from coppice.errors import UserError
-from coppice.laws import task_stratified
-from coppice.laws.fit import Points, fit_form, select
+from coppice.laws import registry, task_stratified
+from coppice.laws.engine.points import Points, select
+from coppice.laws.engine.search import fit_form
 
 TRUTH = {"A": 0.9, "alpha": -0.36, "beta": -1.07, "gamma": -0.2, "delta": 0.09}
-OPTIONS = laws.validated("task-stratified", {}).model_dump()
+OPTIONS = registry.validate_options("task-stratified", {})
 
 
 def grid(sizes=(0.6, 1.7, 4, 14), bits=(3, 4, 8), calibrations=(16, 128), groups=(32, 128), noise=0.0) -> Points:
@@ -160,8 +160,7 @@ def test_points_are_models_whose_weights_were_quantized_in_groups() -> None:
 
 def test_options_choose_the_points() -> None:
     def found(**options: object) -> Points:
-        given = laws.validated("task-stratified", options).model_dump()
-        return task_stratified.points(tables(), given)
+        return task_stratified.points(tables(), registry.validate_options("task-stratified", options))
 
     assert found(method="rtn")["run"].tolist() == ["m/rotate/rtn-3"]
     assert found(nodes=["m/gptq*"])["run"].tolist() == ["m/gptq-4", "m/gptq-8"]
@@ -181,9 +180,9 @@ def test_without_calibration_sizes_the_law_goes_without_them() -> None:
 
 
 def test_bad_options_have_their_sentence() -> None:
-    with pytest.raises(UserError, match=r"no items of the metric 'winogrande_acc'.*option `chance`"):
+    with pytest.raises(UserError, match=r"no items of 'winogrande'.*option `chance`"):
         task_stratified.points(tables("winogrande_acc"), OPTIONS)
     with pytest.raises(UserError, match="calibration_sizes"):
-        laws.validated("task-stratified", {"calibration_sizes": {"wide": 1}})
+        registry.validate_options("task-stratified", {"calibration_sizes": {"wide": 1}})
     with pytest.raises(UserError, match="chance"):
-        laws.validated("task-stratified", {"chance": 1.0})
+        registry.validate_options("task-stratified", {"chance": 1.0})

@@ -11,12 +11,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from coppice import laws
 from coppice.decisions import Answer
 from coppice.errors import UserError, did_you_mean
 from coppice.files import read_json
 from coppice.formatting import held_out_sentence, join_words, target_of
-from coppice.laws.fit import Parameters, Points
+from coppice.laws import registry as laws
+from coppice.laws.engine.forms import Parameters
+from coppice.laws.engine.points import Points
 from coppice.results.schemas import Row
 
 _OF_RECOVERIES = {"run", "model", "dense_parameters", "rho", "tokens", "dense_loss"}

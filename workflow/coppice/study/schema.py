@@ -29,12 +29,12 @@ from pydantic import (
     model_validator,
 )
 
-from coppice import laws
 from coppice.data.biographies import World
 from coppice.data.text import ROLES, SUFFIXES, UNITS
 from coppice.errors import UserError, did_you_mean
 from coppice.evaluation.roofline import DEVICES
 from coppice.files import read_json
+from coppice.laws import registry as laws
 from coppice.methods.contracts import KINDS
 from coppice.methods.options import MethodOptions
 from coppice.methods.registry import method
@@ -559,7 +559,7 @@ def _references(study: Study) -> Iterator[str]:
             yield _unknown(f"laws.{name}.law", "law", law.law, known_laws)
             continue
         try:
-            options = laws.validated(law.law, law.options)
+            options = laws.validate_options(law.law, law.options)
         except UserError as error:
             yield f"laws.{name}.options: {error}"
             continue

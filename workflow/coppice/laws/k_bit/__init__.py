@@ -76,6 +76,15 @@ class Options(QualityOptions):
     )
 
 
+def bits_per_parameter(k: float, block: int, outlier_share: float = 0.0) -> float:
+    """k + 16 / B + p (16 - k): bits of a weight of k bits, with a 16-bit constant for each block of B weights.
+
+    outlier_share: p, the share of the inputs whose weights stay in 16 bits. This is the paper's accounting; the points
+    take the bits that a checkpoint really stores.
+    """
+    return k + 16 / block + outlier_share * (16 - k)
+
+
 def points(tables: Tables, options: Options) -> Points:
     """One row a node, dense or with quantized weights: k, bits (stored), and the metric's value and stderr.
 
