@@ -21,9 +21,9 @@ import numpy as np
 from pydantic import Field
 
 from coppice.formatting import human_count, join_words, number
-from coppice.laws.contracts import Advice, Law, Tables
+from coppice.laws.contracts import Advice, Law, Source, Tables
 from coppice.laws.engine.forms import Form, Objective, Parameter, Parameters, Reduction, without
-from coppice.laws.engine.held_out import largest, later_tokens, leave_one_out
+from coppice.laws.engine.held_out import HoldOut, largest, later_tokens, leave_one_out
 from coppice.laws.engine.inference import sample_interval
 from coppice.laws.engine.points import Points, is_single, points_from, powers_of_a_thousand
 from coppice.laws.engine.search import Fit
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 
-SOURCE = {
+SOURCE: Source = {
     "title": "Chinchilla Scaling: A Replication Attempt",
     "arxiv": "2404.10102",
     "equation": "L = E + A / N^alpha + B / D^beta",
@@ -161,7 +161,7 @@ RIVALS = {
     "one_exponent": replace(without(FORM, "beta"), predict=_tied, reduce=_reduce_tied),
 }
 
-HELD_OUT = {
+HELD_OUT: dict[str, HoldOut] = {
     "larger_model": partial(largest, column="parameters", name="size"),
     "each_size": partial(leave_one_out, column="parameters", name="size"),
     "later_tokens": later_tokens,
@@ -199,7 +199,7 @@ def recommend(fit: Fit, samples: Parameters, points: Points, scales: dict[str, f
     compute = options.compute
     if compute is None:
         return [], []
-    lost = [name for name in ("A", "B", "alpha", "beta") if name in fit.unidentified or name in fit.fixed]
+    lost: list[str] = [name for name in ("A", "B", "alpha", "beta") if name in fit.unidentified or name in fit.fixed]
     if lost:
         return [], [f"No compute-optimal size is recommended, since the points do not identify {join_words(lost)}."]
     in_units = compute / (scales["parameters"] * scales["tokens"])

@@ -96,6 +96,12 @@ class Law:
     recommend: Callable[[Fit, Parameters, Points, dict[str, float], Options], Advice] = _no_advice
     report: Callable[[Points, Options], LawReport] | None = None
 
+    def require_form(self) -> Form:
+        """The form of a parametric law; TypeError for one that has a `report` of its own."""
+        if self.form is None:
+            raise TypeError("This law is not a single formula.")
+        return self.form
+
     @property
     def target(self) -> str:
         """The column that is predicted, or else the first number that is not on the axis: what the figure shows."""

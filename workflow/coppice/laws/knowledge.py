@@ -17,7 +17,6 @@ as much as those that hold all. All parameters count in N, embeddings too.
 
 from __future__ import annotations
 
-import json
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -27,12 +26,12 @@ from pydantic import Field
 from coppice.formatting import join_words
 from coppice.laws.contracts import Advice, Law, Tables
 from coppice.laws.engine.forms import Form, Parameter, Parameters, Reduction
-from coppice.laws.engine.held_out import largest, leave_one_out, lowest_of_each
+from coppice.laws.engine.held_out import HoldOut, largest, leave_one_out, lowest_of_each
 from coppice.laws.engine.inference import sample_interval
 from coppice.laws.engine.points import Points, is_single
 from coppice.laws.engine.search import Fit
 from coppice.laws.options import LawOptions
-from coppice.laws.points.quality import LOW_BIT_COMPUTE, METRICS, join_quality, list_steps
+from coppice.laws.points.quality import LOW_BIT_COMPUTE, METRICS, join_quality, list_steps, parent, step_options, traits
 from coppice.laws.precision import retained
 
 if TYPE_CHECKING:
@@ -173,7 +172,7 @@ RIVALS = {
 }
 
 
-HELD_OUT = {
+HELD_OUT: dict[str, HoldOut] = {
     "another_model": partial(leave_one_out, column="run", name="model"),
     "larger_model": partial(largest, column="parameters", name="size"),
     "fewer_bits": partial(lowest_of_each, column="bits", name="precision", by="run"),
@@ -215,18 +214,18 @@ def points(tables: Tables, options: Options) -> Points:
 
 def _is_stored_shorter(nodes: pd.DataFrame, node: str) -> bool:
     """Whether it is dense, or made by quantizing weights and nothing else."""
-    weights_alone = not set(nodes.at[node, "marks"]) & LOW_BIT_COMPUTE
+    weights_alone = not traits(nodes, node) & LOW_BIT_COMPUTE
     return weights_alone and all(nodes.at[step, "family"] == "quantize" for step in list_steps(nodes, node))
 
 
 def _method(nodes: pd.DataFrame, node: str) -> str:
-    return nodes.at[node, "method"] if list_steps(nodes, node) else DENSE
+    return DENSE if parent(nodes, node) is None else str(nodes.at[node, "method"])
 
 
 def _width(nodes: pd.DataFrame, node: str) -> float:
     """The bits that the node's step was asked for; 0 for a dense model, and for a step that has no such number."""
-    asked = json.loads(nodes.at[node, "options"]).get("bits") if list_steps(nodes, node) else None
-    return float(asked) if isinstance(asked, int) else 0.0
+    bits = step_options(nodes, node).get("bits")
+    return float(bits) if isinstance(bits, int) else 0.0
 
 
 # What the points say by themselves
@@ -302,7 +301,7 @@ def recommend(fit: Fit, samples: Parameters, points: Points, scales: dict[str, f
 
     From K(b) = keep K(dense): delta(b) = delta(dense) - ln keep, so b = -gamma ln(delta(b) / (c (K_max / N)^p)).
     """
-    missing = [name for name in ("c", "p", "gamma") if name in fit.fixed or name in fit.unidentified]
+    missing: list[str] = [name for name in ("c", "p", "gamma") if name in fit.fixed or name in fit.unidentified]
     if missing:
         return [], [f"No precision is recommended, since the points do not identify {join_words(missing)}."]
     dense = {name: column[_dense(points)] for name, column in points.items()}

@@ -19,9 +19,9 @@ import numpy as np
 from pydantic import Field
 
 from coppice.formatting import human_count
-from coppice.laws.contracts import Advice, Law, Tables
+from coppice.laws.contracts import Advice, Law, Source, Tables
 from coppice.laws.engine.forms import Form, Parameter, Parameters, Reduction, without
-from coppice.laws.engine.held_out import highest_of_each, largest, later_tokens
+from coppice.laws.engine.held_out import HoldOut, highest_of_each, largest, later_tokens
 from coppice.laws.engine.points import Points, is_single, points_from, powers_of_a_thousand
 from coppice.laws.engine.search import Fit
 from coppice.laws.points.recoveries import CURVES, RecoveryOptions, join_recoveries
@@ -29,7 +29,7 @@ from coppice.laws.points.recoveries import CURVES, RecoveryOptions, join_recover
 if TYPE_CHECKING:
     import pandas as pd
 
-SOURCE = {
+SOURCE: Source = {
     "title": "P2 Law: Scaling Law for Post-Training After Model Pruning",
     "arxiv": "2411.10272",
     "equation": "L = L0 + rho^-gamma N0^-delta (N_C / N0^alpha + D_C / D^beta + E)",
@@ -150,7 +150,7 @@ RIVALS = {
     ),
 }
 
-HELD_OUT = {
+HELD_OUT: dict[str, HoldOut] = {
     "later_tokens": later_tokens,
     "larger_model": partial(largest, column="dense_parameters", name="dense size"),
     "higher_ratio": partial(highest_of_each, column="rho", name="pruning rate", by="model"),

@@ -22,16 +22,16 @@ import numpy as np
 from pydantic import Field, PositiveFloat
 
 from coppice.laws import chinchilla
-from coppice.laws.contracts import Law, Tables
+from coppice.laws.contracts import Law, Source, Tables
 from coppice.laws.engine.forms import Form, Parameter, Parameters, Reduction, without
-from coppice.laws.engine.held_out import leave_one_out, lowest_of_each
+from coppice.laws.engine.held_out import HoldOut, leave_one_out, lowest_of_each
 from coppice.laws.engine.points import Points, is_single, powers_of_a_thousand
 from coppice.laws.points.quality import LOW_BIT_COMPUTE, METRICS, QualityOptions, join_quality, matches
 
 if TYPE_CHECKING:
     pass
 
-SOURCE = {
+SOURCE: Source = {
     "title": "Scaling Laws for Precision",
     "arxiv": "2411.04330",
     "equation": "L(quantized) - L(dense) = C_T D^gamma_D / N^gamma_N e^(-P_post / gamma_post)",
@@ -149,7 +149,7 @@ RIVALS = {
     "bits_alone": without(without(FORM, "gamma_D"), "gamma_N"),
 }
 
-HELD_OUT = {
+HELD_OUT: dict[str, HoldOut] = {
     "another_model": partial(leave_one_out, column="model", name="model"),
     "fewer_bits": partial(lowest_of_each, column="bits", name="bit width", by="model"),
 }
@@ -169,7 +169,7 @@ def points(tables: Tables, options: Options) -> Points:
     losses = found.set_index("node")["value"]
     quantized = found[
         [
-            row.method == options.method and matches(row.node, options.nodes) and _is_quantized_alone(row)
+            row.method == options.method and matches(str(row.node), options.nodes) and _is_quantized_alone(row)
             for row in found.itertuples()
         ]
     ].sort_values("node")

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from coppice.laws import chinchilla
-from coppice.laws.contracts import Law, Tables
+from coppice.laws.contracts import Law, Source, Tables
 from coppice.laws.engine.forms import Form, Parameter, Parameters, Reduction
-from coppice.laws.engine.held_out import highest_of_each, largest, later_tokens
+from coppice.laws.engine.held_out import HoldOut, highest_of_each, largest, later_tokens
 from coppice.laws.engine.points import Points, is_single, points_from, powers_of_a_thousand
 from coppice.laws.points.quality import LOW_BIT_COMPUTE
 from coppice.laws.points.recoveries import CURVES, RecoveryOptions, join_recoveries
@@ -27,7 +27,7 @@ from coppice.laws.points.recoveries import CURVES, RecoveryOptions, join_recover
 if TYPE_CHECKING:
     pass
 
-SOURCE = {
+SOURCE: Source = {
     "title": "Scaling Laws for Sparsely-Connected Foundation Models",
     "arxiv": "2309.08520",
     "equation": "L = (a_S (1 - S)^b_S + c_S) N^-b_N + (a_D / D)^b_D + c",
@@ -120,7 +120,7 @@ def _higher_sparsity(points: Points) -> np.ndarray | str:
     return highest_of_each(points | {"emptiness": emptiness}, "emptiness", "sparsity level", "model")
 
 
-HELD_OUT = {
+HELD_OUT: dict[str, HoldOut] = {
     "larger_model": _larger_model,
     "higher_sparsity": _higher_sparsity,
     "later_tokens": later_tokens,

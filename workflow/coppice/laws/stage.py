@@ -114,12 +114,12 @@ def _report_by_itself(report: LawReport, points: Points) -> _Outcome:
 
 def _fit(law: Law, law_name: str, raw: Points, options: LawOptions, threads: int) -> _Outcome:
     """The outcome of a law with a form: its fit, with its rivals in every held-out test."""
-    if law.form is None:
-        raise TypeError(f"Law {law_name!r} has no form.")
     scales = law.scales(raw)
     points = _divide(raw, scales)
     objective, effort = options.objective(), options.effort(threads)
-    forms = {name: replace(form, objective=objective) for name, form in {law_name: law.form, **law.rivals}.items()}
+    forms = {
+        name: replace(form, objective=objective) for name, form in {law_name: law.require_form(), **law.rivals}.items()
+    }
     form = forms[law_name]
     fit = fit_form(form, points, effort.starts, effort.seed)
     with _progress(f"{law_name}: refits", effort.bootstrap) as advance:

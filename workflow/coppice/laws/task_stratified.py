@@ -11,7 +11,6 @@ once for each task, with its metric. Logarithmic residuals make the fit ordinary
 
 from __future__ import annotations
 
-import json
 from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
@@ -31,6 +30,8 @@ from coppice.laws.points.quality import (
     choose_metric,
     join_quality,
     list_steps,
+    step_options,
+    traits,
 )
 
 if TYPE_CHECKING:
@@ -124,14 +125,14 @@ def points(tables: Tables, options: Options) -> Points:
     found["step"] = [_weight_step(nodes, node) for node in found["node"]]
     rows = found[found["step"].notna()]
     steps = nodes.loc[rows["step"].tolist()]
-    asked = [json.loads(text) for text in steps["options"]]
-    groups = [options.row if each["group_size"] == -1 else each["group_size"] for each in asked]
+    chosen = [step_options(nodes, step) for step in rows["step"]]
+    groups = [options.row if each["group_size"] == -1 else each["group_size"] for each in chosen]
     points = {
         "run": rows["node"].to_numpy(dtype=str),
         "model": rows["model"].to_numpy(dtype=str),
         "method": steps["method"].to_numpy(dtype=str),
         "parameters": rows["parameters"].to_numpy(dtype=float),
-        "bits": np.array([each["bits"] for each in asked], float),
+        "bits": np.array([each["bits"] for each in chosen], float),
         "calibration_size": _calibration_sizes(steps["calibration"], options.calibration_sizes),
         "group_size": np.array(groups, float),
         "negative_log_accuracy": negative_log_accuracy(rows["value"].to_numpy(dtype=float), _chance(tables, options)),
@@ -149,10 +150,10 @@ def negative_log_accuracy(accuracy: np.ndarray, chance: float) -> np.ndarray:
 def _weight_step(nodes: pd.DataFrame, node: str) -> str | None:
     """The last step of the node's path that quantized weights by bits and groups; None where the law says nothing."""
     steps = list_steps(nodes, node)
-    if set(nodes.loc[steps, "family"]) != {"quantize"} or LOW_BIT_COMPUTE & set(nodes.at[node, "marks"]):
+    if set(nodes.loc[steps, "family"]) != {"quantize"} or LOW_BIT_COMPUTE & traits(nodes, node):
         return None
-    found = [step for step in steps if {"bits", "group_size"} <= json.loads(nodes.at[step, "options"]).keys()]
-    return found[-1] if found else None
+    quantized = [step for step in steps if {"bits", "group_size"} <= step_options(nodes, step).keys()]
+    return quantized[-1] if quantized else None
 
 
 def _calibration_sizes(calibrations: pd.Series, sizes: dict[str, float]) -> np.ndarray:

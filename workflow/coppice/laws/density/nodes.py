@@ -37,7 +37,7 @@ class NodeDensity(Density):
 
 
 def node_densities(
-    points: Points, parameters: Mapping[str, float], tokens: float, reason: str | None = None
+    points: Points, parameters: dict[str, float], tokens: float, reason: str | None = None
 ) -> list[NodeDensity]:
     """The density of every node at D0 = `tokens`, and relative to its parent's; `reason` where all are unknown.
 
@@ -71,7 +71,7 @@ def _ratio(density: float | None, parent: float | None) -> float | None:
     return density / parent if density is not None and parent else None
 
 
-def _density(node: Mapping[str, float], parameters: Mapping[str, float], tokens: float) -> Density:
+def _density(node: Mapping[str, float], parameters: dict[str, float], tokens: float) -> Density:
     """What the score of a node says of its density."""
     reason = _why_undefined(node["score"], parameters, tokens)
     if reason:
@@ -106,7 +106,7 @@ def _unknown(reason: str) -> Density:
     }
 
 
-def _why_undefined(score: float, parameters: Mapping[str, float], tokens: float) -> str | None:
+def _why_undefined(score: float, parameters: dict[str, float], tokens: float) -> str | None:
     """Why N^ of a score is undefined; None where it is not."""
     foot, top = parameters["d"], parameters["c"] + parameters["d"]
     if score <= foot:

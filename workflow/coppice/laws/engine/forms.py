@@ -11,7 +11,7 @@ import numpy as np
 from coppice.laws.engine.points import Points
 
 # Parameter -> its value: a number, or [k, 1] to predict for k samples at once.
-Parameters = Mapping[str, Any]
+Parameters = dict[str, Any]
 # The parameters that the design of the points leaves open, with the value each is fixed at, and why, as sentences.
 Reduction = tuple[dict[str, float], list[str]]
 
@@ -71,7 +71,7 @@ def without(form: Form, name: str, value: float = 0.0) -> Form:
     """The rival of a form that has the named parameter at `value`, whatever the points are."""
 
     def predict(parameters: Parameters, points: Points) -> np.ndarray:
-        return form.predict({**parameters, name: value}, points)
+        return form.predict(parameters | {name: value}, points)
 
     def reduce(points: Points) -> Reduction:
         fixed, notes = form.reduce(points)

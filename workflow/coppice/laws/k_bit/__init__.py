@@ -13,9 +13,8 @@ stored bits per parameter: 16, or 32 where it is stored in single precision. Cur
 
 from __future__ import annotations
 
-import json
 from itertools import groupby
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 from pydantic import Field
@@ -36,7 +35,7 @@ from coppice.laws.k_bit.curves import (
     mean_gap,
     support,
 )
-from coppice.laws.points.quality import METRICS, QualityOptions, join_quality, list_steps
+from coppice.laws.points.quality import METRICS, QualityOptions, join_quality, list_steps, parent, step_options, traits
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -113,30 +112,29 @@ def _is_chosen(nodes: pd.DataFrame, node: str, step: str | None, options: Option
         return True
     if options.method is not None and nodes.at[step, "method"] != options.method:
         return False
-    return options.nodes is not None or (step == node and _is_dense(nodes, nodes.at[step, "parent"]))
-
-
-def _is_dense(nodes: pd.DataFrame, node: str) -> bool:
-    return not isinstance(nodes.at[node, "parent"], str)
+    return options.nodes is not None or list_steps(nodes, node) == [step]
 
 
 def _quantization(nodes: pd.DataFrame, node: str) -> str | None:
     """The node of the path of `node`, itself included, whose step quantized the weights; None where none did."""
-    found = [
+    steps = list_steps(nodes, node)
+    before = [str(nodes.at[step, "parent"]) for step in steps]
+    quantizing = [
         step
-        for step in list_steps(nodes, node)
-        if "quantized" in nodes.at[step, "marks"] and "quantized" not in nodes.at[nodes.at[step, "parent"], "marks"]
+        for step, source in zip(steps, before, strict=True)
+        if "quantized" in traits(nodes, step) - traits(nodes, source)
     ]
-    return found[-1] if found else None
+    return quantizing[-1] if quantizing else None
 
 
 def _precision(nodes: pd.DataFrame, node: str, step: str | None) -> float | None:
     """k of a node, given the node whose step quantized it; None where it has none."""
     if step is not None:
-        chosen = json.loads(nodes.at[step, "options"])
-        bits = chosen.get("bits", chosen.get("bits_average"))
+        options = step_options(nodes, step)
+        bits = options.get("bits", options.get("bits_average"))
         return float(round(bits)) if isinstance(bits, int | float) else None
-    return float(round(nodes.at[node, "bits_per_weight"])) if _is_dense(nodes, node) else None
+    stored: Any = nodes.at[node, "bits_per_weight"]
+    return float(round(stored)) if parent(nodes, node) is None else None
 
 
 # Offsets

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from pydantic import Field
@@ -99,10 +100,31 @@ def matches(node: str, patterns: list[str] | None) -> bool:
     return patterns is None or any(fnmatchcase(node, pattern) for pattern in patterns)
 
 
+# What the table `nodes`, with the nodes' names as index, says of one of them.
+
+
+def parent(nodes: pd.DataFrame, node: str) -> str | None:
+    """The node's parent; None for a dense model."""
+    value = nodes.at[node, "parent"]
+    return value if isinstance(value, str) else None
+
+
 def list_steps(nodes: pd.DataFrame, node: str) -> list[str]:
-    """The steps that made `node`, from the first, as names in the index of `nodes`, without the dense model."""
+    """The steps that made `node`, from the first, as names of nodes, without the dense model."""
     steps: list[str] = []
-    while isinstance(nodes.at[node, "parent"], str):
+    while (before := parent(nodes, node)) is not None:
         steps.insert(0, node)
-        node = nodes.at[node, "parent"]
+        node = before
     return steps
+
+
+def traits(nodes: pd.DataFrame, node: str) -> frozenset[str]:
+    """The node's traits, such as `quantized`."""
+    value: Any = nodes.at[node, "marks"]
+    return frozenset(value)
+
+
+def step_options(nodes: pd.DataFrame, node: str) -> dict[str, Any]:
+    """The options of the step that made the node; none of a dense model."""
+    value = nodes.at[node, "options"]
+    return json.loads(value) if isinstance(value, str) else {}

@@ -60,7 +60,7 @@ def _without_repeats(table: pd.DataFrame, path: Path) -> pd.DataFrame:
         return table
     # Lists, such as the traits of a node, have no hash.
     if table[~table.astype(str).duplicated()].duplicated(key).any():
-        name = ", ".join(f"{column} {table.at[repeated.idxmax(), column]}" for column in key)
+        name = ", ".join(f"{column} {table.at[repeated.idxmax(), column]!s}" for column in key)
         raise UserError(
             f"{path} holds two different rows of {name}; remove it, and make the tables again (`snakemake tables`)."
         )
@@ -116,10 +116,12 @@ def _leave_out(law: Law, points: Points, options: LawOptions) -> tuple[Points, l
     finite = np.isfinite([points[name] for name in numbers]).all(axis=0)
     points = keep(points, finite, "hold a value that is not finite")
     counted = [name for name, unit in law.units.items() if unit in _COUNTED and name in law.columns]
-    above = np.all([points[name] > 0 for name in counted] or [np.ones(count(points), bool)], axis=0)
+    above = np.ones(count(points), bool)
+    for name in counted:
+        above &= points[name] > 0
     points = keep(points, above, "have no parameters or tokens")
-    first = ~pd.DataFrame(points).duplicated().to_numpy() if count(points) else np.empty(0, bool)
-    points = keep(points, first, "repeat another one")
+    repeated = pd.DataFrame(points).duplicated() if count(points) else []
+    points = keep(points, ~np.array(repeated, bool), "repeat another one")
     if law.form is not None and options.residuals == "logarithmic":
-        points = keep(points, points[law.form.target] > 0, "have no logarithm")
+        points = keep(points, np.asarray(points[law.form.target] > 0), "have no logarithm")
     return points, notes

@@ -35,11 +35,11 @@ def join_recoveries(tables: Tables, options: RecoveryOptions) -> pd.DataFrame:
     """
     nodes = tables["nodes"].set_index("node", drop=False)
     runs = [
-        node
+        str(node)
         for node, row in nodes.iterrows()
         if row["family"] == "recover"
         and row["method"] == options.method
-        and matches(node, options.nodes)
+        and matches(str(node), options.nodes)
         and "recover" not in set(nodes.loc[list_steps(nodes, row["parent"]), "family"])
     ]
     rows = validation_losses(tables["curves"], runs)
