@@ -61,7 +61,7 @@ def test_a_factor_that_is_the_same_everywhere_tells_one_constant() -> None:
     assert fit.parameters["gamma"] == pytest.approx(0.35)
     assert 2.5 ** fit.parameters["alpha"] == pytest.approx(2.5**1.05 * 1.3**0.9)
     assert fit.unidentified == ()
-    assert fit.notes[0].startswith("There is one dense model, so alpha tells the size of a constant factor")
+    assert fit.notes[0].startswith("There is one dense model, so alpha is the size of a constant factor")
     assert fit.notes[1] == "There is one pruning rate, so beta is not identified: it is fixed at 0."
     assert fit_form(compression.FORM, grid(sizes=(3,))).parameters == pytest.approx(TRUTH)
     rival = fit_form(compression.RIVALS["without_recovery"], grid(sizes=(3,), ratios=(0.3,), tokens=(1,)))

@@ -7,7 +7,7 @@ al., Chinchilla Scaling: A Replication Attempt (arXiv 2404.10102), for the fit o
 
 N: parameters; D: tokens trained on from random weights; L: loss in nats per token; E: the loss that no size and no
 number of tokens removes. What is minimised is the SUM over points of Huber's loss, delta = 1e-3, of the residuals
-ln L' - ln L, over the logarithms of A, B and E. A mean in the place of the sum is so small that a search with usual
+ln L' - ln L, over the logarithms of A, B and E. A mean instead of the sum is so small that a search with the usual
 tolerances ends where it began: the replication's explanation of the published parameters.
 """
 
@@ -103,7 +103,7 @@ _ONE_TOKEN_COUNT = (
     "There is one number of tokens, so B and beta are not identified: {stands} stands for the term of D as well."
 )
 _ONE_RATIO = (
-    "All runs have one ratio of tokens to parameters, so what N does cannot be told from what D does: the term of D is "
+    "All runs have one ratio of tokens to parameters, so the effects of N and D cannot be separated: the term of D is "
     "left out and the term of N stands for both."
 )
 
@@ -204,8 +204,8 @@ def recommend(fit: Fit, samples: Parameters, points: Points, scales: dict[str, f
         return [], [f"No compute-optimal size is recommended, since the points do not identify {join_words(lost)}."]
     in_units = compute / (scales["parameters"] * scales["tokens"])
     entry: dict[str, Any] = {"compute": compute}
-    found, drawn = _optimum(fit.parameters, in_units, scales), _optimum(samples, in_units, scales)
-    for name, value in found.items():
+    optimum, drawn = _optimum(fit.parameters, in_units, scales), _optimum(samples, in_units, scales)
+    for name, value in optimum.items():
         low, high = sample_interval(drawn[name])
         entry |= {name: float(value), f"{name}_low": low, f"{name}_high": high}
     entry["note"] = _range_note(entry, points, scales)

@@ -5,8 +5,8 @@ Source: Compression Laws for Large Language Models (arXiv 2504.04342, first vers
     L = L0^alpha (1 + r)^beta (1 + 1 / (D + 1))^gamma
 
 L0: loss of the dense model on the same text; r: part of the parameters removed; D: recovery tokens. The form is as
-others cite it; the paper may print another. Nor is its unit of D known: here D is in millions of tokens, which matters,
-since 1 is added to it. Losses in nats per token.
+others cite it, and the paper may print another. Its unit of D is unknown too: here D is in millions of tokens, which
+matters, since 1 is added to it. Losses in nats per token.
 
 The logarithm of the form is linear in its exponents, so that with logarithmic residuals the fit is ordinary least
 squares of ln L on ln L0, ln(1 + r) and ln(1 + 1 / (D + 1)), without a constant.
@@ -58,7 +58,7 @@ def reduce(points: Points) -> Reduction:
     if same:
         notes.insert(
             0,
-            f"There is one {_WHAT[same[0]]}, so {same[0]} tells the size of a constant factor and not how the loss "
+            f"There is one {_WHAT[same[0]]}, so {same[0]} is the size of a constant factor, not how the loss "
             f"changes with the {_WHAT[same[0]]}.",
         )
     return dict.fromkeys(same[1:], 0.0), notes

@@ -66,7 +66,7 @@ class Options(LawOptions):
     """What the law of knowledge is fitted to."""
 
     evaluation: str | None = Field(
-        default=None, description="The evaluation that measured; may be left out where one alone asked for knowledge."
+        default=None, description="The evaluation that measured; may be left out where one alone measured knowledge."
     )
     nodes: list[str] | None = Field(
         default=None,
@@ -115,7 +115,7 @@ def knowledge(parameters: Parameters, points: Points) -> np.ndarray:
 
 
 def reduce(points: Points) -> Reduction:
-    """One precision leaves the damage untold, one size p, and nodes that hold all of their world R; the sentences."""
+    """What one precision, one size, or nodes that hold all of their world do not identify, and the sentences."""
     fixed: dict[str, float] = {}
     notes = []
     if is_single(points["bits"]):
@@ -184,26 +184,29 @@ def points(tables: Tables, options: Options) -> Points:
 
     knowledge [n]: K, bits, which is negative for a node that does worse than chance; world [n]: K_max; share [n] =
     K / K_max, 0 for such a node, since what it could hold is not less than nothing; bits [n]: stored per weight of the
-    blocks' linears, scales and zero points included; width [n]: what the quantization was asked for, bits, 0 for a
+    blocks' linears, scales and zero points included; width [n]: the bits requested of the quantization, 0 for a
     dense model. A run is a model: its nodes share their training. Without a measurement of knowledge there is no row.
     """
     if METRIC not in set(tables["metrics"]["metric"]):
         return {name: np.empty(0, kind) for name, kind in COLUMNS.items()}
     nodes = tables["nodes"].set_index("node", drop=False)
-    found, most = (join_quality(tables, options.evaluation, name, options.nodes) for name in (METRIC, f"{METRIC}_max"))
-    found = found.merge(most[["node", "value"]].rename(columns={"value": "most"}), on="node").sort_values("node")
+    measured, most = (
+        join_quality(tables, options.evaluation, name, options.nodes) for name in (METRIC, f"{METRIC}_max")
+    )
+    limits = most[["node", "value"]].rename(columns={"value": "most"})
+    measured = measured.merge(limits, on="node").sort_values("node")
     if options.nodes is None:
-        found = found[np.array([_is_stored_shorter(nodes, node) for node in found["node"]], bool)]
-    parameters, stored = (found[name].to_numpy(dtype=float) for name in ("parameters", "stored_bits"))
-    held, world = found["value"].to_numpy(dtype=float) * parameters, found["most"].to_numpy(dtype=float) * parameters
+        measured = measured[np.array([_is_stored_shorter(nodes, node) for node in measured["node"]], bool)]
+    parameters, stored = (measured[name].to_numpy(dtype=float) for name in ("parameters", "stored_bits"))
+    held, world = (measured[name].to_numpy(dtype=float) * parameters for name in ("value", "most"))
     return {
-        "run": found["model"].to_numpy(dtype=str),
-        "node": found["node"].to_numpy(dtype=str),
-        "method": np.array([_method(nodes, node) for node in found["node"]], str),
-        "width": np.array([_width(nodes, node) for node in found["node"]], float),
+        "run": measured["model"].to_numpy(dtype=str),
+        "node": measured["node"].to_numpy(dtype=str),
+        "method": np.array([_method(nodes, node) for node in measured["node"]], str),
+        "width": np.array([_width(nodes, node) for node in measured["node"]], float),
         "parameters": parameters,
         "stored_bits": stored,
-        "bits": (found["linear_bits"] / found["linear_parameters"]).to_numpy(dtype=float),
+        "bits": (measured["linear_bits"] / measured["linear_parameters"]).to_numpy(dtype=float),
         "knowledge": held,
         "world": world,
         "share": np.maximum(held, 0) / world,
@@ -223,7 +226,7 @@ def _method(nodes: pd.DataFrame, node: str) -> str:
 
 
 def _width(nodes: pd.DataFrame, node: str) -> float:
-    """The bits that the node's step was asked for; 0 for a dense model, and for a step that has no such number."""
+    """The bits requested of the node's step; 0 for a dense model, and for a step that has no such number."""
     bits = step_options(nodes, node).get("bits")
     return float(bits) if isinstance(bits, int) else 0.0
 
@@ -238,27 +241,27 @@ def notes(points: Points) -> list[str]:
 
 def _limits(points: Points) -> list[str]:
     by_bit, by_parameter = points["bits_per_stored_bit"], points["bits_per_parameter"]
-    found = []
+    notes = []
     if np.any(by_bit > 1):
         worst = int(np.argmax(by_bit))
-        found.append(
+        notes.append(
             f"{points['node'][worst]} seems to hold {by_bit[worst]:.3g} bits of knowledge for each bit that it stores, "
             "which is impossible: its knowledge, or its stored bits, are measured wrong."
         )
     worse = points["knowledge"] < 0
     if worse.any():
-        found.append(
+        notes.append(
             f"{worse.sum()} of {len(worse)} nodes do worse than one who knows nothing would: they count as holding "
             "nothing."
         )
     above = by_parameter > RULE
     if above.any():
         most = int(np.argmax(by_parameter))
-        found.append(
+        notes.append(
             f"{above.sum()} of {len(above)} nodes hold more than {RULE:g} bits a parameter, the most that the paper "
             f"expects after 1000 exposures, {points['node'][most]} the most ({by_parameter[most]:.3g})."
         )
-    return found
+    return notes
 
 
 def _finding(points: Points, width: int) -> list[str]:

@@ -24,7 +24,7 @@ Huber = Annotated[
 
 
 class LawOptions(BaseModel):
-    """What every law can be told."""
+    """The options that every law has."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

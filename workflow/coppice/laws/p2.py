@@ -5,7 +5,7 @@ Source: P2 Law: Scaling Law for Post-Training After Model Pruning (arXiv 2411.10
     L(N0, D, rho, L0) = L0 + rho^-gamma N0^-delta (N_C / N0^alpha + D_C / D^beta + E)
 
 N0: parameters of the dense model; D: recovery tokens; rho: part of the parameters removed; L0: loss of the dense model
-on the same text; L: loss after D tokens. Losses in nats per token, N0 and D in the units recorded beside the fit.
+on the same text; L: loss after D tokens. Losses in nats per token, N0 and D in the units recorded with the fit.
 N_C, alpha and E enter only through N_C / N0^alpha + E, one number a size, so that they need three sizes.
 """
 

@@ -8,7 +8,7 @@ Source: Kumar et al., Scaling Laws for Precision (arXiv 2411.04330):
 
 N: parameters; D: tokens of pretraining; P_w, P_a, P_kv: bits of weights, activations and the cache of keys and values
 in training; P_post: bits of a weight after post-training quantization. A study quantizes models that are trained
-already, so its tables tell delta_PTQ alone, and that is the law's form: the loss of a quantized node less that of its
+already, so its tables show delta_PTQ alone, and that is the law's form: the loss of a quantized node less that of its
 dense root. FORM_TRAINING is the whole law, for points of models that were trained at several precisions.
 """
 
@@ -47,7 +47,7 @@ COLUMNS = {
     "degradation": float,
 }
 
-# In the place of an unknown number of pretraining tokens, which points may not lack.
+# Stands in for an unknown number of pretraining tokens, since every point must have one.
 _UNKNOWN_TOKENS = 1.0
 
 # What else could have changed the loss, or where bits are not those of the weights.
@@ -119,8 +119,8 @@ def _why_without_tokens(points: Points) -> str | None:
         )
     if _follows(tokens, points["parameters"]):
         return (
-            "The pretraining tokens are a power of the size in all models, so gamma_D cannot be told from gamma_N: it "
-            "is fixed at 0 and gamma_N stands for both."
+            "The pretraining tokens are a power of the size in all models, so gamma_D and gamma_N cannot be separated: "
+            "gamma_D is fixed at 0 and gamma_N stands for both."
         )
     return None
 
@@ -137,7 +137,7 @@ FORM = Form(PARAMETERS, predict, reduce, target="degradation")
 
 
 def _reduce_without_size(points: Points) -> Reduction:
-    """As `reduce`, save that tokens which follow the size tell what the size would."""
+    """As `reduce`, save that tokens which follow the size stand in for it."""
     fixed = {name: value for name, value in reduce(points)[0].items() if name not in ("gamma_D", "gamma_N")}
     return fixed | ({"gamma_D": 0.0} if is_single(points["tokens"]) else {}), []
 
@@ -165,12 +165,12 @@ def points(tables: Tables, options: Options) -> Points:
     `degradation` [n] is the node's loss less the dense root's in the same measurement, in nats per token, which noise
     can take below zero; not a number where the root was not measured.
     """
-    found = join_quality(tables, options.evaluation, options.metric, None)
-    losses = found.set_index("node")["value"]
-    quantized = found[
+    measured = join_quality(tables, options.evaluation, options.metric, None)
+    losses = measured.set_index("node")["value"]
+    quantized = measured[
         [
             row.method == options.method and matches(str(row.node), options.nodes) and _is_quantized_alone(row)
-            for row in found.itertuples()
+            for row in measured.itertuples()
         ]
     ].sort_values("node")
     known = options.pretraining_tokens

@@ -29,7 +29,7 @@ from coppice.laws.points.quality import METRICS, QualityOptions, choose_metric, 
 if TYPE_CHECKING:
     pass
 
-# Metrics whose score is 1 / loss: `measured` gives the loss of a perplexity.
+# Metrics whose score is 1 / loss: `join_quality` gives the loss of a perplexity.
 _LOSSES = ("perplexity_", "loss_")
 
 
@@ -110,23 +110,23 @@ def points(tables: Tables, options: Options) -> Points:
     """One row a measured node that lost parameters: all of its steps prune, or options.nodes names it.
 
     A run is a dense model and a method at several ratios. The score of the dense model is NaN where it was not
-    measured. Raises UserError as `measured` does.
+    measured. Raises UserError as `join_quality` does.
     """
     nodes = tables["nodes"].set_index("node")
     # The dense models are read too, whatever the patterns are.
-    found = join_quality(tables, options.evaluation, options.metric, None, options.kind)
+    measured = join_quality(tables, options.evaluation, options.metric, None, options.kind)
     _, metric = choose_metric(tables["metrics"], options.evaluation, options.metric, options.kind)
-    found["score"] = 1 / found["value"] if metric.startswith(_LOSSES) else found["value"]
-    scores = found.set_index("node")["score"]
-    steps = {node: list_steps(nodes, node) for node in found["node"]}
-    methods = {node: "+".join(nodes.loc[steps[node], "method"]) for node in found["node"]}
+    measured["score"] = 1 / measured["value"] if metric.startswith(_LOSSES) else measured["value"]
+    scores = measured.set_index("node")["score"]
+    steps = {node: list_steps(nodes, node) for node in measured["node"]}
+    methods = {node: "+".join(nodes.loc[steps[node], "method"]) for node in measured["node"]}
 
     def chosen(node: str) -> bool:
         pruned = options.nodes is not None or set(nodes.loc[steps[node], "family"]) == {"prune"}
         return pruned and matches(node, options.nodes) and options.method in (None, methods[node])
 
-    kept = np.array([bool(steps[node]) and chosen(node) for node in found["node"]], bool)
-    rows = found[kept & (found[options.ratio] > 0).to_numpy()]
+    kept = np.array([bool(steps[node]) and chosen(node) for node in measured["node"]], bool)
+    rows = measured[kept & (measured[options.ratio] > 0).to_numpy()]
     method = [methods[node] for node in rows["node"]]
     return {
         "run": np.array([f"{model} {name}" for model, name in zip(rows["model"], method, strict=True)], str),

@@ -57,7 +57,7 @@ def laws() -> dict[str, RegisteredLaw]:
 
 
 def _load(entry_point: EntryPoint) -> tuple[object, ModuleType]:
-    """What an entry point names, and the module that it stands in."""
+    """What an entry point names, and the module that holds it."""
     try:
         return entry_point.load(), import_module(entry_point.module)
     except Exception as error:

@@ -77,8 +77,8 @@ def reduce(points: Points) -> Reduction:
     elif is_single(_dense_parameters(points)):
         fixed |= {"a_S": 0.0, "b_S": 1.0}
         notes.append(
-            "There is one dense size, whose non-zero part alone varies, so what zeros cost cannot be told from what "
-            "size does: a_S is fixed at 0 and the term of N stands for both."
+            "There is one dense size, whose non-zero part alone varies, so the effects of zeros and of size "
+            "cannot be separated: a_S is fixed at 0 and the term of N stands for both."
         )
     if is_single(points["parameters"]):
         fixed |= {"b_N": 1.0, "c_S": 0.0}
@@ -134,15 +134,15 @@ def points(tables: Tables, options: Options) -> Points:
     factorized, compensated or smaller. `sparsity` [n] is rho_nonzero, the part of ALL parameters that is zero,
     embeddings included, and `parameters` [n] the rest, so that N / (1 - S) is the dense size; not yet in units.
     """
-    found = join_recoveries(tables, options)
+    rows = join_recoveries(tables, options)
     chosen = [
         (parent == model or "masked" in before) and not _OTHER_TRAITS & set(after)
         for parent, model, before, after in zip(
-            found["parent"], found["model"], found["parent.marks"], found["marks"], strict=True
+            rows["parent"], rows["model"], rows["parent.marks"], rows["marks"], strict=True
         )
     ]
-    found = found[np.array(chosen, bool)]
-    return points_from(found.assign(parameters=found["nonzero_parameters"], sparsity=found["rho_nonzero"]), COLUMNS)
+    rows = rows[np.array(chosen, bool)]
+    return points_from(rows.assign(parameters=rows["nonzero_parameters"], sparsity=rows["rho_nonzero"]), COLUMNS)
 
 
 LAW = Law(

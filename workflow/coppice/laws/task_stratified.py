@@ -118,12 +118,12 @@ def points(tables: Tables, options: Options) -> Points:
     """One row a measured node whose steps quantize weights, with bits and groups, or prepare for it, and nothing else.
 
     A run is a node. -ln Acc_adj is NaN where the accuracy is not above chance, or is 1; a size is NaN where `Options`
-    leaves the node out for it. Raises UserError as `measured` does, and where the accuracy of chance is not known.
+    leaves the node out for it. Raises UserError as `join_quality` does, and where the accuracy of chance is not known.
     """
     nodes = tables["nodes"].set_index("node")
-    found = join_quality(tables, options.evaluation, options.metric, options.nodes, "accuracy")
-    found["step"] = [_weight_step(nodes, node) for node in found["node"]]
-    rows = found[found["step"].notna()]
+    measured = join_quality(tables, options.evaluation, options.metric, options.nodes, "accuracy")
+    measured["step"] = [_weight_step(nodes, node) for node in measured["node"]]
+    rows = measured[measured["step"].notna()]
     steps = nodes.loc[rows["step"].tolist()]
     chosen = [step_options(nodes, step) for step in rows["step"]]
     groups = [options.row if each["group_size"] == -1 else each["group_size"] for each in chosen]

@@ -92,7 +92,7 @@ def sample_interval(samples: np.ndarray) -> tuple[float, float] | tuple[None, No
 
 
 def profile(fit: Fit, name: str, values: np.ndarray) -> np.ndarray:
-    """The lowest objective [v] where parameter `name` is held at each of `values` [v], found from the optimum outward.
+    """The lowest objective [v] where parameter `name` is held at each of `values` [v], from the optimum outward.
 
     A flat profile is a parameter that the points hardly identify.
     """

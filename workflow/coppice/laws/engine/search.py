@@ -151,7 +151,7 @@ def gradient_ratio(problem: Problem, parameters: dict[str, float]) -> float:
     """How far from stationary the parameters are: 0 at an optimum, without unit, at most 1.
 
     max_k |J_k| |theta_k - clip(theta_k - J_k . h'(r) / |J_k|^2)| / |h'(r)|: the cosine between the pull h'(r) of the
-    residuals and the column J_k, save that a parameter at its bound does not have to cross it. 0 where the residuals
+    residuals and the column J_k, save that a parameter at its bound need not cross it. 0 where the residuals
     are rounding. It does not depend on the scale of the objective, so that it detects a search which ended because a
     mean is small.
     """

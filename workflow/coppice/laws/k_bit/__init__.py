@@ -88,21 +88,21 @@ def points(tables: Tables, options: Options) -> Points:
     """One row a node, dense or with quantized weights: k, bits (stored), and the metric's value and stderr.
 
     k comes from the options of the step that quantized the weights, `bits` or the rounded `bits_average`. Nodes that
-    were quantized to no one number of bits are no points. A stderr that is missing is 0.
+    were not quantized to one number of bits are not points. A stderr that is missing is 0.
     """
     nodes = tables["nodes"].set_index("node")
-    found = join_quality(tables, options.evaluation, options.metric, options.nodes)
-    steps = [_quantization(nodes, node) for node in found["node"]]
-    found["k"] = [_precision(nodes, node, step) for node, step in zip(found["node"], steps, strict=True)]
-    chosen = [_is_chosen(nodes, node, step, options) for node, step in zip(found["node"], steps, strict=True)]
-    found = found[found["k"].notna() & np.array(chosen, bool)].sort_values(["k", "stored_bits", "node"])
+    measured = join_quality(tables, options.evaluation, options.metric, options.nodes)
+    steps = [_quantization(nodes, node) for node in measured["node"]]
+    measured["k"] = [_precision(nodes, node, step) for node, step in zip(measured["node"], steps, strict=True)]
+    chosen = [_is_chosen(nodes, node, step, options) for node, step in zip(measured["node"], steps, strict=True)]
+    measured = measured[measured["k"].notna() & np.array(chosen, bool)].sort_values(["k", "stored_bits", "node"])
     return {
-        "run": found["node"].to_numpy(dtype=str),
-        "model": found["model"].to_numpy(dtype=str),
-        "k": found["k"].to_numpy(dtype=float),
-        "bits": found["stored_bits"].to_numpy(dtype=float),
-        "value": found["value"].to_numpy(dtype=float),
-        "stderr": found["stderr"].fillna(0.0).to_numpy(dtype=float),
+        "run": measured["node"].to_numpy(dtype=str),
+        "model": measured["model"].to_numpy(dtype=str),
+        "k": measured["k"].to_numpy(dtype=float),
+        "bits": measured["stored_bits"].to_numpy(dtype=float),
+        "value": measured["value"].to_numpy(dtype=float),
+        "stderr": measured["stderr"].fillna(0.0).to_numpy(dtype=float),
     }
 
 
