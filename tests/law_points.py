@@ -18,9 +18,9 @@ def mesh(**axes: Iterable[float]) -> Points:
     return {"run": np.arange(columns[0].size).astype(str), **points}
 
 
-def with_noise(values: np.ndarray, deviation: float, seed: int = 0) -> np.ndarray:
-    """The values times e^(deviation * standard normal)."""
-    return values * np.exp(deviation * np.random.default_rng(seed).standard_normal(len(values)))
+def spread(points: Points, deviation: float, seed: int = 0) -> np.ndarray:
+    """Factors 1 + deviation * standard normal [n]: relative noise of each point."""
+    return 1 + deviation * np.random.default_rng(seed).standard_normal(count(points))
 
 
 # A power law along runs

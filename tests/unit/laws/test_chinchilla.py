@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from law_points import mesh
 
 from coppice.laws import chinchilla, registry
 from coppice.laws.engine import search
@@ -172,8 +173,7 @@ def test_the_recommended_size_does_not_depend_on_the_units() -> None:
 
 
 def small(size: list[float], tokens: list[float]) -> Points:
-    mesh = np.array([(a, b) for a in size for b in tokens])
-    points = {"run": np.arange(len(mesh)).astype(str), "parameters": mesh[:, 0], "tokens": mesh[:, 1]}
+    points = mesh(parameters=size, tokens=tokens)
     truth = {"A": 0.4, "B": 1.1, "E": 1.8, "alpha": 0.35, "beta": 0.4}
     return points | {"loss": chinchilla.predict(truth, points)}
 

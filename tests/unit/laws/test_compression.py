@@ -3,6 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
+from law_points import mesh, spread
 
 from coppice.laws import compression, registry
 from coppice.laws.engine.points import Points, select
@@ -14,18 +15,14 @@ DENSE_LOSS = {1: 2.9, 3: 2.5, 8: 2.1}
 
 def grid(sizes=(1, 3, 8), ratios=(0.1, 0.3, 0.6), tokens=(0.5, 1, 2, 5, 10, 25), noise: float = 0.0) -> Points:
     """Losses of the true law, D in millions of tokens, with relative noise."""
-    mesh = [(size, ratio, count) for size in sizes for ratio in ratios for count in tokens]
-    size, ratio, count = np.transpose(mesh).astype(float)
-    points = {
-        "run": np.array([f"{a}-{b}" for a, b in zip(size, ratio, strict=True)]),
+    points = mesh(dense_parameters=sizes, rho=ratios, tokens=tokens)
+    size = points["dense_parameters"]
+    points |= {
+        "run": np.array([f"{a}-{b}" for a, b in zip(size, points["rho"], strict=True)]),
         "model": np.array([f"m{a:g}" for a in size]),
-        "dense_parameters": size,
-        "rho": ratio,
-        "tokens": count,
         "dense_loss": np.array([DENSE_LOSS[a] for a in size]),
     }
-    factor = 1 + noise * np.random.default_rng(0).standard_normal(len(size))
-    return points | {"loss": compression.predict(TRUTH, points) * factor}
+    return points | {"loss": compression.predict(TRUTH, points) * spread(points, noise)}
 
 
 def least_squares(points: Points) -> np.ndarray:

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from law_points import mesh, spread
 
 from coppice.laws import knowledge
 from coppice.laws.engine.points import Points
@@ -22,13 +23,11 @@ DEFAULT_WIDTHS = (0.0, 8.0, 4.0, 3.0, 2.0)
 
 def grid(sizes=DEFAULT_SIZES, widths=DEFAULT_WIDTHS, noise: float = 0.0, world: float = PEOPLE * PER_PERSON) -> Points:
     """Models of several sizes, dense in 32 bits and quantized to several widths with half a bit of scales."""
-    mesh = [(size, width) for size in sizes for width in widths]
-    size, width = np.transpose(mesh)
-    points = {
+    points = mesh(parameters=sizes, width=widths)
+    size, width = points["parameters"], points["width"]
+    points |= {
         "run": np.array([f"m{value:g}" for value in size]),
         "method": np.where(width == 0, "dense", "gptq"),
-        "width": width,
-        "parameters": size,
         "bits": np.where(width == 0, 32.0, width + 0.5),
         "world": np.full(len(size), world),
     }
@@ -37,7 +36,7 @@ def grid(sizes=DEFAULT_SIZES, widths=DEFAULT_WIDTHS, noise: float = 0.0, world: 
     )
     # A quarter of the parameters are embeddings, which stay in 32 bits.
     points["stored_bits"] = size * (0.75 * points["bits"] + 0.25 * 32)
-    share = predict(TRUTH, points) * (1 + noise * np.random.default_rng(0).standard_normal(len(size)))
+    share = predict(TRUTH, points) * spread(points, noise)
     return completed(points, share)
 
 

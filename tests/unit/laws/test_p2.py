@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
+from law_points import mesh
 
 from coppice.errors import UserError
 from coppice.laws import p2
@@ -24,14 +25,11 @@ OPTIONS = p2.Options()
 
 def grid(sizes=(1, 3, 8), ratios=(0.15, 0.25, 0.35), tokens: int = 50, noise: float = 0.0) -> Points:
     """Points of the true law, with N0 and D in units of 1e9."""
-    mesh = [(size, rho, count) for size in sizes for rho in ratios for count in np.linspace(0.02, 1, tokens)]
-    size, rho, count = np.transpose(mesh)
-    points = {
-        "run": np.array([f"{a}-{b}" for a, b in zip(size, rho, strict=True)]),
+    points = mesh(dense_parameters=sizes, rho=ratios, tokens=np.linspace(0.02, 1, tokens))
+    size = points["dense_parameters"]
+    points |= {
+        "run": np.array([f"{a}-{b}" for a, b in zip(size, points["rho"], strict=True)]),
         "model": np.array([f"m{a:g}" for a in size]),
-        "dense_parameters": size,
-        "rho": rho,
-        "tokens": count,
         "dense_loss": np.array([DENSE_LOSS[a] for a in size]),
     }
     return points | {"loss": p2.predict(TRUTH, points) + noise * np.random.default_rng(0).standard_normal(len(size))}

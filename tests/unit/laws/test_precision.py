@@ -3,6 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
+from law_points import mesh, spread
 
 from coppice.errors import UserError
 from coppice.laws import precision, registry
@@ -30,16 +31,10 @@ def grid(
     noise: float = 0.0,
 ) -> Points:
     """One quantized node a combination; N and D in units of 1e9."""
-    mesh = np.array([(size, count, width) for size in sizes for count in tokens for width in bits])
-    points = {
-        "run": np.arange(len(mesh)).astype(str),
-        "model": np.array([f"m{size:g}-{count:g}" for size, count, _ in mesh]),
-        "parameters": mesh[:, 0],
-        "tokens": mesh[:, 1],
-        "bits": mesh[:, 2],
-    }
-    spread = 1 + noise * np.random.default_rng(0).standard_normal(len(mesh))
-    return points | {"degradation": precision.predict(TRUTH, points) * spread}
+    points = mesh(parameters=sizes, tokens=tokens, bits=bits)
+    named = zip(points["parameters"], points["tokens"], strict=True)
+    points["model"] = np.array([f"m{size:g}-{count:g}" for size, count in named])
+    return points | {"degradation": precision.predict(TRUTH, points) * spread(points, noise)}
 
 
 def trained(noise: float = 0.0, runs: int = 400) -> Points:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
+from law_points import spread
 
 from coppice.errors import UserError
 from coppice.laws import pruning, registry
@@ -32,8 +33,7 @@ def grid(ratios=RATIOS, models=tuple(DENSE), noise: float = 0.0) -> Points:
         "ratio": ratio,
         "dense_score": np.array([DENSE[name] for name in model]),
     }
-    factor = 1 + noise * np.random.default_rng(0).standard_normal(len(ratio))
-    return points | {"score": pruning.predict(TRUTH, points) * factor}
+    return points | {"score": pruning.predict(TRUTH, points) * spread(points, noise)}
 
 
 def test_the_factor_of_the_ratio() -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
+from law_points import mesh, spread
 
 from coppice.laws import registry, sparsity
 from coppice.laws.engine.points import Points, select
@@ -24,16 +25,14 @@ def grid(
     sizes: tuple[float, ...] = SIZES, shares: tuple[float, ...] = LEVELS, tokens: int = 12, noise: float = 0.0
 ) -> Points:
     """Recoveries of dense sizes with a share of zeros; N and D in units of 1e9."""
-    mesh = np.array([(a, s, d) for a in sizes for s in shares for d in np.geomspace(0.02, 10, tokens)])
-    points = {
-        "run": np.array([f"{size:g}-{share:g}" for size, share, _ in mesh]),
-        "model": np.array([f"m{size:g}" for size, _, _ in mesh]),
-        "parameters": mesh[:, 0] * (1 - mesh[:, 1]),
-        "sparsity": mesh[:, 1],
-        "tokens": mesh[:, 2],
+    points = mesh(parameters=sizes, sparsity=shares, tokens=np.geomspace(0.02, 10, tokens))
+    size, share = points["parameters"], points["sparsity"]
+    points |= {
+        "run": np.array([f"{a:g}-{b:g}" for a, b in zip(size, share, strict=True)]),
+        "model": np.array([f"m{a:g}" for a in size]),
+        "parameters": size * (1 - share),
     }
-    spread = 1 + noise * np.random.default_rng(0).standard_normal(len(mesh))
-    return points | {"loss": sparsity.predict(TRUTH, points) * spread}
+    return points | {"loss": sparsity.predict(TRUTH, points) * spread(points, noise)}
 
 
 @pytest.mark.parametrize(("noise", "tolerance"), [(0.0, 1e-4), (0.005, 0.1)])

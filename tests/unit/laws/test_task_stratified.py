@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
+from law_points import mesh, spread
 
 from coppice.errors import UserError
 from coppice.laws import registry, task_stratified
@@ -17,17 +18,8 @@ OPTIONS = registry.validate_options("task-stratified", {})
 
 def grid(sizes=(0.6, 1.7, 4, 14), bits=(3, 4, 8), calibrations=(16, 128), groups=(32, 128), noise=0.0) -> Points:
     """-ln Acc_adj of the true law, N in billions, with relative noise."""
-    mesh = [(a, b, c, d) for a in sizes for b in bits for c in calibrations for d in groups]
-    size, bit, calibration, group = np.transpose(mesh).astype(float)
-    points = {
-        "run": np.array([f"{place}" for place in range(len(size))]),
-        "parameters": size,
-        "bits": bit,
-        "calibration_size": calibration,
-        "group_size": group,
-    }
-    factor = 1 + noise * np.random.default_rng(0).standard_normal(len(size))
-    return points | {"negative_log_accuracy": task_stratified.predict(TRUTH, points) * factor}
+    points = mesh(parameters=sizes, bits=bits, calibration_size=calibrations, group_size=groups)
+    return points | {"negative_log_accuracy": task_stratified.predict(TRUTH, points) * spread(points, noise)}
 
 
 def least_squares(points: Points) -> list[float]:
