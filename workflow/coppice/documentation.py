@@ -9,7 +9,6 @@ import argparse
 import json
 from collections.abc import Iterator
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -236,7 +235,7 @@ def law_row(name: str, law: laws.Law) -> str:
 
 def law_section(name: str, law: laws.Law) -> list[str]:
     """What a law's file says of itself: its docstring, columns, parameters, rivals, held-out tests and options."""
-    module = import_module(f"coppice.laws.{name.replace('-', '_')}")
+    module = laws.find(name).module
     lines = [module.__doc__.strip(), "", f"The points: {law.points_are}", "", *law_columns(law)]
     if law.form is not None:
         lines += ["", minimised(law), "", *law_parameters(law.form)]

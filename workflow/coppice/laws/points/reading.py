@@ -113,15 +113,15 @@ def _leave_out(law: Law, points: Points, options: LawOptions) -> tuple[Points, l
         return select(points, rows)
 
     numbers = [name for name, kind in law.columns.items() if kind is float]
-    finite = np.isfinite([points[name] for name in numbers]).all(axis=0)
-    points = keep(points, finite, "hold a value that is not finite")
+    finite = np.isfinite([points[name] for name in numbers])
+    points = keep(points, np.all(finite, axis=0), "hold a value that is not finite")
     counted = [name for name, unit in law.units.items() if unit in _COUNTED and name in law.columns]
     above = np.ones(count(points), bool)
     for name in counted:
         above &= points[name] > 0
     points = keep(points, above, "have no parameters or tokens")
-    repeated = pd.DataFrame(points).duplicated() if count(points) else []
-    points = keep(points, ~np.array(repeated, bool), "repeat another one")
+    repeated = pd.DataFrame(points).duplicated().to_numpy(dtype=bool)
+    points = keep(points, ~repeated, "repeat another one")
     if law.form is not None and options.residuals == "logarithmic":
         points = keep(points, np.asarray(points[law.form.target] > 0), "have no logarithm")
     return points, notes
