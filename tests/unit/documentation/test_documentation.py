@@ -8,10 +8,10 @@ import yaml
 from pydantic import Field
 from studies import small_study
 
-from coppice import laws
 from coppice.documentation import config_page, config_schema, laws_page, methods_page
 from coppice.documentation.generated import ROOT, outdated_files, write_files
-from coppice.laws import LawOptions
+from coppice.laws import registry as laws
+from coppice.laws.options import LawOptions
 from coppice.methods.registry import methods
 
 

@@ -11,12 +11,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from coppice import laws
-from coppice.decisions import Answer
+from coppice.decisions import Answer, Basis
 from coppice.errors import UserError, did_you_mean
 from coppice.files import read_json
 from coppice.formatting import held_out_sentence, join_words, target_of
-from coppice.laws.fit import Parameters, Points
+from coppice.laws import registry as laws
+from coppice.laws.engine.forms import Parameters
+from coppice.laws.engine.points import Points
 from coppice.results.schemas import Row
 
 _OF_RECOVERIES = {"run", "model", "dense_parameters", "rho", "tokens", "dense_loss"}
@@ -49,7 +50,7 @@ class Fitted:
 
     def predicted(self, points: Points) -> tuple[np.ndarray, np.ndarray]:
         """The law's values at `points`: [n], and with every sample of the parameters [k, n]."""
-        predict = self.law.form.predict
+        predict = self.law.require_form().predict
         count = len(points["run"])
         drawn = predict(self.samples, points)
         return np.broadcast_to(predict(self.parameters, points), count), np.broadcast_to(drawn, (len(drawn), count))
@@ -130,7 +131,7 @@ def refused(fitted: Fitted, title: str) -> Answer | None:
     return None if reason is None else {"title": title, "law": fitted.name, "refused": True, "sentences": [reason]}
 
 
-def rests_on(fitted: Fitted) -> dict[str, Any]:
+def rests_on(fitted: Fitted) -> Basis:
     errors = {test: forms[fitted.report["law"]] for test, forms in fitted.report["held_out"].items()}
     return {"law": fitted.name, "refused": False, "held_out": errors}
 

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from coppice import laws
+from coppice.laws import registry as laws
 from coppice.methods.registry import Method, methods
 from coppice.study.schema import Step, Study
 

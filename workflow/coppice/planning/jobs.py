@@ -15,9 +15,9 @@ from os.path import relpath
 from pathlib import Path
 from typing import Any
 
-from coppice import laws
 from coppice.errors import UserError
 from coppice.files import fingerprint, sha256
+from coppice.laws import registry as laws
 from coppice.methods.registry import Method
 from coppice.models.sources import dense_files, locate
 from coppice.records.layout import TABLES, ResultsLayout

@@ -254,11 +254,11 @@ def _identity(
     On how many GPUs it ran is not part of it. Its code is every file of this package, of the method and of what
     methods share with the trainer.
     """
-    from coppice.laws import learning_curve
+    from coppice.laws.learning_curve import trends
 
     files = [*sorted(Path(__file__).parent.glob("*.py")), Path(training.__file__), *chosen.files]
     if options.stop_gain is not None:
-        files.append(Path(learning_curve.__file__))
+        files.append(Path(trends.__file__))
     return {
         "method": chosen.name,
         **{f"options.{key}": value for key, value in options.model_dump(mode="json", exclude={"gpus"}).items()},

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, model_serializer, model_validator
 
-from coppice import laws
-from coppice.laws import LawOptions
+from coppice.laws import registry as laws
+from coppice.laws.options import LawOptions
 from coppice.study.schema.section import refuse_unknown_keys
 
 if TYPE_CHECKING:

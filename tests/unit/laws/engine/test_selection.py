@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 
 from coppice.laws import chinchilla, pruning
-from coppice.laws.fit import Form, Points
-from coppice.laws.held_out import held_out_test
+from coppice.laws.engine.forms import Form
+from coppice.laws.engine.held_out import held_out_test
+from coppice.laws.engine.points import Points
+from coppice.laws.engine.search import Effort
 
 PRUNING: dict[str, Form] = {"power": pruning.FORM} | pruning.RIVALS
 TRUTHS = {"power": {"P0": 0.97, "alpha": 0.73}, "exponential": {"k": 1.4}, "linear": {"k": 0.8}}
@@ -21,7 +23,7 @@ RATIOS = np.arange(1, 10) / 10
 CHINCHILLA = {"chinchilla": chinchilla.FORM, "without E": chinchilla.RIVALS["without_irreducible_loss"]}
 LOSS = {"A": 0.4, "B": 0.6, "E": 1.7, "alpha": 0.35, "beta": 0.5}
 
-OPTIONS = {"starts": 2, "seed": 0, "bootstrap": 0}
+EFFORT = Effort(starts=2, bootstrap=0)
 SEEDS = range(12)
 
 
@@ -33,7 +35,7 @@ def noisy(form: Form, parameters: dict[str, float], points: Points, seed: int) -
 
 def first(forms: dict[str, Form], points: Points, held_out: np.ndarray) -> str:
     """Name of the form with the lowest held-out error."""
-    _, ranking = held_out_test(forms, points, held_out, OPTIONS)
+    _, ranking = held_out_test(forms, points, held_out, EFFORT)
     return ranking[0]["form"]
 
 

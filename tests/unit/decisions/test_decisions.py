@@ -17,25 +17,23 @@ import pyarrow.parquet as pq
 import pytest
 from fake_results import fake_study, write_results
 
-from coppice import laws
 from coppice.cli import main
-from coppice.decisions import recipe
+from coppice.decisions import limits, recipe
 from coppice.decisions.budget import expected_loss, predictive_interval, tokens_to_buy
 from coppice.decisions.fitted import Fitted
+from coppice.decisions.limits import Limit, choose_latencies
 from coppice.decisions.next_run import next_runs, variance_reduction
 from coppice.decisions.recipe import (
     Compared,
-    Limit,
+    best_at_each_size,
     best_within,
-    chosen_metric,
-    joint_draws,
-    ladder,
-    latencies,
+    choose_metric,
+    draw_jointly,
     lower_is_better,
     probabilities_of_best,
 )
 from coppice.errors import UserError
-from coppice.laws import p2
+from coppice.laws import p2, registry
 from coppice.results import collection as tables
 from coppice.results.comparisons import Scores
 from coppice.results.reading import read_table
@@ -74,7 +72,7 @@ def test_the_interval_of_a_new_measurement_adds_variances() -> None:
 
 def test_two_nodes_by_their_standard_errors() -> None:
     rows = [{"node": "a", "value": 1.0, "stderr": 0.3}, {"node": "b", "value": 1.3, "stderr": 0.4}]
-    draws = joint_draws(rows, {}, np.asarray, draws=40_000)
+    draws = draw_jointly(rows, {}, np.asarray, draws=40_000)
     assert probabilities_of_best(draws, lower=True) == pytest.approx([PHI(0.3 / 0.5), 1 - PHI(0.3 / 0.5)], abs=0.01)
     assert probabilities_of_best(draws, lower=False)[1] == pytest.approx(PHI(0.3 / 0.5), abs=0.01)
 
@@ -100,8 +98,8 @@ def shared_scores(gap: float, common: float = 1.0) -> tuple[list[dict[str, Any]]
 
 def test_nodes_on_the_same_items_are_compared_more_sharply() -> None:
     rows, scores = shared_scores(gap=0.01)
-    joint = probabilities_of_best(joint_draws(rows, scores, np.asarray), lower=True)
-    apart = probabilities_of_best(joint_draws(rows, {}, np.asarray), lower=True)
+    joint = probabilities_of_best(draw_jointly(rows, scores, np.asarray), lower=True)
+    apart = probabilities_of_best(draw_jointly(rows, {}, np.asarray), lower=True)
     deviation = (scores["b"].values - scores["a"].values).std() / 20
     assert joint[0] == pytest.approx(PHI(0.01 / deviation), abs=0.02)  # 0.98
     assert apart[0] == pytest.approx(PHI(0.01 / (rows[0]["stderr"] * 2**0.5)), abs=0.03)  # 0.56
@@ -110,17 +108,17 @@ def test_nodes_on_the_same_items_are_compared_more_sharply() -> None:
 def test_different_items_are_drawn_apart_and_items_that_do_not_give_the_value_not_at_all() -> None:
     rows, scores = shared_scores(gap=0.01)
     other = {"a": scores["a"], "b": Scores(b"other", scores["b"].values, scores["b"].weights)}
-    draws = joint_draws(rows, other, np.asarray)
+    draws = draw_jointly(rows, other, np.asarray)
     assert abs(np.corrcoef(draws.T)[0, 1]) < 0.1
-    assert np.corrcoef(joint_draws(rows, scores, np.asarray).T)[0, 1] > 0.99
+    assert np.corrcoef(draw_jointly(rows, scores, np.asarray).T)[0, 1] > 0.99
     # Of the wrong value: by normal(value, stderr), which is 0 here.
     wrong = [row | {"value": 9.0, "stderr": None} for row in rows]
-    assert (joint_draws(wrong, scores, np.asarray) == 9).all()
+    assert (draw_jointly(wrong, scores, np.asarray) == 9).all()
 
 
 def test_perplexities_are_exponentials_of_ratios_of_sums() -> None:
     scores = {"a": Scores(b"", np.array([1.0, 6.0]), np.array([1.0, 2.0]))}
-    draws = joint_draws([{"node": "a", "value": math.exp(7 / 3), "stderr": 1.0}], scores, np.exp)
+    draws = draw_jointly([{"node": "a", "value": math.exp(7 / 3), "stderr": 1.0}], scores, np.exp)
     assert set(np.round(np.log(draws[:, 0]), 9)) == {1.0, round(7 / 3, 9), 3.0}
 
 
@@ -149,7 +147,7 @@ def fitted(missing: tuple[int, float] | None = None, spread: float = 0.02, **rep
     known = {"low": None, "high": None, "identified": True, "spread": 0.0}
     return Fitted(
         "recovery",
-        laws.load("p2"),
+        registry.load("p2"),
         {
             "law": "p2",
             "target": "loss",
@@ -310,7 +308,7 @@ def compared(values: list[float], sizes: list[int], draws: np.ndarray | None = N
         | WITHOUT_ENDS
         for place, (value, size) in enumerate(zip(values, sizes, strict=True))
     ]
-    drawn = joint_draws(rows, {}, np.asarray, 20_000) if draws is None else draws
+    drawn = draw_jointly(rows, {}, np.asarray, 20_000) if draws is None else draws
     return Compared("quality", "perplexity_text", True, rows, drawn, ["lost"])
 
 
@@ -343,7 +341,7 @@ def test_nodes_that_are_nearly_the_same_do_not_lose_to_a_worse_one() -> None:
 def test_what_a_limit_does_not_know_is_named_and_nothing_within_is_an_error() -> None:
     found = compared([1.0, 1.1], [400, 100])
     answer = best_within(found, [Limit("a latency", 1.0, {"n1": 0.5})])
-    assert "Not compared, since what the limits bound is not known of them: n0." in answer["sentences"]
+    assert "Not compared, since what the limits bound is unknown for them: n0." in answer["sentences"]
     with pytest.raises(UserError) as refused:
         best_within(found, [Limit("at most 9 bytes", 9, {"n0": 400, "n1": 100}, "{} bytes".format)])
     assert str(refused.value) == (
@@ -370,7 +368,7 @@ def test_of_nodes_that_tie_the_smallest_is_named() -> None:
 
 def test_each_step_of_the_ladder_is_the_best_at_its_size() -> None:
     found = compared([1.0, 1.1, 2.0, 1.05], [400, 200, 100, 300])
-    steps = ladder(found)["nodes"]
+    steps = best_at_each_size(found)["nodes"]
     assert [step["node"] for step in steps] == ["n2", "n1", "n3", "n0"]
     assert steps[0]["probability"] == 1
     assert steps[1]["probability"] == pytest.approx(1, abs=1e-3)
@@ -409,21 +407,21 @@ def test_latencies_are_measured_unless_a_roofline_is_named() -> None:
         cost("a", "H200 (roofline)", 1e-5, None),
         cost("b", "cpu", None),
     ]
-    device, found = latencies(rows, None, None)
+    device, found = choose_latencies(rows, None, None)
     assert (device, sorted(found)) == ("cpu", ["a", "q"])
-    assert latencies(rows, "H200 (roofline)", None)[1]["a"]["value"] == 1e-5
+    assert choose_latencies(rows, "H200 (roofline)", None)[1]["a"]["value"] == 1e-5
     with pytest.raises(UserError, match="--device gpu: no decode_latency is known on it"):
-        latencies(rows, "gpu", None)
+        choose_latencies(rows, "gpu", None)
     with pytest.raises(UserError, match=r"choose by --device where it holds.*cpu; cuda"):
-        latencies([*rows, cost("a", "cuda", 1.0)], None, None)
+        choose_latencies([*rows, cost("a", "cuda", 1.0)], None, None)
     with pytest.raises(UserError, match=r"several evaluations .*cost and long.*--cost"):
-        latencies([*rows, cost("a", "cpu", 1.0, "long")], None, None)
+        choose_latencies([*rows, cost("a", "cpu", 1.0, "long")], None, None)
     with pytest.raises(UserError, match="no decode_latency was measured"):
-        latencies([], None, None)
-    bounds, notes = recipe.limits([], rows, max_latency=0.015)
+        choose_latencies([], None, None)
+    bounds, notes = limits.read_limits([], rows, max_latency=0.015)
     assert (bounds[0].admits("a"), bounds[0].admits("q"), bounds[0].admits("z")) == (True, False, False)
     assert notes == ["Their latency is that of a simulation: q."]
-    _, notes = recipe.limits([], rows, max_latency=1, device="H200 (roofline)")
+    _, notes = limits.read_limits([], rows, max_latency=1, device="H200 (roofline)")
     assert notes == ["The latencies on H200 (roofline) are predictions, not measurements."]
 
 
@@ -440,8 +438,8 @@ def test_the_metric_must_be_clear() -> None:
         {"evaluation": evaluation, "metric": metric}
         for evaluation, metric in (("a", "perplexity_x"), ("b", "perplexity_x"), ("b", "task_acc"))
     ]
-    assert chosen_metric(rows, "task_acc", None) == ("b", "task_acc")
-    assert chosen_metric(rows, None, "a") == ("a", "perplexity_x")
+    assert choose_metric(rows, "task_acc", None) == ("b", "task_acc")
+    assert choose_metric(rows, None, "a") == ("a", "perplexity_x")
     for metric, evaluation, words in (
         ("task_ac", None, "Did you mean 'task_acc'"),
         ("task_acc", "c", "--evaluation c"),
@@ -450,7 +448,7 @@ def test_the_metric_must_be_clear() -> None:
         (None, None, "Choose what is to be best by --metric"),
     ):
         with pytest.raises(UserError, match=words):
-            chosen_metric(rows, metric, evaluation)
+            choose_metric(rows, metric, evaluation)
 
 
 # The command
@@ -514,7 +512,7 @@ def test_every_question_has_an_answer(results: Path, capsys: pytest.CaptureFixtu
     [
         (["--tokens", "1e9"], "--tokens and --gain are about one node"),
         (["--device", "cpu"], "--device and --cost say where --max-latency holds"),
-        (["--next", "--top", "0"], "--top 0 is no number of runs"),
+        (["--next", "--top", "0"], "--top 0 is not a number of runs"),
         (["--node", "smal/laco-25"], "Did you mean 'small/laco-25'"),
         (["--next", "--law", "p3"], "--law p3: no law of that name was fitted. Did you mean 'p2'"),
         (["--metric", "perplexity_story"], "Did you mean 'perplexity_stories'"),
@@ -541,7 +539,7 @@ def test_nothing_to_recommend_is_a_sentence(copied: Path, capsys: pytest.Capture
     pq.write_table(accuracies, copied / "tables/metrics.parquet")
     text = recommend(copied, capsys)
     assert text.startswith("Nothing to recommend\n  No law was fitted in ")
-    assert "What was measured can be asked for by --metric: biographies_acc." in " ".join(text.split())
+    assert "Choose one of the metrics measured by --metric: biographies_acc." in " ".join(text.split())
     pq.write_table(metrics.slice(0, 0), copied / "tables/metrics.parquet")
     assert "--metric" not in recommend(copied, capsys)
 
