@@ -3,7 +3,7 @@
 const COLUMN_TITLES = {
   rank: "rank kept",
   sparsity: "sparsity, share of zeros",
-  bits: "bits a weight",
+  bits: "bits per weight",
   error: "relative error of the output",
 };
 const LAYER = /^(?:.*\.)?(?:layers|blocks|h)\.(\d+)(?:\.(.+))?$/;
@@ -18,12 +18,12 @@ function drawLayers() {
   const found = study.layers?.[state.a];
   const columns = Object.keys(found?.columns ?? {});
   if (!columns.length) {
-    story.layers.replaceChildren(
+    nodeView.layers.replaceChildren(
       make("h4", {}, "By layer"),
       note(
         nodeOf.get(state.a).depth
-          ? "Nothing was recorded by layer for this node."
-          : "The dense model's layers are as they were trained.",
+          ? "This node has no per-layer records."
+          : "The dense model's layers are unchanged.",
       ),
     );
     return;
@@ -48,10 +48,10 @@ function drawLayers() {
   );
   const options = [["", columns.map((name) => [name, columnTitle(name)])]];
   fill(
-    story.layers,
+    nodeView.layers,
     make("h4", {}, `By layer: ${columnTitle(column)}`),
     columns.length > 1
-      ? make("div", { class: "controls" }, chooser("What is shown", options, column, picked).label)
+      ? make("div", { class: "controls" }, chooser("Column", options, column, picked).label)
       : null,
     chart,
     rows.details,
@@ -63,7 +63,7 @@ function drawLayers() {
   parts.every(Boolean) ? heatmap(chart, parts, values, column) : bars(chart, found.modules, values, column);
 }
 
-/** Kinds of modules by layers, coloured by the value, which stands in the cell where there is room. */
+/** Kinds of modules by layers, coloured by the value, which is printed in cells that are wide enough. */
 function heatmap(chart, parts, values, column) {
   const depths = [...new Set(parts.map(([, depth]) => Number(depth)))].sort((a, b) => a - b);
   const kinds = [...new Set(parts.map(([, , kind]) => kind))].reverse();

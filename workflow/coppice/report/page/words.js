@@ -2,7 +2,7 @@
 
 const MINUS = "\u2212";
 
-/** A number to so many significant digits, without an exponent where it is readable so. */
+/** A number with significant digits, without an exponent between 0.001 and a million (coppice.formatting.number). */
 function shown(value, digits = 3) {
   if (value === null || value === undefined) return "";
   if (value === 0) return "0";
@@ -16,7 +16,7 @@ function shown(value, digits = 3) {
   return text.replace("-", MINUS);
 }
 
-/** A count in thousands, millions or billions: 1.4M. */
+/** A count in thousands, millions or billions: 1.4M (coppice.formatting.human_count). */
 function counted(value) {
   for (const [scale, letter] of [
     [1e9, "B"],
@@ -35,47 +35,47 @@ const PREFIXES = [
   [1e-9, "n"],
 ];
 const isTime = (unit) => /^s(\/|$)/.test(unit);
-const ownUnit = (unit) => isTime(unit) || unit === "bytes"; // their values carry a unit with its prefix
+const ownUnit = (unit) => isTime(unit) || unit === "bytes"; // their values are printed with a prefixed unit
 
-/** A value of a measure; times and bytes with their unit, so that they have few digits. */
-function quantity(id, value, format = shown) {
+/** A value of a measure; times and bytes with a prefixed unit. */
+function quantity(id, value) {
   const unit = measureOf.get(id).unit ?? "";
   if (unit === "bytes") return counted(value).replace(/[kMB]?$/, (letter) => ` ${letter === "B" ? "G" : letter}B`);
   if (unit === "parameters") return counted(value);
-  if (!isTime(unit)) return format(value);
+  if (!isTime(unit)) return shown(value);
   const [scale, prefix] = PREFIXES.find(([size]) => Math.abs(value) >= size) ?? PREFIXES.at(-1);
-  return `${format(value / scale)} ${prefix}${unit}`;
+  return `${shown(value / scale)} ${prefix}${unit}`;
 }
 
 const signed = (value) => (value > 0 ? `+${shown(value)}` : shown(value));
 const several = (count, word) => `${count} ${word}${count === 1 ? "" : "s"}`;
 const withUnit = ({ title, unit }) => (unit && unit !== title && !ownUnit(unit) ? `${title}, ${unit}` : title);
 const withBetter = (id) => withUnit(measureOf.get(id)) + (better(id) ? `, ${better(id)} is better` : "");
-const chance = (p) => (p < 1e-4 ? "p < 0.0001" : p > 0.995 ? "p = 1" : `p = ${shown(p, 2)}`);
+const pValue = (p) => (p < 1e-4 ? "p < 0.0001" : p > 0.995 ? "p = 1" : `p = ${shown(p, 2)}`);
 
-/** Text for Plotly, which reads some tags. */
+/** Text for Plotly, which interprets some tags. */
 const plain = (text) => text.replaceAll("&", "&amp;").replaceAll("<", "&lt;");
 
-const OF_REPEATS = "half the interquartile range of the repeats"; // what the ends of a measured cost are
+const OF_REPEATS = "half the interquartile range of the repeats"; // the meaning of a measured cost's ends
 
-/** How sure a value is: its 95% interval or, of a measured cost, half the interquartile range of its repeats. */
-function sureness(id, [, low, high]) {
+/** The uncertainty of a value: its 95% interval or, for a measured cost, half the interquartile range. */
+function uncertainty(id, [, low, high]) {
   if (low === null || high === null) return "";
   return isCost(id) ? `\u00b1\u00a0${quantity(id, (high - low) / 2)}` : `${quantity(id, low)} to ${quantity(id, high)}`;
 }
 
-/** The same behind a value: in brackets where it is an interval. */
-function behind(id, value) {
-  const text = sureness(id, value);
+/** The uncertainty as it follows a value: an interval in brackets. */
+function suffix(id, value) {
+  const text = uncertainty(id, value);
   return !text ? "" : isCost(id) ? ` ${text}` : ` (${text})`;
 }
 
 /** A value with its interval, for one cell of a table. */
-const interval = (id, value) => quantity(id, value[0]) + behind(id, value);
+const interval = (id, value) => quantity(id, value[0]) + suffix(id, value);
 
-/** A value with its unit and interval, for one line. */
-function told(id, value) {
+/** A value with its unit and interval, for a sentence. */
+function formatQuantity(id, value) {
   const { title, unit } = measureOf.get(id);
   const after = unit && unit !== title && !ownUnit(unit) ? ` ${unit}` : "";
-  return isCost(id) ? interval(id, value) + after : quantity(id, value[0]) + after + behind(id, value);
+  return isCost(id) ? interval(id, value) + after : quantity(id, value[0]) + after + suffix(id, value);
 }

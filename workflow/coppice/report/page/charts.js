@@ -1,9 +1,9 @@
-// Charts: colours of the theme, axes and ticks that every chart shares
+// Charts: colours of the theme, and the layout and axes that every chart shares
 
 const probe = make("span", { class: "unseen", "aria-hidden": "true" });
 const CONFIG = {
   displaylogo: false,
-  showSendToCloud: false, // a study is nobody else's
+  showSendToCloud: false, // a study may be confidential
   responsive: false,
   doubleClick: "reset",
   modeBarButtonsToRemove: ["lasso2d", "select2d", "autoScale2d"],
@@ -15,7 +15,7 @@ let printing = false;
 
 const palette = new Map();
 
-/** The theme's colour of a name, as Plotly reads it; asked of the browser once for a theme. */
+/** The theme's colour of a name, as Plotly reads it; computed once a theme. */
 function themed(name) {
   if (!palette.has(name)) {
     probe.style.color = `var(--${name})`;
@@ -24,32 +24,32 @@ function themed(name) {
   return palette.get(name);
 }
 
-/** The theme's colour of a name, let through by so much. */
+/** The theme's colour of a name with an opacity. */
 const faint = (name, opacity) => themed(name).replace("rgb(", "rgba(").replace(")", `, ${opacity})`);
 const widthOf = (element) => (printing ? 680 : Math.max(element.clientWidth, 260));
 
-// What waits for its chart to come near the window.
-const late = new Map();
+// Charts that are drawn when they come near the window.
+const pending = new Map();
 const sight = new IntersectionObserver(
   (entries) => {
     for (const { isIntersecting, target } of entries) {
-      if (!isIntersecting || !late.has(target)) continue;
-      late.get(target)();
-      late.delete(target);
+      if (!isIntersecting || !pending.has(target)) continue;
+      pending.get(target)();
+      pending.delete(target);
       sight.unobserve(target);
     }
   },
   { rootMargin: "300px" },
 );
 
-/** Draws a chart by Plotly when it is in sight or near; for paper at once. */
+/** Draws a chart when it is in sight or near; at once for printing. */
 function plot(chart, traces, layout, config) {
   const now = () => Plotly.react(chart, traces, layout, config);
   sight.unobserve(chart);
-  late.delete(chart);
+  pending.delete(chart);
   chart.style.minHeight = `${layout.height}px`;
   if (printing) return now();
-  late.set(chart, now);
+  pending.set(chart, now);
   sight.observe(chart);
 }
 
@@ -76,16 +76,15 @@ function baseLayout(width, height, margin) {
 
 const axisTitle = (text) => ({ text: plain(text), standoff: 8, font: { size: 13, color: themed("muted") } });
 
-/** An axis with a range in its own values and readable ticks; `pixels` tells how many fit. */
-function axis(title, [low, high], log, pixels, format = counted) {
+/** An axis with a range in its own values. */
+function axis(title, [low, high], log, ticks = {}) {
   const at = log ? Math.log10 : (value) => value;
-  const ticks = ticksOf(low, high, log, Math.max(3, Math.round(pixels)));
   return {
     title: axisTitle(title),
     type: log ? "log" : "linear",
     range: [at(low), at(high)],
-    tickvals: ticks,
-    ticktext: ticks.map(format),
+    minorloglabels: "complete",
+    ...ticks,
     gridcolor: themed("grid"),
     zeroline: false,
     showline: true,
@@ -98,34 +97,7 @@ function axis(title, [low, high], log, pixels, format = counted) {
   };
 }
 
-/** Round numbers between two ends, about `most` of them. */
-function ticksOf(low, high, log, most) {
-  if (log && high / low > 4) {
-    const steps = [[1], [1, 3], [1, 2, 5], [1, 1.5, 2, 3, 5, 7]];
-    const found = steps.map((leads) => decades(low, high, leads)).filter((ticks) => ticks.length <= most + 1);
-    const best = found.at(-1);
-    if (best?.length > 2) return best;
-  }
-  const rough = (high - low) / most;
-  const power = 10 ** Math.floor(Math.log10(rough));
-  const step = [1, 2, 5, 10].map((lead) => lead * power).find((size) => size >= rough);
-  const first = Math.ceil(low / step - 1e-9);
-  const last = Math.floor(high / step + 1e-9);
-  return Array.from({ length: last - first + 1 }, (_, place) => Number(((first + place) * step).toPrecision(12)));
-}
-
-function decades(low, high, leads) {
-  const found = [];
-  for (let power = Math.floor(Math.log10(low)); power <= Math.log10(high); power++) {
-    for (const lead of leads) {
-      const value = Number((lead * 10 ** power).toPrecision(3));
-      if (value >= low && value <= high) found.push(value);
-    }
-  }
-  return found;
-}
-
-/** The ends of values with room around them. Wide intervals do not press the points into a line. */
+/** A range around values with a margin. Intervals widen it by a bounded factor, lest they flatten the points. */
 function rangeOf(values, ends, log) {
   const inside = values.filter((value) => !log || value > 0);
   const [least, most] = [Math.min(...inside), Math.max(...inside)];
@@ -133,9 +105,9 @@ function rangeOf(values, ends, log) {
   const low = Math.max(Math.min(least, ...ends.filter((end) => !log || end > 0)), slack[0]);
   const high = Math.min(Math.max(most, ...ends), slack[1]);
   if (log) {
-    const room = Math.max((high / low) ** 0.06, 1.03);
-    return [low / room, high * room];
+    const margin = Math.max((high / low) ** 0.06, 1.03);
+    return [low / margin, high * margin];
   }
-  const room = 0.06 * (high - low) || 0.1 * Math.abs(high) || 1;
-  return [low - room, high + room];
+  const margin = 0.06 * (high - low) || 0.1 * Math.abs(high) || 1;
+  return [low - margin, high + margin];
 }

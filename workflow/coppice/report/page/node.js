@@ -1,17 +1,17 @@
 // One node
 
-const story = { active: 0, matching: nodes };
+const nodeView = { active: 0, matching: nodes };
 
 function buildNode() {
   const section = byId("node");
-  story.search = make("input", {
+  nodeView.search = make("input", {
     type: "search",
     placeholder: "Find a node",
     "aria-label": "Find a node",
     oninput: listNodes,
-    onkeydown: (event) => event.key === "ArrowDown" && (event.preventDefault(), story.list.focus()),
+    onkeydown: (event) => event.key === "ArrowDown" && (event.preventDefault(), nodeView.list.focus()),
   });
-  story.list = make("div", {
+  nodeView.list = make("div", {
     class: "list",
     role: "listbox",
     tabindex: "0",
@@ -19,24 +19,24 @@ function buildNode() {
     "aria-label": "Nodes",
     onkeydown: moveInList,
   });
-  story.body = make("div", { class: "story" });
+  nodeView.body = make("div", { class: "node-body" });
   section.append(
-    heading("node", "One node"),
-    make("div", { class: "columns" }, make("div", { class: "finder" }, story.search, story.list), story.body),
+    heading("node", "Node details"),
+    make("div", { class: "columns" }, make("div", { class: "finder" }, nodeView.search, nodeView.list), nodeView.body),
   );
   listNodes();
 }
 
-/** The list of nodes that the search lets through, indented as in the tree. */
+/** The nodes that match the search, indented as in the tree. */
 function listNodes() {
-  const wanted = story.search.value.trim().toLowerCase();
-  story.matching = nodes.filter(({ node }) => node.toLowerCase().includes(wanted));
-  story.active = Math.max(
+  const wanted = nodeView.search.value.trim().toLowerCase();
+  nodeView.matching = nodes.filter(({ node }) => node.toLowerCase().includes(wanted));
+  nodeView.active = Math.max(
     0,
-    story.matching.findIndex(({ node }) => node === state.a),
+    nodeView.matching.findIndex(({ node }) => node === state.a),
   );
-  story.list.replaceChildren(
-    ...story.matching.map((node, place) => {
+  nodeView.list.replaceChildren(
+    ...nodeView.matching.map((node, place) => {
       const text = wanted ? node.node : node.node.split("/").at(-1);
       return make(
         "div",
@@ -47,7 +47,7 @@ function listNodes() {
           "aria-label": node.node,
           title: node.node,
           onclick: () => {
-            story.active = place;
+            nodeView.active = place;
             choose(node.node);
           },
         },
@@ -56,46 +56,46 @@ function listNodes() {
       );
     }),
   );
-  if (!story.matching.length) story.list.append(empty("No node has this in its name."));
+  if (!nodeView.matching.length) nodeView.list.append(empty("No node name contains this text."));
   markInList();
 }
 
 function markInList() {
-  [...story.list.querySelectorAll("[role=option]")].forEach((option, place) => {
-    option.setAttribute("aria-selected", String(story.matching[place].node === state.a));
-    option.classList.toggle("active", place === story.active);
+  [...nodeView.list.querySelectorAll("[role=option]")].forEach((option, place) => {
+    option.setAttribute("aria-selected", String(nodeView.matching[place].node === state.a));
+    option.classList.toggle("active", place === nodeView.active);
   });
-  const active = byId(`option-${story.active}`);
+  const active = byId(`option-${nodeView.active}`);
   active
-    ? story.list.setAttribute("aria-activedescendant", active.id)
-    : story.list.removeAttribute("aria-activedescendant");
+    ? nodeView.list.setAttribute("aria-activedescendant", active.id)
+    : nodeView.list.removeAttribute("aria-activedescendant");
 }
 
 /** Scrolls the list, never the page, until its active node is in sight. */
 function scrollList() {
-  const active = byId(`option-${story.active}`);
+  const active = byId(`option-${nodeView.active}`);
   if (!active) return;
   const [top, bottom] = [active.offsetTop, active.offsetTop + active.offsetHeight];
-  if (top < story.list.scrollTop) story.list.scrollTop = top;
-  if (bottom > story.list.scrollTop + story.list.clientHeight) story.list.scrollTop = bottom - story.list.clientHeight;
+  if (top < nodeView.list.scrollTop) nodeView.list.scrollTop = top;
+  if (bottom > nodeView.list.scrollTop + nodeView.list.clientHeight) nodeView.list.scrollTop = bottom - nodeView.list.clientHeight;
 }
 
 function moveInList(event) {
-  const last = story.matching.length - 1;
+  const last = nodeView.matching.length - 1;
   const places = {
-    ArrowDown: story.active + 1,
-    ArrowUp: story.active - 1,
-    PageDown: story.active + 10,
-    PageUp: story.active - 10,
+    ArrowDown: nodeView.active + 1,
+    ArrowUp: nodeView.active - 1,
+    PageDown: nodeView.active + 10,
+    PageUp: nodeView.active - 10,
     Home: 0,
     End: last,
   };
   if (event.key in places) {
-    story.active = Math.min(Math.max(places[event.key], 0), last);
+    nodeView.active = Math.min(Math.max(places[event.key], 0), last);
     markInList();
     scrollList();
   } else if (["Enter", " "].includes(event.key) && last >= 0) {
-    choose(story.matching[story.active].node);
+    choose(nodeView.matching[nodeView.active].node);
   } else {
     return;
   }
@@ -103,32 +103,31 @@ function moveInList(event) {
 }
 
 function drawNode() {
-  const place = story.matching.findIndex(({ node }) => node === state.a);
-  if (place >= 0) story.active = place;
+  const place = nodeView.matching.findIndex(({ node }) => node === state.a);
+  if (place >= 0) nodeView.active = place;
   markInList();
   if (!state.a) {
-    story.body.replaceChildren(
+    nodeView.body.replaceChildren(
       empty(
-        "Choose a node in the chart or in this list to read its story: how it was made, what it " +
-          "stores, what it can do, and what happened in each layer.",
+        "Choose a node in the chart or in this list to see its recipe, size, quality and per-layer records.",
       ),
     );
     return;
   }
   scrollList();
   const node = nodeOf.get(state.a);
-  story.layers = make("div");
+  nodeView.layers = make("div");
   fill(
-    story.body,
+    nodeView.body,
     make("h3", {}, node.node),
     badges(node),
     pathOf(node),
     valuesOf(node),
     alikeSentence(node),
-    make("h4", {}, "Make it again"),
-    node.command ? copyable(node.command, `the command of ${node.node}`) : note("The study tells no command for it."),
+    make("h4", {}, "How to reproduce it"),
+    node.command ? copyable(node.command, `the command of ${node.node}`) : note("No command is recorded for it."),
     note(provenance(node)),
-    story.layers,
+    nodeView.layers,
   );
   drawLayers();
 }
@@ -145,9 +144,9 @@ function badges(node) {
 
 function provenance(node) {
   const parts = [`seed ${node.seed}`];
-  if (node.wall_seconds) parts.push(`made in ${duration(node.wall_seconds)}`);
+  if (node.wall_seconds) parts.push(`computed in ${duration(node.wall_seconds)}`);
   if (node.recovered_share !== null && node.recovered_share !== undefined) {
-    parts.push(`recovery won back ${Math.round(100 * node.recovered_share)}% of the loss`);
+    parts.push(`recovery regained ${Math.round(100 * node.recovered_share)}% of the loss increase`);
   }
   if (node.fingerprint) parts.push(`fingerprint ${node.fingerprint.slice(0, 12)}`);
   const text = `${parts.join(", ")}.`;
@@ -193,10 +192,10 @@ function pathOf(node) {
       given.length ? folded(several(given.length, "option"), list).details : null,
     );
   });
-  return make("ol", { class: "path", "aria-label": "How it was made" }, start, steps);
+  return make("ol", { class: "path", "aria-label": "Recipe" }, start, steps);
 }
 
-/** Its qualities and sizes, and folded its costs, beside its dense model's. */
+/** Its qualities, sizes and (folded) costs, next to those of its dense model. */
 function valuesOf(node) {
   const dense = node.depth && nodeOf.has(node.model) ? node.model : null;
   const row = (measure) => {
@@ -206,7 +205,7 @@ function valuesOf(node) {
       own && [
         withUnit(measure),
         quantity(measure.id, own[0]),
-        sureness(measure.id, own),
+        uncertainty(measure.id, own),
         ...(dense
           ? [before ? quantity(measure.id, before[0]) : "", before?.[0] ? ratioTo(measure, own[0], before[0]) : ""]
           : []),
@@ -217,8 +216,8 @@ function valuesOf(node) {
   const [main, other] = [mainMeasures, costMeasures].map((measures) => measures.map(row).filter(Boolean));
   return [
     main.length
-      ? table(titles("95% interval"), main, 1, `What ${node.node} is`)
-      : empty("Nothing of this node was measured."),
+      ? table(titles("95% interval"), main, 1, `Sizes and qualities of ${node.node}`)
+      : empty("This node has no measurements."),
     other.length
       ? folded(`Costs, measured and simulated (${other.length})`, () => table(titles(OF_REPEATS), other)).details
       : null,
@@ -242,5 +241,5 @@ function alikeSentence(node) {
         ]
       : [];
   });
-  return found.length ? make("div", {}, make("h4", {}, "Not told apart from"), make("ul", {}, found)) : null;
+  return found.length ? make("div", {}, make("h4", {}, "Not significantly different from"), make("ul", {}, found)) : null;
 }

@@ -1,4 +1,4 @@
-// What the reader chose, kept in the address
+// The reader's choices, which the address holds
 
 const GROUPS = [
   { key: "model", title: "Model", of: (node) => node.model },
@@ -16,7 +16,6 @@ const TEXTS = {
   y: (usable.qualities[0] ?? usable.sizes[1] ?? usable.sizes[0])?.id ?? "",
   a: "",
   b: "",
-  quality: usable.qualities[0]?.id ?? "",
   column: "",
   law: Object.keys(laws)[0] ?? "",
   theme: "",
@@ -28,7 +27,7 @@ function initial() {
   return { ...TEXTS, ...FLAGS, off: Object.fromEntries(GROUPS.map(({ key }) => [key, new Set()])), runs: null };
 }
 
-/** The state as text: only what differs from the beginning. */
+/** The state as text: what differs from the initial one. */
 function hashOf() {
   const found = new URLSearchParams();
   for (const key of Object.keys(TEXTS)) if (state[key] !== TEXTS[key]) found.append(key, state[key]);
@@ -39,7 +38,7 @@ function hashOf() {
   return found.toString();
 }
 
-/** Takes the state from the address; what the study does not have is left out. */
+/** Takes the state from the address and ignores what the study does not have. */
 function readHash() {
   const found = new URLSearchParams(location.hash.slice(1));
   Object.assign(state, initial());
@@ -51,7 +50,6 @@ function readHash() {
 
 function known(key, value) {
   if (key === "x" || key === "y") return measureOf.has(value);
-  if (key === "quality") return isQuality(value);
   if (key === "a" || key === "b") return nodeOf.has(value);
   return key !== "law" || value === "" || value in laws;
 }
@@ -63,24 +61,24 @@ function writeHash() {
 
 // Several changes before the next frame are drawn once.
 const waiting = new Set();
-let asked = false;
+let scheduled = false;
 
 /** Draws these parts before the next frame. */
 function draw(...parts) {
   for (const part of parts) waiting.add(part);
-  if (asked) return;
-  asked = true;
+  if (scheduled) return;
+  scheduled = true;
   requestAnimationFrame(() => {
     const now = [...waiting];
     waiting.clear();
-    asked = false;
+    scheduled = false;
     for (const part of now) part();
   });
 }
 
 let writing = 0;
 
-/** Changes the state and draws what shows it; the address, which browsers write slowly, follows after the frame. */
+/** Changes the state and redraws parts; the address, which is slow to write, follows after the frame. */
 function change(changes, ...parts) {
   Object.assign(state, changes);
   draw(...parts);

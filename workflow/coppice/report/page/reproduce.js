@@ -1,4 +1,4 @@
-// Failures, and how to make it all again
+// Failures, and how to reproduce the study
 
 function buildFailures() {
   const section = byId("failures");
@@ -26,7 +26,7 @@ function buildFailures() {
 
 function buildReproduce() {
   const section = byId("reproduce");
-  section.append(heading("reproduce", "Make it again"));
+  section.append(heading("reproduce", "How to reproduce"));
   const commands = study.reproduce ?? [];
   if (commands.length) section.append(copyable(commands.join("\n"), "the commands of the whole study"));
   const single = nodes.filter(({ command }) => command);
@@ -45,5 +45,5 @@ function buildReproduce() {
   const versions = Object.entries(study.versions ?? {});
   if (versions.length)
     section.append(folded(`Versions (${versions.length})`, () => table(["package", "version"], versions, 2)).details);
-  if (study.version) section.append(note(`Made by ${study.version}, seed ${study.seed ?? 0}.`));
+  if (study.version) section.append(note(`Written by ${study.version}, seed ${study.seed ?? 0}.`));
 }
