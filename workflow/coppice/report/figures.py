@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
@@ -26,7 +27,7 @@ _MOST_NODES = 60  # rows of the figure of layers
 _WIDE = 0.42  # inches: a cell of this width has room for its number
 
 # Where a name may be placed at its point: points (1/72 inch) to the right and up, and its alignment.
-_PLACES = ((6, -3, "left"), (-6, -3, "right"), (0, 7, "center"), (0, -15, "center"))
+_PLACES = ((4, 4, "left"), (-4, -12, "right"), (6, -3, "left"), (-6, -3, "right"), (0, -15, "center"))
 _LETTER, _LINE = 5.4, 11  # width and height of text, points
 
 
@@ -80,9 +81,7 @@ def _draw_frontier(axes: Axes, measured: list[Row], by_node: dict[str, Row]) -> 
     axes.set_xlim(*_margin(sizes.min(), sizes.max()))
     axes.set_ylim(*_margin(low, high))
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axis.set_minor_formatter(NullFormatter())
+        _set_log_ticks(axis, lambda value: f"{value:g}")
     front = pareto_front(list(zip(sizes.tolist(), values.tolist(), strict=True)))
     across = [sizes[front[0]], *sizes[front], axes.get_xlim()[1]]
     up = [axes.get_ylim()[1], *values[front], values[front[-1]]]
@@ -127,9 +126,6 @@ def curves_figure(rows: list[Row], curves: list[Row], lines: dict[str, Line]) ->
 
 def _draw_curves(axes: Axes, model: str, runs: dict[str, list[Row]], lines: dict[str, Line]) -> None:
     axes.set(xscale="log", xlabel="recovery tokens", ylabel="validation loss, nats/token", title=f"Recovery of {model}")
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: human_count(value)))
-    axes.xaxis.set_minor_formatter(NullFormatter())
     for loss in sorted({row["dense_loss"] for rows in runs.values() for row in rows} - {None}):
         axes.axhline(loss, color=GREY, label="dense")
     losses = [row["loss"] for rows in runs.values() for row in rows]
@@ -142,6 +138,7 @@ def _draw_curves(axes: Axes, model: str, runs: dict[str, list[Row]], lines: dict
         if node in lines:
             _draw_law(axes, lines[node], color)
             losses += lines[node].loss.tolist()
+    _set_log_ticks(axes.xaxis, human_count)
     # A very wide band is cut, lest it flatten the curves.
     low, high = min([*losses, axes.get_lines()[0].get_ydata()[0]]), max(losses)
     room = 0.06 * (high - low) or 0.05
@@ -231,6 +228,15 @@ def _panels(count: int, height: float, right: float) -> tuple[Figure, list[Axes]
     grid = {"left": 0.08, "right": right, "top": 1 - 0.45 / (count * height), "bottom": 0.6 / (count * height)}
     axes = figure.subplots(count, 1, squeeze=False, gridspec_kw=grid | {"hspace": 1.1 / (height - 1.1)})
     return figure, list(axes[:, 0])
+
+
+def _set_log_ticks(axis: Axis, text: Callable[[float], str]) -> None:
+    """Ticks of a logarithmic axis: fewer a decade where it spans more."""
+    low, high = axis.get_view_interval()
+    leads = (1, 1.5, 2, 3, 4, 5, 7) if high < 20 * low else (1, 2, 5) if high < 1e4 * low else (1,)
+    axis.set_major_locator(LogLocator(subs=leads))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: text(value)))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _message(text: str) -> Figure:

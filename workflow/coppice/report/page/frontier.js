@@ -256,9 +256,10 @@ function namesTrace(chosen, front, ranges, { width, height, margin }) {
     const [x, y] = spotOf(point);
     const wide = shortName(point.node).length * 6.8;
     const boxes = [
+      ["top right", [x + 5, y - 20, x + 5 + wide, y - 7]],
+      ["bottom left", [x - 5 - wide, y + 7, x - 5, y + 20]],
       ["middle right", [x + 8, y - 7, x + 8 + wide, y + 7]],
       ["middle left", [x - 8 - wide, y - 7, x - 8, y + 7]],
-      ["top center", [x - wide / 2, y - 20, x + wide / 2, y - 7]],
       ["bottom center", [x - wide / 2, y + 7, x + wide / 2, y + 20]],
     ];
     const inside = ([left, , right]) => left > 0 && right < width - margin.l - margin.r;
