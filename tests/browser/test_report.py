@@ -110,11 +110,13 @@ def place(page, node: str) -> dict[str, float]:
     return page.evaluate(
         """node => {
         const chart = document.getElementById('frontier-chart');
-        const trace = chart.data.findIndex(({customdata}) => customdata?.includes(node));
-        const point = chart.data[trace].customdata.indexOf(node);
-        const marker = chart.querySelectorAll('.scatterlayer .trace')[trace].querySelectorAll('.point')[point];
-        const box = marker.getBoundingClientRect();
-        return {x: box.x + box.width / 2, y: box.y + box.height / 2};
+        const trace = chart.data.find(({customdata}) => customdata?.includes(node));
+        const point = trace.customdata.indexOf(node);
+        const [box, {xaxis, yaxis}] = [chart.getBoundingClientRect(), chart._fullLayout];
+        return {
+            x: box.x + xaxis._offset + xaxis.d2p(trace.x[point]),
+            y: box.y + yaxis._offset + yaxis.d2p(trace.y[point]),
+        };
     }""",
         node,
     )
@@ -200,7 +202,7 @@ def row_of(study: tuple[Path, Path], measure: str, node: str, other: str) -> dic
     return next(row for row in rows if (row["measure"], row["node"], row["other"]) == (measure, node, other))
 
 
-def tests_of(page) -> dict[str, list[str]]:
+def pair_rows(page) -> dict[str, list[str]]:
     """The cells of the paired tests by quality."""
     rows = page.locator("#pair table").first.locator("tbody tr").all()
     return {cells[0]: cells[1:] for cells in (row.locator("td").all_inner_texts() for row in rows)}
@@ -209,13 +211,13 @@ def tests_of(page) -> dict[str, list[str]]:
 def test_a_pair_shows_the_tests_of_the_table_in_both_directions(page, study) -> None:
     row = row_of(study, "loss", A, B)
     view(page, f"a={A}&b={B}")
-    verdict, difference, ends, p_value, adjusted = tests_of(page)["perplexity, stories"]
+    verdict, difference, ends, p_value, adjusted = pair_rows(page)["perplexity, stories"]
     assert verdict == ("B is better" if row["difference"] > 0 else "A is better") if row["distinguishable"] else verdict
     assert numbers(difference)[0] == pytest.approx(row["difference"], rel=6e-3)
     assert numbers(ends)[:2] == pytest.approx([row["low"], row["high"]], rel=6e-3)
     assert numbers(p_value)[-1] <= numbers(adjusted)[-1]
     view(page, f"a={B}&b={A}")
-    turned = tests_of(page)["perplexity, stories"]
+    turned = pair_rows(page)["perplexity, stories"]
     assert numbers(turned[1])[0] == -numbers(difference)[0]
     assert numbers(turned[2])[:2] == [-end for end in reversed(numbers(ends)[:2])]
     assert "an interval that excludes 0 can still be non-significant" in page.locator("#pair .note").last.inner_text()
@@ -231,7 +233,7 @@ def test_flips_are_those_of_the_table(page, study) -> None:
     view(page, f"a=small&b={A}")
     sentence = page.locator("#pair .note", has_text="McNemar").inner_text()
     assert numbers(sentence)[:3] == [lost + gained, gained, lost]
-    assert numbers(tests_of(page)["accuracy, biographies"][1])[0] == pytest.approx(-100 * row["difference"], rel=6e-3)
+    assert numbers(pair_rows(page)["accuracy, biographies"][1])[0] == pytest.approx(-100 * row["difference"], rel=6e-3)
 
 
 def test_a_pair_that_the_table_lacks_is_said_to_be_untested(page) -> None:
@@ -257,7 +259,7 @@ def test_two_clicks_choose_a_pair(page) -> None:
     click(A)
     assert page.locator("#node h3").inner_text() == A
     assert [page.get_by_label(side, exact=True).input_value() for side in ("A", "B")] == [A, B]
-    assert len(tests_of(page)) == 2
+    assert len(pair_rows(page)) == 2
     assert "manifest.json" in page.locator("#node .command code").first.inner_text()
 
 
