@@ -27,7 +27,7 @@ _MOST_NODES = 60  # rows of the figure of layers
 _WIDE = 0.42  # inches: a cell of this width has room for its number
 
 # Where a name may be placed at its point: points (1/72 inch) to the right and up, and its alignment.
-_PLACES = ((4, 4, "left"), (-4, -12, "right"), (6, -3, "left"), (-6, -3, "right"), (0, -15, "center"))
+_PLACES = ((5, 5, "left"), (-5, -13, "right"), (6, -3, "left"), (-6, -3, "right"), (0, -15, "center"))
 _LETTER, _LINE = 5.4, 11  # width and height of text, points
 
 
@@ -86,8 +86,8 @@ def _draw_frontier(axes: Axes, measured: list[Row], by_node: dict[str, Row]) -> 
     across = [sizes[front[0]], *sizes[front], axes.get_xlim()[1]]
     up = [axes.get_ylim()[1], *values[front], values[front[-1]]]
     axes.plot(across, up, "--", color=GREY, drawstyle="steps-post", linewidth=1.2, zorder=1, label="Pareto front")
-    names = [_short_name(by_node[measured[index]["node"]]) for index in front]
-    _name_points(axes, names, np.column_stack([sizes[front], values[front]]))
+    names = {index: _short_name(by_node[measured[index]["node"]]) for index in front}
+    _name_points(axes, names, np.column_stack([sizes, values]))
     axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=len(models) + 1)
 
 
@@ -126,9 +126,10 @@ def curves_figure(rows: list[Row], curves: list[Row], lines: dict[str, Line]) ->
 
 def _draw_curves(axes: Axes, model: str, runs: dict[str, list[Row]], lines: dict[str, Line]) -> None:
     axes.set(xscale="log", xlabel="recovery tokens", ylabel="validation loss, nats/token", title=f"Recovery of {model}")
-    for loss in sorted({row["dense_loss"] for rows in runs.values() for row in rows} - {None}):
+    dense = sorted({row["dense_loss"] for rows in runs.values() for row in rows} - {None})
+    for loss in dense:
         axes.axhline(loss, color=GREY, label="dense")
-    losses = [row["loss"] for rows in runs.values() for row in rows]
+    losses = dense + [row["loss"] for rows in runs.values() for row in rows]
     for (node, rows), color in zip(runs.items(), _colors(len(runs)), strict=True):
         tokens, loss = np.array([row["tokens"] for row in rows]), np.array([row["loss"] for row in rows])
         budget = np.array([bool(row["budget"]) for row in rows])
@@ -140,7 +141,7 @@ def _draw_curves(axes: Axes, model: str, runs: dict[str, list[Row]], lines: dict
             losses += lines[node].loss.tolist()
     _set_log_ticks(axes.xaxis, human_count)
     # A very wide band is cut, lest it flatten the curves.
-    low, high = min([*losses, axes.get_lines()[0].get_ydata()[0]]), max(losses)
+    low, high = min(losses), max(losses)
     room = 0.06 * (high - low) or 0.05
     axes.set_ylim(low - room, high + room)
     axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1))
@@ -150,7 +151,7 @@ def _draw_law(axes: Axes, line: Line, color: str) -> None:
     last = line.tokens.tolist().index(line.fitted_to)
     axes.plot(line.tokens[: last + 1], line.loss[: last + 1], "--", color=color)
     axes.plot(line.tokens[last:], line.loss[last:], ":", color=color)
-    if line.low is not None:
+    if line.low is not None and line.high is not None:
         axes.fill_between(line.tokens, line.low, line.high, color=color, alpha=0.12, linewidth=0)
 
 
@@ -182,8 +183,8 @@ def layers_figure(layers: dict[str, dict[str, Any]]) -> Figure:
             for (row, column), error in np.ndenumerate(cells):
                 if not math.isnan(error):
                     dark = norm is not None and error > 0 and norm(error) > 0.6
-                    settings = {"ha": "center", "va": "center", "fontsize": 8, "color": "white" if dark else "black"}
-                    axes.text(column, row, number(error, 2), **settings)
+                    color = "white" if dark else "black"
+                    axes.text(column, row, number(error, 2), ha="center", va="center", fontsize=8, color=color)
         if len(rows) > len(shown):
             axes.set_xlabel(f"block ({len(rows) - len(shown)} more nodes are in the page)")
     return figure
@@ -245,19 +246,20 @@ def _message(text: str) -> Figure:
     return figure
 
 
-def _name_points(axes: Axes, names: list[str], points: np.ndarray) -> None:
-    """Writes the name of each point (x, y) [n, 2] where it covers neither a name nor one of these points."""
+def _name_points(axes: Axes, names: dict[int, str], points: np.ndarray) -> None:
+    """Writes the names of some points (x, y) [n, 2], by their places, where they cover neither a name nor a point."""
     spots = axes.transData.transform(points) * 72 / axes.figure.dpi
     frame = Bbox(axes.bbox.get_points() * 72 / axes.figure.dpi)
     taken = [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in spots]
-    for name, point, (x, y) in zip(names, points, spots, strict=True):
+    for place, name in names.items():
+        point, (x, y) = points[place], spots[place]
         width = _LETTER * len(name)
         for right, up, alignment in _PLACES:
             left = x + right - {"left": 0, "right": width, "center": width / 2}[alignment]
             box = Bbox.from_bounds(left, y + up - 2, width, _LINE)
             if frame.x0 < box.x0 and box.x1 < frame.x1 and not any(box.overlaps(other) for other in taken):
-                offset = {"xytext": (right, up), "textcoords": "offset points", "ha": alignment, "fontsize": 9}
-                axes.annotate(name, point, **offset)
+                offset = (right, up)
+                axes.annotate(name, point, xytext=offset, textcoords="offset points", ha=alignment, fontsize=9)
                 taken.append(box)
                 break
 

@@ -156,7 +156,7 @@ def _entries(value: Any) -> list[dict[str, Any]]:
 
 
 def _flat(entry: dict[str, Any]) -> dict[str, Any]:
-    flat = {}
+    flat: dict[str, Any] = {}
     for name, value in entry.items():
         if isinstance(value, dict):
             flat |= {f"{name} {inner}": each for inner, each in value.items() if not isinstance(each, dict | list)}

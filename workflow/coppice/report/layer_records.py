@@ -61,7 +61,7 @@ def _blocks(achieved: dict[str, Any]) -> Picture:
     influence = achieved.get("block_influence")
     picture: Picture = {}
     for index in range(units["blocks"]["of"]):
-        row = {"blocks kept": int(index not in gone)} if gone else {}
+        row: dict[str, float] = {"blocks kept": int(index not in gone)} if gone else {}
         for kind, title in (("kv_groups", "key/value groups kept"), ("neurons", "neurons kept")):
             if units[kind]["removed"]:
                 row[title] = 0 if index in gone else units[kind]["of"] - units[kind]["removed"]

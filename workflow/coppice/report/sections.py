@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from html import escape
 from typing import Any
 
@@ -65,7 +66,7 @@ def sections_of(
     return "\n".join(markup.section(title, content) for title, content in sections if content)
 
 
-def lead(study: Study, tables: dict[str, list[Row]]) -> str:
+def lead(study: Study, tables: Mapping[str, list[Row]]) -> str:
     """How much of the study is complete."""
     planned, complete = len(nodes(study)), len(tables["nodes"])
     failed = len({row["node"] for row in tables["failures"] if row["node"]})

@@ -183,7 +183,7 @@ function frontierTraces(ranges, layout) {
       name: "Pareto front",
     },
     ...models.map((model) => pointsTrace(model, points)),
-    ...(state.names ? [namesTrace(chosen, front, ranges, layout)] : []),
+    ...(state.names ? [namesTrace(chosen, frontier, ranges, layout)] : []),
     {
       x: chosen.map(({ x }) => x[0]),
       y: chosen.map(({ y }) => y[0]),
@@ -241,8 +241,8 @@ function joins(points) {
   return [along("x"), along("y")];
 }
 
-/** Names of the chosen nodes and those of the front, each where it covers no other name and no marker of these. */
-function namesTrace(chosen, front, ranges, { width, height, margin }) {
+/** Names of the chosen nodes and those of the front, each where it covers neither another name nor a point. */
+function namesTrace(chosen, { points, front }, ranges, { width, height, margin }) {
   const along = (value, [low, high], log) =>
     log ? Math.log(value / low) / Math.log(high / low) : (value - low) / (high - low);
   const spotOf = ({ x, y }) => [
@@ -250,7 +250,7 @@ function namesTrace(chosen, front, ranges, { width, height, margin }) {
     (1 - along(y[0], ranges.y, isLog("y"))) * (height - margin.t - margin.b),
   ];
   const named = [...new Set([...chosen, ...front])];
-  const taken = named.map(spotOf).map(([x, y]) => [x - 6, y - 6, x + 6, y + 6]);
+  const taken = points.map(spotOf).map(([x, y]) => [x - 6, y - 6, x + 6, y + 6]);
   const overlap = (a, b) => a[0] < b[2] && b[0] < a[2] && a[1] < b[3] && b[1] < a[3];
   const placed = named.flatMap((point) => {
     const [x, y] = spotOf(point);
