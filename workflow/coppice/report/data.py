@@ -148,7 +148,7 @@ def _node(study: Study, row: Row, by_name: dict[str, Row]) -> dict[str, Any]:
 
 
 def _versions(rows: list[Row]) -> dict[str, str]:
-    """The software that made the nodes, with all its versions."""
+    """The software that computed the nodes, with all its versions."""
     versions: dict[str, set[str]] = {}
     for row in rows:
         for name, version in json.loads(row["versions"]).items():

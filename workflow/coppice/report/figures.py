@@ -133,7 +133,7 @@ def _draw_curves(axes: Axes, model: str, runs: dict[str, list[Row]], lines: dict
     for (node, rows), color in zip(runs.items(), _colors(len(runs)), strict=True):
         tokens, loss = np.array([row["tokens"] for row in rows]), np.array([row["loss"] for row in rows])
         budget = np.array([bool(row["budget"]) for row in rows])
-        axes.plot(tokens, loss, color=color, label=_shortened(node.removeprefix(f"{model}/"), 36))
+        axes.plot(tokens, loss, color=color, label=_shorten(node.removeprefix(f"{model}/"), 36))
         axes.plot(tokens[budget], loss[budget], "o", color=color, markersize=6)
         axes.plot(tokens[~budget], loss[~budget], "o", color=color, markersize=3)
         if node in lines:
@@ -191,7 +191,7 @@ def layers_figure(layers: dict[str, dict[str, Any]]) -> Figure:
 
 
 def _row_name(node: str, entry: dict[str, Any]) -> str:
-    return _shortened(node, 40) + ("" if "error" in entry["columns"] else " (weights)")
+    return _shorten(node, 40) + ("" if "error" in entry["columns"] else " (weights)")
 
 
 def _block_errors(entry: dict[str, Any]) -> dict[int, float]:
@@ -286,7 +286,7 @@ def _short_name(node: Row) -> str:
     return node["recipe"] or f"{node['model']} (dense)"
 
 
-def _shortened(text: str, length: int) -> str:
+def _shorten(text: str, length: int) -> str:
     """The text without its middle if it is longer."""
     half = (length - 3) // 2
     return text if len(text) <= length else f"{text[:half]}...{text[-half - (length - 3) % 2 :]}"

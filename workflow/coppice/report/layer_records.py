@@ -42,7 +42,7 @@ def _picture(manifest: dict[str, Any], parent: Picture) -> Picture:
     """The picture of a node from its manifest and the picture of its parent."""
     if "units" in manifest["achieved"]:
         return _blocks(manifest["achieved"])
-    own = {name.removeprefix("model."): _titled(record) for name, record in manifest["layers"].items()}
+    own = {name.removeprefix("model."): _columns_of_record(record) for name, record in manifest["layers"].items()}
     before = {
         name: {title: row[title] for title in row if title not in _ERRORS.values()} for name, row in parent.items()
     }
@@ -51,7 +51,7 @@ def _picture(manifest: dict[str, Any], parent: Picture) -> Picture:
     return before | {name: before.get(name, {}) | row for name, row in own.items()}
 
 
-def _titled(record: dict[str, Any]) -> dict[str, float]:
+def _columns_of_record(record: dict[str, Any]) -> dict[str, float]:
     return {title: record[name] for name, title in _OF_LINEARS.items() if record.get(name) is not None}
 
 

@@ -118,13 +118,13 @@ def _nodes_table(rows: list[Row], metrics: list[Row], comparisons: list[Row]) ->
 
 
 def _ladder_tables(metrics: list[Row]) -> str:
-    """Of each task with continuous scores: accuracy, and the scores of probabilities behind it."""
+    """Of each task with continuous scores: accuracy, and the probabilities that it is computed from."""
     end = "_choice_probability"
     parts = []
     for evaluation, metric in names_of(metrics, suffix=end):
         task = metric.removesuffix(end)
-        wanted = {f"{task}_{rung}": title for rung, title in _LADDER.items()}
-        parts += [f"<h4>{escape(f'{task} ({evaluation})')}</h4>", _metrics_table(metrics, evaluation, wanted)]
+        titles = {f"{task}_{rung}": title for rung, title in _LADDER.items()}
+        parts += [f"<h4>{escape(f'{task} ({evaluation})')}</h4>", _metrics_table(metrics, evaluation, titles)]
     if not parts:
         return ""
     return "\n".join(parts) + markup.note(
@@ -133,10 +133,10 @@ def _ladder_tables(metrics: list[Row]) -> str:
     )
 
 
-def _metrics_table(metrics: list[Row], evaluation: str, wanted: dict[str, str]) -> str:
-    """Nodes by metrics of one evaluation; `wanted`: metric -> title."""
+def _metrics_table(metrics: list[Row], evaluation: str, titles_of_metrics: dict[str, str]) -> str:
+    """Nodes by metrics of one evaluation; `titles_of_metrics`: metric -> title."""
     cells = {(row["node"], row["metric"]): row for row in metrics if row["evaluation"] == evaluation}
-    present = {metric: title for metric, title in wanted.items() if any(name == metric for _, name in cells)}
+    present = {metric: title for metric, title in titles_of_metrics.items() if any(name == metric for _, name in cells)}
     rows = [
         [node, *(_metric(cells.get((node, metric))) for metric in present)]
         for node in markup.by_path(node for node, metric in cells if metric in present)

@@ -9,8 +9,8 @@ from coppice.uncertainty import interval
 
 def names_of(metrics: list[Row], prefix: str = "", suffix: str = "") -> list[tuple[str, str]]:
     """The pairs (evaluation, metric) whose metric begins and ends so, in order."""
-    found = {(row["evaluation"], row["metric"]) for row in metrics}
-    return sorted(pair for pair in found if pair[1].startswith(prefix) and pair[1].endswith(suffix))
+    pairs = {(row["evaluation"], row["metric"]) for row in metrics}
+    return sorted(pair for pair in pairs if pair[1].startswith(prefix) and pair[1].endswith(suffix))
 
 
 def perplexities(metrics: list[Row]) -> list[tuple[str, str]]:

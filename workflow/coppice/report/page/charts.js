@@ -16,7 +16,7 @@ let printing = false;
 const palette = new Map();
 
 /** The theme's colour of a name, as Plotly reads it; computed once a theme. */
-function themed(name) {
+function themeColor(name) {
   if (!palette.has(name)) {
     probe.style.color = `var(--${name})`;
     palette.set(name, getComputedStyle(probe).color);
@@ -25,7 +25,7 @@ function themed(name) {
 }
 
 /** The theme's colour of a name with an opacity. */
-const faint = (name, opacity) => themed(name).replace("rgb(", "rgba(").replace(")", `, ${opacity})`);
+const faint = (name, opacity) => themeColor(name).replace("rgb(", "rgba(").replace(")", `, ${opacity})`);
 const widthOf = (element) => (printing ? 680 : Math.max(element.clientWidth, 260));
 
 // Charts that are drawn when they come near the window.
@@ -63,18 +63,18 @@ function baseLayout(width, height, margin) {
     dragmode: touched.matches ? false : "zoom",
     paper_bgcolor: "rgba(0,0,0,0)",
     plot_bgcolor: "rgba(0,0,0,0)",
-    font: { family: "system-ui, sans-serif", size: 13, color: themed("ink") },
+    font: { family: "system-ui, sans-serif", size: 13, color: themeColor("ink") },
     hoverlabel: {
-      bgcolor: themed("raised"),
-      bordercolor: themed("line"),
+      bgcolor: themeColor("raised"),
+      bordercolor: themeColor("line"),
       align: "left",
-      font: { family: "system-ui, sans-serif", size: 13, color: themed("ink") },
+      font: { family: "system-ui, sans-serif", size: 13, color: themeColor("ink") },
     },
-    modebar: { bgcolor: "rgba(0,0,0,0)", color: themed("muted"), activecolor: themed("ink") },
+    modebar: { bgcolor: "rgba(0,0,0,0)", color: themeColor("muted"), activecolor: themeColor("ink") },
   };
 }
 
-const axisTitle = (text) => ({ text: plain(text), standoff: 8, font: { size: 13, color: themed("muted") } });
+const axisTitle = (text) => ({ text: plain(text), standoff: 8, font: { size: 13, color: themeColor("muted") } });
 
 /** An axis with a range in its own values. */
 function axis(title, [low, high], log, ticks = {}) {
@@ -85,14 +85,14 @@ function axis(title, [low, high], log, ticks = {}) {
     range: [at(low), at(high)],
     minorloglabels: "complete",
     ...ticks,
-    gridcolor: themed("grid"),
+    gridcolor: themeColor("grid"),
     zeroline: false,
     showline: true,
-    linecolor: themed("line"),
+    linecolor: themeColor("line"),
     ticks: "outside",
-    tickcolor: themed("line"),
+    tickcolor: themeColor("line"),
     ticklen: 4,
-    tickfont: { size: 12, color: themed("muted") },
+    tickfont: { size: 12, color: themeColor("muted") },
     fixedrange: touched.matches,
   };
 }

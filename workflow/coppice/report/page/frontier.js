@@ -38,7 +38,7 @@ function buildFrontier() {
   frontier.listed = make("div", { class: "listed" });
   frontier.status = make("p", { class: "status", role: "status", "aria-live": "polite" });
   frontier.chosen = make("div", { class: "chosen" });
-  frontier.rows = folded("These points as a table", frontierTable);
+  frontier.rows = foldable("These points as a table", frontierTable);
   section.append(
     make(
       "div",
@@ -66,8 +66,8 @@ function buildFrontier() {
 }
 
 const FRONTIER_CAPTION =
-  "Colour: model. Shape: last step, filled if the node was recovered on its path. Dashed: the Pareto front of the shown " +
-  "nodes. Thin lines join neighbours in rank that are not significantly different. Bars: 95% intervals; for measured " +
+  "Colour: model. Shape: last step, filled if the node was recovered on its path. Dashed: the Pareto front of the " +
+  "shown nodes. Thin lines join neighbours in rank that are not significantly different. Bars: 95% intervals; for measured " +
   "costs, half the interquartile range of the repeats on either side. Click a node to see its details below, and a " +
   "second one to compare the two.";
 
@@ -101,7 +101,7 @@ const switchText = (group, value) =>
       ? value
       : value === "0"
         ? "none"
-        : counted(Number(value));
+        : formatCount(Number(value));
 
 function switchMark(group, value) {
   if (group.key === "model") return mark("circle", inColor(value), true);
@@ -117,7 +117,7 @@ function turn(group, values, on) {
 function shownPoints() {
   return nodes
     .filter((node) => GROUPS.every(({ key, of }) => !state.off[key].has(of(node))))
-    .map((node) => ({ node, x: measured(state.x, node.node), y: measured(state.y, node.node) }))
+    .map((node) => ({ node, x: valueOf(state.x, node.node), y: valueOf(state.y, node.node) }))
     .filter(({ x, y }) => x && y);
 }
 
@@ -177,9 +177,9 @@ function frontierTraces(ranges, layout) {
   const stairs = front.length ? [[frontX[0], ...frontX, worstX], [worstY, ...frontY, frontY.at(-1)]] : [[], []];
   const chosen = points.filter(({ node }) => [state.a, state.b].includes(node.node));
   return [
-    { ...line(...joins(points), { color: themed("join"), width: 1 }), name: "not significantly different" },
+    { ...line(...joins(points), { color: themeColor("join"), width: 1 }), name: "not significantly different" },
     {
-      ...line(...stairs, { color: themed("muted"), width: 1.4, dash: "5px,4px", shape: "hv" }),
+      ...line(...stairs, { color: themeColor("muted"), width: 1.4, dash: "5px,4px", shape: "hv" }),
       name: "Pareto front",
     },
     ...models.map((model) => pointsTrace(model, points)),
@@ -190,7 +190,7 @@ function frontierTraces(ranges, layout) {
       mode: "markers",
       name: "chosen",
       hoverinfo: "skip",
-      marker: { symbol: "circle-open", size: RING, opacity: 1, color: themed("ink"), line: { width: 1.6 } },
+      marker: { symbol: "circle-open", size: RING, opacity: 1, color: themeColor("ink"), line: { width: 1.6 } },
     },
   ];
 }
@@ -199,7 +199,7 @@ const line = (x, y, settings) => ({ x, y, mode: "lines", hoverinfo: "skip", line
 
 function pointsTrace(model, points) {
   const own = points.filter(({ node }) => node.model === model);
-  const color = themed(colorOf.get(model));
+  const color = themeColor(colorOf.get(model));
   return {
     x: own.map(({ x }) => x[0]),
     y: own.map(({ y }) => y[0]),
@@ -213,7 +213,7 @@ function pointsTrace(model, points) {
     marker: {
       color,
       opacity: 1,
-      symbol: own.map(({ node }) => shapeOf(node) + (recovered(node) ? "" : "-open")),
+      symbol: own.map(({ node }) => shapeOf(node) + (isRecovered(node) ? "" : "-open")),
       size: own.map(({ node }) => (shapeOf(node) === "star" ? 13 : 10)),
       line: { width: 1.5, color },
     },
@@ -231,8 +231,8 @@ const errorBars = (points, key, color) => ({
   width: 0,
 });
 
-/** Line segments between shown nodes that do not differ significantly in the vertical axis' quality, or else in the
- * horizontal axis'. */
+/** Line segments between shown nodes that do not differ significantly in the vertical axis' quality,
+ * or else in the horizontal axis'. */
 function joins(points) {
   const spots = new Map(points.map((point) => [point.node.node, point]));
   const id = isQuality(state.y) ? state.y : state.x;
@@ -277,7 +277,7 @@ function namesTrace(chosen, { points, front }, ranges, { width, height, margin }
     hoverinfo: "skip",
     text: placed.map(({ point }) => plain(shortName(point.node))),
     textposition: placed.map(({ position }) => position),
-    textfont: { size: 12, color: themed("ink") },
+    textfont: { size: 12, color: themeColor("ink") },
   };
 }
 
@@ -285,9 +285,9 @@ function namesTrace(chosen, { points, front }, ranges, { width, height, margin }
 function nodeText({ node, x, y }) {
   const alike = isQuality(state.y) ? alikeOf(state.y, node.node) : [];
   const lines = [
-    `${measureOf.get(state.x).title}: ${formatQuantity(state.x, x)}`,
-    `${measureOf.get(state.y).title}: ${formatQuantity(state.y, y)}`,
-    arrows(node.composition) + (node.budget ? `, ${counted(node.budget)} recovery tokens` : ""),
+    `${measureOf.get(state.x).title}: ${formatSentence(state.x, x)}`,
+    `${measureOf.get(state.y).title}: ${formatSentence(state.y, y)}`,
+    arrows(node.composition) + (node.budget ? `, ${formatCount(node.budget)} recovery tokens` : ""),
   ];
   if (alike.length)
     lines.push(
@@ -325,16 +325,16 @@ const nothing = (text) => ({
   x: 0.5,
   y: 0.5,
   showarrow: false,
-  font: { size: 15, color: themed("muted") },
+  font: { size: 15, color: themeColor("muted") },
 });
 
 function describeFrontier() {
   const { points, front } = frontier;
-  const unmeasured = nodes.filter(({ node }) => !measured(state.x, node) || !measured(state.y, node)).length;
+  const unmeasured = nodes.filter(({ node }) => !valueOf(state.x, node) || !valueOf(state.y, node)).length;
   frontier.status.textContent =
-    `${points.length} of ${several(nodes.length, "node")} shown, ${front.length} on the Pareto front.` +
+    `${points.length} of ${plural(nodes.length, "node")} shown, ${front.length} on the Pareto front.` +
     (unmeasured
-      ? ` ${several(unmeasured, "node")} ${unmeasured === 1 ? "lacks" : "lack"} one of the two measures.`
+      ? ` ${plural(unmeasured, "node")} ${unmeasured === 1 ? "lacks" : "lack"} one of the two measures.`
       : "");
   const [x, y] = [state.x, state.y].map((id) => measureOf.get(id).title);
   frontier.chart.setAttribute(
@@ -355,7 +355,7 @@ function frontList(front) {
   const [x, y] = [state.x, state.y].map((id) => withUnit(measureOf.get(id)));
   const rows = front
     .slice(0, MOST_LISTED)
-    .map((point) => [nodeButton(point.node.node), quantity(state.x, point.x[0]), interval(state.y, point.y)]);
+    .map((point) => [nodeButton(point.node.node), formatValue(state.x, point.x[0]), interval(state.y, point.y)]);
   const more = front.length - rows.length;
   return [
     table(["on the Pareto front", x, y], rows, 1, "The nodes on the Pareto front"),
@@ -367,8 +367,8 @@ function frontierTable() {
   const [x, y] = [measureOf.get(state.x), measureOf.get(state.y)];
   const rows = frontier.points.map((point) => [
     nodeButton(point.node.node),
-    quantity(x.id, point.x[0]),
-    quantity(y.id, point.y[0]),
+    formatValue(x.id, point.x[0]),
+    formatValue(y.id, point.y[0]),
     uncertainty(y.id, point.y),
     frontier.front.includes(point) ? "yes" : "",
   ]);

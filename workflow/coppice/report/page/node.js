@@ -29,21 +29,21 @@ function buildNode() {
 
 /** The nodes that match the search, indented as in the tree. */
 function listNodes() {
-  const wanted = nodeView.search.value.trim().toLowerCase();
-  nodeView.matching = nodes.filter(({ node }) => node.toLowerCase().includes(wanted));
+  const query = nodeView.search.value.trim().toLowerCase();
+  nodeView.matching = nodes.filter(({ node }) => node.toLowerCase().includes(query));
   nodeView.active = Math.max(
     0,
     nodeView.matching.findIndex(({ node }) => node === state.a),
   );
   nodeView.list.replaceChildren(
     ...nodeView.matching.map((node, place) => {
-      const text = wanted ? node.node : node.node.split("/").at(-1);
+      const text = query ? node.node : node.node.split("/").at(-1);
       return make(
         "div",
         {
           role: "option",
           id: `option-${place}`,
-          style: wanted ? null : `--depth: ${node.depth}`,
+          style: query ? null : `--depth: ${node.depth}`,
           "aria-label": node.node,
           title: node.node,
           onclick: () => {
@@ -51,7 +51,7 @@ function listNodes() {
             choose(node.node);
           },
         },
-        mark(shapeOf(node), inColor(node.model), recovered(node)),
+        mark(shapeOf(node), inColor(node.model), isRecovered(node)),
         make("span", {}, text),
       );
     }),
@@ -75,9 +75,10 @@ function markInList() {
 function scrollList() {
   const active = byId(`option-${nodeView.active}`);
   if (!active) return;
+  const { list } = nodeView;
   const [top, bottom] = [active.offsetTop, active.offsetTop + active.offsetHeight];
-  if (top < nodeView.list.scrollTop) nodeView.list.scrollTop = top;
-  if (bottom > nodeView.list.scrollTop + nodeView.list.clientHeight) nodeView.list.scrollTop = bottom - nodeView.list.clientHeight;
+  if (top < list.scrollTop) list.scrollTop = top;
+  if (bottom > list.scrollTop + list.clientHeight) list.scrollTop = bottom - list.clientHeight;
 }
 
 function moveInList(event) {
@@ -134,7 +135,7 @@ function drawNode() {
 
 function badges(node) {
   const words = [arrows(node.composition), ...(node.marks ?? [])];
-  if (node.budget) words.push(`${counted(node.budget)} recovery tokens`);
+  if (node.budget) words.push(`${formatCount(node.budget)} recovery tokens`);
   return make(
     "p",
     { class: "badges" },
@@ -155,10 +156,10 @@ function provenance(node) {
 
 const duration = (seconds) =>
   seconds < 90
-    ? `${shown(seconds, 2)} s`
+    ? `${formatNumber(seconds, 2)} s`
     : seconds < 5400
-      ? `${shown(seconds / 60, 2)} min`
-      : `${shown(seconds / 3600, 2)} h`;
+      ? `${formatNumber(seconds / 60, 2)} min`
+      : `${formatNumber(seconds / 3600, 2)} h`;
 
 /** The steps from the dense model to the node, with their options. */
 function pathOf(node) {
@@ -171,12 +172,12 @@ function pathOf(node) {
     make("small", {}, "dense model"),
   );
   const steps = (node.path ?? []).map(({ step, method, family, options }) => {
-    const given = Object.entries(options ?? {}).filter(([, value]) => value !== null);
+    const chosen = Object.entries(options ?? {}).filter(([, value]) => value !== null);
     const list = () =>
       make(
         "dl",
         {},
-        given
+        chosen
           .map(([name, value]) => [
             make("dt", {}, name),
             make("dd", {}, typeof value === "object" ? JSON.stringify(value) : String(value)),
@@ -189,7 +190,7 @@ function pathOf(node) {
       mark(SHAPES[family] ?? "circle", color, family === "recover"),
       make("b", {}, step),
       make("small", {}, `${family}: ${method}`),
-      given.length ? folded(several(given.length, "option"), list).details : null,
+      chosen.length ? foldable(plural(chosen.length, "option"), list).details : null,
     );
   });
   return make("ol", { class: "path", "aria-label": "Recipe" }, start, steps);
@@ -199,15 +200,15 @@ function pathOf(node) {
 function valuesOf(node) {
   const dense = node.depth && nodeOf.has(node.model) ? node.model : null;
   const row = (measure) => {
-    const own = measured(measure.id, node.node);
-    const before = dense && measured(measure.id, dense);
+    const own = valueOf(measure.id, node.node);
+    const before = dense && valueOf(measure.id, dense);
     return (
       own && [
         withUnit(measure),
-        quantity(measure.id, own[0]),
+        formatValue(measure.id, own[0]),
         uncertainty(measure.id, own),
         ...(dense
-          ? [before ? quantity(measure.id, before[0]) : "", before?.[0] ? ratioTo(measure, own[0], before[0]) : ""]
+          ? [before ? formatValue(measure.id, before[0]) : "", before?.[0] ? ratioTo(measure, own[0], before[0]) : ""]
           : []),
       ]
     );
@@ -219,16 +220,16 @@ function valuesOf(node) {
       ? table(titles("95% interval"), main, 1, `Sizes and qualities of ${node.node}`)
       : empty("This node has no measurements."),
     other.length
-      ? folded(`Costs, measured and simulated (${other.length})`, () => table(titles(OF_REPEATS), other)).details
+      ? foldable(`Costs, measured and simulated (${other.length})`, () => table(titles(OF_REPEATS), other)).details
       : null,
   ];
 }
 
 const ratioTo = (measure, value, before) =>
-  measure.log || before > 2 ? `\u00d7${shown(value / before)}` : signed(value - before);
+  measure.log || before > 2 ? `\u00d7${formatNumber(value / before)}` : formatSigned(value - before);
 
 function alikeSentence(node) {
-  const found = qualities.flatMap(({ id, title }) => {
+  const items = qualities.flatMap(({ id, title }) => {
     const names = alikeOf(id, node.node);
     return names.length
       ? [
@@ -241,5 +242,6 @@ function alikeSentence(node) {
         ]
       : [];
   });
-  return found.length ? make("div", {}, make("h4", {}, "Not significantly different from"), make("ul", {}, found)) : null;
+  const title = make("h4", {}, "Not significantly different from");
+  return items.length ? make("div", {}, title, make("ul", {}, items)) : null;
 }

@@ -67,15 +67,15 @@ function testsOf(a, b) {
     verdictOf(id, row),
     inPoints(row, [row.difference]),
     inPoints(row, [row.low, row.high]),
-    pValue(row.p),
-    pValue(row.p_adjusted),
+    formatP(row.p),
+    formatP(row.p_adjusted),
   ]);
   return [
     table(TEST_TITLES, rows, 2, "Paired tests of the two nodes"),
     ...tested.map(([{ title }, { flips }]) => flips && note(flipsSentence(title, flips))).filter(Boolean),
     note(
-      "Paired bootstrap over the items, from tables/comparisons.parquet. Intervals and raw p-values are per pair; the " +
-        "Holm-adjusted p decides significance, so an interval that excludes 0 can still be non-significant.",
+      "Paired bootstrap over the items, from tables/comparisons.parquet. Intervals and raw p-values are per pair; " +
+        "the Holm-adjusted p decides significance, so an interval that excludes 0 can still be non-significant.",
     ),
   ];
 }
@@ -83,7 +83,8 @@ function testsOf(a, b) {
 /** Differences with their unit; those of accuracies in percentage points. */
 function inPoints({ unit }, values) {
   const accuracy = unit === "accuracy";
-  return `${values.map((value) => signed(accuracy ? 100 * value : value)).join(" to ")} ${accuracy ? "points" : unit}`;
+  const texts = values.map((value) => formatSigned(accuracy ? 100 * value : value));
+  return `${texts.join(" to ")} ${accuracy ? "points" : unit}`;
 }
 
 function verdictOf(id, { difference, distinguishable }) {
@@ -93,14 +94,14 @@ function verdictOf(id, { difference, distinguishable }) {
 }
 
 const flipsSentence = (title, { lost, gained, p }) =>
-  `${title}: ${several(lost + gained, "answer")} differ; only B is right in ${lost}, only A in ${gained} ` +
-  `(McNemar's exact ${pValue(p)}).`;
+  `${title}: ${plural(lost + gained, "answer")} differ; only B is right in ${lost}, only A in ${gained} ` +
+  `(McNemar's exact ${formatP(p)}).`;
 
 function sideBySide(a, b) {
   const both = [nodeOf.get(a), nodeOf.get(b)];
   const rowsOf = (measures) =>
     measures
-      .map((measure) => [measure, ...both.map(({ node }) => measured(measure.id, node))])
+      .map((measure) => [measure, ...both.map(({ node }) => valueOf(measure.id, node))])
       .filter(([, first, second]) => first || second)
       .map(([measure, ...values]) => [
         withUnit(measure),
@@ -108,18 +109,18 @@ function sideBySide(a, b) {
       ]);
   const rows = [
     ["composition", ...both.map((node) => arrows(node.composition))],
-    ["recovery tokens", ...both.map((node) => (node.budget ? counted(node.budget) : "none"))],
+    ["recovery tokens", ...both.map((node) => (node.budget ? formatCount(node.budget) : "none"))],
     ...rowsOf(mainMeasures),
   ];
   const titles = ["measure", `A: ${a}`, `B: ${b}`];
   const other = rowsOf(costMeasures);
-  const repeated = costMeasures.some(({ id }) => both.some(({ node }) => (measured(id, node)?.[1] ?? null) !== null));
+  const repeated = costMeasures.some(({ id }) => both.some(({ node }) => (valueOf(id, node)?.[1] ?? null) !== null));
   const costTable = () =>
     make("div", {}, table(titles, other), repeated ? note(`\u00b1 is ${OF_REPEATS}, not half a 95% interval.`) : null);
   return make(
     "div",
     {},
     table(titles, rows, 1, "The two nodes next to each other"),
-    other.length ? folded(`Costs, measured and simulated (${other.length})`, costTable).details : null,
+    other.length ? foldable(`Costs, measured and simulated (${other.length})`, costTable).details : null,
   );
 }

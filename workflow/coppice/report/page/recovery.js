@@ -19,7 +19,7 @@ function buildRecovery() {
   );
   recovery.chart = make("div", { class: "chart", id: "recovery-chart", role: "img" });
   recovery.sentence = make("p", { class: "note" });
-  recovery.rows = folded("These curves as a table", recoveryTable);
+  recovery.rows = foldable("These curves as a table", recoveryTable);
   const chips = recoveries.map((run) => {
     const chip = checkbox(run.node, true, (on) => turnRun(run.node, on), mark(runShape(run), inColor(run.model), true));
     chip.input.value = run.node;
@@ -52,8 +52,8 @@ function buildRecovery() {
         "figcaption",
         { class: "note" },
         "Validation loss during recovery. Large markers: the study's token budgets. Lines: the law's prediction with " +
-          "its 95% bootstrap band; dashed on the shaded background, where it extrapolates. Thin horizontal lines: the " +
-          "dense models.",
+          "its 95% bootstrap band; dashed on the shaded background, where it extrapolates. Thin horizontal lines: " +
+          "the dense models.",
       ),
     ),
     recovery.sentence,
@@ -66,10 +66,10 @@ function runsShown() {
   if (state.runs) return recoveries.filter(({ node }) => state.runs.has(node));
   if (recoveries.length <= MOST_RUNS) return recoveries;
   const share = Math.max(1, Math.floor(MOST_RUNS / new Set(recoveries.map(({ model }) => model)).size));
-  const taken = new Map();
+  const counts = new Map();
   return recoveries.filter(({ model }) => {
-    taken.set(model, (taken.get(model) ?? 0) + 1);
-    return taken.get(model) <= share;
+    counts.set(model, (counts.get(model) ?? 0) + 1);
+    return counts.get(model) <= share;
   });
 }
 
@@ -112,7 +112,7 @@ function drawRecovery() {
   );
   recovery.chart.setAttribute(
     "aria-label",
-    `Recovery curves of ${several(runs.length, "run")}; the table below has the same values.`,
+    `Recovery curves of ${plural(runs.length, "run")}; the table below has the same values.`,
   );
   recovery.rows.refresh();
 }
@@ -146,7 +146,7 @@ function beyond(fits, range) {
         y0: 0,
         y1: 1,
         line: { width: 0 },
-        fillcolor: themed("shade"),
+        fillcolor: themeColor("shade"),
       },
     ],
     annotations: [
@@ -157,7 +157,7 @@ function beyond(fits, range) {
         y: 1,
         yanchor: "bottom",
         showarrow: false,
-        font: { size: 12, color: themed("muted") },
+        font: { size: 12, color: themeColor("muted") },
       },
     ],
   };
@@ -166,13 +166,13 @@ function beyond(fits, range) {
 /** Thin lines at the loss of each dense model. */
 function denseLines(runs, range) {
   if (state.excess) return [];
-  const found = new Map(runs.map(({ model, dense_loss }) => [`${model} ${dense_loss}`, { model, loss: dense_loss }]));
-  return [...found.values()].map(({ model, loss }) => ({
+  const lines = new Map(runs.map(({ model, dense_loss }) => [`${model} ${dense_loss}`, { model, loss: dense_loss }]));
+  return [...lines.values()].map(({ model, loss }) => ({
     x: range.x,
     y: [loss, loss],
     mode: "lines",
     name: `${model}, dense`,
-    text: `${plain(model)}, dense: ${shown(loss)}`,
+    text: `${plain(model)}, dense: ${formatNumber(loss)}`,
     hoverinfo: "text",
     line: { color: faint(colorOf.get(model), 0.6), width: 1, dash: "2px,3px" },
   }));
@@ -190,7 +190,7 @@ function fitTraces({ run, fit }, range) {
     mode: "lines",
     hoverinfo: "skip",
     name: `${run.node}: ${state.law}`,
-    line: { color: themed(color), width: 1.6, dash },
+    line: { color: themeColor(color), width: 1.6, dash },
   });
   const lines = [line(0, last, "solid"), line(Math.max(last - 1, 0), loss.length, "6px,4px")];
   if (!fit.low || !fit.high) return lines;
@@ -222,24 +222,25 @@ function runTrace(run) {
     text: drawn.map((place) => `<b>${plain(run.node)}</b><br>${pointText(run, place)}`),
     hoverinfo: "text",
     marker: {
-      color: themed(color),
+      color: themeColor(color),
       opacity: 1,
       symbol: runShape(run),
       size: drawn.map((place) => (run.budget?.[place] ? 10 : 5)),
-      line: { width: 1, color: themed("paper") },
+      line: { width: 1, color: themeColor("paper") },
     },
   };
 }
 
-const pointText = (run, place) => `${counted(run.tokens[place])} tokens: ${shown(run.loss[place], 4)} nats per token`;
+const pointText = (run, place) =>
+  `${formatCount(run.tokens[place])} tokens: ${formatNumber(run.loss[place], 4)} nats per token`;
 
 function recoveryTable() {
   const rows = runsShown().flatMap((run) =>
     run.tokens.map((tokens, place) => [
       run.node,
-      counted(tokens),
-      shown(run.loss[place], 4),
-      shown(run.dense_loss, 4),
+      formatCount(tokens),
+      formatNumber(run.loss[place], 4),
+      formatNumber(run.dense_loss, 4),
       run.budget?.[place] ? "yes" : "",
     ]),
   );

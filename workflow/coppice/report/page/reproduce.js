@@ -32,7 +32,7 @@ function buildReproduce() {
   const single = nodes.filter(({ command }) => command);
   if (single.length) {
     section.append(
-      folded(`The command of each node (${single.length})`, () =>
+      foldable(`The command of each node (${single.length})`, () =>
         table(
           ["node", "command"],
           single.map(({ node, command }) => [node, copyable(command, `the command of ${node}`)]),
@@ -41,9 +41,9 @@ function buildReproduce() {
       ).details,
     );
   }
-  if (study.config) section.append(folded("The study's config", () => copyable(study.config, "the config")).details);
+  if (study.config) section.append(foldable("The study's config", () => copyable(study.config, "the config")).details);
   const versions = Object.entries(study.versions ?? {});
   if (versions.length)
-    section.append(folded(`Versions (${versions.length})`, () => table(["package", "version"], versions, 2)).details);
+    section.append(foldable(`Versions (${versions.length})`, () => table(["package", "version"], versions, 2)).details);
   if (study.version) section.append(note(`Written by ${study.version}, seed ${study.seed ?? 0}.`));
 }

@@ -45,10 +45,10 @@ function byTree(first, second) {
   return a.length - b.length;
 }
 
-/** [value, low, high] of a node by a measure, or null; the ends are null where there is no interval. */
-function measured(id, name) {
-  const found = study.values?.[id]?.[name];
-  if (found) return found[0] === null ? null : found;
+/** [value, low, high] of a node by a measure, or null; the ends are null without an interval. */
+function valueOf(id, name) {
+  const values = study.values?.[id]?.[name];
+  if (values) return values[0] === null ? null : values;
   const value = nodeOf.get(name)[id];
   return typeof value === "number" ? [value, null, null] : null;
 }
@@ -59,7 +59,7 @@ const isCost = (id) => costs.includes(id);
 const mainMeasures = [...qualities, ...sizes.filter(({ id }) => !isCost(id))];
 const costMeasures = sizes.filter(({ id }) => isCost(id));
 const shapeOf = (node) => SHAPES[node.family] ?? "circle";
-const recovered = (node) => node.budget > 0;
+const isRecovered = (node) => node.budget > 0;
 const shortName = (node) => node.recipe || `${node.model} (dense)`;
 const isQuality = (id) => qualities.some((quality) => quality.id === id);
 const better = (id) => measureOf.get(id).better; // "lower", "higher", or null if unknown
@@ -73,6 +73,6 @@ const testedBy = (id) => {
 
 /** Names of the nodes that a quality's tests do not distinguish from this one. */
 function alikeOf(id, name) {
-  const found = (study.alike?.[id] ?? []).filter(([a, b]) => a === name || b === name);
-  return [...new Set(found.map(([a, b]) => (a === name ? b : a)))];
+  const alike = (study.alike?.[id] ?? []).filter(([a, b]) => a === name || b === name);
+  return [...new Set(alike.map(([a, b]) => (a === name ? b : a)))];
 }

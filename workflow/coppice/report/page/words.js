@@ -3,7 +3,7 @@
 const MINUS = "\u2212";
 
 /** A number with significant digits, without an exponent between 0.001 and a million (coppice.formatting.number). */
-function shown(value, digits = 3) {
+function formatNumber(value, digits = 3) {
   if (value === null || value === undefined) return "";
   if (value === 0) return "0";
   const size = Math.abs(value);
@@ -17,7 +17,7 @@ function shown(value, digits = 3) {
 }
 
 /** A count in thousands, millions or billions: 1.4M (coppice.formatting.human_count). */
-function counted(value) {
+function formatCount(value) {
   for (const [scale, letter] of [
     [1e9, "B"],
     [1e6, "M"],
@@ -38,20 +38,20 @@ const isTime = (unit) => /^s(\/|$)/.test(unit);
 const ownUnit = (unit) => isTime(unit) || unit === "bytes"; // their values are printed with a prefixed unit
 
 /** A value of a measure; times and bytes with a prefixed unit. */
-function quantity(id, value) {
+function formatValue(id, value) {
   const unit = measureOf.get(id).unit ?? "";
-  if (unit === "bytes") return counted(value).replace(/[kMB]?$/, (letter) => ` ${letter === "B" ? "G" : letter}B`);
-  if (unit === "parameters") return counted(value);
-  if (!isTime(unit)) return shown(value);
+  if (unit === "bytes") return formatCount(value).replace(/[kMB]?$/, (letter) => ` ${letter === "B" ? "G" : letter}B`);
+  if (unit === "parameters") return formatCount(value);
+  if (!isTime(unit)) return formatNumber(value);
   const [scale, prefix] = PREFIXES.find(([size]) => Math.abs(value) >= size) ?? PREFIXES.at(-1);
-  return `${shown(value / scale)} ${prefix}${unit}`;
+  return `${formatNumber(value / scale)} ${prefix}${unit}`;
 }
 
-const signed = (value) => (value > 0 ? `+${shown(value)}` : shown(value));
-const several = (count, word) => `${count} ${word}${count === 1 ? "" : "s"}`;
+const formatSigned = (value) => (value > 0 ? `+${formatNumber(value)}` : formatNumber(value));
+const plural = (count, word) => `${count} ${word}${count === 1 ? "" : "s"}`;
 const withUnit = ({ title, unit }) => (unit && unit !== title && !ownUnit(unit) ? `${title}, ${unit}` : title);
 const withBetter = (id) => withUnit(measureOf.get(id)) + (better(id) ? `, ${better(id)} is better` : "");
-const pValue = (p) => (p < 1e-4 ? "p < 0.0001" : p > 0.995 ? "p = 1" : `p = ${shown(p, 2)}`);
+const formatP = (p) => (p < 1e-4 ? "p < 0.0001" : p > 0.995 ? "p = 1" : `p = ${formatNumber(p, 2)}`);
 
 /** Text for Plotly, which interprets some tags. */
 const plain = (text) => text.replaceAll("&", "&amp;").replaceAll("<", "&lt;");
@@ -61,7 +61,8 @@ const OF_REPEATS = "half the interquartile range of the repeats"; // the meaning
 /** The uncertainty of a value: its 95% interval or, for a measured cost, half the interquartile range. */
 function uncertainty(id, [, low, high]) {
   if (low === null || high === null) return "";
-  return isCost(id) ? `\u00b1\u00a0${quantity(id, (high - low) / 2)}` : `${quantity(id, low)} to ${quantity(id, high)}`;
+  if (isCost(id)) return `\u00b1\u00a0${formatValue(id, (high - low) / 2)}`;
+  return `${formatValue(id, low)} to ${formatValue(id, high)}`;
 }
 
 /** The uncertainty as it follows a value: an interval in brackets. */
@@ -71,11 +72,11 @@ function suffix(id, value) {
 }
 
 /** A value with its interval, for one cell of a table. */
-const interval = (id, value) => quantity(id, value[0]) + suffix(id, value);
+const interval = (id, value) => formatValue(id, value[0]) + suffix(id, value);
 
 /** A value with its unit and interval, for a sentence. */
-function formatQuantity(id, value) {
+function formatSentence(id, value) {
   const { title, unit } = measureOf.get(id);
   const after = unit && unit !== title && !ownUnit(unit) ? ` ${unit}` : "";
-  return isCost(id) ? interval(id, value) + after : quantity(id, value[0]) + after + suffix(id, value);
+  return isCost(id) ? interval(id, value) + after : formatValue(id, value[0]) + after + suffix(id, value);
 }
