@@ -84,6 +84,7 @@ function axis(title, [low, high], log, ticks = {}) {
     type: log ? "log" : "linear",
     range: [at(low), at(high)],
     minorloglabels: "complete",
+    nticks: high >= 10 * low && log ? Math.max(4, Math.floor(3.2 * Math.log10(high / low))) : 0, // 1, 2, 5 from 13-fold on
     ...ticks,
     gridcolor: themeColor("grid"),
     zeroline: false,
