@@ -16,16 +16,12 @@ from tiny import tiny_model
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from coppice.errors import UserError
-from coppice.export import gguf_tokenizer, gguf_tokenizer_check
+from coppice.export import gguf_tokenizer
 from coppice.export.stage import export
 from coppice.files import read_json, write_json
 from coppice.models.checkpoint import save_checkpoint
 
-TEXT = [
-    *gguf_tokenizer_check.SAMPLES,
-    "the cat and the other cats gather there, together with others",
-    "erere ananas",
-] * 4
+TEXT = [*gguf_tokenizer.SAMPLES, "the cat and the other cats gather there, together with others", "erere ananas"] * 4
 LLAMA_3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
@@ -111,7 +107,7 @@ def written(folder: Path, size: int = 640) -> gguf_tokenizer.Vocabulary:
     vocabulary, _ = gguf_tokenizer.read(folder, size)
     assert vocabulary is not None, gguf_tokenizer.read(folder, size)[1]
     save_vocabulary(folder / "model.gguf", vocabulary)
-    gguf_tokenizer_check.check(folder / "model.gguf", vocabulary, folder)
+    gguf_tokenizer.check(folder / "model.gguf", vocabulary, folder)
     return vocabulary
 
 
@@ -154,7 +150,7 @@ def test_transformers_reads_the_same_tokens(tmp_path: Path) -> None:
     save_checkpoint(model, root, own, manifest | {"source": {"path": "tiny"}}, torch.float32)
     export(root, "gguf", tmp_path / "out")
     theirs = AutoTokenizer.from_pretrained(tmp_path / "out", gguf_file="model.gguf")
-    for text in (*gguf_tokenizer_check.SAMPLES, "a<s>b <think> c</s>"):
+    for text in (*gguf_tokenizer.SAMPLES, "a<s>b <think> c</s>"):
         if "\u0323" not in text:  # transformers brings a qwen2's text to NFC, whatever the file says
             assert theirs.encode(text) == tokenizer.encode(text).ids, text
     assert (theirs.bos_token, theirs.eos_token) == ("<s>", "</s>")
@@ -179,7 +175,7 @@ def test_a_tokenizer_from_sentencepiece_merges_by_score(tmp_path: Path) -> None:
     # Neighbours that make one token in two ways, next to each other: what ranks and scores could settle otherwise.
     texts = [one + other + one for one in vocabulary.tokens[280:520:7] for other in vocabulary.tokens[283:520:11]]
     texts = [text.replace("▁", " ") for text in texts]
-    assert list(gguf_tokenizer_check.tokenized(vocabulary, texts)) == [tokenizer.encode(text).ids for text in texts]
+    assert list(gguf_tokenizer.tokenized(vocabulary, texts)) == [tokenizer.encode(text).ids for text in texts]
 
 
 def test_the_public_model_keeps_its_tokenizer(shared_data: Path) -> None:
@@ -188,7 +184,7 @@ def test_the_public_model_keeps_its_tokenizer(shared_data: Path) -> None:
     assert (vocabulary.model, vocabulary.ids, notes) == ("llama", {"bos": 1, "eos": 2, "unk": 0, "pad": 0}, ())
     path = shared_data / "text_tinystories_val" / "validation.jsonl"
     texts = [json.loads(line)["text"] for line in path.read_text(encoding="utf-8").splitlines()[:10]]
-    ours = gguf_tokenizer_check.tokenized(vocabulary, texts)
+    ours = gguf_tokenizer.tokenized(vocabulary, texts)
     assert list(ours) == [Tokenizer.from_file(str(folder / "tokenizer.json")).encode(text).ids for text in texts]
 
 
@@ -273,9 +269,9 @@ def test_the_check_finds_a_file_with_other_tokens(tmp_path: Path) -> None:
     ):
         save_vocabulary(tmp_path / "other.gguf", other)
         with pytest.raises(UserError, match=r"tokenizer of other\.gguf reads back with other (merges|pre)"):
-            gguf_tokenizer_check.check(tmp_path / "other.gguf", vocabulary, tmp_path)
+            gguf_tokenizer.check(tmp_path / "other.gguf", vocabulary, tmp_path)
         with pytest.raises(UserError, match=sentence):
-            gguf_tokenizer_check.check(tmp_path / "other.gguf", other, tmp_path)
+            gguf_tokenizer.check(tmp_path / "other.gguf", other, tmp_path)
 
 
 def test_an_export_without_a_tokenizer_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

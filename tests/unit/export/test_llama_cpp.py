@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from coppice.data.text import load_tokenizer
-from coppice.export import gguf, gguf_tokenizer, gguf_tokenizer_check
+from coppice.export import gguf, gguf_tokenizer
 from coppice.export.check import Difference, difference
 from coppice.export.stage import export
 from coppice.files import write_json
@@ -82,7 +82,7 @@ SHAPE = {
 EXACT = ("tied", "factors", "pruned", "without prefix")
 ROUNDED = ("bfloat16", "Q8_0", "Q4_0")
 TEXTS = (
-    *gguf_tokenizer_check.SAMPLES,
+    *gguf_tokenizer.SAMPLES,
     "",
     " ",
     "\n",

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from coppice.export import gguf_tokenizer, gguf_tokenizer_check
+from coppice.export import gguf_tokenizer
 from coppice.export.node import Node, Written
 from coppice.models import layers
 from coppice.models.checkpoint import TOKENIZER_FILES, load_model
@@ -92,7 +92,7 @@ def write(node: Node, folder: Path) -> Written:
     writer.write_tensors_to_file()
     writer.close()
     if vocabulary is not None:
-        gguf_tokenizer_check.check(folder / FILE, vocabulary, node.folder)
+        gguf_tokenizer.check(folder / FILE, vocabulary, node.folder)
     for name in TOKENIZER_FILES:
         if (node.folder / name).exists():
             shutil.copyfile(node.folder / name, folder / name)

@@ -13,11 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import pretrain
-from coppice.data import biographies
+from coppice.data import biographies, pretrain
 from coppice.data.biographies import World
+from coppice.data.pretrain import Architecture, Schedule
 from coppice.errors import UserError
-from pretrain import Architecture, Schedule
 
 WORLD = World(people=8)
 ARCHITECTURE = Architecture(hidden=32, layers=1, heads=2, key_value_heads=2, head_dim=16, intermediate=32)
@@ -153,7 +152,7 @@ def test_a_training_may_be_lengthened_until_its_rate_falls(tmp_path: Path, token
 def test_the_recorded_command_gives_the_same_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = {"world": WORLD, "architecture": ARCHITECTURE, "schedule": SCHEDULE}
     text = pretrain.command({name: asdict(group) for name, group in plan.items()}, Path("a model"))
-    assert text.startswith("python resources/pretrain.py --world-people 8 --hidden 32 ")
+    assert text.startswith("coppice pretrain --world-people 8 --hidden 32 ")
     parser = argparse.ArgumentParser()
     pretrain.add_arguments(parser)
     called = {}

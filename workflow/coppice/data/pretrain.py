@@ -1,9 +1,7 @@
-"""Trains a small Llama from scratch on the built-in world of biographies (`coppice.data.biographies`).
+"""Trains a small Llama from scratch on the built-in world of biographies (`coppice.biographies`).
 
-    python resources/pretrain.py --output FOLDER [--help]
-
-The shipped models are made by this script. The corpus is a stream: each time a person comes up, the biography is
-rendered again, after "Physics of Language Models: Part 3.3" (Allen-Zhu and Li, arXiv 2404.05405): AdamW and packed
+The shipped models are made by this stage. The corpus is a stream: each time a person comes up, the biography is
+rendered anew, after "Physics of Language Models: Part 3.3" (Allen-Zhu and Li, arXiv 2404.05405): AdamW and packed
 windows. The learning rate warms up, stays, and falls linearly to zero at the end ("MiniCPM", Hu et al., arXiv
 2404.06395), so that it does not depend on the length of the training until the fall begins: a training that was
 stopped before that may go on for more or for fewer tokens than it was begun with.
@@ -349,8 +347,8 @@ def flag(group: str, field: str) -> str:
 
 
 def command(plan: dict, output: Path) -> str:
-    """The command that reproduces the model: every option that is not the default."""
-    parts = ["python", "resources/pretrain.py"]
+    """The command that makes the model again: every option that is not the default."""
+    parts = ["coppice", "pretrain"]
     for group, kind in GROUPS:
         for field in dataclasses.fields(kind):
             if plan[group][field.name] != field.default:
@@ -359,7 +357,7 @@ def command(plan: dict, output: Path) -> str:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the script's options."""
+    """Adds the options of `coppice pretrain`."""
     for group, kind in GROUPS:
         options = parser.add_argument_group(group)
         for field in dataclasses.fields(kind):
@@ -370,12 +368,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                 help=f"default {field.default}",
             )
     parser.add_argument("--output", type=Path, required=True, help="the folder of the model")
-    parser.add_argument("--state", type=Path, help="where an interrupted training resumes; default: next to the output")
+    parser.add_argument("--state", type=Path, help="where a killed training goes on; by default beside the output")
     parser.add_argument("--threads", type=int, default=1, help="default 1")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Trains the model and prints what it knows."""
+    """Runs `coppice pretrain` and prints what the model knows."""
     given = vars(arguments)
     groups = [
         kind(**{f.name: given[flag(group, f.name)[2:].replace("-", "_")] for f in dataclasses.fields(kind)})
@@ -393,6 +391,6 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog="coppice pretrain", description=__doc__)
     add_arguments(parser)
     run(parser.parse_args())
