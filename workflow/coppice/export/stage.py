@@ -62,9 +62,9 @@ def source_folder(node: str | None, results: Path | None, model: Path | None) ->
     if model is not None and node is None and results is None:
         return model
     if model is None and node is not None and results is not None:
-        from coppice.report.show import made_node
+        from coppice.report.show import complete_node
 
-        return results / "models" / made_node(results, node)
+        return results / "models" / complete_node(results, node)
     raise UserError("Pass a node's name and --results, or --model with the folder of a checkpoint, and not both.")
 
 

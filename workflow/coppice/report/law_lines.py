@@ -1,4 +1,4 @@
-"""A fitted law's loss along the study's recovery runs: its curve, its band, and what it says beyond the points."""
+"""A fitted law's loss along the study's recovery runs: its curve, its band, and its extrapolation."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class Line:
 
 
 def law_lines(fit: dict[str, Any], folder: Path, nodes: set[str]) -> dict[str, Line]:
-    """The line of each of the `nodes` whose recovery the law in `folder` was fitted to; none of a law that says no loss
-    by tokens, or that could not be fitted."""
+    """The line of each of the `nodes` whose recovery the law in `folder` was fitted to; empty for a law that does not
+    predict a loss by tokens, or that could not be fitted."""
     law = laws.load(fit["law"])
     values = {name: entry["value"] for name, entry in fit["parameters"].items()}
     path = folder / "points.parquet"

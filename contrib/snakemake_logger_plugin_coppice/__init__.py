@@ -187,7 +187,7 @@ class LogHandler(LogHandlerBase):
             self.say(f"{time.strftime('%H:%M:%S')} {self.progress.line(now)}")
 
     def draw(self) -> None:
-        """Shows the stages anew, in the place of what was drawn before."""
+        """Redraws the stages in place."""
         if self.view != "live" or not self.progress.totals or self.settled:
             return
         columns, rows = size_of(self.stream)

@@ -3,32 +3,32 @@
 const COLUMN_TITLES = {
   rank: "rank kept",
   sparsity: "sparsity, share of zeros",
-  bits: "bits a weight",
+  bits: "bits per weight",
   error: "relative error of the output",
 };
 const LAYER = /^(?:.*\.)?(?:layers|blocks|h)\.(\d+)(?:\.(.+))?$/;
 /** Values of a column as text: counts without a point. */
-const shownIn = (values) =>
+const formatterOf = (values) =>
   values.every((one) => one === null || Number.isInteger(one))
     ? (one) => (one === null ? "" : String(one))
-    : (one) => shown(one);
+    : (one) => formatNumber(one);
 const columnTitle = (name) => COLUMN_TITLES[name] ?? name.replaceAll("_", " ");
 
 function drawLayers() {
-  const found = study.layers?.[state.a];
-  const columns = Object.keys(found?.columns ?? {});
+  const record = study.layers?.[state.a];
+  const columns = Object.keys(record?.columns ?? {});
   if (!columns.length) {
-    story.layers.replaceChildren(
+    nodeView.layers.replaceChildren(
       make("h4", {}, "By layer"),
       note(
         nodeOf.get(state.a).depth
-          ? "Nothing was recorded by layer for this node."
-          : "The dense model's layers are as they were trained.",
+          ? "This node has no per-layer records."
+          : "The dense model's layers are unchanged.",
       ),
     );
     return;
   }
-  const varies = (name) => new Set(found.columns[name].filter((value) => value !== null)).size > 1;
+  const varies = (name) => new Set(record.columns[name].filter((value) => value !== null)).size > 1;
   const column = columns.includes(state.column) ? state.column : (columns.find(varies) ?? columns[0]);
   const chart = make("div", {
     class: "chart",
@@ -37,33 +37,33 @@ function drawLayers() {
     "aria-label": `${columnTitle(column)} by layer of ${state.a}; the table below has the same values`,
   });
   const picked = (name) => change({ column: name }, drawLayers);
-  const rows = folded("These values as a table", () =>
+  const rows = foldable("These values as a table", () =>
     table(
       ["module", ...columns.map(columnTitle)],
-      found.modules.map((module, place) => [
+      record.modules.map((module, place) => [
         module,
-        ...columns.map((name) => shownIn(found.columns[name])(found.columns[name][place])),
+        ...columns.map((name) => formatterOf(record.columns[name])(record.columns[name][place])),
       ]),
     ),
   );
   const options = [["", columns.map((name) => [name, columnTitle(name)])]];
   fill(
-    story.layers,
+    nodeView.layers,
     make("h4", {}, `By layer: ${columnTitle(column)}`),
     columns.length > 1
-      ? make("div", { class: "controls" }, chooser("What is shown", options, column, picked).label)
+      ? make("div", { class: "controls" }, chooser("Column", options, column, picked).label)
       : null,
     chart,
     rows.details,
   );
-  const values = found.columns[column];
-  const parts = found.modules
+  const values = record.columns[column];
+  const parts = record.modules
     .map((module) => LAYER.exec(module))
     .map((part) => part && [part[0], part[1], part[2] ?? "block"]);
-  parts.every(Boolean) ? heatmap(chart, parts, values, column) : bars(chart, found.modules, values, column);
+  parts.every(Boolean) ? heatmap(chart, parts, values, column) : bars(chart, record.modules, values, column);
 }
 
-/** Kinds of modules by layers, coloured by the value, which stands in the cell where there is room. */
+/** Kinds of modules by layers, coloured by the value, which is printed in cells that are wide enough. */
 function heatmap(chart, parts, values, column) {
   const depths = [...new Set(parts.map(([, depth]) => Number(depth)))].sort((a, b) => a - b);
   const kinds = [...new Set(parts.map(([, , kind]) => kind))].reverse();
@@ -85,7 +85,8 @@ function heatmap(chart, parts, values, column) {
     b: 46,
   };
   const layout = baseLayout(width, kinds.length * 28 + margin.t + margin.b, margin);
-  const bare = { showgrid: false, zeroline: false, tickfont: { size: 12, color: themed("muted") }, fixedrange: true };
+  const tickfont = { size: 12, color: themeColor("muted") };
+  const bare = { showgrid: false, zeroline: false, tickfont, fixedrange: true };
   const roomy = (width - margin.l - margin.r) / depths.length > 44;
   layout.xaxis = { ...bare, type: "category", nticks: Math.floor(width / 40), title: axisTitle("layer") };
   layout.yaxis = { ...bare, type: "category" };
@@ -102,18 +103,18 @@ function heatmap(chart, parts, values, column) {
         showscale: scaled,
         colorscale: flat
           ? [
-              [0, themed("soft")],
-              [1, themed("soft")],
+              [0, themeColor("soft")],
+              [1, themeColor("soft")],
             ]
           : "Cividis",
         xgap: 2,
         ygap: 2,
         hoverongaps: false,
-        text: z.map((row) => row.map(shownIn(values))),
+        text: z.map((row) => row.map(formatterOf(values))),
         texttemplate: roomy ? "%{text}" : "",
         textfont: { size: 11 },
         hovertemplate: `layer %{x}, %{y}<br>${plain(columnTitle(column))}: %{text}<extra></extra>`,
-        colorbar: { thickness: 10, outlinewidth: 0, tickfont: { size: 11, color: themed("muted") } },
+        colorbar: { thickness: 10, outlinewidth: 0, tickfont: { size: 11, color: themeColor("muted") } },
       },
     ],
     layout,
@@ -130,7 +131,7 @@ function bars(chart, modules, values, column) {
     b: 46,
   };
   const layout = baseLayout(width, modules.length * 22 + margin.t + margin.b, margin);
-  layout.xaxis = { title: axisTitle(columnTitle(column)), gridcolor: themed("grid"), zeroline: false };
+  layout.xaxis = { title: axisTitle(columnTitle(column)), gridcolor: themeColor("grid"), zeroline: false };
   layout.yaxis = { type: "category", autorange: "reversed" };
   plot(
     chart,
@@ -140,8 +141,8 @@ function bars(chart, modules, values, column) {
         orientation: "h",
         x: values,
         y: modules,
-        marker: { color: themed("series-0") },
-        text: values.map(shownIn(values)),
+        marker: { color: themeColor("series-0") },
+        text: values.map(formatterOf(values)),
         hovertemplate: "%{y}: %{text}<extra></extra>",
       },
     ],

@@ -1,4 +1,4 @@
-// What the reader chose, kept in the address
+// The reader's choices, which the address holds
 
 const GROUPS = [
   { key: "model", title: "Model", of: (node) => node.model },
@@ -6,7 +6,7 @@ const GROUPS = [
   { key: "composition", title: "Composition", of: (node) => node.composition },
   { key: "budget", title: "Recovery tokens", of: (node) => String(node.budget) },
 ];
-const hasValues = (id) => nodes.some((node) => measured(id, node.node));
+const hasValues = (id) => nodes.some((node) => valueOf(id, node.node));
 const usable = {
   sizes: sizes.filter(({ id }) => hasValues(id)),
   qualities: qualities.filter(({ id }) => hasValues(id)),
@@ -16,7 +16,6 @@ const TEXTS = {
   y: (usable.qualities[0] ?? usable.sizes[1] ?? usable.sizes[0])?.id ?? "",
   a: "",
   b: "",
-  quality: usable.qualities[0]?.id ?? "",
   column: "",
   law: Object.keys(laws)[0] ?? "",
   theme: "",
@@ -28,30 +27,31 @@ function initial() {
   return { ...TEXTS, ...FLAGS, off: Object.fromEntries(GROUPS.map(({ key }) => [key, new Set()])), runs: null };
 }
 
-/** The state as text: only what differs from the beginning. */
+/** The state as text: what differs from the initial one. */
 function hashOf() {
-  const found = new URLSearchParams();
-  for (const key of Object.keys(TEXTS)) if (state[key] !== TEXTS[key]) found.append(key, state[key]);
-  for (const key of Object.keys(FLAGS)) if (state[key] !== FLAGS[key]) found.append(key, state[key] ? "1" : "0");
-  for (const { key } of GROUPS) for (const value of state.off[key]) found.append(`no-${key}`, value);
-  for (const run of state.runs ?? []) found.append("run", run);
-  if (state.runs?.size === 0) found.append("run", "");
-  return found.toString();
+  const parameters = new URLSearchParams();
+  for (const key of Object.keys(TEXTS)) if (state[key] !== TEXTS[key]) parameters.append(key, state[key]);
+  for (const key of Object.keys(FLAGS)) if (state[key] !== FLAGS[key]) parameters.append(key, state[key] ? "1" : "0");
+  for (const { key } of GROUPS) for (const value of state.off[key]) parameters.append(`no-${key}`, value);
+  for (const run of state.runs ?? []) parameters.append("run", run);
+  if (state.runs?.size === 0) parameters.append("run", "");
+  return parameters.toString();
 }
 
-/** Takes the state from the address; what the study does not have is left out. */
+/** Takes the state from the address and ignores what the study does not have. */
 function readHash() {
-  const found = new URLSearchParams(location.hash.slice(1));
+  const parameters = new URLSearchParams(location.hash.slice(1));
   Object.assign(state, initial());
-  for (const key of Object.keys(TEXTS)) if (found.has(key) && known(key, found.get(key))) state[key] = found.get(key);
-  for (const key of Object.keys(FLAGS)) if (found.has(key)) state[key] = found.get(key) === "1";
-  for (const { key } of GROUPS) state.off[key] = new Set(found.getAll(`no-${key}`));
-  if (found.has("run")) state.runs = new Set(found.getAll("run").filter((run) => nodeOf.has(run)));
+  for (const key of Object.keys(TEXTS)) {
+    if (parameters.has(key) && isKnown(key, parameters.get(key))) state[key] = parameters.get(key);
+  }
+  for (const key of Object.keys(FLAGS)) if (parameters.has(key)) state[key] = parameters.get(key) === "1";
+  for (const { key } of GROUPS) state.off[key] = new Set(parameters.getAll(`no-${key}`));
+  if (parameters.has("run")) state.runs = new Set(parameters.getAll("run").filter((run) => nodeOf.has(run)));
 }
 
-function known(key, value) {
+function isKnown(key, value) {
   if (key === "x" || key === "y") return measureOf.has(value);
-  if (key === "quality") return isQuality(value);
   if (key === "a" || key === "b") return nodeOf.has(value);
   return key !== "law" || value === "" || value in laws;
 }
@@ -63,24 +63,24 @@ function writeHash() {
 
 // Several changes before the next frame are drawn once.
 const waiting = new Set();
-let asked = false;
+let scheduled = false;
 
 /** Draws these parts before the next frame. */
 function draw(...parts) {
   for (const part of parts) waiting.add(part);
-  if (asked) return;
-  asked = true;
+  if (scheduled) return;
+  scheduled = true;
   requestAnimationFrame(() => {
     const now = [...waiting];
     waiting.clear();
-    asked = false;
+    scheduled = false;
     for (const part of now) part();
   });
 }
 
 let writing = 0;
 
-/** Changes the state and draws what shows it; the address, which browsers write slowly, follows after the frame. */
+/** Changes the state and redraws parts; the address, which is slow to write, follows after the frame. */
 function change(changes, ...parts) {
   Object.assign(state, changes);
   draw(...parts);

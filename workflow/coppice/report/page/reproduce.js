@@ -1,4 +1,4 @@
-// Failures, and how to make it all again
+// Failures, and how to reproduce the study
 
 function buildFailures() {
   const section = byId("failures");
@@ -26,13 +26,13 @@ function buildFailures() {
 
 function buildReproduce() {
   const section = byId("reproduce");
-  section.append(heading("reproduce", "Make it again"));
+  section.append(heading("reproduce", "How to reproduce"));
   const commands = study.reproduce ?? [];
   if (commands.length) section.append(copyable(commands.join("\n"), "the commands of the whole study"));
   const single = nodes.filter(({ command }) => command);
   if (single.length) {
     section.append(
-      folded(`The command of each node (${single.length})`, () =>
+      foldable(`The command of each node (${single.length})`, () =>
         table(
           ["node", "command"],
           single.map(({ node, command }) => [node, copyable(command, `the command of ${node}`)]),
@@ -41,9 +41,9 @@ function buildReproduce() {
       ).details,
     );
   }
-  if (study.config) section.append(folded("The study's config", () => copyable(study.config, "the config")).details);
+  if (study.config) section.append(foldable("The study's config", () => copyable(study.config, "the config")).details);
   const versions = Object.entries(study.versions ?? {});
   if (versions.length)
-    section.append(folded(`Versions (${versions.length})`, () => table(["package", "version"], versions, 2)).details);
-  if (study.version) section.append(note(`Made by ${study.version}, seed ${study.seed ?? 0}.`));
+    section.append(foldable(`Versions (${versions.length})`, () => table(["package", "version"], versions, 2)).details);
+  if (study.version) section.append(note(`Written by ${study.version}, seed ${study.seed ?? 0}.`));
 }

@@ -11,7 +11,7 @@ const failures = study.failures ?? [];
 const recoveries = [...(study.recoveries ?? [])].sort((a, b) => byTree(a.node, b.node));
 const laws = study.laws ?? {};
 
-// A model has a colour and a last step a shape, lest either be told by colour alone.
+// Colour shows the model and shape the last step.
 const SERIES = 7; // the colours of page.css
 const SHAPES = {
   dense: "star",
@@ -33,7 +33,7 @@ const PATHS = {
 const models = study.models.filter((model) => nodes.some((node) => node.model === model));
 const colorOf = new Map(models.map((model, place) => [model, `series-${place % SERIES}`]));
 
-/** Order of two nodes in the tree: by the steps of their paths, so that a parent stands before its children. */
+/** Order of two nodes in the tree: by the steps of their paths, parents before children. */
 function byTree(first, second) {
   const a = first.split("/");
   const b = second.split("/");
@@ -45,34 +45,34 @@ function byTree(first, second) {
   return a.length - b.length;
 }
 
-/** [value, low, high] of a node by a measure, or null; the ends are null where there is no interval. */
-function measured(id, name) {
-  const found = study.values?.[id]?.[name];
-  if (found) return found[0] === null ? null : found;
+/** [value, low, high] of a node by a measure, or null; the ends are null without an interval. */
+function valueOf(id, name) {
+  const values = study.values?.[id]?.[name];
+  if (values) return values[0] === null ? null : values;
   const value = nodeOf.get(name)[id];
   return typeof value === "number" ? [value, null, null] : null;
 }
 
 const arrows = (composition) => composition.replaceAll(" > ", " \u2192 ");
-const costs = sizes.map(({ id }) => id).filter((id) => id.includes("/")); // a cost is named by its evaluation
+const costs = sizes.map(({ id }) => id).filter((id) => id.includes("/")); // a cost's id names its evaluation
 const isCost = (id) => costs.includes(id);
 const mainMeasures = [...qualities, ...sizes.filter(({ id }) => !isCost(id))];
 const costMeasures = sizes.filter(({ id }) => isCost(id));
 const shapeOf = (node) => SHAPES[node.family] ?? "circle";
-const recovered = (node) => node.budget > 0;
+const isRecovered = (node) => node.budget > 0;
 const shortName = (node) => node.recipe || `${node.model} (dense)`;
 const isQuality = (id) => qualities.some((quality) => quality.id === id);
-const better = (id) => measureOf.get(id).better; // "lower", "higher", or nothing where nobody knows
+const better = (id) => measureOf.get(id).better; // "lower", "higher", or null if unknown
 const lowerIsBetter = (id) => better(id) !== "higher";
 
-/** The quality by whose items and comparisons a quality is tested: a loss by those of its perplexity, in nats. */
+/** The quality that the table of comparisons has instead: a loss is tested by its perplexity, in nats. */
 const testedBy = (id) => {
   const perplexity = id.replace("/loss_", "/perplexity_");
   return isQuality(perplexity) ? perplexity : id;
 };
 
-/** Names of the nodes that are not told apart from this one by a quality. */
+/** Names of the nodes that a quality's tests do not distinguish from this one. */
 function alikeOf(id, name) {
-  const found = (study.alike?.[id] ?? []).filter(([a, b]) => a === name || b === name);
-  return [...new Set(found.map(([a, b]) => (a === name ? b : a)))];
+  const alike = (study.alike?.[id] ?? []).filter(([a, b]) => a === name || b === name);
+  return [...new Set(alike.map(([a, b]) => (a === name ? b : a)))];
 }

@@ -1,4 +1,4 @@
-// Theme, print, width, and the beginning
+// Theme, printing, width, and the start
 
 const dark = matchMedia("(prefers-color-scheme: dark)");
 const isDark = () => !printing && (state.theme ? state.theme === "dark" : dark.matches);
@@ -17,7 +17,7 @@ function drawAll() {
   drawPair();
 }
 
-/** Charts for paper: light, and as wide as a page; drawn at once, because the print does not wait. */
+/** Charts for printing: light, as wide as the paper, and drawn at once because printing does not wait. */
 function preparePrint(on) {
   printing = on;
   drawAll();
@@ -65,7 +65,6 @@ function start() {
   byId("print").addEventListener("click", () => print());
   addEventListener("hashchange", () => {
     readHash();
-    frontier.zoom = null;
     listNodes();
     drawAll();
   });

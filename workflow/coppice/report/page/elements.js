@@ -12,7 +12,7 @@ function make(tag, attributes = {}, ...children) {
   return element;
 }
 
-/** Puts these children, of which some may be lists or null, in place of an element's own. */
+/** Replaces an element's children by these, of which some may be lists or null. */
 const fill = (element, ...children) => element.replaceChildren(...children.flat().filter((child) => child !== null));
 
 const byId = (id) => document.getElementById(id);
@@ -20,13 +20,13 @@ const heading = (id, text) => make("h2", { id: `${id}-title` }, text);
 const note = (text) => make("p", { class: "note" }, text);
 const empty = (text) => make("p", { class: "empty" }, text);
 
-/** A text that may break behind the steps of a node's name; anything else as it is. */
+/** A text that may break after the steps of a node's name; anything else unchanged. */
 const breakable = (text) =>
   typeof text === "string"
     ? text.split("/").flatMap((part, place) => (place ? ["/", make("wbr"), part] : [part]))
     : [text];
 
-/** A table; `rows` hold text or elements, and the first `texts` columns stand to the left. */
+/** A table; `rows` hold text or elements, and the first `texts` columns are left-aligned. */
 function table(titles, rows, texts = 1, caption = null) {
   const cells = (row, tag) =>
     row.map((cell, place) =>
@@ -48,8 +48,8 @@ function table(titles, rows, texts = 1, caption = null) {
   );
 }
 
-/** A folded part whose content is made when it is opened, and again by `refresh` while it is open. */
-function folded(summary, content) {
+/** A folded part whose content is created when it is opened, and again by `refresh` while it is open. */
+function foldable(summary, content) {
   const body = make("div");
   const details = make("details", {}, make("summary", {}, summary), body);
   const refresh = () => details.open && body.replaceChildren(content());
@@ -65,7 +65,7 @@ function svg(tag, attributes = {}, ...children) {
   return element;
 }
 
-/** A small drawing of a mark, as in the charts. */
+/** A small drawing of a marker, as in the charts. */
 function mark(shape, color, filled) {
   const path = svg("path", { d: PATHS[shape], fill: filled ? color : "none", stroke: color });
   return svg("svg", { viewBox: "0 0 14 14", class: "mark", "aria-hidden": "true" }, path);
@@ -89,7 +89,7 @@ function chooser(label, groups, value, changed) {
   return { label: make("label", { class: "chooser" }, make("span", {}, label), select), select };
 }
 
-/** A switch that also Enter turns. */
+/** A switch that Enter toggles too. */
 function checkbox(text, checked, changed, picture = null) {
   const input = make("input", {
     type: "checkbox",
@@ -115,7 +115,7 @@ function copyable(text, what) {
   return make("div", { class: "command" }, make("pre", { tabindex: "0" }, code), button);
 }
 
-/** To the clipboard; a browser that refuses it to pages on disk copies the selected text. */
+/** To the clipboard, or, in browsers that deny it to local files, by copying the selected text. */
 async function copy(text, element) {
   try {
     await navigator.clipboard.writeText(text);

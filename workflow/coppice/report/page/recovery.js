@@ -1,11 +1,11 @@
 // Recovery
 
-const MOST_RUNS = 6; // at first: the bands of more hide each other
+const MOST_RUNS = 6; // drawn at first: more bands would hide each other
 const recovery = { inputs: new Map() };
 
 function buildRecovery() {
   const section = byId("recovery");
-  section.append(heading("recovery", "How it recovers"));
+  section.append(heading("recovery", "Recovery curves"));
   if (!recoveries.length) {
     section.append(empty("No node was trained after compression."));
     return;
@@ -19,7 +19,7 @@ function buildRecovery() {
   );
   recovery.chart = make("div", { class: "chart", id: "recovery-chart", role: "img" });
   recovery.sentence = make("p", { class: "note" });
-  recovery.rows = folded("These curves as a table", recoveryTable);
+  recovery.rows = foldable("These curves as a table", recoveryTable);
   const chips = recoveries.map((run) => {
     const chip = checkbox(run.node, true, (on) => turnRun(run.node, on), mark(runShape(run), inColor(run.model), true));
     chip.input.value = run.node;
@@ -51,10 +51,9 @@ function buildRecovery() {
       make(
         "figcaption",
         { class: "note" },
-        "Validation loss while a compressed model is trained again. " +
-          "Large marks lie on the study's ladder of budgets. Lines are the law's loss with the band of 95% of its " +
-          "bootstrap samples; dashed, on the shaded ground, it goes beyond what it was fitted to. " +
-          "Thin horizontal lines: the dense models.",
+        "Validation loss during recovery. Large markers: the study's token budgets. Lines: the law's prediction with " +
+          "its 95% bootstrap band; dashed on the shaded background, where it extrapolates. Thin horizontal lines: " +
+          "the dense models.",
       ),
     ),
     recovery.sentence,
@@ -62,15 +61,15 @@ function buildRecovery() {
   );
 }
 
-/** The runs that are drawn: those chosen, else the first ones of each model. */
+/** The runs that are drawn: the chosen ones, or else the first of each model. */
 function runsShown() {
   if (state.runs) return recoveries.filter(({ node }) => state.runs.has(node));
   if (recoveries.length <= MOST_RUNS) return recoveries;
   const share = Math.max(1, Math.floor(MOST_RUNS / new Set(recoveries.map(({ model }) => model)).size));
-  const taken = new Map();
+  const counts = new Map();
   return recoveries.filter(({ model }) => {
-    taken.set(model, (taken.get(model) ?? 0) + 1);
-    return taken.get(model) <= share;
+    counts.set(model, (counts.get(model) ?? 0) + 1);
+    return counts.get(model) <= share;
   });
 }
 
@@ -97,13 +96,11 @@ function drawRecovery() {
   const margin = { l: width < 520 ? 52 : 66, r: 14, t: 22, b: 54 };
   const layout = baseLayout(width, Math.round(Math.min(480, Math.max(340, width * 0.48))), margin);
   const range = recoveryRanges(fits);
-  layout.xaxis = axis("recovery tokens", range.x, true, (width - margin.l) / 75);
+  layout.xaxis = axis("recovery tokens", range.x, true);
   layout.yaxis = axis(
     state.excess ? "validation loss above the dense model's, nats per token" : "validation loss, nats per token",
     range.y,
     range.log,
-    layout.height / 50,
-    (value) => String(value).replace("-", MINUS),
   );
   Object.assign(layout, beyond(fits, range));
   if (!runs.length) layout.annotations = [nothing("No run is chosen.")];
@@ -115,7 +112,7 @@ function drawRecovery() {
   );
   recovery.chart.setAttribute(
     "aria-label",
-    `Recovery curves of ${several(runs.length, "run")}; the table below has the same values.`,
+    `Recovery curves of ${plural(runs.length, "run")}; the table below has the same values.`,
   );
   recovery.rows.refresh();
 }
@@ -134,7 +131,7 @@ function recoveryRanges(fits) {
   return { x: rangeOf(tokens, [], true), y: rangeOf(losses, [], log), log };
 }
 
-/** The ground beyond the last tokens that any shown law was fitted to. */
+/** The shaded background beyond the last tokens that the law was fitted to on any shown run. */
 function beyond(fits, range) {
   const last = Math.max(...fits.filter(({ fit }) => fit).map(({ fit }) => fit.fitted_to));
   if (!Number.isFinite(last)) return {};
@@ -149,7 +146,7 @@ function beyond(fits, range) {
         y0: 0,
         y1: 1,
         line: { width: 0 },
-        fillcolor: themed("shade"),
+        fillcolor: themeColor("shade"),
       },
     ],
     annotations: [
@@ -160,7 +157,7 @@ function beyond(fits, range) {
         y: 1,
         yanchor: "bottom",
         showarrow: false,
-        font: { size: 12, color: themed("muted") },
+        font: { size: 12, color: themeColor("muted") },
       },
     ],
   };
@@ -169,13 +166,13 @@ function beyond(fits, range) {
 /** Thin lines at the loss of each dense model. */
 function denseLines(runs, range) {
   if (state.excess) return [];
-  const found = new Map(runs.map(({ model, dense_loss }) => [`${model} ${dense_loss}`, { model, loss: dense_loss }]));
-  return [...found.values()].map(({ model, loss }) => ({
+  const lines = new Map(runs.map(({ model, dense_loss }) => [`${model} ${dense_loss}`, { model, loss: dense_loss }]));
+  return [...lines.values()].map(({ model, loss }) => ({
     x: range.x,
     y: [loss, loss],
     mode: "lines",
     name: `${model}, dense`,
-    text: `${plain(model)}, dense: ${shown(loss)}`,
+    text: `${plain(model)}, dense: ${formatNumber(loss)}`,
     hoverinfo: "text",
     line: { color: faint(colorOf.get(model), 0.6), width: 1, dash: "2px,3px" },
   }));
@@ -193,11 +190,11 @@ function fitTraces({ run, fit }, range) {
     mode: "lines",
     hoverinfo: "skip",
     name: `${run.node}: ${state.law}`,
-    line: { color: themed(color), width: 1.6, dash },
+    line: { color: themeColor(color), width: 1.6, dash },
   });
   const lines = [line(0, last, "solid"), line(Math.max(last - 1, 0), loss.length, "6px,4px")];
   if (!fit.low || !fit.high) return lines;
-  const floor = range.log ? range.y[0] / 10 : -Infinity; // a logarithm needs an end
+  const floor = range.log ? range.y[0] / 10 : -Infinity; // a log axis has no zero
   const ends = (values) => values.map((one) => (one === null ? null : Math.max(lossOf(run, one), floor)));
   return [
     {
@@ -215,36 +212,37 @@ function fitTraces({ run, fit }, range) {
 }
 
 function runTrace(run) {
-  const kept = [...run.tokens.keys()].filter((place) => run.tokens[place] > 0 && run.loss[place] !== null);
+  const drawn = [...run.tokens.keys()].filter((place) => run.tokens[place] > 0 && run.loss[place] !== null);
   const color = colorOf.get(run.model);
   return {
-    x: kept.map((place) => run.tokens[place]),
-    y: kept.map((place) => lossOf(run, run.loss[place])),
+    x: drawn.map((place) => run.tokens[place]),
+    y: drawn.map((place) => lossOf(run, run.loss[place])),
     mode: "markers",
     name: run.node,
-    text: kept.map((place) => `<b>${plain(run.node)}</b><br>${pointText(run, place)}`),
+    text: drawn.map((place) => `<b>${plain(run.node)}</b><br>${pointText(run, place)}`),
     hoverinfo: "text",
     marker: {
-      color: themed(color),
+      color: themeColor(color),
       opacity: 1,
       symbol: runShape(run),
-      size: kept.map((place) => (run.budget?.[place] ? 10 : 5)),
-      line: { width: 1, color: themed("paper") },
+      size: drawn.map((place) => (run.budget?.[place] ? 10 : 5)),
+      line: { width: 1, color: themeColor("paper") },
     },
   };
 }
 
-const pointText = (run, place) => `${counted(run.tokens[place])} tokens: ${shown(run.loss[place], 4)} nats per token`;
+const pointText = (run, place) =>
+  `${formatCount(run.tokens[place])} tokens: ${formatNumber(run.loss[place], 4)} nats per token`;
 
 function recoveryTable() {
   const rows = runsShown().flatMap((run) =>
     run.tokens.map((tokens, place) => [
       run.node,
-      counted(tokens),
-      shown(run.loss[place], 4),
-      shown(run.dense_loss, 4),
+      formatCount(tokens),
+      formatNumber(run.loss[place], 4),
+      formatNumber(run.dense_loss, 4),
       run.budget?.[place] ? "yes" : "",
     ]),
   );
-  return table(["run", "tokens", "validation loss, nats per token", "dense model's", "on the ladder"], rows);
+  return table(["run", "tokens", "validation loss, nats per token", "dense model's", "a budget"], rows);
 }
