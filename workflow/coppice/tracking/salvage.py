@@ -17,7 +17,7 @@ from coppice import storage
 from coppice.errors import UserError
 from coppice.files import write_json
 from coppice.records.layout import ResultsLayout
-from coppice.report import write_report
+from coppice.report.stage import write_report
 from coppice.results.collection import write_tables
 from coppice.study.loading import load_study, merged_files, write_effective
 from coppice.study.schema import Study
