@@ -20,7 +20,7 @@ from coppice import laws
 from coppice.files import atomic_write
 from coppice.laws.fit import Form
 from coppice.laws.held_out import HoldOut
-from coppice.methods.options import Allocation, BudgetOptions, LayerOptions, MethodOptions, RecoverOptions
+from coppice.methods.options import Allocation, LayerOptions, MethodOptions, RecoverOptions, TargetOptions
 from coppice.methods.registry import FAMILIES, Method, methods
 from coppice.results.schemas import with_tables
 from coppice.study import schema as study
@@ -163,11 +163,11 @@ def methods_page() -> str:
     ordered = sorted(methods().values(), key=lambda method: (FAMILIES.index(method.family), method.name))
     lines += [method_row(method) for method in ordered]
     shared = (("Options of every method that works layer by layer", LayerOptions),)
-    shared += (("Options of every method with a budget", BudgetOptions), ("Allocations of a budget", Allocation))
+    shared += (("Options of every method with a budget", TargetOptions), ("Allocations of a budget", Allocation))
     shared += (("Options of every method that recovers", RecoverOptions),)
     lines += ["", *measured()]
     for heading, options in shared:
-        hidden = LayerOptions.model_fields.keys() if options is BudgetOptions else ()
+        hidden = LayerOptions.model_fields.keys() if options is TargetOptions else ()
         lines += ["", f"## {heading}", "", *table(options, set(hidden))]
     findings = yaml.safe_load((ROOT / MEASURED / "findings.yaml").read_text(encoding="utf-8")) or {}
     for method in ordered:
@@ -322,7 +322,7 @@ def first_paragraph(method: Method) -> str:
 
 def inherited(options: type[MethodOptions]) -> set[str]:
     """The options that a method shares with the others of its kind."""
-    bases = [base for base in (BudgetOptions, LayerOptions, RecoverOptions) if issubclass(options, base)]
+    bases = [base for base in (TargetOptions, LayerOptions, RecoverOptions) if issubclass(options, base)]
     return {name for base in bases for name in base.model_fields}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -220,7 +221,9 @@ def test_a_structure_method_is_surgery(
     used, model, tokens = method(name), load_model(root), tiny_tokens()
     folder = statistics[kind]
     tensors = read_statistics_file(folder, f"{kind}.safetensors", read_json(folder / "manifest.json"))
-    removal = used.structure.choose(surgery.structure(model), tensors, used.validated(values))
+    removal = used.structure.choose(
+        SimpleNamespace(structure=surgery.structure(model)), tensors, used.validated(values)
+    )
     achieved = surgery.achieved(model, removal)
     expected = surgery.remove(model, removal)
     assert torch.equal(logits(load_model(node), tokens), logits(expected, tokens))

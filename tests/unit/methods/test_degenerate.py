@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from coppice.compression import layer_pass
 from coppice.compression.allocation import allocate
+from coppice.compression.inputs import Inputs
 from coppice.compression.replacement import replace
 from coppice.errors import UserError
 from coppice.methods.contracts import Linear, LinearStatistics, Replacement, Unchanged
@@ -469,7 +470,7 @@ def check_allocation(options: MethodOptions, situation: Situation, dtype: torch.
     power = linears[1][2].second_moment.diagonal()
     # Sparsities are spread by the diagonal alone; what is wrong beside it is found by the method.
     blind = (
-        options.BUDGET == "sparsity"
+        options.TARGET == "sparsity"
         and bool((power.isfinite() & (power >= 0)).all())
         and bool(situation.weight.isfinite().all())
     )
@@ -499,9 +500,7 @@ def walk() -> Callable[..., layer_pass.LayerPass]:
     def make(name: str, given: dict[str, Any]) -> layer_pass.LayerPass:
         used = method(name)
         model = tiny_model(num_hidden_layers=1)
-        return layer_pass.LayerPass(
-            model, None, used, used.validated(given), layer_pass.Inputs(frozenset(), {}, None), torch.float32, 0, "cpu"
-        )
+        return layer_pass.LayerPass(model, None, used, used.validated(given), Inputs(), torch.float32, 0, "cpu")
 
     return make
 
@@ -516,7 +515,7 @@ def test_scales_of_damaged_statistics_name_the_layer(walk: Callable[..., layer_p
         for name, linear in layers.replaceable_modules(block).items()
     }
     with pytest.raises(UserError, match=r"^model\.layers\.0\.self_attn\.q_proj: The statistics .* not finite"):
-        layer_pass.fold_scales(walked, 0, block, statistics)
+        layer_pass.scale_inputs(walked, 0, block, statistics)
 
 
 def test_an_unknown_linear_is_refused_with_the_nearest(walk: Callable[..., layer_pass.LayerPass]) -> None:

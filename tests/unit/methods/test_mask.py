@@ -67,7 +67,7 @@ def test_a_refit_reads_moments():
 
 
 def test_a_sparsity_can_be_allocated():
-    assert SparsityOptions.BUDGET == "sparsity"
+    assert SparsityOptions.TARGET == "sparsity"
     assert {"uniform", "sensitivity", "owl", "mosaic", "knapsack"} == SparsityOptions.RULES
     assert SparsityOptions(sparsity=0.5, allocation={"by": "owl"}).needs == {"moments"}
 

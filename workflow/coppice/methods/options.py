@@ -93,17 +93,17 @@ class Allocation(BaseModel):
         return self
 
 
-class BudgetOptions(LayerOptions):
+class TargetOptions(LayerOptions):
     """Options of a method that takes a budget: a share of weights to prune or to keep, or bits."""
 
     # The field that holds the budget ("sparsity", "keep", "bits" or "rank"), and the rules that can spread it.
-    BUDGET: ClassVar[str]
+    TARGET: ClassVar[str]
     RULES: ClassVar[frozenset[str]] = frozenset({"uniform"})
 
     allocation: Allocation = Field(default=Allocation(), description="How the budget is spread over the linears.")
 
     @model_validator(mode="after")
-    def _a_rule_for_this_budget(self) -> BudgetOptions:
+    def _a_rule_for_this_budget(self) -> TargetOptions:
         if self.allocation.by not in self.RULES:
             raise ValueError(
                 f"the allocation {self.allocation.by!r} does not go with this method: choose one of "
@@ -112,9 +112,9 @@ class BudgetOptions(LayerOptions):
         return self
 
     @model_validator(mode="after")
-    def _levels_of_this_budget(self) -> BudgetOptions:
+    def _levels_of_this_budget(self) -> TargetOptions:
         for level in self.allocation.levels or ():
-            wrong = _LEVELS[self.BUDGET](level)
+            wrong = _LEVELS[self.TARGET](level)
             if wrong:
                 raise ValueError(f"the level {level:g} of the allocation is no budget of this method: {wrong}")
         return self
@@ -131,6 +131,24 @@ _LEVELS: dict[str, Callable[[float], str | None]] = {
     "bits": lambda level: None if level in range(2, 9) else "bits are an integer from 2 to 8",
     "rank": lambda level: "a rank is spread by water-filling, which has no levels",
 }
+
+
+class CacheOptions(MethodOptions):
+    """Options of the grids on which keys and values are kept: keys along tokens, values along channels."""
+
+    bits: int = Field(ge=2, le=8, description="Bits of a code.")
+    group_size: int = Field(
+        default=64,
+        description="Consecutive tokens of a key's channel, or channels of a value's token (all heads' in a row), that "
+        "share a scale and a minimum; a group ends where a chunk ends. -1: all of them.",
+    )
+
+    @field_validator("group_size")
+    @classmethod
+    def _is_size(cls, group_size: int) -> int:
+        if group_size < 1 and group_size != -1:
+            raise ValueError(f"a group size is a positive number of values, or -1 for all of them, not {group_size}")
+        return group_size
 
 
 class RecoverOptions(MethodOptions):

@@ -32,7 +32,15 @@ from coppice.methods.declaration import (
 )
 from coppice.methods.options import MethodOptions
 
-FAMILIES = ("prune", "decompose", "quantize", "compensate", "recover")
+# The contracts that a family's methods may have.
+CONTRACTS: Mapping[str, tuple[type[Declaration], ...]] = {
+    "prune": (LayerMethod, StructureMethod),
+    "decompose": (LayerMethod, StructureMethod),
+    "quantize": (LayerMethod, RotationMethod, CacheMethod),
+    "compensate": (LayerMethod,),
+    "recover": (TrainingMethod,),
+}
+FAMILIES = tuple(CONTRACTS)
 
 
 @dataclass(frozen=True)
@@ -186,10 +194,11 @@ def declared(name: str, family: Any, module: ModuleType) -> Method:
             f"Method {name!r} ({file}): METHOD {wrong}; declare the method as METHOD = LayerMethod(...), or as another "
             "contract of coppice.methods.declaration."
         )
-    if (declaration.contract == "training") != (family == "recover") and family != "compensate":
+    if not isinstance(declaration, CONTRACTS[family]):
+        allowed = " or a ".join(contract.__name__ for contract in CONTRACTS[family])
         raise UserError(
-            f"Method {name!r} ({file}): a {type(declaration).__name__} cannot be of the family {family!r}; training "
-            "methods are of the family 'recover', and no others are."
+            f"Method {name!r} ({file}): METHOD is a {type(declaration).__name__}, and a method of the family "
+            f"{family!r} is a {allowed}: declare it so, or choose another family."
         )
     return Method(name, family, declaration, file)
 
@@ -198,8 +207,11 @@ def _plug_in(entry_point: EntryPoint) -> Method:
     """The method of another package. Raises UserError, naming it and its module, for a broken contract."""
     try:
         module = entry_point.load()
-    except (TypeError, ImportError, AttributeError) as error:
-        raise UserError(f"Method {entry_point.name!r} ({entry_point.value}) cannot be registered: {error}.") from error
+    except Exception as error:  # The module is not ours: whatever it raises, the user needs its name.
+        raise UserError(
+            f"Method {entry_point.name!r} ({entry_point.value}) cannot be registered: "
+            f"{str(error).rstrip('.') or type(error).__name__}. Mend that package, or uninstall it."
+        ) from error
     return declared(entry_point.name, getattr(module, "FAMILY", None), module)
 
 

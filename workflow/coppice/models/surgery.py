@@ -34,9 +34,10 @@ def remove(model: PreTrainedModel, removal: Removal) -> PreTrainedModel:
 
     Indices, and the entries of `kv_groups` and `neurons`, count the blocks of the model as it comes in.
     A Llama whose remaining heads do not divide hidden_size, which LlamaConfig refuses, comes back as a Mistral without
-    a window: the same computation on the same weights.
+    a window: the same computation on the same weights. New weights are put in place last.
     Raises ValueError when the removal does not fit the model or leaves blocks of different widths, and UserError when a
-    Llama with biases would have to come back as a Mistral, which has none.
+    Llama with biases would have to come back as a Mistral, which has none, or when a new weight does not fit the linear
+    that it is for, which the sentence names.
     """
     units = structure(model)
     _check(removal, units)
@@ -46,6 +47,8 @@ def remove(model: PreTrainedModel, removal: Removal) -> PreTrainedModel:
         _remove_kv_groups(model, removal.kv_groups)
     if neurons:
         _remove_neurons(model, removal.neurons)
+    # By the names that linears have before blocks go.
+    _put_weights(model, removal)
     if removal.blocks:
         _remove_blocks(model, removal.blocks)
     return _as_mistral(model) if becomes_mistral else model
@@ -158,6 +161,24 @@ def _remove_neurons(model: PreTrainedModel, removed: Sequence[Sequence[int]]) ->
         _keep_columns(mlp.down_proj, kept)
         mlp.intermediate_size = len(kept)
     model.config.intermediate_size = len(kept)
+
+
+@torch.no_grad()
+def _put_weights(model: PreTrainedModel, removal: Removal) -> None:
+    modules = dict(model.named_modules())
+    removed = {id(module) for index in removal.blocks for module in blocks(model)[index].modules()}
+    for name, weight in removal.weights.items():
+        linear = modules.get(name)
+        if type(linear) is not nn.Linear or id(linear) in removed:
+            raise UserError(
+                f"{name}: the method returned a new weight for it, and no linear of that name stays whole in the model."
+            )
+        if weight.shape != linear.weight.shape:
+            raise UserError(
+                f"{name}: the method returned a new weight of shape {tuple(weight.shape)}, and after the removal the "
+                f"linear has {tuple(linear.weight.shape)}."
+            )
+        linear.weight.copy_(weight)
 
 
 def _remove_blocks(model: PreTrainedModel, removed: Sequence[int]) -> None:

@@ -12,7 +12,8 @@ from pydantic import Field
 
 from coppice.methods.contracts import Linear, LinearStatistics, LowRankCorrection, Source
 from coppice.methods.declaration import LayerMethod
-from coppice.methods.options import BudgetOptions
+from coppice.methods.incompatible import COMPENSATE
+from coppice.methods.options import TargetOptions
 from coppice.methods.solvers.truncation import truncate_outputs
 
 SOURCE = Source(
@@ -24,8 +25,8 @@ SOURCE = Source(
 )
 
 
-class Options(BudgetOptions):
-    BUDGET = "rank"
+class Options(TargetOptions):
+    TARGET = "rank"
     RULES = frozenset({"uniform", "water-filling"})
 
     rank: int = Field(ge=1, description="Rank of the low-rank path, at most that of the linear.")
@@ -52,6 +53,6 @@ METHOD = LayerMethod(
     options=Options,
     needs=frozenset({"moments"}),
     adds_traits=frozenset({"compensated"}),
-    incompatible_with={"compensated": "the linear has a compensation already; choose a larger rank instead"},
+    incompatible_with=COMPENSATE,
     compress=compress,
 )

@@ -26,11 +26,11 @@ from coppice.errors import UserError, error_context
 from coppice.lazy import torch
 from coppice.methods.contracts import Decoder, Linear, LinearStatistics, LowRank, Source, Unchanged
 from coppice.methods.declaration import LayerMethod, Resources
-from coppice.methods.solvers.budget import share_of
+from coppice.methods.incompatible import DECOMPOSE
 from coppice.methods.solvers.moments import input_size
 from coppice.methods.solvers.ranks import PlannedRank, RankBudget
+from coppice.methods.solvers.selection import share_of
 from coppice.methods.solvers.truncation import (
-    FACTORS_INCOMPATIBLE,
     RankOptions,
     aligned,
     break_even,
@@ -208,7 +208,7 @@ METHOD = LayerMethod(
     options=Options,
     needs=frozenset({"moments"}),
     adds_traits=frozenset({"factorized"}),
-    incompatible_with=FACTORS_INCOMPATIBLE,
+    incompatible_with=DECOMPOSE,
     compress=compress,
     plan=plan,
     resources=Resources(reach="model"),

@@ -21,8 +21,8 @@ from coppice.methods.contracts import Decoder, Linear, LinearStatistics, Source,
 from coppice.methods.declaration import LayerMethod, Resources
 from coppice.methods.incompatible import DECOMPOSE
 from coppice.methods.options import LayerOptions
-from coppice.methods.solvers.budget import share_of
 from coppice.methods.solvers.moments import input_power
+from coppice.methods.solvers.selection import share_of
 from coppice.methods.solvers.tensor_train import (
     Approximation,
     Sites,
@@ -267,11 +267,7 @@ METHOD = LayerMethod(
     source=SOURCE,
     options=Options,
     adds_traits=frozenset({"factorized"}),
-    incompatible_with={
-        **DECOMPOSE,
-        "factorized": "a linear that is factors already would be factorized twice; choose a smaller keep instead",
-        "masked": "factors fill the pruned places again; decompose before pruning",
-    },
+    incompatible_with=DECOMPOSE,
     compress=compress,
     plan=plan,
     resources=Resources(reach="model"),

@@ -21,10 +21,10 @@ from coppice.errors import UserError
 from coppice.lazy import torch
 from coppice.methods.contracts import CUR, Decoder, Linear, LinearStatistics, Source, Unchanged
 from coppice.methods.declaration import LayerMethod, Resources
+from coppice.methods.incompatible import DECOMPOSE
 from coppice.methods.options import LayerOptions
-from coppice.methods.solvers.budget import share_of
 from coppice.methods.solvers.moments import input_power, second_moment
-from coppice.methods.solvers.selection import lowest
+from coppice.methods.solvers.selection import lowest, share_of
 from coppice.methods.solvers.truncation import require_finite
 
 if TYPE_CHECKING:
@@ -231,12 +231,7 @@ METHOD = LayerMethod(
     options=Options,
     needs=frozenset({"moments"}),
     adds_traits=frozenset({"factorized"}),
-    incompatible_with={
-        "quantized": "packed integers have no rows to keep; decompose before quantizing",
-        "factorized": "a linear that is factors already would be factorized twice; choose a smaller keep instead",
-        "masked": "the product of the factors fills the pruned places again; decompose before pruning",
-        "compensated": "the compensation was fitted to the weights as they are; decompose before compensating",
-    },
+    incompatible_with={**DECOMPOSE, "quantized": "packed integers have no rows to keep; decompose before quantizing"},
     compress=compress,
     plan=plan,
     resources=Resources(reach="model"),

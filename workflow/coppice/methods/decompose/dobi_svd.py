@@ -32,12 +32,12 @@ from coppice.errors import UserError
 from coppice.lazy import torch
 from coppice.methods.contracts import Codebook, Decoder, Linear, LinearStatistics, LowRank, Source, Unchanged
 from coppice.methods.declaration import LayerMethod, Resources
-from coppice.methods.solvers.budget import share_of
+from coppice.methods.incompatible import DECOMPOSE
 from coppice.methods.solvers.codebook import dynamic_table, quantize_blocks
 from coppice.methods.solvers.ranks import PlannedRank, RankBudget
+from coppice.methods.solvers.selection import share_of
 from coppice.methods.solvers.stable_svd import gated
 from coppice.methods.solvers.truncation import (
-    FACTORS_INCOMPATIBLE,
     RankOptions,
     Truncation,
     aligned,
@@ -265,9 +265,10 @@ METHOD = LayerMethod(
     options=Options,
     needs=frozenset({"moments"}),
     adds_traits=frozenset({"factorized", "quantized"}),
-    incompatible_with=FACTORS_INCOMPATIBLE,
+    incompatible_with=DECOMPOSE,
     traits=traits,
     compress=compress,
     plan=plan,
+    draws=True,
     resources=Resources(reach="model"),
 )

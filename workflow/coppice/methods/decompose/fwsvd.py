@@ -15,8 +15,8 @@ from coppice.errors import UserError
 from coppice.lazy import torch
 from coppice.methods.contracts import Decoder, Linear, LinearStatistics, LowRank, Source, Unchanged
 from coppice.methods.declaration import LayerMethod, Resources
+from coppice.methods.incompatible import DECOMPOSE
 from coppice.methods.solvers.truncation import (
-    FACTORS_INCOMPATIBLE,
     RankOptions,
     break_even,
     chosen_rank,
@@ -83,7 +83,7 @@ METHOD = LayerMethod(
     options=Options,
     needs=frozenset({"windows"}),
     adds_traits=frozenset({"factorized"}),
-    incompatible_with=FACTORS_INCOMPATIBLE,
+    incompatible_with=DECOMPOSE,
     compress=compress,
     plan=plan,
     resources=Resources(reach="model"),

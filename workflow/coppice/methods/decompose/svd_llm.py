@@ -18,10 +18,10 @@ from pydantic import Field, model_validator
 from coppice.lazy import torch
 from coppice.methods.contracts import Linear, LinearStatistics, LowRank, Source, Unchanged
 from coppice.methods.declaration import LayerMethod
+from coppice.methods.incompatible import DECOMPOSE
 from coppice.methods.solvers.loss import relative_error
 from coppice.methods.solvers.moments import second_moment
 from coppice.methods.solvers.truncation import (
-    FACTORS_INCOMPATIBLE,
     RankOptions,
     Truncation,
     break_even,
@@ -127,6 +127,6 @@ METHOD = LayerMethod(
     options=Options,
     needs=frozenset({"moments"}),
     adds_traits=frozenset({"factorized"}),
-    incompatible_with=FACTORS_INCOMPATIBLE,
+    incompatible_with=DECOMPOSE,
     compress=compress,
 )

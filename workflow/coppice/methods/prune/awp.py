@@ -29,6 +29,7 @@ from pydantic import Field, model_validator
 from coppice.lazy import torch
 from coppice.methods.contracts import Linear, LinearStatistics, Masked, Quantized, Source, Unchanged
 from coppice.methods.declaration import LayerMethod
+from coppice.methods.incompatible import PRUNE_AND_ROUND
 from coppice.methods.solvers.grid import (
     OptionalGridOptions,
     decode,
@@ -196,10 +197,7 @@ METHOD = LayerMethod(
     options=Options,
     needs=frozenset({"moments"}),
     adds_traits=frozenset({"masked", "quantized"}),
-    incompatible_with={
-        "quantized": "packed integers can be neither masked nor rounded again; prune before quantizing",
-        "compensated": "the compensation was fitted to the weights as they are; prune before compensating",
-    },
+    incompatible_with=PRUNE_AND_ROUND,
     traits=traits,
     compress=compress,
 )

@@ -34,13 +34,13 @@ from coppice.lazy import torch
 from coppice.methods.contracts import Linear, LinearStatistics, Masked, Source, Unchanged
 from coppice.methods.declaration import LayerMethod
 from coppice.methods.incompatible import PRUNE
-from coppice.methods.options import BudgetOptions
-from coppice.methods.solvers.budget import share_of
+from coppice.methods.options import TargetOptions
 from coppice.methods.solvers.damping import damp
 from coppice.methods.solvers.loss import relative_error
 from coppice.methods.solvers.mask import REFIT_DAMPING, REFIT_DAMPING_DESCRIPTION, keep_largest, nothing_to_prune
 from coppice.methods.solvers.moments import second_moment
 from coppice.methods.solvers.refit import refit, solve_free
+from coppice.methods.solvers.selection import share_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -65,10 +65,10 @@ _STRIDE, _SHORT_STRIDE = math.log(4), 0.005  # of log lambda, first steps of a s
 _EVALUATIONS = 16
 
 
-class Options(BudgetOptions):
+class Options(TargetOptions):
     """Exactly one of epsilon and sparsity."""
 
-    BUDGET = "sparsity"
+    TARGET = "sparsity"
     RULES = frozenset({"uniform", "sensitivity", "owl", "mosaic", "knapsack"})
 
     epsilon: float | None = Field(

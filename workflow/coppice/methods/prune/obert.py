@@ -28,8 +28,8 @@ from coppice.methods.contracts import Decoder, Linear, LinearStatistics, Masked,
 from coppice.methods.declaration import LayerMethod, Resources
 from coppice.methods.incompatible import PRUNE
 from coppice.methods.options import LayerOptions
-from coppice.methods.solvers.budget import share_of
 from coppice.methods.solvers.mask import keep_largest, nothing_to_prune
+from coppice.methods.solvers.selection import share_of
 
 if TYPE_CHECKING:
     from torch import Tensor

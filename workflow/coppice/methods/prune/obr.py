@@ -26,7 +26,7 @@ from pydantic import Field, model_validator
 from coppice.lazy import torch
 from coppice.methods.contracts import Linear, LinearStatistics, Masked, Quantized, Source, Unchanged
 from coppice.methods.declaration import LayerMethod
-from coppice.methods.solvers.budget import share_of
+from coppice.methods.incompatible import PRUNE_AND_ROUND
 from coppice.methods.solvers.damping import damp
 from coppice.methods.solvers.grid import (
     Grid,
@@ -47,6 +47,7 @@ from coppice.methods.solvers.mask import (
 )
 from coppice.methods.solvers.moments import input_power
 from coppice.methods.solvers.refit import compensate
+from coppice.methods.solvers.selection import share_of
 from coppice.methods.solvers.sweep import CholeskyFactor, Quantizer, cholesky_factor, sweep
 
 if TYPE_CHECKING:
@@ -171,10 +172,7 @@ METHOD = LayerMethod(
     options=Options,
     needs=frozenset({"moments"}),
     adds_traits=frozenset({"masked", "quantized"}),
-    incompatible_with={
-        "quantized": "packed integers can be neither masked nor rounded again; start from a node that is not quantized",
-        "compensated": "the compensation was fitted to the weights as they are; prune before compensating",
-    },
+    incompatible_with=PRUNE_AND_ROUND,
     traits=traits,
     compress=compress,
 )

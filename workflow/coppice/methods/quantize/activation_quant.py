@@ -11,6 +11,7 @@ from pydantic import Field
 
 from coppice.methods.contracts import Linear, LinearStatistics, QuantizedActivations, Source
 from coppice.methods.declaration import LayerMethod
+from coppice.methods.incompatible import QUANTIZE_ACTIVATIONS
 from coppice.methods.options import LayerOptions
 
 SOURCE = Source(
@@ -39,6 +40,6 @@ METHOD = LayerMethod(
     source=SOURCE,
     options=Options,
     adds_traits=frozenset({"quantized-activations"}),
-    incompatible_with={"quantized-activations": "its linears round their inputs already; round them once"},
+    incompatible_with=QUANTIZE_ACTIVATIONS,
     compress=compress,
 )

@@ -27,7 +27,6 @@ from coppice.methods.contracts import Codebook, Decoder, Linear, LinearStatistic
 from coppice.methods.declaration import LayerMethod, Resources
 from coppice.methods.incompatible import QUANTIZE
 from coppice.methods.options import LayerOptions
-from coppice.methods.solvers.budget import share_of
 from coppice.methods.solvers.codebook import (
     dynamic_table,
     float_table,
@@ -36,6 +35,7 @@ from coppice.methods.solvers.codebook import (
     quantile_table,
     quantize_blocks,
 )
+from coppice.methods.solvers.selection import share_of
 
 if TYPE_CHECKING:
     from torch import Tensor

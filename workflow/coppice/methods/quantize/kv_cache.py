@@ -14,7 +14,8 @@ from pydantic import Field
 
 from coppice.methods.contracts import Source
 from coppice.methods.declaration import CacheMethod
-from coppice.methods.solvers.cache import CacheOptions
+from coppice.methods.incompatible import QUANTIZE_CACHE
+from coppice.methods.options import CacheOptions
 
 SOURCE = Source(
     "KIVI: A Tuning-Free Asymmetric 2bit Quantization for KV Cache",
@@ -40,6 +41,6 @@ METHOD = CacheMethod(
     source=SOURCE,
     options=Options,
     adds_traits=frozenset({"quantized-cache"}),
-    incompatible_with={"quantized-cache": "its keys and values are compressed already; choose one way to keep them"},
+    incompatible_with=QUANTIZE_CACHE,
     cache=cache,
 )

@@ -30,11 +30,11 @@ from coppice.lazy import LazyModule, torch
 from coppice.methods.contracts import Decoder, Linear, LinearStatistics, Quantized, Source
 from coppice.methods.declaration import LayerMethod, Resources
 from coppice.methods.incompatible import QUANTIZE
-from coppice.methods.solvers.budget import share_of
 from coppice.methods.solvers.demand import rounding_losses
 from coppice.methods.solvers.grid import GroupOptions, dequantize
 from coppice.methods.solvers.knapsack import knapsack
 from coppice.methods.solvers.rounding import SweepOptions, SweptGridOptions, round_to_nearest, sweep_to_grid
+from coppice.methods.solvers.selection import share_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -301,5 +301,6 @@ METHOD = LayerMethod(
     incompatible_with=QUANTIZE,
     compress=compress,
     plan=plan,
+    draws=True,
     resources=Resources(reach="model"),
 )

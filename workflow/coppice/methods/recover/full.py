@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from coppice.methods.contracts import Source
 from coppice.methods.declaration import Resources, TrainingMethod
+from coppice.methods.incompatible import TRAIN
 from coppice.methods.options import RecoverOptions
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ METHOD = TrainingMethod(
     options=Options,
     incompatible_with={
         "quantized": "packed integers cannot be trained; use lora",
-        "quantized-cache": "its keys and values are rounded while it runs; train before the step that rounds them",
+        **TRAIN,
     },
     prepare=prepare,
     finish=finish,

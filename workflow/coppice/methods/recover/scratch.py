@@ -18,6 +18,7 @@ from pydantic import Field
 from coppice.lazy import torch
 from coppice.methods.contracts import Source
 from coppice.methods.declaration import Resources, TrainingMethod
+from coppice.methods.incompatible import TRAIN
 from coppice.methods.options import RecoverOptions
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ METHOD = TrainingMethod(
         "quantized": "packed integers cannot be drawn anew and trained; train before the step that quantizes",
         "factorized": f"{_COMPOSED}; train the node from before the step that factorizes",
         "compensated": f"{_COMPOSED}; train the node from before its linears were given low-rank updates",
-        "quantized-cache": "its keys and values are rounded while it runs; train before the step that rounds them",
+        **TRAIN,
     },
     prepare=prepare,
     finish=finish,

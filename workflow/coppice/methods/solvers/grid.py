@@ -21,7 +21,7 @@ from pydantic import Field, field_validator, model_validator
 from coppice.errors import UserError
 from coppice.lazy import torch
 from coppice.methods.contracts import Linear, Quantized
-from coppice.methods.options import BudgetOptions, LayerOptions
+from coppice.methods.options import LayerOptions, TargetOptions
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,10 +47,10 @@ class GroupOptions(LayerOptions):
         return group_size
 
 
-class GridOptions(GroupOptions, BudgetOptions):
+class GridOptions(GroupOptions, TargetOptions):
     """The grid on which weights are rounded."""
 
-    BUDGET: ClassVar[str] = "bits"
+    TARGET: ClassVar[str] = "bits"
     RULES: ClassVar[frozenset[str]] = frozenset({"uniform", "sensitivity", "knapsack"})
 
     bits: int = Field(ge=2, le=8, description="Bits of a code.")

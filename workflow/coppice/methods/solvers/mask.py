@@ -13,9 +13,9 @@ from pydantic import Field, field_validator, model_validator
 from coppice.errors import UserError
 from coppice.lazy import torch
 from coppice.methods.contracts import LinearStatistics, Masked, Unchanged
-from coppice.methods.options import BudgetOptions
-from coppice.methods.solvers.budget import share_of
+from coppice.methods.options import TargetOptions
 from coppice.methods.solvers.refit import refit
+from coppice.methods.solvers.selection import share_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,10 +27,10 @@ REFIT_DAMPING_DESCRIPTION = (
 )
 
 
-class PruningOptions(BudgetOptions):
+class PruningOptions(TargetOptions):
     """How many weights to prune: at most one of sparsity and pattern."""
 
-    BUDGET = "sparsity"
+    TARGET = "sparsity"
     RULES = frozenset({"uniform", "sensitivity", "owl", "mosaic", "knapsack"})
 
     sparsity: float | None = Field(

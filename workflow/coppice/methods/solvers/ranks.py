@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from coppice.methods.solvers.budget import share_of
+from coppice.methods.solvers.selection import share_of
 from coppice.methods.solvers.truncation import aligned, break_even
 
 

@@ -22,28 +22,20 @@ from pydantic import Field, model_validator
 from coppice.errors import UserError
 from coppice.lazy import torch
 from coppice.methods.contracts import LowRank, Unchanged
-from coppice.methods.options import BudgetOptions
-from coppice.methods.solvers.budget import share_of
+from coppice.methods.options import TargetOptions
 from coppice.methods.solvers.moments import once_for_shared, second_moment
+from coppice.methods.solvers.selection import share_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-# What a method that makes factors cannot work on.
-FACTORS_INCOMPATIBLE = {
-    "quantized": "packed integers have no factors; decompose before quantizing",
-    "factorized": "a linear that is factors already would be factorized twice; choose a smaller keep instead",
-    "masked": "factors fill the pruned places again; decompose before pruning",
-    "compensated": "the compensation was fitted to the weights as they are; decompose before compensating",
-}
-
 _LARGEST_DAMPING = 1.0
 
 
-class RankOptions(BudgetOptions):
+class RankOptions(TargetOptions):
     """The rank of the factors: exactly one of keep and rank."""
 
-    BUDGET: ClassVar[str] = "keep"
+    TARGET: ClassVar[str] = "keep"
     RULES: ClassVar[frozenset[str]] = frozenset({"uniform", "sensitivity", "svd-llm-v2", "water-filling", "knapsack"})
 
     keep: float | None = Field(
