@@ -13,6 +13,14 @@ from coppice.methods.decompose import svd, svd_llm
 from coppice.methods.decompose.asvd import Candidate, Options, compress, plan, search
 from coppice.methods.solvers.ranks import RankBudget
 
+# Read by tests/rows.py.
+ROWS = [
+    {"keep": 0.6, "search": "strs", "grid": [0.4]},
+    {"keep": 0.6},
+    {"rank": 3, "statistic": "absmax", "alpha": 1},
+    {"keep": 0.6, "search": "spectrum"},
+]
+
 
 def statistics_of(inputs: torch.Tensor) -> LinearStatistics:
     """Statistics of inputs x, [tokens, n]."""

@@ -22,6 +22,10 @@ from coppice.methods.decompose.curing import (
     select,
 )
 
+# Read by tests/rows.py.
+ROWS = [{"keep": 0.8}, {"rank": 3, "link": "data"}, {"rank": 3, "importance": "weight"}]
+BLIND_ROWS = [2]
+
 
 def random(*shape: int, seed: int = 11) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)

@@ -11,6 +11,9 @@ from coppice.methods.contracts import Linear
 from coppice.methods.quantize.k_bit import Options, Proxy, compress, plan, writers
 from coppice.methods.solvers.codebook import dequantize
 
+# Read by tests/rows.py.
+ROWS = [{"bits": 4}, {"bits": 3, "type": "quantile"}, {"bits": 4, "type": "normal", "outliers": 0.3}]
+
 BLOCK = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"]
 BLOCK += ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
 

@@ -14,6 +14,9 @@ from coppice.methods.prune.llm_pruner import Options, choose
 from coppice.methods.registry import method
 from coppice.models.surgery import achieved, remove, structure
 
+# Read by tests/rows.py.
+ROWS = [{"ratio": 0.25}]
+
 TOKENS = tiny_tokens()
 MASK = torch.ones_like(TOKENS, dtype=torch.bool)
 TWO_BLOCKS = SimpleNamespace(structure=Structure(blocks=2, kv_groups=4, neurons=100))

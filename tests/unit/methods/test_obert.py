@@ -11,6 +11,9 @@ from coppice.errors import UserError
 from coppice.methods.contracts import Linear, Masked, Unchanged
 from coppice.methods.prune.obert import Options, compress, fisher, invert, plan, saliency
 
+# Read by tests/rows.py.
+ROWS = [{"sparsity": 0.5, "block": 8}, {"sparsity": 0.5, "block": 8, "unit": 4, "update": "joint", "scope": "layer"}]
+
 SHAPES = {"model.layers.0.a": (6, 8), "model.layers.1.b": (5, 12)}
 
 

@@ -16,6 +16,13 @@ from coppice.methods.registry import method
 from coppice.methods.solvers import demand
 from coppice.methods.solvers.grid import GridOptions, dequantize
 
+# Read by tests/rows.py.
+ROWS = [
+    {"bits_average": 5, "group_size": -1},
+    {"bits_average": 5, "search": "knapsack", "quantizer": "gptq", "group_size": -1},
+]
+BLIND_ROWS = [0]
+
 NAMES = [f"model.layers.{block}.mlp.{kind}" for block in range(2) for kind in ("up_proj", "down_proj")]
 
 

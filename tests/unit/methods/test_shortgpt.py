@@ -14,6 +14,9 @@ from coppice.methods.prune.shortgpt import Options, choose
 from coppice.methods.registry import method
 from coppice.models.surgery import remove
 
+# Read by tests/rows.py.
+ROWS = [{"ratio": 0.5}]
+
 FIVE = SimpleNamespace(structure=Structure(blocks=5, kv_groups=2, neurons=8))
 THREE = SimpleNamespace(structure=Structure(3, 1, 1))
 SIMILARITY = {"similarity": torch.tensor([0.2, 0.9, 0.5, 0.95, -0.4])}

@@ -42,4 +42,4 @@ REMOVE_UNITS = {
     "compensated": "the corrections of its linears were fitted to the widths that it has",
 }
 COMPENSATE = {"compensated": "the linear has a correction already; choose a larger rank instead"}
-TRAIN = {"quantized-cache": "its keys and values are rounded while it runs; train before the step that rounds them"}
+QUANTIZED_CACHE = "its keys and values are quantized as it runs; train before the step that quantizes them"

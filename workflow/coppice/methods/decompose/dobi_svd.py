@@ -129,11 +129,11 @@ def plan(decoder: Decoder, options: Options) -> dict[str, PlannedRank]:
 def learn(decoder: Decoder, budget: RankBudget, options: Options) -> Tensor:
     """The real-valued rank of each linear [linears], at least 1, after the pass with the lowest mean objective."""
     device = decoder.linear(decoder.names[0]).weight.device
-    course = Course.of(budget, device)
+    costs = RankCosts.of(budget, device)
     generator = torch.Generator().manual_seed(decoder.seed)
     windows = torch.randperm(decoder.windows, generator=generator)[: options.steps]
     passes = math.ceil(options.steps / len(windows))
-    shares = course.uniform(budget.keep).requires_grad_()
+    shares = costs.uniform(budget.keep).requires_grad_()
     adam = torch.optim.Adam([shares], lr=options.learning_rate)
     best, lowest = shares.detach().clone(), math.inf
     for number in range(passes):
@@ -143,7 +143,7 @@ def learn(decoder: Decoder, budget: RankBudget, options: Options) -> Tensor:
             for group in adam.param_groups:
                 group["lr"] = options.learning_rate * (0.9 + 0.1 * math.cos(math.pi * progress))
             with torch.enable_grad():
-                value = objective(decoder, int(windows[chosen]), shares, course, options)
+                value = objective(decoder, int(windows[chosen]), shares, costs, options)
                 (shares.grad,) = torch.autograd.grad(value, [shares])
             if not (torch.isfinite(value) and torch.isfinite(shares.grad).all()):
                 raise UserError(
@@ -154,11 +154,11 @@ def learn(decoder: Decoder, budget: RankBudget, options: Options) -> Tensor:
             total += value.item()
         if total < lowest:
             best, lowest = shares.detach().clone(), total
-    return (best * course.ranks).clamp(min=1)
+    return (best * costs.ranks).clamp(min=1)
 
 
 @dataclass(frozen=True)
-class Course:
+class RankCosts:
     """What ranks cost. index: the place of each linear; [linears] each: ranks min(m, n), price of a rank, size m n."""
 
     index: dict[str, int]
@@ -167,7 +167,7 @@ class Course:
     size: Tensor
 
     @classmethod
-    def of(cls, budget: RankBudget, device: torch.device) -> Course:
+    def of(cls, budget: RankBudget, device: torch.device) -> RankCosts:
         def tensor(values: list[int]) -> Tensor:
             return torch.tensor(values, dtype=torch.float64, device=device)
 
@@ -189,13 +189,13 @@ class Course:
         return cost.sum() / self.size.sum()
 
 
-def objective(decoder: Decoder, window: int, shares: Tensor, course: Course, options: Options) -> Tensor:
+def objective(decoder: Decoder, window: int, shares: Tensor, costs: RankCosts, options: Options) -> Tensor:
     """The loss of a window with every output truncated, with its penalties; shares: [linears] ranks over min(m, n)."""
     barriers = []
 
     def truncated(name: str, outputs: Tensor) -> Tensor:
-        place = course.index[name]
-        count = int(min(len(outputs), course.ranks[place].item()))
+        place = costs.index[name]
+        count = int(min(len(outputs), costs.ranks[place].item()))
         position = shares[place] * count
         barriers.append(torch.relu(-position).square() + torch.relu(position - count).square())
         return soft_truncation(outputs, position, options.beta, count)
@@ -203,7 +203,7 @@ def objective(decoder: Decoder, window: int, shares: Tensor, course: Course, opt
     loss = decoder.loss([window], outputs=truncated)
     if options.loss == "perplexity":
         loss = loss.exp()
-    distance = (course.kept(shares) - options.keep).abs()
+    distance = (costs.kept(shares) - options.keep).abs()
     return loss + options.penalty * distance + torch.stack(barriers).sum()
 
 

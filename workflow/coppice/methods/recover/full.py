@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from coppice.methods.contracts import Source
 from coppice.methods.declaration import Resources, TrainingMethod
-from coppice.methods.incompatible import TRAIN
+from coppice.methods.incompatible import QUANTIZED_CACHE
 from coppice.methods.options import RecoverOptions
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ METHOD = TrainingMethod(
     options=Options,
     incompatible_with={
         "quantized": "packed integers cannot be trained; use lora",
-        **TRAIN,
+        "quantized-cache": QUANTIZED_CACHE,
     },
     prepare=prepare,
     finish=finish,

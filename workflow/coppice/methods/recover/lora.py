@@ -16,7 +16,7 @@ from pydantic import Field
 from coppice.lazy import torch
 from coppice.methods.contracts import Source
 from coppice.methods.declaration import Resources, TrainingMethod
-from coppice.methods.incompatible import TRAIN
+from coppice.methods.incompatible import QUANTIZED_CACHE
 from coppice.methods.options import MethodOptions, RecoverOptions
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ METHOD = TrainingMethod(
         "compensated": "its linears already have an update beside them; train that one with full",
         "quantized-activations": "an update merged into the weights would see rounded inputs, and was not trained so; "
         "use full, or train before the step that rounds them",
-        **TRAIN,
+        "quantized-cache": QUANTIZED_CACHE,
     },
     traits=traits,
     prepare=prepare,

@@ -18,7 +18,7 @@ from pydantic import Field
 from coppice.lazy import torch
 from coppice.methods.contracts import Source
 from coppice.methods.declaration import Resources, TrainingMethod
-from coppice.methods.incompatible import TRAIN
+from coppice.methods.incompatible import QUANTIZED_CACHE
 from coppice.methods.options import RecoverOptions
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ METHOD = TrainingMethod(
         "quantized": "packed integers cannot be drawn anew and trained; train before the step that quantizes",
         "factorized": f"{_COMPOSED}; train the node from before the step that factorizes",
         "compensated": f"{_COMPOSED}; train the node from before its linears were given low-rank updates",
-        **TRAIN,
+        "quantized-cache": QUANTIZED_CACHE,
     },
     prepare=prepare,
     finish=finish,

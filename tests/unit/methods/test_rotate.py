@@ -7,6 +7,9 @@ from pydantic import ValidationError
 from coppice.methods.quantize.rotate import Options, hadamard_like, rotation
 from coppice.methods.registry import method
 
+# Read by tests/rows.py.
+ROWS = [{}]
+
 
 @pytest.mark.parametrize("width", [1, 2, 3, 12, 64, 172, 250, 576, 960, 1152])
 @pytest.mark.parametrize("seed", [None, 5])
