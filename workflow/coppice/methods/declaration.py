@@ -41,7 +41,7 @@ class Resources:
     """What a method holds besides the model, for the plan and for a cluster's requests.
 
     reach: how much of the model it must see at once; what reaches a `linear` or a `block` can be streamed. teacher: it
-    trains against the dense root. frozen_base: most weights do not train. redraws: it draws all weights anew.
+    trains against the dense root. frozen_base: most weights do not train. redraws: it initializes all weights again.
     small_state: what it trains, and so the state of an interrupted run, is small next to the model.
     """
 

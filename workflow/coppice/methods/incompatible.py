@@ -24,7 +24,7 @@ QUANTIZE_ACTIVATIONS = {"quantized-activations": "its linears round their inputs
 QUANTIZE_CACHE = {"quantized-cache": "its keys and values are compressed already; choose one way to keep them"}
 ROTATE = {
     "factorized": "norms and rotations are folded into whole linears; rotate before decomposing",
-    "quantized": "rotated weights do not lie on the grid that their codes stand for; rotate before quantizing",
+    "quantized": "rotated weights do not lie on the grid of their codes; rotate before quantizing",
     "quantized-activations": "inputs are rounded with what was chosen for them as they are; rotate before that",
     "compensated": f"{_FITTED}; rotate before compensating",
     "masked": "a rotation fills the pruned places again; rotate before pruning",

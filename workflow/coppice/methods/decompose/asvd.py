@@ -125,19 +125,19 @@ def search(candidates: list[Candidate], budget: RankBudget) -> dict[str, int]:
     candidates = sorted(candidates, key=lambda candidate: candidate.sensitivity)
 
     def ranks(count: int) -> dict[str, int]:
-        found = {name: budget.largest(name) for name in budget.shapes}
+        least = {name: budget.largest(name) for name in budget.shapes}
         for candidate in candidates[:count]:
-            found[candidate.name] = min(found[candidate.name], candidate.rank)
-        return found
+            least[candidate.name] = min(least[candidate.name], candidate.rank)
+        return least
 
     # The cost falls with every candidate accepted.
     counts = range(len(candidates))
     count = bisect_left(counts, True, key=lambda count: budget.total(ranks(count)) <= budget.allowed)
-    found = ranks(count)
+    accepted = ranks(count)
     if count:
-        found = budget.fill(found, [candidates[count - 1].name])
+        accepted = budget.fill(accepted, [candidates[count - 1].name])
     order = dict.fromkeys(candidate.name for candidate in reversed(candidates))
-    return budget.fill(found, list(order))
+    return budget.fill(accepted, list(order))
 
 
 def _by_loss(decoder: Decoder, options: Options) -> Iterator[Candidate]:

@@ -1,4 +1,4 @@
-"""CompactifAI: matrix product operators in the place of linears.
+"""CompactifAI: linears as matrix product operators.
 
 Tomut et al., CompactifAI: Extreme Compression of Large Language Models using Quantum-Inspired Tensor Networks (arXiv
 2401.14109). W [m, n] becomes K cores [chi_k-1, o_k, i_k, chi_k] (see `solvers.tensor_train`), whose bonds chi say how
@@ -98,7 +98,7 @@ def plan(decoder: Decoder, options: Options) -> dict[str, Any]:
     with torch.no_grad():
         dense = decoder.loss(windows).item()
         if not math.isfinite(dense):
-            raise UserError(f"The parent's loss on the calibration windows is {dense}; look at the step that made it.")
+            raise UserError(f"The parent's loss on the calibration windows is {dense}; check the parent's step.")
         profiles = {name: _profile(decoder, name, dense, windows, options) for name in names}
     sizes = [[entry["parameters"] for entry in profiles[name]] for name in names]
     increases = [[entry["loss_increase"] for entry in profiles[name]] for name in names]
@@ -147,7 +147,7 @@ def compress(linear: Linear, statistics: LinearStatistics | None, options: Optio
 
 
 def chosen_bond(options: Options, sites: Sites) -> int:
-    """The asked bond, or the largest that the share affords, at least 1."""
+    """The requested bond, or the largest that the share affords, at least 1."""
     return options.bond or sites.largest_bond(share_of(options.keep, sites.weights))
 
 

@@ -4,7 +4,7 @@ Wang et al., Dobi-SVD: Differentiable SVD for LLM Compression and Some New Persp
 
 1. Positions. The output of each linear on a window is Y [t, m] = U Sigma V^T, of at most q = min(t, m, n) components.
    Its truncation at the position gamma is Y' = U diag(g) Sigma V^T, g_i = (tanh(beta (gamma - i)) + 1) / 2, i = 1 .. q.
-   The rank that a position stands for is c gamma with c = min(m, n) / q, a real number; it is the rank that Adam
+   The rank of a position is c gamma with c = min(m, n) / q, a real number; it is the rank that Adam
    learns for each linear, as a share of min(m, n), on
 
        loss + lambda |share(ranks) - keep| + sum over linears of relu(-gamma)^2 + relu(gamma - q)^2,
@@ -91,7 +91,7 @@ class Options(RankOptions):
     penalty: float = Field(
         default=20,
         ge=0,
-        description="Weight lambda of the distance from the budget. The paper takes 30 to 400 beside the perplexity.",
+        description="Weight lambda of the distance from the target. The paper takes 30 to 400 with the perplexity.",
     )
     loss: Literal["cross-entropy", "perplexity"] = Field(
         default="cross-entropy", description="The loss; the paper's is the perplexity, its exponential."
@@ -100,7 +100,7 @@ class Options(RankOptions):
     @model_validator(mode="after")
     def _learning_spreads_the_budget(self) -> Options:
         if self.learn and self.keep is None:
-            raise ValueError("learned ranks share a budget: give 'keep' instead of 'rank', or set 'learn: false'")
+            raise ValueError("learned ranks share a target: give 'keep' instead of 'rank', or set 'learn: false'")
         return self
 
     @property
@@ -113,7 +113,7 @@ def traits(parent: frozenset[str], options: Options) -> frozenset[str]:
 
 
 def plan(decoder: Decoder, options: Options) -> dict[str, PlannedRank]:
-    """The learned rank of each linear, scaled to meet the budget; nothing where ranks are uniform.
+    """The learned rank of each linear, scaled to meet the target; nothing where ranks are uniform.
 
     Raises UserError when the loss or an output is not finite.
     """
@@ -227,11 +227,11 @@ def compress(linear: Linear, statistics: LinearStatistics, options: Options) -> 
     if options.remap:
         short = min(shape)
         uniform = aligned(options.rank or share_of(options.keep, short), options.align)
-        asked = uniform if linear.plan is None else linear.plan.rank
-        rank = min(asked, short)
-        record = record | {"keep_bytes_asked": options.keep or asked / short, "keep_bytes": rank / short}
+        requested = uniform if linear.plan is None else linear.plan.rank
+        rank = min(requested, short)
+        record = record | {"keep_bytes_asked": options.keep or requested / short, "keep_bytes": rank / short}
         truncation = truncate_outputs(weight, rank, moment)
-        return remapped(truncation, linear.storage or weight.dtype, factors_record(truncation, asked) | record)
+        return remapped(truncation, linear.storage or weight.dtype, factors_record(truncation, requested) | record)
     rank = chosen_rank(options, *shape) if linear.plan is None else linear.plan.rank
     if rank >= break_even(*shape):
         return stays_dense(rank, *shape, record)

@@ -1,4 +1,4 @@
-"""FWSVD: singular value decomposition weighted by what the loss feels of each input.
+"""FWSVD: singular value decomposition weighted by the Fisher information of each input.
 
 Hsu et al., Language model compression with weighted low-rank factorization (arXiv 2207.00112).
 F_ij = mean over batches of (dL / dW_ij)^2, the empirical Fisher information; d_j = sqrt(sum_i F_ij) [n];

@@ -14,7 +14,7 @@ pruning alone, the weights on its support are the exact least-squares refit (see
 paper: that refit, and the rule to stop, a step smaller than `tolerance` |T|_F, which does not depend on the scale of C.
 
 Rounding alone gains little. On a grid that stays fixed the iteration never leaves round-to-nearest unless a step
-exceeds half a scale somewhere, since T lies on the grid already; only the grids that are fitted to Z anew move it.
+exceeds half a scale somewhere, since T lies on the grid already; only refitting the grids to Z moves it.
 Where a few inputs are far stronger than the rest, pruning with rounding may find nothing better than its first
 candidate, Wanda's mask rounded to nearest; `best_iteration` is then 0.
 """
@@ -182,12 +182,12 @@ def _descend(
         share = min(done / ramp, 1.0) if ramp else 1.0
         moved = current + step * gradient
         point = project(moved, moved.abs(), share)
-        settled = share == 1 and (point.weight - current).norm() <= options.tolerance * point.weight.norm()
+        converged = share == 1 and (point.weight - current).norm() <= options.tolerance * point.weight.norm()
         current = point.weight
         gradient = (weight - current) @ moment
         if share == 1 and (error := output_power(weight - current, moment, gradient)) < least:
             best, best_iteration, least = point, done, error
-        if settled:
+        if converged:
             break
     return best, {"iterations": done, "best_iteration": best_iteration}
 

@@ -1,6 +1,7 @@
-"""Removes the key/value groups and the neurons whose removal changes the loss the least, to first or second order.
+"""LLM-Pruner: removes the key/value groups and neurons of lowest Taylor importance, of first or second order.
 
-LLM-Pruner: On the Structural Pruning of Large Language Models (arXiv 2305.11627), section 3.2, equations 3 to 5.
+Ma et al., LLM-Pruner: On the Structural Pruning of Large Language Models (arXiv 2305.11627), section 3.2, equations 3
+to 5.
 Differs from the paper: every block loses equally many units, so that stock classes load the result, and the scores of
 a key/value group are those of its own query heads (the authors' code adds those of others to it).
 """

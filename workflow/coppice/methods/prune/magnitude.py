@@ -1,4 +1,4 @@
-"""Magnitude pruning: the weights smallest in size go.
+"""Magnitude pruning: prune the weights of smallest magnitude.
 
 Han et al., Learning both Weights and Connections for Efficient Neural Networks (arXiv 1506.02626), section 3.
 Score |W_ij|, compared within the whole matrix, within each output's row, or within each group of an N:M pattern.

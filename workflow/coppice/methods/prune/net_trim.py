@@ -223,14 +223,14 @@ def _seek(
 
     From the lambda of `begin` in strides of log lambda that double. Each begins from the U of the one before.
     """
-    bracket, found = _Bracket(stride), None
+    bracket, solution = _Bracket(stride), None
     position, current = math.log(begin.multiplier), begin.weight
     for _ in range(_EVALUATIONS):
         multiplier = math.exp(position)
         current = problem.solve(multiplier, current, tolerance)
         reached = goal.measure(current)
         if reached <= goal.most:
-            found = _Solution(current, multiplier)
+            solution = _Solution(current, multiplier)
             if reached >= goal.least:
                 break
         following = bracket.after(position, reached - (goal.least + goal.most) / 2)
@@ -238,7 +238,7 @@ def _seek(
         if following == position:
             break
         position = following
-    return found
+    return solution
 
 
 class _Bracket:

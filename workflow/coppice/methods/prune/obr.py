@@ -1,4 +1,4 @@
-"""OBR: what is pruned, and then what half of the inputs loses to rounding, is made up for by the weights that stay.
+"""OBR: the remaining weights compensate for what pruning, and then rounding half of the inputs, loses.
 
 Guo et al., Optimal Brain Restoration for Joint Quantization and Sparsification of LLMs (arXiv 2509.11177), algorithm 1.
 W: [m, n]; H = E[x x^T] + damping mean(diag H) I, [n, n]. With an error e = w - w_hat fixed at the places E of a row,
@@ -67,7 +67,7 @@ class Options(PruningOptions, OptionalGridOptions):
     """Exactly one of sparsity and pattern; bits round what stays."""
 
     form: Literal["rtn", "gptq"] = Field(
-        default="gptq", description="How the inputs behind the split are rounded: to nearest, or in a sweep of GPTQ."
+        default="gptq", description="How the inputs after the split are rounded: to nearest, or in a sweep of GPTQ."
     )
     alpha: float = Field(
         default=0.5,
@@ -116,10 +116,10 @@ def compress(linear: Linear, statistics: LinearStatistics, options: Options) -> 
     return _quantize(linear, weight, restored, mask, moment, factor, options, record)
 
 
-def restore(weight: Tensor, settled: Tensor, free: Tensor, moment: Tensor) -> Tensor:
-    """settled [m, n], with what makes up for weight - settled, where it is not free, added to the free places."""
-    correction = compensate(weight - settled, free, moment)
-    return settled + correction.to(weight.dtype)
+def restore(weight: Tensor, compressed: Tensor, free: Tensor, moment: Tensor) -> Tensor:
+    """compressed [m, n], its free places corrected for the error weight - compressed of the others."""
+    correction = compensate(weight - compressed, free, moment)
+    return compressed + correction.to(weight.dtype)
 
 
 def _wanda(weight: Tensor, moment: Tensor, kept: Tensor | None, options: Options) -> Tensor:
@@ -146,15 +146,15 @@ def _quantize(
     split = share_of(options.alpha, inputs)
 
     codes = _round(grid, restored, scale, zero_point, groups)
-    behind = torch.arange(inputs, device=weight.device) >= split
-    settled = torch.where(behind, restored, decode(codes, scale[:, groups], zero_point[:, groups]))
-    restored = restore(restored, settled, mask & behind, moment)
+    after_split = torch.arange(inputs, device=weight.device) >= split
+    rounded = torch.where(after_split, restored, decode(codes, scale[:, groups], zero_point[:, groups]))
+    restored = restore(restored, rounded, mask & after_split, moment)
     if options.form == "rtn":
         codes = _round(grid, restored, scale, zero_point, groups)
     elif split < inputs:
         codes[:, split:] = sweep(
             restored[:, split:],
-            CholeskyFactor(factor.upper[split:, split:], factor.dead[split:], factor.damping, factor.asked),
+            CholeskyFactor(factor.upper[split:, split:], factor.dead[split:], factor.damping, factor.requested),
             options.block,
             kept=mask[:, split:],
             quantizer=Quantizer(grid, width, groups[split:], (scale, zero_point)),

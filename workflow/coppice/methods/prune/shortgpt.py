@@ -1,6 +1,6 @@
-"""Deletes the blocks that change the residual stream the least.
+"""ShortGPT: removes the blocks that change the residual stream the least.
 
-ShortGPT: Layers in Large Language Models are More Redundant Than You Expect (arXiv 2403.03853), equation 1.
+Men et al., ShortGPT: Layers in Large Language Models are More Redundant Than You Expect (arXiv 2403.03853), equation 1.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""SparseGPT: pruning while the weights that stay make up for what goes.
+"""SparseGPT: pruning in one sweep over the inputs, while the remaining weights compensate for the error.
 
 Frantar and Alistarh, SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot (arXiv 2301.00774),
 algorithm 1. Score W_ij^2 / U_jj^2 of the current weights, U^T U = H^-1 (see `solvers.sweep`), compared within each

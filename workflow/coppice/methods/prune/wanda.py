@@ -2,7 +2,7 @@
 
 Sun et al., A Simple and Effective Pruning Approach for Large Language Models (arXiv 2306.11695), equation 1.
 Score |W_ij| |X_j|_2, with |X_j|_2 = sqrt(H_jj) up to a constant, compared within each output's row or within each group
-of an N:M pattern. The weights that stay are not changed, unless a refit is asked for.
+of an N:M pattern. The weights that stay are not changed, unless a refit is requested.
 """
 
 from __future__ import annotations

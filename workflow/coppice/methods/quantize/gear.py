@@ -1,9 +1,9 @@
-"""GEAR: a cache on small grids, with a low-rank and a sparse part that make up for the rounding.
+"""GEAR: a quantized key/value cache with a low-rank and a sparse correction of the rounding error.
 
 Kang et al., GEAR: An Efficient KV Cache Compression Recipe for Near-Lossless Generative Inference of LLM (arXiv
 2403.05527), X ~ X^ + L + S: X^ rounded, L = Q P^T of rank r for each head by power iteration, S the largest and the
 smallest values. Without outliers it is GEAR-L; with group_size -1 its grids are the paper's "KCVT". The mathematics are
-`kv_cache`'s.
+in `models.kv_cache`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ SOURCE = Source(
 
 
 class Options(CacheOptions):
-    rank: int = Field(default=4, ge=0, description="Rank that makes up for the rounding of the prompt, for each head.")
+    rank: int = Field(
+        default=4, ge=0, description="Rank of the correction of the prompt's rounding error, for each head."
+    )
     decode_rank: int = Field(default=2, ge=0, description="The same for each chunk of tokens after the prompt.")
     outliers: float = Field(
         default=0.02,

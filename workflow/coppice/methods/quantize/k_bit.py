@@ -117,21 +117,21 @@ def writers(names: list[str]) -> dict[str, str | None]:
 
     Inside a composite of linears, each but the first reads the one before it.
     """
-    found, last, before = {}, {}, None
+    producers, last, before = {}, {}, None
     for index, name in enumerate(names):
         parts = name.split(".")
         kind = next((part for part in parts if part in _WRITERS), None)
         if kind is None:
-            found[name] = None
+            producers[name] = None
             continue
         composite = parts[: parts.index(kind) + 1]
         if before is not None and before.split(".")[: len(composite)] == composite:
-            found[name] = before
+            producers[name] = before
         else:
             seen = [last[writer] for writer in _WRITERS[kind] if writer in last]
-            found[name] = names[max(seen)] if seen else None
+            producers[name] = names[max(seen)] if seen else None
         last[kind], before = index, name
-    return found
+    return producers
 
 
 def compress(linear: Linear, statistics: LinearStatistics | None, options: Options) -> Codebook:

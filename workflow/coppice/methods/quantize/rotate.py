@@ -1,4 +1,4 @@
-"""QuaRot: the residual stream, and the values within each head, are rotated so that no channel stands out.
+"""QuaRot: the residual stream, and the values within each head, are rotated so that no channel is an outlier.
 
 Ashkboos et al., QuaRot: Outlier-Free 4-Bit Inference in Rotated LLMs (arXiv 2404.00456), section 4, in so far as it can
 be folded into the weights; OBR (arXiv 2509.11177) builds on it. An RMS norm without weights commutes with every

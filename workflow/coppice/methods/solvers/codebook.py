@@ -145,7 +145,7 @@ def quantize_blocks(
 
 
 def dequantize(codebook: Codebook) -> Tensor:
-    """[m, n] the weights that the codes stand for, in the scales' type."""
+    """[m, n] the weights that the codes represent, in the scales' type."""
     shape = codebook.codes.shape
     block = torch.arange(codebook.codes.numel(), device=codebook.codes.device).view(shape) // codebook.block
     values = codebook.table[codebook.codes.long()] * codebook.absmax[block]

@@ -116,7 +116,7 @@ def decode(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
 
 
 def dequantize(quantized: Quantized) -> Tensor:
-    """[m, n] the weights that the codes stand for, in the scale's type."""
+    """[m, n] the weights that the codes represent, in the scale's type."""
     index = quantized.group_index.long()
     return decode(quantized.codes, quantized.scale[:, index], quantized.zero_point[:, index])
 
@@ -128,7 +128,7 @@ def make_grid(linear: Linear, options: GridOptions | OptionalGridOptions) -> Gri
 def group_width(options: GroupOptions, width: int) -> int:
     """Inputs in a group of a linear with `width` inputs.
 
-    Raises UserError when the asked size does not divide the width, unless `indivisible` says to take the row.
+    Raises UserError when the requested size does not divide the width, unless `indivisible` says to take the row.
     """
     if options.group_size == -1:
         return width

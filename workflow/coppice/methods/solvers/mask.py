@@ -69,7 +69,7 @@ class PruningOptions(TargetOptions):
 
     @property
     def pruned_share(self) -> float:
-        """The share of weights asked to be pruned; where one of sparsity and pattern is given."""
+        """The requested share of weights to prune; where one of sparsity and pattern is given."""
         if self.pattern is None:
             return self.sparsity
         kept, of = self.kept_of
@@ -136,7 +136,7 @@ def nothing_to_prune() -> Unchanged:
 
 
 def pruning_record(options: PruningOptions, mask: Tensor) -> dict[str, Any]:
-    """What was asked and the share of weights that the mask prunes."""
+    """The requested share and the share of weights that the mask prunes."""
     pruned = mask.numel() - int(mask.sum())
     return {"sparsity_asked": options.pruned_share, "sparsity": pruned / mask.numel()}
 

@@ -52,7 +52,7 @@ def second_moment(moment: Tensor) -> Tensor:
     # NaN is both the least and the greatest.
     if not torch.isfinite(torch.stack(torch.aminmax(moment))).all():
         raise UserError(_NOT_FINITE)
-    # A transpose laid out anew is added several times faster than one read across.
+    # A contiguous copy of the transpose is added several times faster than one read across.
     return (moment.T.contiguous().double() + moment).mul_(0.5)
 
 

@@ -1,4 +1,4 @@
-"""Ranks of several linears that share one budget.
+"""Ranks of several linears that share one target.
 
 Of linears [m, n] with sum m n parameters, ranks k may together cost floor(keep sum m n). A rank costs m + n, what its
 row of the first factor and its column of the second hold, and a linear whose rank reaches break-even stays dense and
@@ -71,15 +71,15 @@ class RankBudget:
         return filled
 
     def scaled(self, sizes: Mapping[str, float]) -> dict[str, int]:
-        """Ranks in proportion to the sizes (> 0), as large as the budget affords, and at least 1."""
+        """Ranks in proportion to the sizes (> 0), as large as the target affords, and at least 1."""
 
         def ranks(factor: float) -> dict[str, int]:
-            found = {}
+            scaled = {}
             for name, size in sizes.items():
                 largest = self.largest(name)
                 rank = int(factor * size)
-                found[name] = largest if rank >= largest else aligned(rank, self.align)
-            return found
+                scaled[name] = largest if rank >= largest else aligned(rank, self.align)
+            return scaled
 
         affordable, too_much = 0.0, 1 + max(self.largest(name) / size for name, size in sizes.items())
         # The ends come together to the last digit.
@@ -88,12 +88,12 @@ class RankBudget:
                 affordable = middle
             else:
                 too_much = middle
-        found = ranks(affordable)
-        missing = {name: affordable * size - found[name] for name, size in sizes.items()}
-        return self.fill(found, sorted(sizes, key=lambda name: -missing[name]))
+        rounded = ranks(affordable)
+        missing = {name: affordable * size - rounded[name] for name, size in sizes.items()}
+        return self.fill(rounded, sorted(sizes, key=lambda name: -missing[name]))
 
     def planned(self, ranks: Mapping[str, int]) -> dict[str, PlannedRank]:
-        """The ranks, with what was asked over all linears and what it came to."""
+        """The ranks, with what was requested over all linears and what was achieved."""
         what = "bytes" if self.remapped else "parameters"
         record = {f"planned_{what}_asked": self.keep, f"planned_{what}": self.total(ranks) / self._all}
         return {name: PlannedRank(rank, record) for name, rank in ranks.items()}

@@ -1,4 +1,4 @@
-"""A linear on a uniform grid: every weight to its nearest point, or by a sweep that makes up for the error.
+"""A linear on a uniform grid: every weight to its nearest point, or by a sweep that compensates for the error.
 
 Frantar et al., GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers (arXiv 2210.17323),
 section 4 and algorithm 1; the grid is `solvers.grid`'s, the sweep `solvers.sweep`'s.

@@ -54,7 +54,7 @@ class RankOptions(TargetOptions):
             raise ValueError("give exactly one of 'keep' and 'rank'")
         if self.rank is not None and self.allocation.by != "uniform":
             raise ValueError(
-                f"a rank is the same for every linear, and the allocation {self.allocation.by!r} spreads a budget: "
+                f"a rank is the same for every linear, and the allocation {self.allocation.by!r} spreads a target: "
                 "give 'keep' instead of 'rank', or leave the allocation uniform"
             )
         return self
@@ -195,7 +195,7 @@ def _projection(matrix: Tensor, left: Tensor, power: Tensor) -> Truncation:
 
 
 def chosen_rank(options: RankOptions, rows: int, columns: int) -> int:
-    """The asked rank, or floor(keep m n / (m + n)), rounded down to a multiple of align, at least 1."""
+    """The requested rank, or floor(keep m n / (m + n)), rounded down to a multiple of align, at least 1."""
     return aligned(options.rank or share_of(options.keep, rows * columns / (rows + columns)), options.align)
 
 
@@ -216,20 +216,20 @@ def stays_dense(rank: int, rows: int, columns: int, record: dict[str, Any] | Non
     return Unchanged(record={"unchanged": reason, "rank_asked": rank, "keep": 1.0} | (record or {}))
 
 
-def factors(truncation: Truncation, rank_asked: int, record: dict[str, Any] | None = None) -> LowRank:
+def factors(truncation: Truncation, requested: int, record: dict[str, Any] | None = None) -> LowRank:
     """The truncation as a replacement, with its rank, its share of the parameters and its error on record.
 
     `record` is added.
     """
     first, second = truncation.first, truncation.second
-    return LowRank(first, second, record=factors_record(truncation, rank_asked) | (record or {}))
+    return LowRank(first, second, record=factors_record(truncation, requested) | (record or {}))
 
 
-def factors_record(truncation: Truncation, rank_asked: int) -> dict[str, Any]:
+def factors_record(truncation: Truncation, requested: int) -> dict[str, Any]:
     rank, columns = truncation.first.shape
     rows = len(truncation.second)
     return {
-        "rank_asked": rank_asked,
+        "rank_asked": requested,
         "rank": rank,
         "keep": rank * (rows + columns) / (rows * columns),
         "truncation_error": truncation.error,
