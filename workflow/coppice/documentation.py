@@ -154,16 +154,17 @@ def methods_page() -> str:
     """docs/methods.md: one row a method, then the options of each."""
     lines = ["# Methods", "", GENERATED, ""]
     lines += [
-        "A step is a method with options. What a method cannot work on is refused when the study is loaded. `coppice",
-        "methods --json` prints the same for programs.",
+        "A step is a method with options. What a method cannot work on is refused when the study is loaded. Its reach",
+        "is how much of the model it must see at once: a method that reaches a linear or a block needs no more than",
+        "that in memory. `coppice methods --json` prints the same for programs.",
         "",
-        "| method | family | source | equation | statistics | leaves a model | refuses a model that is |",
-        "|---|---|---|---|---|---|---|",
+        "| method | family | source | equation | statistics | reach | leaves a model | refuses a model that is |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     ordered = sorted(methods().values(), key=lambda method: (FAMILIES.index(method.family), method.name))
     lines += [method_row(method) for method in ordered]
     shared = (("Options of every method that works layer by layer", LayerOptions),)
-    shared += (("Options of every method with a budget", TargetOptions), ("Allocations of a budget", Allocation))
+    shared += (("Options of every method with a target", TargetOptions), ("Allocations of a target", Allocation))
     shared += (("Options of every method that recovers", RecoverOptions),)
     lines += ["", *measured()]
     for heading, options in shared:
@@ -307,6 +308,7 @@ def method_row(method: Method) -> str:
         f"{source.title} ({source.identifier})",
         source.equation,
         ", ".join(sorted(method.needs())) or "none",
+        method.resources.reach,
         ", ".join(sorted(method.adds_traits)) or "as it was",
         ", ".join(sorted(method.incompatible_with)) or "nothing",
     ]

@@ -23,7 +23,7 @@ from coppice.compression.views import decoder_view, full_name, linear_view, plac
 from coppice.data.text import Windows
 from coppice.errors import UserError, did_you_mean, error_context
 from coppice.methods.contracts import Linear, LinearStatistics
-from coppice.methods.options import MethodOptions, TargetOptions
+from coppice.methods.options import LayerOptions, TargetOptions
 from coppice.methods.registry import Method
 from coppice.methods.solvers.loss import relative_error
 from coppice.models import folding, layers
@@ -44,7 +44,7 @@ class LayerPass:
     model: PreTrainedModel
     original: PreTrainedModel | None
     method: Method
-    options: MethodOptions
+    options: LayerOptions
     inputs: Inputs
     storage: torch.dtype
     seed: int
@@ -56,7 +56,7 @@ class LayerPass:
         A compensate method sees linears as the architecture names them; every other method each matrix, also the
         factors inside a composite.
         """
-        return layers.weight_matrices(block) if self.original is None else layers.replaceable_modules(block)
+        return {**(layers.weight_matrices(block) if self.original is None else layers.replaceable_modules(block))}
 
     def targets(self, block: nn.Module) -> dict[str, nn.Module]:
         """The linears of a block that the method works on, by the name within it."""
@@ -93,7 +93,7 @@ class Decisions:
     """
 
     plans: Mapping[str, Any] = field(default_factory=dict)
-    options: Mapping[str, MethodOptions] = field(default_factory=dict)
+    options: Mapping[str, LayerOptions] = field(default_factory=dict)
     achieved: Record = field(default_factory=dict)
 
 
@@ -161,6 +161,7 @@ def allocate_target(layer_pass: LayerPass) -> tuple[dict[str, TargetOptions], Re
     """The options of each linear where the target is spread unevenly, by full name, and what that achieves."""
     if not Method.allocates(layer_pass.options):
         return {}, {}
+    assert isinstance(layer_pass.options, TargetOptions)
     references = {} if layer_pass.original is None else layers.replaceable_modules(layer_pass.original)
 
     def linears() -> Iterator[tuple[str, Linear, LinearStatistics]]:
@@ -247,7 +248,8 @@ def scale_inputs(
     method_scales = layer_pass.method.layer.scales
     if method_scales is None:
         return statistics, {}
-    statistics, records = dict(statistics), {}
+    statistics = dict(statistics)
+    records: dict[str, Record] = {}
     for shared in folding.shared_inputs(block, folding.head_dim(layer_pass.model)):
         names = shared.consumers
         if not all(layer_pass.is_target(name) for name in names):
@@ -272,7 +274,7 @@ def compress_linear(
     inner: str,
     linear: Linear,
     statistics: LinearStatistics | None,
-    options: MethodOptions,
+    options: LayerOptions,
 ) -> Record:
     """Calls the method on one linear and puts what it returns in the linear's place; returns the record.
 

@@ -18,6 +18,7 @@ from coppice.compression.inputs import load_reference, read_inputs
 from coppice.compression.layer_pass import LayerPass, compress_layers
 from coppice.errors import UserError
 from coppice.methods import registry
+from coppice.methods.options import LayerOptions
 from coppice.methods.registry import Method
 from coppice.models.checkpoint import computing_dtype, load_model, read_manifest, save_checkpoint, stored_dtype
 
@@ -94,6 +95,7 @@ def compress(
         kv_cache.install_cache(model, achieved)
     else:
         original = None if inputs.reference is None else load_reference(inputs.reference, model, device)
+        assert isinstance(options, LayerOptions)  # as every LayerMethod declares
         layer_pass = LayerPass(model, original, method, options, inputs, stored_dtype(parent), seed, device)
         record, achieved = compress_layers(layer_pass)
     manifest = {

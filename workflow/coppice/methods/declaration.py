@@ -105,7 +105,8 @@ class Declaration:
 class LayerMethod(Declaration):
     """Replaces linears one at a time, in the dtype and on the device of `linear.weight`; pure.
 
-    compress(linear, statistics, options) -> Replacement. statistics: None where the method needs none.
+    compress(linear, statistics, options) -> Replacement. statistics: LinearStatistics, or None where the method needs
+    none.
     plan(decoder, options) -> {name of a linear: anything} decides from the whole model before the pass; what it returns
     for a linear reaches `compress` as `linear.plan`.
     scales(linears, statistics, options) -> Tensor [n] | None gives factors of an input that several linears share:
@@ -114,7 +115,7 @@ class LayerMethod(Declaration):
     `decoder.seed` (in `plan`), and declares `draws`. One with a `plan` has reach "model".
     """
 
-    compress: Callable[[Linear, LinearStatistics | None, Any], Replacement]
+    compress: Callable[[Linear, Any, Any], Replacement]
     plan: Callable[[Decoder, Any], dict[str, Any]] | None = None
     scales: Callable[[list[Linear], LinearStatistics, Any], Tensor | None] | None = None
 

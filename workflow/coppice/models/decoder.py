@@ -74,7 +74,8 @@ class WholeDecoder:
         bypass: Collection[int] = (),
     ) -> Tensor:
         chosen = range(self.windows) if windows is None else windows
-        total, count = 0.0, 0
+        total: Any = 0.0
+        count = 0
         with self._exchanged(weights or {}), self._observed(outputs), self._bypassed(bypass):
             for window in chosen:
                 tokens = self._window(window)

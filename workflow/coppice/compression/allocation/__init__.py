@@ -40,13 +40,14 @@ MEASURING = ("sensitivity", "owl", "mosaic", "svd-llm-v2")
 
 
 def allocate(
-    linears: Iterable[tuple[str, Linear, LinearStatistics | None]], options: TargetOptions
+    linears: Iterable[tuple[str, Linear, Any]], options: TargetOptions
 ) -> tuple[dict[str, TargetOptions], dict[str, Any]]:
     """The options of each linear, with a target of its own, and the record of what was requested and achieved.
 
-    linears: by full name in the model's order, read once; those of a block must come together. Statistics may be None
-    under the uniform rule. options: with the target that `TARGET` names given. Raises UserError when the floor or the
-    levels leave no way to meet the target, or when a linear cannot be measured, which the sentence names.
+    linears: (full name, linear, LinearStatistics) in the model's order, read once; those of a block must come together.
+    Statistics may be None under the uniform rule. options: with the target that `TARGET` names given. Raises UserError
+    when the floor or the levels leave no way to meet the target, or when a linear cannot be measured, which the
+    sentence names.
     """
     rule = options.allocation
     target = TARGETS[options.TARGET](options)
