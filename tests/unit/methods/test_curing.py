@@ -265,7 +265,7 @@ class TestBlocks:
         assert self.chosen(None, [0.1, 0.2, 0.3]) == [0, 1, 2]
 
     def test_more_than_there_are(self):
-        with pytest.raises(UserError, match="asked for 3 blocks, but this model has 2 between"):
+        with pytest.raises(UserError, match="decompose 3 blocks, but this model has 2 between"):
             self.chosen(3, [0.1, 0.2, 0.3, 0.4])
 
     def test_distance_that_is_not_finite(self):

@@ -21,7 +21,7 @@ from coppice.methods.decompose.dobi_svd import (
     traits,
 )
 from coppice.methods.solvers.codebook import dequantize, dynamic_table
-from coppice.methods.solvers.ranks import PlannedRank, RankBudget
+from coppice.methods.solvers.ranks import PlannedRank, RankTarget
 
 # Read by tests/rows.py.
 ROWS = [{"keep": 0.6, "steps": 2}, {"keep": 0.6, "remap": False, "learn": False}]
@@ -110,7 +110,7 @@ def test_outputs_keep_their_type():
 @pytest.mark.parametrize("remap", [False, True])
 def test_objective(remap):
     decoder = FakeDecoder()
-    budget = RankBudget(decoder.shapes, 0.5, remapped=remap)
+    budget = RankTarget(decoder.shapes, 0.5, remapped=remap)
     costs = RankCosts.of(budget, torch.device("cpu"))
     uniform = costs.uniform(0.5)
     torch.testing.assert_close(costs.kept(uniform), torch.tensor(0.5, dtype=torch.float64))
@@ -132,7 +132,7 @@ def test_objective(remap):
 def test_windows_shorter_than_the_width_have_a_real_ratio(tokens):
     """The published ratio int(min(m, n) / t) is 0 wherever the width is below the window's length."""
     decoder = FakeDecoder(tokens=tokens)
-    costs = RankCosts.of(RankBudget(decoder.shapes, 0.5, remapped=True), torch.device("cpu"))
+    costs = RankCosts.of(RankTarget(decoder.shapes, 0.5, remapped=True), torch.device("cpu"))
     seen = []
     inner = decoder.loss
 
@@ -154,7 +154,7 @@ def test_windows_shorter_than_the_width_have_a_real_ratio(tokens):
 def test_learning_moves_rank_to_where_the_loss_feels_it():
     decoder = FakeDecoder()
     options = Options(keep=0.5, steps=48, learning_rate=0.04, beta=2.0, penalty=0.5)
-    budget = RankBudget(decoder.shapes, 0.5, remapped=True)
+    budget = RankTarget(decoder.shapes, 0.5, remapped=True)
     ranks = learn(decoder, budget, options)
     assert ranks[0] < 7.5 and ranks[1] > 8.5
     assert len(decoder.asked) == 48 and set(decoder.asked) == set(range(6))
@@ -167,7 +167,7 @@ def test_learning_moves_rank_to_where_the_loss_feels_it():
 def test_plan_meets_the_budget_within_one_rank(remap, keep):
     decoder = FakeDecoder()
     found = plan(decoder, Options(keep=keep, remap=remap, steps=4))
-    budget = RankBudget(decoder.shapes, keep, remapped=remap)
+    budget = RankTarget(decoder.shapes, keep, remapped=remap)
     used = budget.total({name: each.rank for name, each in found.items()})
     assert 0 <= keep * (256 + 320) - used < 36
     assert found["a"].record["rank_learned"] > 0

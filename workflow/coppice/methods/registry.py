@@ -30,7 +30,7 @@ from coppice.methods.declaration import (
     StructureMethod,
     TrainingMethod,
 )
-from coppice.methods.options import MethodOptions
+from coppice.methods.options import MethodOptions, TargetOptions
 
 # The contracts that a family's methods may have.
 CONTRACTS: Mapping[str, tuple[type[Declaration], ...]] = {
@@ -127,7 +127,7 @@ class Method:
     @staticmethod
     def allocates(options: MethodOptions) -> bool:
         """Whether a target is spread unevenly over the linears."""
-        return getattr(options, "allocation", None) is not None and options.allocation.by != "uniform"
+        return isinstance(options, TargetOptions) and options.allocation.by != "uniform"
 
     def traits(self, parent: frozenset[str], options: MethodOptions) -> frozenset[str]:
         """The traits of a node that this method makes of a parent with these traits."""
@@ -176,13 +176,13 @@ def methods() -> dict[str, Method]:
         package = import_module(f"coppice.methods.{family}")
         for entry in pkgutil.iter_modules(package.__path__):
             module = import_module(f"{package.__name__}.{entry.name}")
-            _register(registered, declared(entry.name.replace("_", "-"), family, module))
+            _register(registered, read_declaration(entry.name.replace("_", "-"), family, module))
     for entry_point in entry_points(group="coppice.methods"):
         _register(registered, _plug_in(entry_point))
     return registered
 
 
-def declared(name: str, family: Any, module: ModuleType) -> Method:
+def read_declaration(name: str, family: Any, module: ModuleType) -> Method:
     """The method that a module declares. Raises UserError, naming it, when the module declares none."""
     file = Path(module.__file__ or "")
     if family not in FAMILIES:
@@ -212,7 +212,7 @@ def _plug_in(entry_point: EntryPoint) -> Method:
             f"Method {entry_point.name!r} ({entry_point.value}) cannot be registered: "
             f"{str(error).rstrip('.') or type(error).__name__}. Mend that package, or uninstall it."
         ) from error
-    return declared(entry_point.name, getattr(module, "FAMILY", None), module)
+    return read_declaration(entry_point.name, getattr(module, "FAMILY", None), module)
 
 
 def _register(registered: dict[str, Method], method: Method) -> None:

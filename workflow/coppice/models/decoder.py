@@ -42,13 +42,15 @@ class WholeDecoder:
         kept: Tensor | None,
         seed: int,
     ) -> None:
-        self.model, self.modules, self.seed = model, dict(linears), seed
+        self.model, self.seed = model, seed
+        self.modules: dict[str, Any] = dict(linears)
         self.names = list(linears)
         self.windows = 0 if tokens is None else len(tokens)
         self.head_dim = folding.head_dim(model)
         self.structure = surgery.structure(model)
         self.kinds = kinds
-        self._as_linear, self._tokens, self._kept = as_linear, tokens, kept
+        self._as_linear = as_linear
+        self._windows = [] if tokens is None or kept is None else list(zip(tokens, kept, strict=True))
         # Names come block by block: the last one read serves all of its linears.
         self._read = lru_cache(maxsize=1)(read)
 
@@ -120,7 +122,8 @@ class WholeDecoder:
 
     def _window(self, window: int) -> Tensor:
         """[t] the tokens of a window without its padding, on the model's device."""
-        return self._tokens[window][self._kept[window]].to(self.model.device)
+        tokens, kept = self._windows[window]
+        return tokens[kept].to(self.model.device)
 
     def _forward(self, tokens: Tensor) -> Tensor:
         return self.model(input_ids=tokens, use_cache=False).logits
@@ -155,12 +158,12 @@ class WholeDecoder:
 
     @contextmanager
     def _observed(self, outputs: Outputs | None) -> Iterator[None]:
-        def observe(name: str) -> Callable[[nn.Module, Any, Tensor], Tensor]:
-            return lambda module, inputs, y: outputs(name, y[0])[None]
+        def observe(name: str, exchange: Outputs) -> Callable[[nn.Module, Any, Tensor], Tensor]:
+            return lambda module, inputs, y: exchange(name, y[0])[None]
 
         hooks = []
         if outputs is not None:
-            hooks = [module.register_forward_hook(observe(name)) for name, module in self.modules.items()]
+            hooks = [module.register_forward_hook(observe(name, outputs)) for name, module in self.modules.items()]
         try:
             yield
         finally:

@@ -17,7 +17,7 @@ from coppice.compression.allocation.spreading import ROUNDING, highest_levels, p
 from coppice.methods.contracts import Linear, LinearStatistics
 from coppice.methods.solvers import demand
 from coppice.methods.solvers.selection import share_of
-from coppice.methods.solvers.truncation import RankOptions, aligned, break_even, chosen_rank
+from coppice.methods.solvers.truncation import RankOptions, align_rank, break_even, chosen_rank
 
 
 class RankTarget:
@@ -60,8 +60,8 @@ class RankTarget:
         least = max(math.ceil(round(self.rule.floor * chosen_rank(self.options, *shape), 6)), 1)
         if dense > 1:
             # Where the uniform target reaches break-even, the floor still lets a linear stay below it.
-            least = min(least, aligned(dense - 1, align))
-        return [rank for rank in range(least, dense) if aligned(rank, align) == rank]
+            least = min(least, align_rank(dense - 1, align))
+        return [rank for rank in range(least, dense) if align_rank(rank, align) == rank]
 
     def candidates(self, costs: list[int], size: int) -> list[int]:
         """The levels that the knapsack chooses from: for each share to keep the largest that it pays for."""

@@ -38,6 +38,7 @@ def compress(linear: Linear, statistics: LinearStatistics, options: Options) -> 
     Raises UserError when a weight holds values that are not finite, or when the statistics are unfit (see
     `solvers.truncation`).
     """
+    assert linear.reference is not None  # as every compensate method is given one
     residual = linear.reference - linear.weight
     truncation = truncate_outputs(residual, options.rank, statistics.second_moment)
     record = {

@@ -102,6 +102,7 @@ def plan(decoder: Decoder, options: Options) -> dict[str, Any]:
         profiles = {name: _profile(decoder, name, dense, windows, options) for name in names}
     sizes = [[entry["parameters"] for entry in profiles[name]] for name in names]
     increases = [[entry["loss_increase"] for entry in profiles[name]] for name in names]
+    assert options.keep is not None  # a profile spreads `keep`
     budget = share_of(options.keep, sum(max(choices) for choices in sizes))
     chosen = least_increase(sizes, increases, budget)
     return {
@@ -119,10 +120,11 @@ def compress(linear: Linear, statistics: LinearStatistics | None, options: Optio
         kind = linear.name.rpartition(".")[-1]
         return Unchanged(record={"unchanged": f"`exclude` names {kind}.", "keep": 1.0})
     planned = {} if linear.plan is None else {"profile": linear.plan["profile"]}
-    sites = split(*linear.weight.shape, options.sites)
+    rows, columns = linear.weight.shape
+    sites = split(rows, columns, options.sites)
     bond = chosen_bond(options, sites) if linear.plan is None else linear.plan["bond"]
     if bond is None:
-        reason = "The profile spends the budget better elsewhere by leaving this linear dense."
+        reason = "The profile spends the parameters better elsewhere by leaving this linear dense."
         return Unchanged(record={"unchanged": reason, "keep": 1.0, **planned})
     if bond >= break_even(sites):
         reason = (
@@ -148,7 +150,10 @@ def compress(linear: Linear, statistics: LinearStatistics | None, options: Optio
 
 def chosen_bond(options: Options, sites: Sites) -> int:
     """The requested bond, or the largest that the share affords, at least 1."""
-    return options.bond or sites.largest_bond(share_of(options.keep, sites.weights))
+    if options.bond is not None:
+        return options.bond
+    assert options.keep is not None  # exactly one of both is given
+    return sites.largest_bond(share_of(options.keep, sites.weights))
 
 
 def break_even(sites: Sites) -> int:
@@ -163,6 +168,7 @@ def operator_of(
     """The operator of that bond and the record of its scaling; its error is that of the scaled weight."""
     if options.scaling == "none":
         return decompose(weight, sites, bond), {}
+    assert statistics is not None  # scaling needs moments
     scale, dead = input_scale(statistics)
     vectors, explained = product_scaling(scale, sites.inputs)
     scaled = decompose(weight * outer(vectors).to(weight.dtype), sites, bond)
@@ -235,9 +241,10 @@ def _profile(decoder: Decoder, name: str, dense: float, windows: range, options:
     """The dense linear, then its operator at each share that saves parameters: bond, parameters and loss increase."""
     weight = decoder.linear(name).weight
     statistics = None if options.scaling == "none" else decoder.statistics(name)
-    sites = split(*weight.shape, options.sites)
-    bonds = {sites.largest_bond(share_of(share, sites.weights)) for share in options.profile}
-    entries = [{"bond": None, "parameters": sites.weights, "loss_increase": 0.0}]
+    rows, columns = weight.shape
+    sites = split(rows, columns, options.sites)
+    bonds = {sites.largest_bond(share_of(share, sites.weights)) for share in options.profile or ()}
+    entries: list[dict[str, Any]] = [{"bond": None, "parameters": sites.weights, "loss_increase": 0.0}]
     for bond in sorted(bonds, reverse=True):
         if bond >= break_even(sites):
             continue

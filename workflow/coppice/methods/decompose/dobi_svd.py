@@ -34,13 +34,13 @@ from coppice.methods.contracts import Codebook, Decoder, Linear, LinearStatistic
 from coppice.methods.declaration import LayerMethod, Resources
 from coppice.methods.incompatible import DECOMPOSE
 from coppice.methods.solvers.codebook import dynamic_table, quantize_blocks
-from coppice.methods.solvers.ranks import PlannedRank, RankBudget
+from coppice.methods.solvers.ranks import PlannedRank, RankTarget
 from coppice.methods.solvers.selection import share_of
-from coppice.methods.solvers.stable_svd import gated
+from coppice.methods.solvers.stable_svd import apply_gates
 from coppice.methods.solvers.truncation import (
     RankOptions,
     Truncation,
-    aligned,
+    align_rank,
     break_even,
     chosen_rank,
     factors,
@@ -119,21 +119,20 @@ def plan(decoder: Decoder, options: Options) -> dict[str, PlannedRank]:
     """
     if not options.learn:
         return {}
-    shapes = {name: tuple(decoder.linear(name).weight.shape) for name in decoder.names}
-    budget = RankBudget(shapes, options.keep, options.align, options.remap)
-    sizes = dict(zip(decoder.names, learn(decoder, budget, options).tolist(), strict=True))
-    planned = budget.planned(budget.scaled(sizes))
+    target = RankTarget.of(decoder, options.keep, options.align, options.remap)
+    sizes = dict(zip(decoder.names, learn(decoder, target, options).tolist(), strict=True))
+    planned = target.planned(target.scaled(sizes))
     return {name: PlannedRank(each.rank, each.record | {"rank_learned": sizes[name]}) for name, each in planned.items()}
 
 
-def learn(decoder: Decoder, budget: RankBudget, options: Options) -> Tensor:
+def learn(decoder: Decoder, target: RankTarget, options: Options) -> Tensor:
     """The real-valued rank of each linear [linears], at least 1, after the pass with the lowest mean objective."""
     device = decoder.linear(decoder.names[0]).weight.device
-    costs = RankCosts.of(budget, device)
+    costs = RankCosts.of(target, device)
     generator = torch.Generator().manual_seed(decoder.seed)
     windows = torch.randperm(decoder.windows, generator=generator)[: options.steps]
     passes = math.ceil(options.steps / len(windows))
-    shares = costs.uniform(budget.keep).requires_grad_()
+    shares = costs.uniform(target.keep).requires_grad_()
     adam = torch.optim.Adam([shares], lr=options.learning_rate)
     best, lowest = shares.detach().clone(), math.inf
     for number in range(passes):
@@ -167,15 +166,15 @@ class RankCosts:
     size: Tensor
 
     @classmethod
-    def of(cls, budget: RankBudget, device: torch.device) -> RankCosts:
+    def of(cls, target: RankTarget, device: torch.device) -> RankCosts:
         def tensor(values: list[int]) -> Tensor:
             return torch.tensor(values, dtype=torch.float64, device=device)
 
-        shapes = list(budget.shapes.values())
+        shapes = list(target.shapes.values())
         return cls(
-            {name: place for place, name in enumerate(budget.shapes)},
+            {name: place for place, name in enumerate(target.shapes)},
             tensor([min(shape) for shape in shapes]),
-            tensor([budget.quantum(name) for name in budget.shapes]),
+            tensor([target.quantum(name) for name in target.shapes]),
             tensor([rows * columns for rows, columns in shapes]),
         )
 
@@ -203,6 +202,7 @@ def objective(decoder: Decoder, window: int, shares: Tensor, costs: RankCosts, o
     loss = decoder.loss([window], outputs=truncated)
     if options.loss == "perplexity":
         loss = loss.exp()
+    assert options.keep is not None  # learned ranks share it
     distance = (costs.kept(shares) - options.keep).abs()
     return loss + options.penalty * distance + torch.stack(barriers).sum()
 
@@ -212,7 +212,7 @@ def soft_truncation(outputs: Tensor, position: Tensor, beta: float, count: int) 
     wide = outputs if outputs.dtype == torch.float64 else outputs.float()
     number = torch.arange(1, count + 1, device=wide.device)
     gate = (torch.tanh(beta * (position - number)) + 1) / 2
-    return gated(wide, gate.to(wide.dtype)).to(outputs.dtype)
+    return apply_gates(wide, gate.to(wide.dtype)).to(outputs.dtype)
 
 
 def compress(linear: Linear, statistics: LinearStatistics, options: Options) -> LowRank | Unchanged:
@@ -222,23 +222,31 @@ def compress(linear: Linear, statistics: LinearStatistics, options: Options) -> 
     finite, or when the statistics are unfit (see `solvers.truncation`).
     """
     weight, moment = linear.weight, statistics.second_moment
-    shape = weight.shape
+    rows, columns = weight.shape
     record = {} if linear.plan is None else linear.plan.record
     if options.remap:
-        short = min(shape)
-        uniform = aligned(options.rank or share_of(options.keep, short), options.align)
+        short = min(rows, columns)
+        uniform = align_rank(_uniform_rank(options, short), options.align)
         requested = uniform if linear.plan is None else linear.plan.rank
         rank = min(requested, short)
         record = record | {"keep_bytes_asked": options.keep or requested / short, "keep_bytes": rank / short}
         truncation = truncate_outputs(weight, rank, moment)
-        return remapped(truncation, linear.storage or weight.dtype, factors_record(truncation, requested) | record)
-    rank = chosen_rank(options, *shape) if linear.plan is None else linear.plan.rank
-    if rank >= break_even(*shape):
-        return stays_dense(rank, *shape, record)
+        return remap_factors(truncation, linear.storage or weight.dtype, factors_record(truncation, requested) | record)
+    rank = chosen_rank(options, rows, columns) if linear.plan is None else linear.plan.rank
+    if rank >= break_even(rows, columns):
+        return stays_dense(rank, rows, columns, record)
     return factors(truncate_outputs(weight, rank, moment), rank, record)
 
 
-def remapped(truncation: Truncation, storage: torch.dtype, record: dict[str, Any]) -> LowRank:
+def _uniform_rank(options: Options, short: int) -> int:
+    """The requested rank, or the share of min(m, n) that is as large as the share of bytes to keep."""
+    if options.rank is not None:
+        return options.rank
+    assert options.keep is not None  # exactly one of both is given
+    return share_of(options.keep, short)
+
+
+def remap_factors(truncation: Truncation, storage: torch.dtype, record: dict[str, Any]) -> LowRank:
     """The factors sigma_i u_i and v_i (mirrored where n > m) with min(m, n) entries of each in 8 bits."""
     orthonormal, upper = torch.linalg.qr(truncation.second)
     left, values, right = torch.linalg.svd(upper @ truncation.first, full_matrices=False)

@@ -87,15 +87,18 @@ def compress(linear: Linear, statistics: LinearStatistics, options: Options) -> 
     else:
         truncation = truncate_outputs(weight, rank, moment)
     if options.update:
+        assert linear.sequential is not None  # `update` needs it
         sequential = linear.sequential.second_moment
         before = relative_error(weight - truncation.second @ truncation.first, weight, sequential)
-        truncation = Truncation(truncation.first, updated(weight, truncation, sequential), truncation.error)
+        truncation = Truncation(
+            truncation.first, update_second_factor(weight, truncation, sequential), truncation.error
+        )
         after = relative_error(weight - truncation.second @ truncation.first, weight, sequential)
         record |= {"behind_error_before_update": before, "behind_error": after}
     return factors(truncation, rank, record)
 
 
-def updated(weight: Tensor, truncation: Truncation, moment: Tensor) -> Tensor:
+def update_second_factor(weight: Tensor, truncation: Truncation, moment: Tensor) -> Tensor:
     """The second factor A [m, k] with the least tr((W - A B) H' (W - A B)^T), H' [n, n], in W's type.
 
     Computed as A + (W - A B) H' B^T (B H' B^T)^+, which is W H' B^T (B H' B^T)^-1 where that inverse exists; where the

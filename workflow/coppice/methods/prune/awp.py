@@ -22,7 +22,7 @@ candidate, Wanda's mask rounded to nearest; `best_iteration` is then 0.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -107,7 +107,7 @@ class _Projection:
         inputs = linear.weight.shape[1]
         self.parent_mask = linear.mask
         self.size, self.count = comparison_group(options, inputs, inputs) if options.prunes else (inputs, 0)
-        self.width = None if options.bits is None else group_width(options, inputs)
+        self.width = inputs if options.bits is None else group_width(options, inputs)
         self.grid = None if options.bits is None else make_grid(linear, options)
 
     def __call__(self, weight: Tensor, scores: Tensor, share: float = 1.0) -> _Point:
@@ -146,16 +146,16 @@ def compress(linear: Linear, statistics: LinearStatistics, options: Options) -> 
     project = _Projection(linear, options)
     step = _step(moment, options)
     first = project(weight, weight.abs() * power.sqrt().to(weight.dtype))
-    best, record = _descend(weight, moment.to(weight.dtype), step, first, project, options)
-    record = record | {"step": step, "dead_inputs": int(dead.sum())}
+    best, steps = _descend(weight, moment.to(weight.dtype), step, first, project, options)
+    record: dict[str, Any] = {**steps, "step": step, "dead_inputs": int(dead.sum())}
     if options.prunes:
         record |= pruning_record(options, best.mask)
-    if best.grid is None:
+    if best.grid is None or project.grid is None:
         refitted = refit(weight, best.weight, best.mask, moment, options.refit_damping)
         return Masked(refitted.weight, best.mask, record=record | refitted.record)
     groups = group_of_inputs(weight.shape[1], project.width, weight.device)
     record |= grid_record(options, project.width)
-    return Quantized(*best.grid, groups, options.bits, project.width, options.symmetric, record=record)
+    return Quantized(*best.grid, groups, project.grid.bits, project.width, options.symmetric, record=record)
 
 
 def _step(moment: Tensor, options: Options) -> float:

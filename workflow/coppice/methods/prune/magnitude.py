@@ -13,7 +13,13 @@ from pydantic import Field, model_validator
 from coppice.methods.contracts import Linear, LinearStatistics, Masked, Source, Unchanged
 from coppice.methods.declaration import LayerMethod
 from coppice.methods.incompatible import PRUNE
-from coppice.methods.solvers.mask import SparsityOptions, comparison_group, keep_largest, masked, nothing_to_prune
+from coppice.methods.solvers.mask import (
+    SparsityOptions,
+    comparison_group,
+    keep_largest,
+    masked_replacement,
+    nothing_to_prune,
+)
 
 SOURCE = Source(
     "Learning both Weights and Connections for Efficient Neural Networks",
@@ -49,7 +55,7 @@ def compress(linear: Linear, statistics: LinearStatistics | None, options: Optio
     width = weight.shape[1]
     size, count = comparison_group(options, weight.numel() if options.scope == "layer" else width, width)
     mask = keep_largest(weight.abs(), size, count, linear.mask)
-    return masked(weight, weight.masked_fill(~mask, 0), mask, statistics, options)
+    return masked_replacement(weight, weight.masked_fill(~mask, 0), mask, statistics, options)
 
 
 METHOD = LayerMethod(

@@ -158,9 +158,9 @@ def _quantize(
             options.block,
             kept=mask[:, split:],
             quantizer=Quantizer(grid, width, groups[split:], (scale, zero_point)),
-        ).codes
+        ).on_grid[0]
     record = record | grid_record(options, width) | {"form": options.form, "split": split}
-    return Quantized(codes, scale, zero_point, groups, options.bits, width, options.symmetric, record=record)
+    return Quantized(codes, scale, zero_point, groups, grid.bits, width, options.symmetric, record=record)
 
 
 def _round(grid: Grid, weight: Tensor, scale: Tensor, zero_point: Tensor, groups: Tensor) -> Tensor:

@@ -39,6 +39,13 @@ class Options(MethodOptions):
             raise ValueError("give exactly one of blocks and ratio")
         return self
 
+    def number_of(self, blocks: int) -> int:
+        """How many of so many blocks to delete."""
+        if self.blocks is not None:
+            return self.blocks
+        assert self.ratio is not None  # exactly one of both is given
+        return whole_units(self.ratio, blocks)
+
 
 def choose(decoder: Decoder, statistics: Mapping[str, Tensor], options: Options) -> Removal:
     """The blocks of lowest influence, ranked once on the model as it comes in.
@@ -50,7 +57,7 @@ def choose(decoder: Decoder, statistics: Mapping[str, Tensor], options: Options)
     Raises UserError when no block would remain, and when a similarity is not finite.
     """
     blocks = decoder.structure.blocks
-    number = options.blocks if options.ratio is None else whole_units(options.ratio, blocks)
+    number = options.number_of(blocks)
     if number >= blocks:
         raise UserError(
             f"shortgpt is to delete {number} blocks of a model that has {blocks}; at least one must remain, so lower "

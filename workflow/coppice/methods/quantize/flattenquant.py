@@ -245,7 +245,7 @@ def _round(
         swept = sweep(
             weight, factor, options.block, kept=linear.mask, quantizer=Quantizer(grid, len(groups), groups, parameters)
         )
-        codes, record = swept.codes, factor.record
+        (codes, _, _), record = swept.on_grid, factor.record
     codes = codes - zero_point
     rounded = codes * scale
     step = threshold / top

@@ -117,7 +117,9 @@ def writers(names: list[str]) -> dict[str, str | None]:
 
     Inside a composite of linears, each but the first reads the one before it.
     """
-    producers, last, before = {}, {}, None
+    producers: dict[str, str | None] = {}
+    last: dict[str, int] = {}
+    before: str | None = None
     for index, name in enumerate(names):
         parts = name.split(".")
         kind = next((part for part in parts if part in _WRITERS), None)
@@ -177,10 +179,10 @@ def _table(weight: Tensor, options: Options) -> Tensor:
 
 
 def _record(codebook: Codebook, proxy: Proxy, options: Options, stored_bits: int) -> dict[str, Any]:
-    whole = 0 if codebook.outliers is None else codebook.outlier_weight.numel()
+    whole = 0 if codebook.outlier_weight is None else codebook.outlier_weight.numel()
     coded = codebook.codes.numel()
     bits = coded * codebook.bits + (len(codebook.absmax) + whole) * stored_bits
-    record = {
+    record: dict[str, Any] = {
         "bits": codebook.bits,
         "type": options.type,
         "block": codebook.block,

@@ -110,9 +110,10 @@ def plan(decoder: Decoder, options: Options) -> dict[str, dict[str, Any]]:
         starts["knapsack"] = knapsack(costs, errors, capacity)
     overall: dict[str, Any] = {}
     if options.search == "bayesian":
-        starts = {start: repaired(levels, costs, errors, capacity) for start, levels in starts.items()}
+        starts = {start: repair_levels(levels, costs, errors, capacity) for start, levels in starts.items()}
         losses = refine(decoder, options, list(starts.values()), errors, costs, capacity)
-        chosen = list(min(losses, key=losses.get))
+        best = min(losses, key=losses.__getitem__)
+        chosen = list(best)
         overall = {"trials": options.trials, "loss": min(losses.values())}
         overall |= {f"loss_{start.replace('-', '_')}": losses[tuple(levels)] for start, levels in starts.items()}
     else:
@@ -221,7 +222,7 @@ def by_information(information: Sequence[float], costs: Sequence[Sequence[int]],
     return levels
 
 
-def repaired(
+def repair_levels(
     levels: Sequence[int], costs: Sequence[Sequence[int]], errors: Sequence[Sequence[float]], capacity: int
 ) -> list[int]:
     """The levels, lowered step by step where the error grows least for what is saved, until they fit; then raised where
@@ -266,7 +267,7 @@ def refine(
 
     def objective(trial: Any) -> float:
         proposal = [trial.suggest_int(name, 0, last) for name in decoder.names]
-        levels = tuple(repaired(proposal, costs, errors, capacity))
+        levels = tuple(repair_levels(proposal, costs, errors, capacity))
         if levels not in losses:
             losses[levels] = _loss(decoder, options, levels)
         return losses[levels]

@@ -122,6 +122,8 @@ def dequantize(quantized: Quantized) -> Tensor:
 
 
 def make_grid(linear: Linear, options: GridOptions | OptionalGridOptions) -> Grid:
+    """The grid of the options; they have bits."""
+    assert options.bits is not None
     return Grid(options.bits, options.symmetric, linear.storage or linear.weight.dtype)
 
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from coppice.methods.contracts import Decoder
 from coppice.methods.solvers.selection import share_of
-from coppice.methods.solvers.truncation import aligned, break_even
+from coppice.methods.solvers.truncation import align_rank, break_even
 
 
 @dataclass(frozen=True)
@@ -23,13 +24,23 @@ class PlannedRank:
 
 
 @dataclass(frozen=True)
-class RankBudget:
+class RankTarget:
     """shapes: (m, n) of each linear by name. align: ranks are multiples of this, where they reach one multiple."""
 
     shapes: Mapping[str, tuple[int, int]]
     keep: float
     align: int = 1
     remapped: bool = False
+
+    @classmethod
+    def of(cls, decoder: Decoder, keep: float | None, align: int, remapped: bool = False) -> RankTarget:
+        """The target of the decoder's linears. keep: as the options have it, which give it where ranks are planned."""
+        assert keep is not None
+        shapes = {}
+        for name in decoder.names:
+            rows, columns = decoder.linear(name).weight.shape
+            shapes[name] = rows, columns
+        return cls(shapes, keep, align, remapped)
 
     @property
     def allowed(self) -> int:
@@ -64,7 +75,7 @@ class RankBudget:
             for name in order:
                 if filled[name] >= self.largest(name):
                     continue
-                higher = min(aligned(filled[name] + self.align, self.align), self.largest(name))
+                higher = min(align_rank(filled[name] + self.align, self.align), self.largest(name))
                 price = self.cost(name, higher) - self.cost(name, filled[name])
                 if price <= room:
                     filled[name], room, raised = higher, room - price, True
@@ -78,7 +89,7 @@ class RankBudget:
             for name, size in sizes.items():
                 largest = self.largest(name)
                 rank = int(factor * size)
-                scaled[name] = largest if rank >= largest else aligned(rank, self.align)
+                scaled[name] = largest if rank >= largest else align_rank(rank, self.align)
             return scaled
 
         affordable, too_much = 0.0, 1 + max(self.largest(name) / size for name, size in sizes.items())

@@ -86,10 +86,11 @@ def sweep_to_grid(linear: Linear, moment: Tensor, options: SweptGridOptions) -> 
         kept=None if mask is None else mask[:, order],
         quantizer=Quantizer(grid, width, groups[order], parameters),
     )
+    codes, scale, zero_point = swept.on_grid
     return Quantized(
-        swept.codes[:, torch.argsort(order)],
-        swept.scale,
-        swept.zero_point,
+        codes[:, torch.argsort(order)],
+        scale,
+        zero_point,
         groups,
         options.bits,
         width,

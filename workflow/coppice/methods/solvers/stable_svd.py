@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 _TERMS = 10
 
 
-def gated(matrix: Tensor, gate: Tensor) -> Tensor:
+def apply_gates(matrix: Tensor, gate: Tensor) -> Tensor:
     """Y' [t, m]: the first q components of Y [t, m] by falling singular value, each times its gate [q].
 
     Raises UserError when Y holds values that are not finite.

@@ -102,6 +102,12 @@ class Swept:
     zero_point: Tensor | None
     loss: float
 
+    @property
+    def on_grid(self) -> tuple[Tensor, Tensor, Tensor]:
+        """codes, scale and zero_point of a sweep with a quantizer."""
+        assert self.codes is not None and self.scale is not None and self.zero_point is not None
+        return self.codes, self.scale, self.zero_point
+
 
 @once_for_shared
 def cholesky_factor(moment: Tensor, damping: float) -> CholeskyFactor:
@@ -192,9 +198,11 @@ def sweep(
         current[stop:].addmm_(ratios[: stop - start, stop - start :].T, changes)
         start = stop
 
-    quantized = (None, None, None) if quantizer is None else (codes, scales, zero_points)
-    codes, scale, zero_point = (None if part is None else part.T.contiguous() for part in quantized)
-    return Swept(current.T.contiguous(), ~pruned.T.contiguous(), codes, scale, zero_point, loss.item())
+    final, mask = current.T.contiguous(), ~pruned.T.contiguous()
+    if quantizer is None:
+        return Swept(final, mask, None, None, None, loss.item())
+    codes, scales, zero_points = (each.T.contiguous() for each in (codes, scales, zero_points))
+    return Swept(final, mask, codes, scales, zero_points, loss.item())
 
 
 def _free_weights(ratios: Tensor, original: Tensor | None, current: Tensor, width: int) -> Tensor:

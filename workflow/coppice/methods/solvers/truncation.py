@@ -196,10 +196,13 @@ def _projection(matrix: Tensor, left: Tensor, power: Tensor) -> Truncation:
 
 def chosen_rank(options: RankOptions, rows: int, columns: int) -> int:
     """The requested rank, or floor(keep m n / (m + n)), rounded down to a multiple of align, at least 1."""
-    return aligned(options.rank or share_of(options.keep, rows * columns / (rows + columns)), options.align)
+    if options.rank is not None:
+        return align_rank(options.rank, options.align)
+    assert options.keep is not None  # exactly one of both is given
+    return align_rank(share_of(options.keep, rows * columns / (rows + columns)), options.align)
 
 
-def aligned(rank: int, align: int) -> int:
+def align_rank(rank: int, align: int) -> int:
     """The rank, at least 1, rounded down to a multiple of align; below one multiple it stays as it is."""
     rank = max(rank, 1)
     return rank // align * align or rank
