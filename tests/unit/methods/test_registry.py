@@ -13,6 +13,7 @@ import pytest
 
 from coppice.errors import UserError
 from coppice.methods import incompatible, registry
+from coppice.methods.catalogue import catalogue
 from coppice.methods.contracts import Source
 from coppice.methods.declaration import LayerMethod, Resources
 from coppice.methods.options import LayerOptions
@@ -212,3 +213,10 @@ def test_no_reason_is_written_twice() -> None:
     for method in registry.methods().values():
         for reason in method.incompatible_with.values():
             assert seen.setdefault(reason, reason) is reason, reason
+
+
+def test_programs_read_reach_and_draws() -> None:
+    entries = catalogue()
+    assert entries["asvd"]["resources"]["reach"] == "model"
+    assert entries["wanda"]["resources"]["reach"] == "linear"
+    assert entries["dobi-svd"]["draws"] and not entries["wanda"]["draws"]
