@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -127,7 +128,7 @@ def assert_budget(module: nn.Module, asked: dict[str, Any]) -> None:
         assert isinstance(module, nn.Linear) if rank >= m * n // (m + n) else module.first.out_features == rank
 
 
-def test_a_compensation_is_fitted_to_the_reference(
+def test_a_correction_is_fitted_to_the_reference(
     root: Path, windows: Path, statistics: dict[str, Path], tmp_path: Path
 ) -> None:
     parent = make(tmp_path / "parent", root, "rtn", bits=2, group_size=16)
@@ -153,7 +154,7 @@ def test_a_compensation_is_fitted_to_the_reference(
 @pytest.mark.parametrize(
     ("name", "values"), [("svd-llm", {"keep": 0.5}), ("gptq", {"bits": 3, "group_size": 16})], ids=["svd-llm", "gptq"]
 )
-def test_propagation_gathers_behind_the_compressed_blocks(
+def test_sequential_statistics_are_gathered_after_the_compressed_blocks(
     root: Path, windows: Path, statistics: dict[str, Path], tmp_path: Path, name: str, values: dict[str, Any]
 ) -> None:
     static = make(tmp_path / "static", root, name, [statistics["moments"]], **values)
@@ -175,7 +176,7 @@ def test_propagation_gathers_behind_the_compressed_blocks(
 
 @torch.no_grad()
 def by_hand(model: nn.Module, windows: Path, name: str, values: dict[str, Any]) -> dict[str, Tensor]:
-    """The weights after compressing block after block, with the whole model run anew before each."""
+    """The weights after compressing block after block, with the whole model run again before each."""
     used = method(name)
     tokens = torch.as_tensor(load_windows(windows).tokens).long()
     weights = {}
@@ -198,10 +199,10 @@ def by_hand(model: nn.Module, windows: Path, name: str, values: dict[str, Any]) 
     return weights
 
 
-def test_propagation_changes_nothing_for_a_method_without_statistics(root: Path, tmp_path: Path) -> None:
+def test_sequential_statistics_change_nothing_for_a_method_without_statistics(root: Path, tmp_path: Path) -> None:
     nodes = [
-        make(tmp_path / str(propagate), root, "rtn", bits=4, group_size=16, sequential=propagate)
-        for propagate in (False, True)
+        make(tmp_path / str(sequential), root, "rtn", bits=4, group_size=16, sequential=sequential)
+        for sequential in (False, True)
     ]
     assert len({read_manifest(node)["fingerprint"] for node in nodes}) == 1
 
@@ -221,7 +222,9 @@ def test_a_structure_method_is_surgery(
     used, model, tokens = method(name), load_model(root), tiny_tokens()
     folder = statistics[kind]
     tensors = read_statistics_file(folder, f"{kind}.safetensors", read_json(folder / "manifest.json"))
-    removal = used.structure.choose(surgery.structure(model), tensors, used.validated(values))
+    removal = used.structure.choose(
+        SimpleNamespace(structure=surgery.structure(model)), tensors, used.validated(values)
+    )
     achieved = surgery.achieved(model, removal)
     expected = surgery.remove(model, removal)
     assert torch.equal(logits(load_model(node), tokens), logits(expected, tokens))

@@ -11,7 +11,15 @@ from coppice.errors import UserError
 from coppice.methods.contracts import Linear, LinearStatistics, Unchanged
 from coppice.methods.decompose import svd, svd_llm
 from coppice.methods.decompose.asvd import Candidate, Options, compress, plan, search
-from coppice.methods.solvers.ranks import RankBudget
+from coppice.methods.solvers.ranks import RankTarget
+
+# Read by tests/rows.py.
+ROWS = [
+    {"keep": 0.6, "search": "strs", "grid": [0.4]},
+    {"keep": 0.6},
+    {"rank": 3, "statistic": "absmax", "alpha": 1},
+    {"keep": 0.6, "search": "spectrum"},
+]
 
 
 def statistics_of(inputs: torch.Tensor) -> LinearStatistics:
@@ -148,7 +156,7 @@ def test_search_windows():
 
 def test_search_cuts_where_the_budget_is_first_met():
     """Two linears of 40 x 40, whose ranks cost 80 each of 1600: a share of s is a rank of 20 s."""
-    budget = RankBudget({"a": (40, 40), "b": (40, 40)}, keep=0.7)
+    budget = RankTarget({"a": (40, 40), "b": (40, 40)}, keep=0.7)
     candidates = [
         Candidate("a", 16, 1.0),
         Candidate("a", 8, 2.0),

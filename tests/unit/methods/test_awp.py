@@ -9,10 +9,19 @@ from pydantic import ValidationError
 from coppice.errors import UserError
 from coppice.methods.contracts import Linear, Unchanged
 from coppice.methods.prune import magnitude, wanda
-from coppice.methods.prune.awp import Options, compress, marks
+from coppice.methods.prune.awp import Options, compress, traits
 from coppice.methods.quantize import rtn
 from coppice.methods.solvers.grid import dequantize
 from coppice.methods.solvers.refit import refit
+
+# Read by tests/rows.py.
+ROWS = [
+    {"sparsity": 0.5, "iterations": 20},
+    {"sparsity": 0.5, "iterations": 20, "step": "spectral"},
+    {"bits": 4, "iterations": 3, "group_size": -1},
+    {"sparsity": 0.5, "bits": 4, "iterations": 4, "group_size": -1},
+]
+CLEARS_UNSEEN_INPUTS = True
 
 WHITE = 3.0 * torch.eye(24, dtype=torch.float64)
 
@@ -131,9 +140,9 @@ def test_float32(linear, statistics):
 
 def test_marks_follow_the_options():
     parent = frozenset({"smaller"})
-    assert marks(parent, Options(pattern="2:4")) == {"smaller", "masked"}
-    assert marks(parent, Options(bits=4)) == {"smaller", "quantized"}
-    assert marks(parent, Options(bits=4, sparsity=0.5)) == {"smaller", "masked", "quantized"}
+    assert traits(parent, Options(pattern="2:4")) == {"smaller", "masked"}
+    assert traits(parent, Options(bits=4)) == {"smaller", "quantized"}
+    assert traits(parent, Options(bits=4, sparsity=0.5)) == {"smaller", "masked", "quantized"}
 
 
 def test_bad_inputs(linear, statistics):

@@ -11,6 +11,9 @@ from coppice.methods.quantize import rtn
 from coppice.methods.quantize.awq import Options, _candidate, compress, scales
 from coppice.methods.solvers.grid import dequantize
 
+# Read by tests/rows.py.
+ROWS = [{"bits": 4, "group_size": -1}, {"bits": 4, "duo_scaling": True, "clip": False, "group_size": -1}]
+
 GRID = {"bits": 3, "group_size": 8}
 
 

@@ -12,6 +12,13 @@ from coppice.methods.contracts import Linear, TensorTrain, Unchanged
 from coppice.methods.decompose.compactifai import Options, compress, least_increase, plan
 from coppice.methods.solvers.tensor_train import contract, split
 
+# Read by tests/rows.py.
+ROWS = [
+    {"keep": 0.6},
+    {"bond": 2, "sites": 3, "scaling": "absmean"},
+    {"keep": 0.6, "profile": [0.1, 0.2, 0.3], "scaling": "absmean"},
+]
+
 
 def named(linear: Linear, name: str = "model.layers.0.self_attn.q_proj") -> Linear:
     return dataclasses.replace(linear, name=name)

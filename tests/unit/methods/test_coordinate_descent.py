@@ -13,6 +13,9 @@ from coppice.methods.quantize import gptq, rtn
 from coppice.methods.quantize.coordinate_descent import Options, compress
 from coppice.methods.solvers.grid import dequantize
 
+# Read by tests/rows.py.
+ROWS = [{"bits": 3, "group_size": -1}, {"bits": 3, "start": "gptq", "block": 4, "group_size": -1}]
+
 GRID = {"bits": 3, "group_size": 8}
 
 

@@ -22,6 +22,10 @@ from coppice.methods.decompose.curing import (
     select,
 )
 
+# Read by tests/rows.py.
+ROWS = [{"keep": 0.8}, {"rank": 3, "link": "data"}, {"rank": 3, "importance": "weight"}]
+BLIND_ROWS = [2]
+
 
 def random(*shape: int, seed: int = 11) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
@@ -261,7 +265,7 @@ class TestBlocks:
         assert self.chosen(None, [0.1, 0.2, 0.3]) == [0, 1, 2]
 
     def test_more_than_there_are(self):
-        with pytest.raises(UserError, match="asked for 3 blocks, but this model has 2 between"):
+        with pytest.raises(UserError, match="decompose 3 blocks, but this model has 2 between"):
             self.chosen(3, [0.1, 0.2, 0.3, 0.4])
 
     def test_distance_that_is_not_finite(self):

@@ -10,9 +10,21 @@ from pydantic import ValidationError
 from coppice.errors import UserError
 from coppice.methods.contracts import Linear, Unchanged
 from coppice.methods.decompose import svd_llm
-from coppice.methods.decompose.dobi_svd import Course, Options, compress, learn, marks, objective, plan, soft_truncation
+from coppice.methods.decompose.dobi_svd import (
+    Options,
+    RankCosts,
+    compress,
+    learn,
+    objective,
+    plan,
+    soft_truncation,
+    traits,
+)
 from coppice.methods.solvers.codebook import dequantize, dynamic_table
-from coppice.methods.solvers.ranks import PlannedRank, RankBudget
+from coppice.methods.solvers.ranks import PlannedRank, RankTarget
+
+# Read by tests/rows.py.
+ROWS = [{"keep": 0.6, "steps": 2}, {"keep": 0.6, "remap": False, "learn": False}]
 
 
 def product(factors):
@@ -98,21 +110,21 @@ def test_outputs_keep_their_type():
 @pytest.mark.parametrize("remap", [False, True])
 def test_objective(remap):
     decoder = FakeDecoder()
-    budget = RankBudget(decoder.shapes, 0.5, remapped=remap)
-    course = Course.of(budget, torch.device("cpu"))
-    uniform = course.uniform(0.5)
-    torch.testing.assert_close(course.kept(uniform), torch.tensor(0.5, dtype=torch.float64))
+    budget = RankTarget(decoder.shapes, 0.5, remapped=remap)
+    costs = RankCosts.of(budget, torch.device("cpu"))
+    uniform = costs.uniform(0.5)
+    torch.testing.assert_close(costs.kept(uniform), torch.tensor(0.5, dtype=torch.float64))
     expected = [0.5, 0.5] if remap else [0.5 * 16 / 32, 0.5 * 20 / 36]
     assert uniform.tolist() == pytest.approx(expected)
     options = Options(keep=0.5, remap=remap, penalty=0)
-    without = objective(decoder, 0, 1.1 * uniform, course, options)
-    more = objective(decoder, 0, 1.1 * uniform, course, options.model_copy(update={"penalty": 3.0}))
+    without = objective(decoder, 0, 1.1 * uniform, costs, options)
+    more = objective(decoder, 0, 1.1 * uniform, costs, options.model_copy(update={"penalty": 3.0}))
     assert (more - without).item() == pytest.approx(3 * 0.05)
-    perplexity = objective(decoder, 0, 1.1 * uniform, course, options.model_copy(update={"loss": "perplexity"}))
+    perplexity = objective(decoder, 0, 1.1 * uniform, costs, options.model_copy(update={"loss": "perplexity"}))
     assert perplexity.item() == pytest.approx(math.exp(without.item()))
     # One position below 0 costs its square: -0.25 of 16.
-    low = objective(decoder, 0, torch.tensor([-0.25, 1.0]), course, options)
-    clamped = objective(decoder, 0, torch.tensor([-1e-9, 1.0]), course, options)
+    low = objective(decoder, 0, torch.tensor([-0.25, 1.0]), costs, options)
+    clamped = objective(decoder, 0, torch.tensor([-1e-9, 1.0]), costs, options)
     assert (low - clamped).item() == pytest.approx(16, rel=1e-3)
 
 
@@ -120,7 +132,7 @@ def test_objective(remap):
 def test_windows_shorter_than_the_width_have_a_real_ratio(tokens):
     """The published ratio int(min(m, n) / t) is 0 wherever the width is below the window's length."""
     decoder = FakeDecoder(tokens=tokens)
-    course = Course.of(RankBudget(decoder.shapes, 0.5, remapped=True), torch.device("cpu"))
+    costs = RankCosts.of(RankTarget(decoder.shapes, 0.5, remapped=True), torch.device("cpu"))
     seen = []
     inner = decoder.loss
 
@@ -134,7 +146,7 @@ def test_windows_shorter_than_the_width_have_a_real_ratio(tokens):
 
     decoder.loss = loss
     shares = torch.tensor([0.51, 0.51], dtype=torch.float64)
-    objective(decoder, 0, shares, course, Options(keep=0.5, beta=1e9))
+    objective(decoder, 0, shares, costs, Options(keep=0.5, beta=1e9))
     count = min(tokens, 16)
     assert seen == [("a", int(0.51 * count)), ("b", int(0.51 * count))]
 
@@ -142,7 +154,7 @@ def test_windows_shorter_than_the_width_have_a_real_ratio(tokens):
 def test_learning_moves_rank_to_where_the_loss_feels_it():
     decoder = FakeDecoder()
     options = Options(keep=0.5, steps=48, learning_rate=0.04, beta=2.0, penalty=0.5)
-    budget = RankBudget(decoder.shapes, 0.5, remapped=True)
+    budget = RankTarget(decoder.shapes, 0.5, remapped=True)
     ranks = learn(decoder, budget, options)
     assert ranks[0] < 7.5 and ranks[1] > 8.5
     assert len(decoder.asked) == 48 and set(decoder.asked) == set(range(6))
@@ -155,7 +167,7 @@ def test_learning_moves_rank_to_where_the_loss_feels_it():
 def test_plan_meets_the_budget_within_one_rank(remap, keep):
     decoder = FakeDecoder()
     found = plan(decoder, Options(keep=keep, remap=remap, steps=4))
-    budget = RankBudget(decoder.shapes, keep, remapped=remap)
+    budget = RankTarget(decoder.shapes, keep, remapped=remap)
     used = budget.total({name: each.rank for name, each in found.items()})
     assert 0 <= keep * (256 + 320) - used < 36
     assert found["a"].record["rank_learned"] > 0
@@ -264,8 +276,8 @@ def test_unfit_statistics(linear, statistics):
 
 def test_marks():
     parent = frozenset({"smaller"})
-    assert marks(parent, Options(keep=0.5)) == {"smaller", "factorized", "quantized"}
-    assert marks(parent, Options(keep=0.5, remap=False)) == {"smaller", "factorized"}
+    assert traits(parent, Options(keep=0.5)) == {"smaller", "factorized", "quantized"}
+    assert traits(parent, Options(keep=0.5, remap=False)) == {"smaller", "factorized"}
 
 
 def test_needs():

@@ -14,6 +14,9 @@ from coppice.methods.solvers.grid import dequantize
 from coppice.methods.solvers.loss import output_power
 from coppice.methods.solvers.truncation import truncate
 
+# Read by tests/rows.py.
+ROWS = [{"rank": 2}]
+
 
 @pytest.fixture
 def compressed(linear) -> Linear:

@@ -10,6 +10,9 @@ from coppice.methods.contracts import Linear, LinearStatistics
 from coppice.methods.quantize.flattenquant import Options, compress, flatten, layout, scales, split
 from coppice.methods.solvers.loss import relative_error
 
+# Read by tests/rows.py.
+ROWS = [{"bits": 8}, {"solver": "gptq", "smoothing": 1, "fence": 0}]
+
 float64 = torch.float64
 
 

@@ -10,6 +10,9 @@ from coppice.methods.contracts import Linear, Unchanged
 from coppice.methods.decompose import svd, svd_llm
 from coppice.methods.decompose.fwsvd import Options, compress, plan
 
+# Read by tests/rows.py.
+ROWS = [{"rank": 3}]
+
 
 class FakeDecoder:
     def __init__(self, gradients):

@@ -12,6 +12,10 @@ from coppice.methods.quantize import rtn
 from coppice.methods.quantize.gptq import Options, compress
 from coppice.methods.solvers.grid import dequantize
 
+# Read by tests/rows.py.
+ROWS = [{"bits": 4, "group_size": -1}, {"bits": 3, "act_order": True, "symmetric": True, "block": 4, "group_size": -1}]
+CLEARS_UNSEEN_INPUTS = True
+
 
 @pytest.mark.parametrize("act_order", [True, False])
 @pytest.mark.parametrize("symmetric", [True, False])

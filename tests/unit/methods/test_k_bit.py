@@ -13,6 +13,9 @@ from coppice.methods.quantize.k_bit import Options, Proxy, compress, plan, write
 from coppice.methods.solvers.codebook import dequantize
 from coppice.models.architectures.base import architecture
 
+# Read by tests/rows.py.
+ROWS = [{"bits": 4}, {"bits": 3, "type": "quantile"}, {"bits": 4, "type": "normal", "outliers": 0.3}]
+
 PATHS = architecture("llama").linears
 BLOCK = list(PATHS.values())
 

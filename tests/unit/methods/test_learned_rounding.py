@@ -12,6 +12,9 @@ from coppice.methods.quantize import rtn
 from coppice.methods.quantize.learned_rounding import Options, best_format, compress, gradient, pressure, soft_rounding
 from coppice.methods.solvers import codebook, grid
 
+# Read by tests/rows.py.
+ROWS = [{"bits": 4, "format": "float", "steps": 5}, {"bits": 3, "steps": 5, "group_size": -1}]
+
 GRID = {"bits": 3, "group_size": 8}
 SHORT = {"steps": 150, "learning_rate": 0.1}
 

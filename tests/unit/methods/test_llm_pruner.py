@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from pydantic import ValidationError
@@ -12,9 +14,16 @@ from coppice.methods.prune.llm_pruner import Options, choose
 from coppice.methods.registry import method
 from coppice.models.surgery import achieved, remove, structure
 
+# Read by tests/rows.py.
+ROWS = [{"ratio": 0.25}]
+
 TOKENS = tiny_tokens()
 MASK = torch.ones_like(TOKENS, dtype=torch.bool)
-STRUCTURE = Structure(blocks=2, kv_groups=4, neurons=100)
+TWO_BLOCKS = SimpleNamespace(structure=Structure(blocks=2, kv_groups=4, neurons=100))
+
+
+def decoder(model):
+    return SimpleNamespace(structure=structure(model))
 
 
 def scores(importance="first"):
@@ -26,14 +35,14 @@ def scores(importance="first"):
 
 
 def pruned(model, options):
-    removal = choose(structure(model), unit_scores(model, TOKENS, MASK, batch=4), options)
+    removal = choose(decoder(model), unit_scores(model, TOKENS, MASK, batch=4), options)
     return remove(model, removal), removal
 
 
 @pytest.mark.parametrize("importance", IMPORTANCES)
 def test_each_block_loses_its_own_lowest(importance):
     given = scores(importance)
-    removal = choose(STRUCTURE, given, Options(ratio=0.5, importance=importance))
+    removal = choose(TWO_BLOCKS, given, Options(ratio=0.5, importance=importance))
     for kind, number in (("kv_groups", 2), ("neurons", 50)):
         for block, removed in enumerate(getattr(removal, kind)):
             row = given[f"{kind}.{importance}"][block]
@@ -60,7 +69,7 @@ def test_each_block_loses_its_own_lowest(importance):
     ],
 )
 def test_how_many_go(options, kv_groups, neurons):
-    removal = choose(STRUCTURE, scores(), Options(**options))
+    removal = choose(TWO_BLOCKS, scores(), Options(**options))
     assert [len(row) for row in removal.kv_groups] == ([kv_groups] * 2 if kv_groups else [])
     assert [len(row) for row in removal.neurons] == ([neurons] * 2 if neurons else [])
     assert removal.record["achieved"] == {
@@ -84,7 +93,7 @@ def test_a_score_that_is_not_finite_is_named():
     broken = scores()
     broken["neurons.first"][1, 7] = torch.nan
     with pytest.raises(UserError, match="neurons of block 1"):
-        choose(STRUCTURE, broken, Options(ratio=0.5))
+        choose(TWO_BLOCKS, broken, Options(ratio=0.5))
 
 
 @pytest.mark.parametrize("importance", IMPORTANCES)
@@ -164,14 +173,14 @@ def test_the_taylor_choice_hurts_less_than_its_opposite():
     model, opposite = tiny_model(dtype=torch.float64), tiny_model(dtype=torch.float64)
     dense, statistics = loss(model), unit_scores(model, TOKENS, MASK, batch=4)
     options = Options(ratio=0.25, kv_ratio=0.0)
-    lowest = choose(structure(model), statistics, options)
-    highest = choose(structure(model), {name: -score for name, score in statistics.items()}, options)
+    lowest = choose(decoder(model), statistics, options)
+    highest = choose(decoder(model), {name: -score for name, score in statistics.items()}, options)
     assert abs(loss(remove(model, lowest)) - dense) < abs(loss(remove(opposite, highest)) - dense)
 
 
 def test_what_was_achieved_in_parameters():
     model = tiny_model("qwen2")
-    removal = choose(structure(model), unit_scores(model, TOKENS, MASK, batch=4), Options(ratio=0.5))
+    removal = choose(decoder(model), unit_scores(model, TOKENS, MASK, batch=4), Options(ratio=0.5))
     dense = sum(parameter.numel() for parameter in model.parameters())
     removed = achieved(model, removal)["parameters"]["removed"]
     # One of two groups: 2 d h (1 + r) + h (2 + r) with d = 32, h = 8, r = 2; 24 of 48 neurons: 3 d each.

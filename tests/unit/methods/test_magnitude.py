@@ -9,6 +9,9 @@ from pydantic import ValidationError
 from coppice.methods.contracts import Linear, Unchanged
 from coppice.methods.prune.magnitude import Options, compress
 
+# Read by tests/rows.py.
+ROWS = [{"sparsity": 0.5}, {"pattern": "2:4"}, {"sparsity": 0.5, "scope": "row", "refit": True}]
+
 
 def prune(linear, **options):
     return compress(linear, None, Options(**options))

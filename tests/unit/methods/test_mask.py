@@ -5,7 +5,7 @@ import torch
 from pydantic import ValidationError
 
 from coppice.errors import UserError
-from coppice.methods.solvers.mask import SparsityOptions, comparison_group, keep_largest, masked
+from coppice.methods.solvers.mask import SparsityOptions, comparison_group, keep_largest, masked_replacement
 
 
 def test_ties_are_broken_by_position_and_the_count_is_exact():
@@ -67,7 +67,7 @@ def test_a_refit_reads_moments():
 
 
 def test_a_sparsity_can_be_allocated():
-    assert SparsityOptions.BUDGET == "sparsity"
+    assert SparsityOptions.TARGET == "sparsity"
     assert {"uniform", "sensitivity", "owl", "mosaic", "knapsack"} == SparsityOptions.RULES
     assert SparsityOptions(sparsity=0.5, allocation={"by": "owl"}).needs == {"moments"}
 
@@ -75,11 +75,11 @@ def test_a_sparsity_can_be_allocated():
 def test_masked_is_what_was_pruned_unless_a_refit_is_asked_for(linear, statistics):
     mask = linear.weight > 0
     pruned = linear.weight * mask
-    plain = masked(linear.weight, pruned, mask, None, SparsityOptions(sparsity=0.5))
+    plain = masked_replacement(linear.weight, pruned, mask, None, SparsityOptions(sparsity=0.5))
     assert plain.weight is pruned and plain.mask is mask
     assert plain.record == {"sparsity_asked": 0.5, "sparsity": int((~mask).sum()) / 480}
     options = SparsityOptions(sparsity=0.5, refit=True, refit_damping=0.1)
-    refitted = masked(linear.weight, pruned, mask, statistics, options)
+    refitted = masked_replacement(linear.weight, pruned, mask, statistics, options)
     assert refitted.record == plain.record | {"refit_damping_asked": 0.1, "refit_damping": 0.1}
     assert not torch.equal(refitted.weight, pruned) and (refitted.weight[~mask] == 0).all()
 

@@ -12,6 +12,10 @@ from coppice.methods.contracts import Linear, Unchanged
 from coppice.methods.prune.net_trim import Options, compress, kkt_residual
 from coppice.methods.solvers.loss import relative_error
 
+# Read by tests/rows.py.
+ROWS = [{"epsilon": 0.3, "iterations": 20}, {"sparsity": 0.5, "iterations": 20}]
+CLEARS_UNSEEN_INPUTS = True
+
 EVERY = torch.ones(20, 12, dtype=torch.bool)
 
 

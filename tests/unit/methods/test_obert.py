@@ -11,6 +11,9 @@ from coppice.errors import UserError
 from coppice.methods.contracts import Linear, Masked, Unchanged
 from coppice.methods.prune.obert import Options, compress, fisher, invert, plan, saliency
 
+# Read by tests/rows.py.
+ROWS = [{"sparsity": 0.5, "block": 8}, {"sparsity": 0.5, "block": 8, "unit": 4, "update": "joint", "scope": "layer"}]
+
 SHAPES = {"model.layers.0.a": (6, 8), "model.layers.1.b": (5, 12)}
 
 
@@ -245,7 +248,7 @@ def test_the_more_goes_the_more_it_costs():
 def test_bad_input():
     with pytest.raises(UserError, match=r"model\.layers\.0\.a has 6"):
         plan(decoder(shapes={"model.layers.0.a": (4, 6)}), Options(sparsity=0.5, unit=4, block=8))
-    with pytest.raises(UserError, match="is lost beside the Fisher matrix"):
+    with pytest.raises(UserError, match="is lost in rounding next to the Fisher matrix"):
         plan(decoder(gradients=3, scale=1e6), Options(sparsity=0.5, dampening=1e-12))
     with pytest.raises(ValidationError, match="such as 48"):
         Options(sparsity=0.5, unit=4)

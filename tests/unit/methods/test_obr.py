@@ -9,10 +9,18 @@ from pydantic import ValidationError
 from coppice.errors import UserError
 from coppice.methods.contracts import Linear, LinearStatistics, Masked, Quantized, Unchanged
 from coppice.methods.prune import wanda
-from coppice.methods.prune.obr import Options, compress, marks, restore
+from coppice.methods.prune.obr import Options, compress, restore, traits
 from coppice.methods.solvers.grid import Grid, decode, dequantize, fit_groups
 
-ROWS = 5
+# Read by tests/rows.py.
+ROWS = [
+    {"sparsity": 0.5},
+    {"sparsity": 0.5, "bits": 4, "group_size": -1},
+    {"sparsity": 0.5, "bits": 4, "form": "rtn", "group_size": -1},
+]
+CLEARS_UNSEEN_INPUTS = True
+
+OUTPUTS = 5
 PAPER = {"sparsity": 0.5, "symmetric": True, "group_size": -1}
 # None is a multiple of 256, and no half of one a multiple of the sweep's block.
 WIDTHS = (172, 96, 250)
@@ -23,7 +31,7 @@ def problem(width, tokens=None):
     mixing = torch.randn(width, width, generator=generator, dtype=torch.float64)
     inputs = torch.randn(tokens or 2 * width, width, generator=generator, dtype=torch.float64) @ mixing
     inputs *= torch.logspace(-1, 1, width, dtype=torch.float64)
-    weight = torch.randn(ROWS, width, generator=generator, dtype=torch.float64)
+    weight = torch.randn(OUTPUTS, width, generator=generator, dtype=torch.float64)
     blank = torch.zeros(width, dtype=torch.float64)
     return Linear(weight), LinearStatistics(inputs.T @ inputs / len(inputs), blank, blank, blank, len(inputs))
 
@@ -161,15 +169,15 @@ def test_the_ends_of_alpha():
 def test_groups_and_the_record():
     linear, statistics = problem(96)
     quantized = compress(linear, statistics, Options(pattern="2:4", bits=3, group_size=32, symmetric=False))
-    assert quantized.scale.shape == (ROWS, 3) and quantized.codes.min() >= 0 and quantized.codes.max() <= 7
-    assert ((dequantize(quantized) != 0).view(ROWS, -1, 4).sum(2) <= 2).all()
+    assert quantized.scale.shape == (OUTPUTS, 3) and quantized.codes.min() >= 0 and quantized.codes.max() <= 7
+    assert ((dequantize(quantized) != 0).view(OUTPUTS, -1, 4).sum(2) <= 2).all()
     expected = {"sparsity": 0.5, "bits": 3, "group_size": 32, "damping": 0.01, "dead_inputs": 0, "split": 48}
     assert expected.items() <= quantized.record.items()
 
 
 def test_what_is_pruned_stays_pruned():
     linear, statistics = problem(96)
-    kept = torch.ones(ROWS, 96, dtype=torch.bool)
+    kept = torch.ones(OUTPUTS, 96, dtype=torch.bool)
     kept[:2, ::3] = False
     kept[3] = False
     parent = Linear(linear.weight * kept, kept)
@@ -218,8 +226,8 @@ def test_storage_type_rounds_the_scales():
 
 def test_marks():
     parent = frozenset({"rotated"})
-    assert marks(parent, Options(sparsity=0.5)) == {"rotated", "masked"}
-    assert marks(parent, Options(sparsity=0.5, bits=4)) == {"rotated", "masked", "quantized"}
+    assert traits(parent, Options(sparsity=0.5)) == {"rotated", "masked"}
+    assert traits(parent, Options(sparsity=0.5, bits=4)) == {"rotated", "masked", "quantized"}
 
 
 def test_bad_input():

@@ -11,10 +11,17 @@ from pydantic import ValidationError
 from coppice.errors import UserError
 from coppice.methods.contracts import Linear, LinearStatistics
 from coppice.methods.quantize import gptq, qpruner, rtn
-from coppice.methods.quantize.qpruner import Options, by_information, compress, mutual_information, plan, repaired
+from coppice.methods.quantize.qpruner import Options, by_information, compress, mutual_information, plan, repair_levels
 from coppice.methods.registry import method
 from coppice.methods.solvers import demand
 from coppice.methods.solvers.grid import GridOptions, dequantize
+
+# Read by tests/rows.py.
+ROWS = [
+    {"bits_average": 5, "group_size": -1},
+    {"bits_average": 5, "search": "knapsack", "quantizer": "gptq", "group_size": -1},
+]
+BLIND_ROWS = [0]
 
 NAMES = [f"model.layers.{block}.mlp.{kind}" for block in range(2) for kind in ("up_proj", "down_proj")]
 
@@ -221,12 +228,12 @@ def test_information_about_a_constant_is_zero():
 
 def test_repair_gives_up_what_costs_least_and_spends_the_rest():
     costs, errors = [[2, 4, 8], [2, 4, 8]], [[9.0, 3.0, 0.0], [5.0, 4.0, 0.0]]
-    assert repaired([2, 2], costs, errors, 16) == [2, 2]
-    assert repaired([0, 0], costs, errors, 16) == [2, 2]
-    assert repaired([2, 2], costs, errors, 12) == [1, 2]
-    assert repaired([1, 1], costs, errors, 6) == [1, 0]
-    assert repaired([0, 0], costs, errors, 7) == [1, 0]
-    assert repaired([2, 2], costs, errors, 4) == [0, 0]
+    assert repair_levels([2, 2], costs, errors, 16) == [2, 2]
+    assert repair_levels([0, 0], costs, errors, 16) == [2, 2]
+    assert repair_levels([2, 2], costs, errors, 12) == [1, 2]
+    assert repair_levels([1, 1], costs, errors, 6) == [1, 0]
+    assert repair_levels([0, 0], costs, errors, 7) == [1, 0]
+    assert repair_levels([2, 2], costs, errors, 4) == [0, 0]
 
 
 def planned_linear(linear, bits):

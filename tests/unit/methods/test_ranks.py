@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from coppice.methods.solvers.ranks import RankBudget
+from coppice.methods.solvers.ranks import RankTarget
 
 SHAPES = {"q": (64, 64), "k": (16, 64), "up": (176, 64), "down": (64, 176), "q2": (64, 64), "k2": (16, 64)}
 
@@ -11,7 +11,7 @@ SHAPES = {"q": (64, 64), "k": (16, 64), "up": (176, 64), "down": (64, 176), "q2"
 @pytest.mark.parametrize("keep", [0.1, 0.37, 0.5, 0.83])
 @pytest.mark.parametrize("sizes", ["equal", "uneven"])
 def test_scaled_ranks_meet_the_budget_within_one_rank(remapped, keep, sizes):
-    budget = RankBudget(SHAPES, keep, remapped=remapped)
+    budget = RankTarget(SHAPES, keep, remapped=remapped)
     wanted = {name: 5.5 if sizes == "equal" else 1.5 + 7.3 * place for place, name in enumerate(SHAPES)}
     ranks = budget.scaled(wanted)
     room = budget.allowed - budget.total(ranks)
@@ -23,38 +23,38 @@ def test_scaled_ranks_meet_the_budget_within_one_rank(remapped, keep, sizes):
 
 
 def test_scaled_ranks_are_in_proportion():
-    budget = RankBudget({"a": (1000, 1000), "b": (1000, 1000)}, 0.3, remapped=True)
+    budget = RankTarget({"a": (1000, 1000), "b": (1000, 1000)}, 0.3, remapped=True)
     assert budget.scaled({"a": 2.0, "b": 1.0}) == {"a": 400, "b": 200}
-    plain = RankBudget({"a": (1000, 1000), "b": (1000, 1000)}, 0.3)
+    plain = RankTarget({"a": (1000, 1000), "b": (1000, 1000)}, 0.3)
     assert plain.scaled({"a": 0.02, "b": 0.01}) == {"a": 200, "b": 100}
 
 
 def test_a_linear_can_stay_whole_while_others_shrink():
-    budget = RankBudget({"a": (40, 40), "b": (40, 40)}, 0.6)
+    budget = RankTarget({"a": (40, 40), "b": (40, 40)}, 0.6)
     assert budget.scaled({"a": 100.0, "b": 1.0}) == {"a": 20, "b": 4}
 
 
 @pytest.mark.parametrize("remapped", [False, True])
 def test_everything_kept(remapped):
-    budget = RankBudget(SHAPES, 1.0, remapped=remapped)
+    budget = RankTarget(SHAPES, 1.0, remapped=remapped)
     ranks = budget.scaled(dict.fromkeys(SHAPES, 3.3))
     assert ranks == {name: budget.largest(name) for name in SHAPES}
     assert budget.total(ranks) == budget.allowed
 
 
 def test_one_rank_is_the_least():
-    budget = RankBudget(SHAPES, 0.001)
+    budget = RankTarget(SHAPES, 0.001)
     assert budget.scaled(dict.fromkeys(SHAPES, 3.3)) == dict.fromkeys(SHAPES, 1)
 
 
 def test_alignment():
-    budget = RankBudget(SHAPES, 0.5, align=8, remapped=True)
+    budget = RankTarget(SHAPES, 0.5, align=8, remapped=True)
     ranks = budget.scaled({name: 5.0 + place for place, name in enumerate(SHAPES)})
     assert all(rank % 8 == 0 or rank < 8 for rank in ranks.values())
     assert 0 <= budget.allowed - budget.total(ranks) < 8 * 176
 
 
 def test_filling_goes_in_turns():
-    budget = RankBudget({"a": (10, 10), "b": (10, 10)}, 0.5, remapped=True)
+    budget = RankTarget({"a": (10, 10), "b": (10, 10)}, 0.5, remapped=True)
     assert budget.fill({"a": 1, "b": 4}, ["a", "b"]) == {"a": 4, "b": 6}
     assert budget.fill({"a": 1, "b": 4}, ["a"]) == {"a": 6, "b": 4}

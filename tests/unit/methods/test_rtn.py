@@ -10,6 +10,9 @@ from coppice.methods.contracts import Linear
 from coppice.methods.quantize.rtn import Options, compress
 from coppice.methods.solvers.grid import Grid, dequantize
 
+# Read by tests/rows.py.
+ROWS = [{"bits": 4, "group_size": -1}, {"bits": 2, "symmetric": True, "group_size": -1}]
+
 
 def relative(difference, weight):
     return (difference.norm() / weight.norm()).item()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,11 @@ from coppice.methods.prune.shortgpt import Options, choose
 from coppice.methods.registry import method
 from coppice.models.surgery import remove
 
-STRUCTURE = Structure(blocks=5, kv_groups=2, neurons=8)
+# Read by tests/rows.py.
+ROWS = [{"ratio": 0.5}]
+
+FIVE = SimpleNamespace(structure=Structure(blocks=5, kv_groups=2, neurons=8))
+THREE = SimpleNamespace(structure=Structure(3, 1, 1))
 SIMILARITY = {"similarity": torch.tensor([0.2, 0.9, 0.5, 0.95, -0.4])}
 
 
@@ -45,19 +50,19 @@ def similarity(model, tokens):
     ],
 )
 def test_the_least_influential_blocks_go(options, removed):
-    removal = choose(STRUCTURE, SIMILARITY, Options(**options))
+    removal = choose(FIVE, SIMILARITY, Options(**options))
     assert removal.blocks == removed and not removal.kv_groups and not removal.neurons
     assert removal.record["achieved"] == {"blocks": len(removed), "block_ratio": len(removed) / 5}
 
 
 def test_the_influence_is_recorded():
-    record = choose(STRUCTURE, SIMILARITY, Options(blocks=1)).record
+    record = choose(FIVE, SIMILARITY, Options(blocks=1)).record
     assert record["block_influence"] == pytest.approx([0.8, 0.1, 0.5, 0.05, 1.4])
     assert record["removed_blocks"] == [3] and record["asked"] == {"blocks": 1, "block_ratio": None}
 
 
 def test_one_shot_choices_are_nested():
-    chosen = [set(choose(STRUCTURE, SIMILARITY, Options(blocks=number)).blocks) for number in range(5)]
+    chosen = [set(choose(FIVE, SIMILARITY, Options(blocks=number)).blocks) for number in range(5)]
     assert all(smaller < larger for smaller, larger in pairwise(chosen))
 
 
@@ -69,12 +74,12 @@ def test_options_that_make_no_sense_are_refused(options):
 
 def test_one_block_must_remain():
     with pytest.raises(UserError, match="delete 5 blocks of a model that has 5"):
-        choose(STRUCTURE, SIMILARITY, Options(blocks=5))
+        choose(FIVE, SIMILARITY, Options(blocks=5))
 
 
 def test_a_similarity_that_is_not_finite_is_named():
     with pytest.raises(UserError, match="block 2"):
-        choose(STRUCTURE, {"similarity": torch.tensor([0.2, 0.9, torch.nan, 0.95, -0.4])}, Options(blocks=1))
+        choose(FIVE, {"similarity": torch.tensor([0.2, 0.9, torch.nan, 0.95, -0.4])}, Options(blocks=1))
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -83,7 +88,7 @@ def test_an_identity_block_goes_first_and_is_not_missed(architecture):
     with torch.no_grad():
         model.model.layers[1].self_attn.o_proj.weight.zero_()
         model.model.layers[1].mlp.down_proj.weight.zero_()
-    removal = choose(Structure(3, 1, 1), similarity(model, tokens), Options(blocks=1))
+    removal = choose(THREE, similarity(model, tokens), Options(blocks=1))
     influence = torch.tensor(removal.record["block_influence"])
     assert removal.blocks == (1,)
     assert influence[1].abs() < 1e-12 and (influence >= -1e-12).all() and (influence <= 2).all()
@@ -94,13 +99,13 @@ def test_an_identity_block_goes_first_and_is_not_missed(architecture):
 def test_influence_does_not_see_the_scale_of_the_residual_stream():
     """Blocks see norms of the stream alone: scaling what enters it and what is added to it scales every h."""
     model, tokens = tiny_model(dtype=torch.float64, rms_norm_eps=0.0), tiny_tokens()
-    expected = choose(Structure(3, 1, 1), similarity(model, tokens), Options(blocks=1)).record["block_influence"]
+    expected = choose(THREE, similarity(model, tokens), Options(blocks=1)).record["block_influence"]
     with torch.no_grad():
         model.model.embed_tokens.weight *= 3
         for block in model.model.layers:
             block.self_attn.o_proj.weight *= 3
             block.mlp.down_proj.weight *= 3
-    scaled = choose(Structure(3, 1, 1), similarity(model, tokens), Options(blocks=1)).record["block_influence"]
+    scaled = choose(THREE, similarity(model, tokens), Options(blocks=1)).record["block_influence"]
     assert scaled == pytest.approx(expected, rel=1e-10)
 
 

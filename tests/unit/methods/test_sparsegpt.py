@@ -9,10 +9,14 @@ from pydantic import ValidationError
 from coppice.errors import UserError
 from coppice.methods.contracts import Linear, Unchanged
 from coppice.methods.prune import wanda
-from coppice.methods.prune.sparsegpt import Options, compress, marks
+from coppice.methods.prune.sparsegpt import Options, compress, traits
 from coppice.methods.quantize import rtn
 from coppice.methods.solvers.grid import dequantize
 from coppice.methods.solvers.refit import refit
+
+# Read by tests/rows.py.
+ROWS = [{"sparsity": 0.5, "block": 8}, {"pattern": "2:4"}, {"sparsity": 0.5, "bits": 4, "group_size": -1}]
+CLEARS_UNSEEN_INPUTS = True
 
 
 def test_each_block_hits_the_sparsity_exactly(linear, statistics):
@@ -129,8 +133,8 @@ def test_the_refit_of_its_mask_is_never_above_the_sweep(linear, statistics, loss
 
 
 def test_marks_follow_the_options():
-    assert marks(frozenset({"smaller"}), Options(sparsity=0.5)) == {"smaller", "masked"}
-    assert marks(frozenset(), Options(pattern="2:4", bits=4)) == {"masked", "quantized"}
+    assert traits(frozenset({"smaller"}), Options(sparsity=0.5)) == {"smaller", "masked"}
+    assert traits(frozenset(), Options(pattern="2:4", bits=4)) == {"masked", "quantized"}
 
 
 @pytest.mark.parametrize(

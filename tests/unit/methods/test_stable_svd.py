@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from coppice.errors import UserError
-from coppice.methods.solvers.stable_svd import gated, inverse_gaps
+from coppice.methods.solvers.stable_svd import apply_gates, inverse_gaps
 
 
 def with_values(values: list[float], rows: int, columns: int) -> torch.Tensor:
@@ -27,14 +27,14 @@ GATE = torch.tensor([1.0, 0.95, 0.9, 0.7, 0.4, 0.2, 0.1, 0.0], dtype=torch.float
 def test_gradient_is_that_of_finite_differences(rows, columns):
     matrix = with_values([4, 3, 2, 1], rows, columns).requires_grad_()
     gate = GATE[::2].clone().requires_grad_()
-    torch.testing.assert_close(gated(matrix, gate), plainly_gated(matrix, gate))
-    assert torch.autograd.gradcheck(gated, (matrix, gate))
+    torch.testing.assert_close(apply_gates(matrix, gate), plainly_gated(matrix, gate))
+    assert torch.autograd.gradcheck(apply_gates, (matrix, gate))
 
 
 def test_gradient_is_that_of_the_decomposition():
     matrix = with_values([8, 7, 6, 5, 4, 3, 2, 1], 16, 8).requires_grad_()
     direction = torch.linspace(-1, 1, 128, dtype=torch.float64).view(16, 8)
-    (ours,) = torch.autograd.grad((gated(matrix, GATE) * direction).sum(), [matrix])
+    (ours,) = torch.autograd.grad((apply_gates(matrix, GATE) * direction).sum(), [matrix])
     (expected,) = torch.autograd.grad((plainly_gated(matrix, GATE) * direction).sum(), [matrix])
     torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-9)
 
@@ -42,7 +42,7 @@ def test_gradient_is_that_of_the_decomposition():
 def test_gradient_is_exact_where_what_is_left_out_has_no_power():
     """Y = X W^T of rank 3 with t = 7 and m = 5: by W, whatever is left out stays zero."""
     inputs, weight = with_values([5, 3, 2], 7, 3), with_values([3, 2, 1], 5, 3).requires_grad_()
-    assert torch.autograd.gradcheck(lambda weight: gated(inputs @ weight.T, GATE[2:5]), (weight,))
+    assert torch.autograd.gradcheck(lambda weight: apply_gates(inputs @ weight.T, GATE[2:5]), (weight,))
 
 
 def test_gaps():
@@ -61,7 +61,7 @@ def test_gaps():
 def test_gradient_is_finite_where_values_meet_or_vanish(matrix, scale):
     matrix = (scale * matrix).requires_grad_()
     gate = torch.tensor([1.0, 1.0, 0.5, 0.0], requires_grad=True)
-    (gated(matrix, gate) * torch.linspace(-1, 1, 24).view(6, 4)).sum().backward()
+    (apply_gates(matrix, gate) * torch.linspace(-1, 1, 24).view(6, 4)).sum().backward()
     assert torch.isfinite(matrix.grad).all() and torch.isfinite(gate.grad).all()
 
 
@@ -69,10 +69,10 @@ def test_gradient_is_finite_where_values_meet_or_vanish(matrix, scale):
 def test_open_gates_pass_the_gradient_on_whatever_the_values(matrix):
     matrix = matrix.double().requires_grad_()
     direction = torch.linspace(-1, 1, 16, dtype=torch.float64).view(4, 4)
-    (gated(matrix, torch.ones(4, dtype=torch.float64)) * direction).sum().backward()
+    (apply_gates(matrix, torch.ones(4, dtype=torch.float64)) * direction).sum().backward()
     torch.testing.assert_close(matrix.grad, direction)
 
 
 def test_values_that_are_not_finite():
     with pytest.raises(UserError, match="outputs of this layer hold values that are not finite"):
-        gated(torch.full((3, 3), float("nan")), torch.ones(2))
+        apply_gates(torch.full((3, 3), float("nan")), torch.ones(2))

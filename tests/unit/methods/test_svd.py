@@ -6,6 +6,9 @@ import torch
 from coppice.methods.contracts import Unchanged
 from coppice.methods.decompose.svd import Options, compress
 
+# Read by tests/rows.py.
+ROWS = [{"rank": 3}]
+
 
 def test_is_the_best_in_the_frobenius_norm(linear):
     factors = compress(linear, None, Options(keep=0.5))

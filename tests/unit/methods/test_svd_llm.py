@@ -12,6 +12,9 @@ from coppice.methods.decompose import asvd, fwsvd, svd
 from coppice.methods.decompose.svd_llm import Options, compress
 from coppice.methods.solvers.loss import relative_error
 
+# Read by tests/rows.py.
+ROWS = [{"rank": 5}, {"rank": 3, "whitening": "cholesky"}, {"rank": 3, "update": True}]
+
 
 def test_recorded_error_is_the_layer_error(linear, inputs, statistics):
     factors = compress(linear, statistics, Options(rank=6))

@@ -10,6 +10,9 @@ from coppice.methods.contracts import Linear, Unchanged
 from coppice.methods.prune import magnitude
 from coppice.methods.prune.wanda import Options, compress
 
+# Read by tests/rows.py.
+ROWS = [{"sparsity": 0.5}, {"pattern": "2:4"}, {"sparsity": 0.5, "refit": True}]
+
 
 def test_scores_in_a_hand_made_row(statistics_with):
     linear = Linear(torch.tensor([[3.0, -2.0, 1.0, 0.5]]))

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import logits, tiny_model, tiny_tokens
+from tiny import ARCHITECTURES, logits, tiny_model, tiny_tokens
 from torch.nn.functional import cross_entropy
 
 from coppice.errors import UserError
-from coppice.methods.contracts import Linear
-from coppice.models import modules
+from coppice.methods.contracts import Linear, Removal, Structure
+from coppice.models import modules, surgery
 from coppice.models.architectures.base import blocks
 from coppice.models.decoder import WholeDecoder
 
@@ -77,6 +77,43 @@ def test_gradients_are_those_of_each_batch() -> None:
     loss = cross_entropy(model(input_ids=tokens[2:]).logits[0, :-1], tokens[2, 1:])
     (expected,) = torch.autograd.grad(loss, weight)
     torch.testing.assert_close(found[1][NAME], expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("bypass", [[1], [0, 2]])
+def test_a_bypassed_loss_is_that_of_the_model_without_those_blocks(architecture: str, bypass: list[int]) -> None:
+    model, tokens = tiny_model(architecture), tiny_tokens(windows=2)
+    whole = decoder(model, tokens)
+    before = whole.loss()
+    bypassed = whole.loss(bypass=bypass)
+    assert torch.equal(whole.loss(), before)
+    assert not torch.equal(bypassed, before)
+    shorter = surgery.remove(model, Removal(blocks=tuple(bypass)))
+    assert torch.equal(bypassed, decoder(shorter, tokens).loss())
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_hidden_states_are_those_of_transformers(architecture: str) -> None:
+    model, tokens = tiny_model(architecture), tiny_tokens(windows=2)
+    states = decoder(model, tokens).hidden_states(1)
+    with torch.no_grad():
+        expected = model(input_ids=tokens[1:], output_hidden_states=True, use_cache=False).hidden_states
+        assert states.shape == (4, 12, 32)
+        assert torch.equal(states[:3], torch.cat(expected[:3]))
+        # transformers normalises the last ones.
+        assert torch.equal(model.model.norm(states[3:]), expected[3])
+
+
+def test_hidden_states_leave_padding_out() -> None:
+    tokens = tiny_tokens(windows=1)
+    kept = torch.ones_like(tokens, dtype=torch.bool)
+    kept[:, 7:] = False
+    assert decoder(tiny_model(), tokens, kept).hidden_states(0).shape == (4, 7, 32)
+
+
+def test_units_are_counted() -> None:
+    model = tiny_model("llama-gqa")
+    assert decoder(model, tiny_tokens()).structure == Structure(blocks=3, kv_groups=4, neurons=48)
 
 
 def test_windows_of_one_token_have_no_loss() -> None:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def write_adapter(model: PreTrainedModel, folder: Path) -> dict[str, Path]:
-    """Writes the compensations as a PEFT adapter of the parent's checkpoint; returns the files by name in the node.
+    """Writes the low-rank corrections as a PEFT adapter of the parent; returns the files by name in the node.
 
     PEFT scales a module by alpha / rank of that module; alpha equal to the rank, module by module, makes it 1.
     """

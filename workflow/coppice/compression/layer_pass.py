@@ -1,304 +1,319 @@
-"""A layer method's pass over the blocks of a model: statistics, the method, the replacement, the record."""
+"""A layer method's pass over the blocks of a model: statistics, the method, the replacement, the record.
+
+The way of a weight, in the order of this file: `compress_layers` decides for the whole model and takes the blocks one
+by one to the device; `compress_block` scales shared inputs and takes the linears one by one; `compress_linear` calls
+the method, puts its replacement in place and measures the error.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from coppice.calibration import moments, reading
-from coppice.calibration import walk as activations
-from coppice.compression import allocation
+from coppice.calibration import moments as calibration
+from coppice.calibration import walk
+from coppice.compression.allocation import allocate
+from coppice.compression.inputs import Inputs
+from coppice.compression.replacement import replace
+from coppice.compression.views import decoder_view, linear_view
 from coppice.data.windows import Windows
 from coppice.errors import UserError, did_you_mean, error_context
 from coppice.methods.contracts import Linear, LinearStatistics
-from coppice.methods.options import MethodOptions
+from coppice.methods.options import LayerOptions, TargetOptions
 from coppice.methods.registry import Method
 from coppice.methods.solvers.loss import relative_error
 from coppice.models import folding, modules
-from coppice.models.architectures.base import architecture_of, blocks
-from coppice.models.checkpoint import computing_dtype, load_model
-from coppice.models.decoder import WholeDecoder
+from coppice.models.architectures.base import Architecture, architecture_of, blocks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-from coppice.compression.replacement import replace
-
-
-def load_reference(directory: Path, model: PreTrainedModel, device: str) -> PreTrainedModel:
-    """The model from before compression. Raises UserError when its linears are not those of the parent's model."""
-    reference = load_model(directory, dtype=computing_dtype(directory, device))
-    own, before = (
-        {
-            name: (linear.out_features, linear.in_features)
-            for name, linear in modules.replaceable_modules(blocks(each)).items()
-        }
-        for each in (model, reference)
-    )
-    if own != before:
-        raise UserError(
-            f"The reference {directory} has linears of other shapes than the parent; pass the checkpoint that the "
-            "parent's linears were compressed from."
-        )
-    return reference
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What a step reads besides checkpoints: what it needs, folders of statistics by kind, calibration windows."""
-
-    needs: frozenset[str]
-    sources: dict[str, tuple[Path, dict[str, Any]]]
-    windows: Windows | None
+Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class LayerPass:
-    """A layer method on its way over the blocks of a model.
+    """A layer method, its options, and the model whose blocks it passes over.
 
     original: the model from before compression, for a compensate method. storage: the type of the checkpoint's numbers.
     """
 
     model: PreTrainedModel
     original: PreTrainedModel | None
-    used: Method
-    options: MethodOptions
+    method: Method
+    options: LayerOptions
     inputs: Inputs
     storage: torch.dtype
     seed: int
     device: str
 
+    @property
+    def architecture(self) -> Architecture:
+        return architecture_of(self.model)
+
     def linears(self, block: nn.Module) -> dict[str, nn.Module]:
-        """What the method sees of a block, by the name within it.
+        """What the method could work on in a block, by the name within it.
 
         A compensate method sees linears as the architecture names them; every other method each matrix, also the
         factors inside a composite.
         """
-        return modules.weight_matrices(block) if self.original is None else modules.replaceable_modules(block)
+        return {**(modules.weight_matrices(block) if self.original is None else modules.replaceable_modules(block))}
 
-    def chosen(self, name: str) -> bool:
+    def targets(self, block: nn.Module) -> dict[str, nn.Module]:
+        """The linears of a block that the method works on, by the name within it."""
+        return {name: linear for name, linear in self.linears(block).items() if self.is_target(name)}
+
+    def is_target(self, name: str) -> bool:
         """Whether the options let the method work on the linear of that name."""
-        return self.options.target_modules is None or bool(set(name.split(".")) & set(self.options.target_modules))
+        targets = self.options.target_modules
+        return targets is None or bool(set(name.split(".")) & set(targets))
 
-    def linear(self, name: str, module: nn.Module, reference: nn.Module | None = None, **more: Any) -> Linear:
-        """What the method sees of one linear."""
-        family = architecture_of(self.model)
-        return Linear(
-            weight=modules.effective_weight(module).float(),
-            mask=modules.mask(module) if isinstance(module, nn.Linear) else None,
-            reference=None if reference is None else modules.effective_weight(reference).float(),
-            storage=self.storage,
-            name=name,
-            role=family.role(family.place(name)[1]),
-            **more,
-        )
+    def all_targets(self) -> dict[str, nn.Module]:
+        """The linears that the method works on by full name, in the model's order."""
+        return {
+            self.architecture.full_name(index, name): linear
+            for index, block in enumerate(blocks(self.model))
+            for name, linear in self.targets(block).items()
+        }
 
-    def read(self, index: int) -> dict[str, LinearStatistics]:
-        """The parent's moments of a block by linear; empty where there are none."""
-        if "moments" not in self.inputs.sources:
-            return {}
-        directory, manifest = self.inputs.sources["moments"]
-        return reading.block_statistics(directory, index, manifest, self.device)
+    def view(self, name: str, module: nn.Module, reference: nn.Module | None = None, **more: Any) -> Linear:
+        """What the method sees of one linear (see `linear_view`)."""
+        role = self.architecture.role(self.architecture.place(name)[1])
+        return linear_view(name, module, self.storage, self.seed, reference, role=role, **more)
+
+    def moments(self, index: int) -> dict[str, LinearStatistics]:
+        """The parent's moments of a block by the linear's name within it; empty where there are none."""
+        return self.inputs.moments(index, self.device)
 
 
-class SequentialStatistics:
-    """Moments gathered behind the blocks already compressed."""
+@dataclass(frozen=True)
+class Decisions:
+    """What is decided from the whole model before the pass, by the linears' full names.
 
-    def __init__(self, model: PreTrainedModel, windows: Windows, device: str) -> None:
-        self.model, self.device = model, device
-        self.batches = activations.embed(model, *activations.as_tensors(windows))
+    plans: what the method's `plan` returns. options: those of linears with a target of their own. achieved: what the
+    allocation of the target comes to, for the record.
+    """
 
-    def before(self, index: int) -> dict[str, LinearStatistics]:
-        statistics, aliases, _ = moments.gather_block(self.model, index, self.batches, self.device)
-        return {name: statistics[first] for name, first in aliases.items()}
+    plans: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, LayerOptions] = field(default_factory=dict)
+    achieved: Record = field(default_factory=dict)
 
-    def after(self, index: int) -> None:
-        for batch in self.batches:
-            batch.hidden = activations.run_block(self.model, index, batch, self.device)
+
+@dataclass(frozen=True)
+class BlockMoments:
+    """Moments of a block's linears by the name within it: the parent's, and those gathered after the blocks already
+    compressed."""
+
+    parent: dict[str, LinearStatistics]
+    sequential: dict[str, LinearStatistics]
 
 
 @torch.no_grad()
-def compress_layers(walk: LayerPass) -> tuple[dict[str, Any], dict[str, Any]]:
+def compress_layers(layer_pass: LayerPass) -> tuple[dict[str, Record], Record]:
     """Replaces the linears of every block, in order; returns the record of each by its full name, and what was achieved
     over all of them."""
-    require_known_linears(walk)
-    planned = plan(walk)
-    options_of, allocation = allocated(walk)
-    behind = None
-    if "sequential_moments" in walk.inputs.needs:
-        behind = SequentialStatistics(walk.model, walk.inputs.windows, walk.device)
-    record = {}
-    for index, block in enumerate(blocks(walk.model)):
-        original = blocks(walk.original)[index] if walk.original is not None else None
+    require_known_targets(layer_pass)
+    decisions = decide(layer_pass)
+    sequential = SequentialStatistics.of(layer_pass)
+    records: dict[str, Record] = {}
+    for index, block in enumerate(blocks(layer_pass.model)):
+        original = None if layer_pass.original is None else blocks(layer_pass.original)[index]
         for module in filter(None, (block, original)):
-            module.to(walk.device)
-        parents = walk.read(index)
-        followed = behind.before(index) if behind is not None else {}
-        record |= compress_block(walk, index, block, original, parents, followed, planned, options_of)
-        del parents, followed  # before the next block's come
-        if behind is not None:
-            behind.after(index)
+            module.to(layer_pass.device)
+        moments = BlockMoments(layer_pass.moments(index), {} if sequential is None else sequential.before(index))
+        records |= compress_block(layer_pass, index, block, original, moments, decisions)
+        del moments  # before those of the next block are read
+        if sequential is not None:
+            sequential.advance(index)
         for module in filter(None, (block, original)):
             module.to("cpu")
-    return record, {**summary(record), **allocation}
+    return records, {**mean_record(records), **decisions.achieved}
 
 
-def require_known_linears(walk: LayerPass) -> None:
+def require_known_targets(layer_pass: LayerPass) -> None:
     """Raises UserError for a name in the option `target_modules` that no linear has."""
-    if walk.options.target_modules is None:
-        return
-    known = {part for name in walk.linears(blocks(walk.model)) for part in name.split(".")[1:]}
-    for name in walk.options.target_modules:
+    known = {part for name in layer_pass.linears(blocks(layer_pass.model)) for part in name.split(".")[1:]}
+    for name in layer_pass.options.target_modules or ():
         if name not in known:
             raise UserError(f"target_modules: no linear of this model is named {name!r}.{did_you_mean(name, known)}")
 
 
-def plan(walk: LayerPass) -> dict[str, Any]:
+def decide(layer_pass: LayerPass) -> Decisions:
+    """What the method plans and how its target is allocated, from the whole model."""
+    plans = plan(layer_pass)
+    options, achieved = allocate_target(layer_pass)
+    return Decisions(plans, options, achieved)
+
+
+def plan(layer_pass: LayerPass) -> dict[str, Any]:
     """What the method decides from the whole model, by the linears' full names."""
-    decide = walk.used.layer.plan
-    if decide is None:
+    method_plan = layer_pass.method.layer.plan
+    if method_plan is None:
         return {}
-    windows, sources = walk.inputs.windows, walk.inputs.sources
-    tokens, kept = (None, None) if windows is None else activations.as_tensors(windows)
-    kinds = {kind: read_all(source) for kind, source in sources.items() if kind != "moments"}
-    for parameter in walk.model.parameters():
-        parameter.requires_grad_(False)
-    walk.model.to(walk.device)
-    decoder = WholeDecoder(walk.model, every_linear(walk), walk.linear, walk.read, kinds, tokens, kept, walk.seed)
-    decided = decide(decoder, walk.options)
-    # The walk takes one block at a time to the device.
-    walk.model.to("cpu")
-    return decided
+    model = layer_pass.model.requires_grad_(False).to(layer_pass.device)
+    decoder = decoder_view(
+        model, layer_pass.all_targets(), layer_pass.view, layer_pass.inputs, layer_pass.seed, layer_pass.device
+    )
+    plans = method_plan(decoder, layer_pass.options)
+    model.to("cpu")  # the pass takes one block at a time to the device
+    return plans
 
 
-def allocated(walk: LayerPass) -> tuple[dict[str, MethodOptions], dict[str, Any]]:
-    """The options of each linear where the budget is spread unevenly, by full name, and what that achieves."""
-    if not Method.allocates(walk.options):
+def allocate_target(layer_pass: LayerPass) -> tuple[dict[str, TargetOptions], Record]:
+    """The options of each linear where the target is spread unevenly, by full name, and what that achieves."""
+    if not Method.allocates(layer_pass.options):
         return {}, {}
-    references = {} if walk.original is None else modules.replaceable_modules(walk.original)
-    family = architecture_of(walk.model)
+    assert isinstance(layer_pass.options, TargetOptions)
+    references = {} if layer_pass.original is None else modules.replaceable_modules(layer_pass.original)
 
-    def entries() -> Iterator[tuple[str, Linear, LinearStatistics]]:
-        read = lru_cache(maxsize=1)(walk.read)
-        for name, module in every_linear(walk).items():
-            index, path = family.place(name)
+    def linears() -> Iterator[tuple[str, Linear, LinearStatistics]]:
+        moments = lru_cache(maxsize=1)(layer_pass.moments)
+        for name, module in layer_pass.all_targets().items():
+            index, inner = layer_pass.architecture.place(name)
             reference = references.get(name)
             # One linear at a time is on the device.
             for each in filter(None, (module, reference)):
-                each.to(walk.device)
-            yield name, walk.linear(name, module, reference), read(index)[path]
+                each.to(layer_pass.device)
+            yield name, layer_pass.view(name, module, reference), moments(index)[inner]
             for each in filter(None, (module, reference)):
                 each.to("cpu")
 
-    options_of, spread = allocation.allocate(entries(), walk.options)
-    return options_of, {"allocation": spread}
+    options, allocation = allocate(linears(), layer_pass.options)
+    return options, {"allocation": allocation}
 
 
-def every_linear(walk: LayerPass) -> dict[str, nn.Module]:
-    """The linears that the method works on by full name, in the model's order."""
-    return {
-        architecture_of(walk.model).full_name(index, name): module
-        for index, block in enumerate(blocks(walk.model))
-        for name, module in walk.linears(block).items()
-        if walk.chosen(name)
-    }
+class SequentialStatistics:
+    """Moments gathered after the blocks already compressed: hidden states of all windows, on their way through."""
+
+    def __init__(self, model: PreTrainedModel, windows: Windows, device: str) -> None:
+        self.model, self.device = model, device
+        self.batches = walk.embed(model, *walk.as_tensors(windows))
+
+    @classmethod
+    def of(cls, layer_pass: LayerPass) -> SequentialStatistics | None:
+        """Those that the method needs, before the first block; None where it needs none."""
+        windows = layer_pass.inputs.windows
+        if windows is None or "sequential_moments" not in layer_pass.inputs.needs:
+            return None
+        return cls(layer_pass.model, windows, layer_pass.device)
+
+    def before(self, index: int) -> dict[str, LinearStatistics]:
+        """The moments of a block that is not compressed yet."""
+        moments, aliases, _ = calibration.gather_block(self.model, index, self.batches, self.device)
+        return {name: moments[first] for name, first in aliases.items()}
+
+    def advance(self, index: int) -> None:
+        """Takes the hidden states through the block, now that it is compressed."""
+        for batch in self.batches:
+            batch.hidden = walk.run_block(self.model, index, batch, self.device)
 
 
 def compress_block(
-    walk: LayerPass,
+    layer_pass: LayerPass,
     index: int,
     block: nn.Module,
     original: nn.Module | None,
-    parents: dict[str, LinearStatistics],
-    behind: dict[str, LinearStatistics],
-    planned: dict[str, Any],
-    options_of: dict[str, MethodOptions],
-) -> dict[str, Any]:
+    moments: BlockMoments,
+    decisions: Decisions,
+) -> dict[str, Record]:
     """Replaces the linears of one block; returns the record of each by its full name.
 
-    parents, behind: the moments of the parent and those behind the compressed blocks, by the name within the block; the
-    latter serve alone where the method propagates.
+    A sequential method reads the sequential moments alone; others read the parent's, and find the sequential ones that
+    they need in `Linear.sequential`.
     """
-    propagates = getattr(walk.options, "sequential", False)
-    statistics = behind if propagates and behind else parents
-    statistics, folded = fold_scales(walk, index, block, statistics)
-    before = modules.replaceable_modules(original) if original is not None else {}
-    record = {}
-    for name, module in walk.linears(block).items():
-        full = architecture_of(walk.model).full_name(index, name)
-        if not walk.chosen(name):
-            continue
-        more = {"plan": planned.get(full), "sequential": None if propagates else behind.get(name)}
-        linear = walk.linear(full, module, before.get(name), **more)
-        with error_context(full):
-            replacement = walk.used.layer.compress(linear, statistics.get(name), options_of.get(full, walk.options))
-            replace(block, name, module, replacement, walk.storage)
-            new = modules.effective_weight(block.get_submodule(name)).float()
-            found = errors(new, linear, statistics.get(name))
-        record[full] = {**folded.get(name, {}), **replacement.record, **found}
-    return record
+    sequential = getattr(layer_pass.options, "sequential", False)
+    statistics = moments.sequential if sequential and moments.sequential else moments.parent
+    statistics, scale_records = scale_inputs(layer_pass, index, block, statistics)
+    references = {} if original is None else modules.replaceable_modules(original)
+    records = {}
+    for inner, module in layer_pass.targets(block).items():
+        name = layer_pass.architecture.full_name(index, inner)
+        linear = layer_pass.view(
+            name,
+            module,
+            references.get(inner),
+            plan=decisions.plans.get(name),
+            sequential=None if sequential else moments.sequential.get(inner),
+        )
+        options = decisions.options.get(name, layer_pass.options)
+        with error_context(name):
+            record = compress_linear(layer_pass, block, inner, linear, statistics.get(inner), options)
+        records[name] = {**scale_records.get(inner, {}), **record}
+    return records
 
 
-def fold_scales(
-    walk: LayerPass, index: int, block: nn.Module, statistics: dict[str, LinearStatistics]
-) -> tuple[dict[str, LinearStatistics], dict[str, dict[str, Any]]]:
-    """Scales the inputs of the block's linears as the method asks; returns the statistics of the scaled inputs and, for
-    each linear that was scaled, the record of it."""
-    scale = walk.used.layer.scales
-    if scale is None:
+def scale_inputs(
+    layer_pass: LayerPass, index: int, block: nn.Module, statistics: dict[str, LinearStatistics]
+) -> tuple[dict[str, LinearStatistics], dict[str, Record]]:
+    """Scales the inputs of the block's linears by the method's factors; returns the statistics of the scaled inputs
+    and, for each linear that was scaled, the record of it."""
+    method_scales = layer_pass.method.layer.scales
+    if method_scales is None:
         return statistics, {}
-    found, record = dict(statistics), {}
-    full_name = partial(architecture_of(walk.model).full_name, index)
-    for shared in folding.scalable_inputs(walk.model, block):
-        names = [name for name in shared.consumers if walk.chosen(name)]
-        if len(names) < len(shared.consumers):
+    statistics = dict(statistics)
+    records: dict[str, Record] = {}
+    for shared in folding.scalable_inputs(layer_pass.model, block):
+        names = shared.consumers
+        if not all(layer_pass.is_target(name) for name in names):
             continue
-        seen = [walk.linear(full_name(name), block.get_submodule(name)) for name in names]
-        with error_context(seen[0].name):
-            scales = scale(seen, found[names[0]], walk.options)
+        full_name = partial(layer_pass.architecture.full_name, index)
+        linears = [layer_pass.view(full_name(name), block.get_submodule(name)) for name in names]
+        with error_context(linears[0].name):
+            scales = method_scales(linears, statistics[names[0]], layer_pass.options)
         if scales is None:
             continue
         scales = shared.pooled(scales.double())
         folding.fold(block, shared, scales)
-        # Linears that share an input share the statistics.
-        changed = folding.scaled(found[names[0]], scales.to(found[names[0]].mean.dtype))
-        found |= dict.fromkeys(names, changed)
-        record |= {name: {"scale_ratio": (scales.max() / scales.min()).item()} for name in names}
-    return found, record
+        # Linears that share an input share its statistics.
+        scaled = folding.scaled(statistics[names[0]], scales.to(statistics[names[0]].mean.dtype))
+        statistics |= dict.fromkeys(names, scaled)
+        records |= {name: {"scale_ratio": (scales.max() / scales.min()).item()} for name in names}
+    return statistics, records
 
 
-def errors(new: Tensor, linear: Linear, statistics: LinearStatistics | None) -> dict[str, float]:
-    """The layer's relative squared error: weight_error of its weights and, with statistics, error of its outputs.
+def compress_linear(
+    layer_pass: LayerPass,
+    block: nn.Module,
+    inner: str,
+    linear: Linear,
+    statistics: LinearStatistics | None,
+    options: LayerOptions,
+) -> Record:
+    """Calls the method on one linear and puts what it returns in the linear's place; returns the record.
+
+    inner: the linear's name within the block.
+    """
+    replacement = layer_pass.method.layer.compress(linear, statistics, options)
+    replace(block, inner, block.get_submodule(inner), replacement, layer_pass.storage)
+    # As it will be read back: what the checkpoint rounds is part of the error.
+    weight = modules.effective_weight(block.get_submodule(inner)).float()
+    return {**replacement.record, **errors(weight, linear, statistics)}
+
+
+def errors(weight: Tensor, linear: Linear, statistics: LinearStatistics | None) -> dict[str, float]:
+    """The layer's relative squared error: weight_error of its new weight [m, n] and, with statistics, error of its
+    outputs.
 
     Against the reference where there is one. Raises UserError when a weight, old or new, is not finite.
     """
-    wanted = linear.weight if linear.reference is None else linear.reference
-    found = {"weight_error": relative_error(new - wanted, wanted, None)}
+    target = linear.weight if linear.reference is None else linear.reference
+    difference = weight - target
+    record = {"weight_error": relative_error(difference, target, None)}
     if statistics is not None:
-        found["error"] = relative_error(new - wanted, wanted, statistics.second_moment)
-    return found
+        record["error"] = relative_error(difference, target, statistics.second_moment)
+    return record
 
 
-def read_all(source: tuple[Path, dict[str, Any]]) -> dict[str, Tensor]:
-    """Every tensor of one folder of statistics."""
-    directory, read = source
-    tensors: dict[str, Tensor] = {}
-    for name in read["files"]:
-        tensors |= reading.read_statistics_file(directory, name, read)
-    return tensors
-
-
-def summary(record: dict[str, Any]) -> dict[str, float]:
-    """The means over layers of every number in their records."""
-    names = {key for entry in record.values() for key, value in entry.items() if isinstance(value, int | float)}
+def mean_record(records: Mapping[str, Record]) -> dict[str, float]:
+    """The means over linears of every number in their records."""
+    names = {key for record in records.values() for key, value in record.items() if isinstance(value, int | float)}
     return {
         key: sum(values) / len(values)
         for key in sorted(names)
-        if (values := [entry[key] for entry in record.values() if isinstance(entry.get(key), int | float)])
+        if (values := [record[key] for record in records.values() if isinstance(record.get(key), int | float)])
     }

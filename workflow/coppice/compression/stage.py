@@ -1,8 +1,7 @@
 """Makes a node from its parent with a prune, decompose, quantize or compensate method.
 
-A layer method sees one linear at a time; this module owns the walk over the blocks, the statistics (read, or gathered
-behind the blocks already compressed), the replacement and the record. A structure method names units; `surgery` removes
-them.
+`inputs` reads what the method needs. `layer_pass` runs a layer method over the blocks, `structure` a method that
+removes units, and `models.rotation` and `models.kv_cache` do what the two other contracts ask for.
 """
 
 from __future__ import annotations
@@ -12,29 +11,16 @@ import json
 import tempfile
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from torch import Tensor
-
-from coppice.calibration.reading import read_statistics
-from coppice.data.tokenizer import check_tokenizer
-from coppice.data.windows import load_windows
-from coppice.errors import UserError
-from coppice.methods.contracts import FROM_WINDOWS
-from coppice.methods.options import MethodOptions
-from coppice.methods.registry import Method, method
-from coppice.models.checkpoint import computing_dtype, load_model, read_manifest, save_checkpoint, stored_dtype
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from typing import Any
 
 from coppice.compression.adapter import write_adapter
-from coppice.compression.layer_pass import Inputs, LayerPass, compress_layers, load_reference, read_all
-
-MISSING = {
-    "tokens": "the calibration windows themselves; pass their folder with --tokens",
-    "reference": "the checkpoint from before the compression that it makes up for; pass its folder with --reference",
-}
+from coppice.compression.inputs import load_reference, read_inputs
+from coppice.compression.layer_pass import LayerPass, compress_layers
+from coppice.errors import UserError
+from coppice.methods import registry
+from coppice.methods.options import LayerOptions
+from coppice.methods.registry import Method
+from coppice.models.checkpoint import computing_dtype, load_model, read_manifest, save_checkpoint, stored_dtype
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -80,97 +66,60 @@ def compress(
             a layer, which the sentence names.
     """
     started = time.monotonic()
-    used = method(step["method"])
-    if used.contract == "training":
-        raise UserError(f"Step {step['name']!r} ({used.name}) trains its parent; make the node with `coppice recover`.")
-    options = used.validated(step["options"])
+    method = registry.method(step["method"])
+    if method.contract == "training":
+        raise UserError(
+            f"Step {step['name']!r} ({method.name}) trains its parent; make the node with `coppice recover`."
+        )
+    options = method.validated(step["options"])
     parent_manifest = read_manifest(parent)
-    refuse_impossible(step["name"], used, parent_manifest["marks"])
-    needs = used.needs(options)
-    wanted = needs - FROM_WINDOWS | ({"tokens"} if needs & FROM_WINDOWS else set())
-    if used.family == "compensate":
-        wanted |= {"reference"}
-    # Moments, where there are any, also tell the output error of a method that does not need them.
-    readable = wanted | {"moments"} if used.contract == "layer" and "sequential_moments" not in needs else wanted
-    sources = {}
-    for directory in statistics:
-        read = read_statistics(directory, parent_manifest["fingerprint"])
-        if read["kind"] in readable:
-            sources[read["kind"]] = (directory, read)
-    given = {name for name, path in (("tokens", tokens), ("reference", reference)) if path is not None}
-    require_inputs(step["name"], used, wanted, given | sources.keys())
-    read_from = {kind: read["tokens_fingerprint"] for kind, (_, read) in sources.items()}
-    windows = None
-    if "tokens" in wanted:
-        windows = load_windows(tokens)
-        check_tokenizer(parent, windows)
-        read_from["windows"] = windows.manifest["fingerprint"]
+    refuse_impossible(step["name"], method, parent_manifest["marks"])
+    inputs = read_inputs(
+        step["name"], method, options, parent, parent_manifest["fingerprint"], statistics, tokens, reference
+    )
     model = load_model(parent, dtype=computing_dtype(parent, device))
-    record = {}
-    if used.contract == "structure":
-        model, achieved = change_structure(model, used, options, sources)
-    elif used.contract == "rotation":
+    record: dict[str, Any] = {}
+    if method.contract == "structure":
+        from coppice.compression.structure import change_structure
+
+        model, achieved = change_structure(model, method, options, inputs, stored_dtype(parent), seed, device)
+    elif method.contract == "rotation":
         from coppice.models import rotation
 
         achieved = rotation.achieved(model, options)
-        model = rotation.rotate(model.to(device), used.rotation.rotation, options)
-    elif used.contract == "cache":
+        model = rotation.rotate(model.to(device), method.rotation.rotation, options)
+    elif method.contract == "cache":
         from coppice.models.modules import kv_cache
 
-        achieved = used.cache.cache(options)
+        achieved = method.cache.cache(options)
         kv_cache.install_cache(model, achieved)
     else:
-        original = load_reference(reference, model, device) if "reference" in wanted else None
-        walk = LayerPass(
-            model, original, used, options, Inputs(needs, sources, windows), stored_dtype(parent), seed, device
-        )
-        record, achieved = compress_layers(walk)
+        original = None if inputs.reference is None else load_reference(inputs.reference, model, device)
+        assert isinstance(options, LayerOptions)  # as every LayerMethod declares
+        layer_pass = LayerPass(model, original, method, options, inputs, stored_dtype(parent), seed, device)
+        record, achieved = compress_layers(layer_pass)
     manifest = {
         "node": node,
         "parent": parent_manifest["node"],
-        "step": {**step, "family": used.family},
+        "step": {**step, "family": method.family},
         "seed": seed,
-        "marks": sorted(used.traits(frozenset(parent_manifest["marks"]), options)),
+        "marks": sorted(method.traits(frozenset(parent_manifest["marks"]), options)),
         "source": parent_manifest["source"],
         "dense": parent_manifest["dense"],
         "asked": options.model_dump(mode="json"),
         "achieved": achieved,
         "layers": record,
-        "calibration": read_from or None,
+        "calibration": inputs.fingerprints() or None,
         "recovery": parent_manifest["recovery"],
         "wall_seconds": time.monotonic() - started,
     }
     with tempfile.TemporaryDirectory() as scratch:
-        extra = write_adapter(model, Path(scratch)) if used.family == "compensate" else {}
+        extra = write_adapter(model, Path(scratch)) if method.family == "compensate" else {}
         return save_checkpoint(model, output, parent, manifest, stored_dtype(parent), extra)
 
 
-def refuse_impossible(name: str, used: Method, marks: list[str]) -> None:
+def refuse_impossible(name: str, method: Method, marks: list[str]) -> None:
     """Raises UserError when the method cannot work on a parent with these marks."""
-    if problem := used.incompatibility(frozenset(marks)):
+    if problem := method.incompatibility(frozenset(marks)):
         trait, reason = problem
-        raise UserError(f"Step {name!r} ({used.name}) cannot work on a {trait} node, because {reason}.")
-
-
-def require_inputs(name: str, used: Method, needs: frozenset[str], given: set[str]) -> None:
-    """Raises UserError for an input of the method that was not given: a kind of statistics, tokens or the reference."""
-    for missing in sorted(needs - given):
-        how = MISSING.get(missing) or (
-            f"statistics of the kind {missing!r}, gathered on its parent; make them with "
-            f"`coppice calibrate --kind {missing}` and pass their folder with --statistics"
-        )
-        raise UserError(f"Step {name!r} ({used.name}) needs {how}.")
-
-
-def change_structure(
-    model: PreTrainedModel, used: Method, options: MethodOptions, sources: dict[str, tuple[Path, dict[str, Any]]]
-) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """Removes the units that a structure method chooses; returns the model and what was achieved."""
-    from coppice.models import surgery
-
-    tensors: dict[str, Tensor] = {}
-    for source in sources.values():
-        tensors |= read_all(source)
-    removal = used.structure.choose(surgery.structure(model), tensors, options)
-    achieved = {**removal.record, **surgery.achieved(model, removal)}
-    return surgery.remove(model, removal), achieved
+        raise UserError(f"Step {name!r} ({method.name}) cannot work on a {trait} node, because {reason}.")

@@ -10,7 +10,7 @@ import yaml
 from pydantic import BaseModel
 
 from coppice.documentation.markdown import NOTICE, escape_cell, table
-from coppice.methods.options import Allocation, BudgetOptions, LayerOptions, MethodOptions, RecoverOptions
+from coppice.methods.options import Allocation, LayerOptions, MethodOptions, RecoverOptions, TargetOptions
 from coppice.methods.registry import FAMILIES, Method, methods
 
 PATH = Path("docs/methods.md")
@@ -19,8 +19,8 @@ MEASURED = Path("docs/measured")
 # Options that several methods have, by the heading of their section.
 SHARED: dict[str, type[BaseModel]] = {
     "Options of every method that works layer by layer": LayerOptions,
-    "Options of every method with a budget": BudgetOptions,
-    "Allocations of a budget": Allocation,
+    "Options of every method with a target": TargetOptions,
+    "Allocations of a target": Allocation,
     "Options of every method that recovers": RecoverOptions,
 }
 
@@ -29,17 +29,18 @@ def render(root: Path) -> str:
     """The page, with what is in the folder MEASURED of the repository `root`."""
     lines = ["# Methods", "", NOTICE, ""]
     lines += [
-        "A step is a method with options. What a method cannot work on is refused when the study is loaded. `coppice",
-        "methods --json` prints the same for programs.",
+        "A step is a method with options. What a method cannot work on is refused when the study is loaded. Its reach",
+        "is how much of the model it must see at once: a method that reaches a linear or a block needs no more than",
+        "that in memory. `coppice methods --json` prints the same for programs.",
         "",
-        "| method | family | source | equation | statistics | adds traits | refuses traits |",
-        "|---|---|---|---|---|---|---|",
+        "| method | family | source | equation | statistics | reach | adds traits | refuses traits |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     ordered = sorted(methods().values(), key=lambda method: (FAMILIES.index(method.family), method.name))
     lines += [method_row(method) for method in ordered]
     lines += ["", *measured_section(root)]
     for heading, options in SHARED.items():
-        hidden = LayerOptions.model_fields if options is BudgetOptions else ()
+        hidden = LayerOptions.model_fields if options is TargetOptions else ()
         lines += ["", f"## {heading}", "", *table(options, hidden)]
     findings = yaml.safe_load((root / MEASURED / "findings.yaml").read_text(encoding="utf-8")) or {}
     for method in ordered:
@@ -90,6 +91,7 @@ def method_row(method: Method) -> str:
         f"{source.title} ({source.identifier})",
         source.equation,
         ", ".join(sorted(method.needs())) or "none",
+        method.resources.reach,
         ", ".join(sorted(method.adds_traits)) or "none",
         ", ".join(sorted(method.incompatible_with)) or "none",
     ]
@@ -103,5 +105,5 @@ def first_paragraph(method: Method) -> str:
 
 def shared_options(options: type[MethodOptions]) -> set[str]:
     """The options that a method shares with the others of its kind."""
-    bases = [base for base in (BudgetOptions, LayerOptions, RecoverOptions) if issubclass(options, base)]
+    bases = [base for base in (TargetOptions, LayerOptions, RecoverOptions) if issubclass(options, base)]
     return {name for base in bases for name in base.model_fields}

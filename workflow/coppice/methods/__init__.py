@@ -1,1 +1,1 @@
-"""Methods: one file each, found by `base.methods`."""
+"""Methods: one file each, registered by `registry.methods`."""

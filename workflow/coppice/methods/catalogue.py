@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import asdict
+from typing import Any, TypedDict
 
 from coppice.methods.registry import methods
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="with sources, options and needs, as JSON")
+    parser.add_argument("--json", action="store_true", help="with sources, options, needs and resources, as JSON")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -24,8 +25,22 @@ def run(arguments: argparse.Namespace) -> None:
         print(f"{name:<{name_width}} {entry['family']:<{family_width}} {entry['source']['title']}")
 
 
-def catalogue() -> dict[str, dict]:
-    """Every registered method: family, contract, source, options (JSON schema), needs, what it makes and refuses."""
+class Entry(TypedDict):
+    """A method for programs. options: a JSON schema. needs: at least, whatever the options."""
+
+    family: str
+    contract: str
+    source: dict[str, str]
+    options: dict[str, Any]
+    needs: list[str]
+    adds_traits: list[str]
+    incompatible_with: dict[str, str]
+    draws: bool
+    resources: dict[str, Any]
+
+
+def catalogue() -> dict[str, Entry]:
+    """Every registered method by name."""
     return {
         name: {
             "family": method.family,
@@ -35,6 +50,8 @@ def catalogue() -> dict[str, dict]:
             "needs": sorted(method.needs()),
             "adds_traits": sorted(method.adds_traits),
             "incompatible_with": dict(method.incompatible_with),
+            "draws": method.declaration.draws,
+            "resources": asdict(method.resources),
         }
         for name, method in methods().items()
     }

@@ -5,7 +5,8 @@ How a method declares itself is in `methods.declaration`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import hashlib
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -91,7 +92,9 @@ class Linear:
     point numbers, None for the weight's own: codes are computed against scales as they will be read back. name: in
     full, as `model.layers.0.mlp.up_proj`. role: what it does in its block, None for a factor of a linear. plan: what
     the method's `plan` returned for it. sequential: its statistics gathered after the blocks already compressed, for a
-    method that needs them as well as the parent's "moments".
+    method that needs them as well as the parent's "moments". seed: what a method that draws takes for its generator; it
+    follows from the study's seed and the name (`linear_seed`), so that linears draw different numbers, whatever the
+    order in which they are compressed.
     """
 
     weight: Tensor
@@ -102,18 +105,36 @@ class Linear:
     role: Role | None = None
     plan: Any = None
     sequential: LinearStatistics | None = None
+    seed: int = 0
+
+
+def linear_seed(seed: int, name: str) -> int:
+    """The seed of a linear: 63 bits of the hash of the study's seed and the linear's full name."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:8], "big") >> 1
+
+
+@dataclass(frozen=True)
+class Structure:
+    """The units of a decoder that structure methods count: blocks, key/value groups and neurons in each block."""
+
+    blocks: int
+    kv_groups: int
+    neurons: int
 
 
 class Decoder(Protocol):
-    """A whole decoder and the calibration windows, as the `plan` of a method sees them.
+    """A whole decoder and the calibration windows, as `plan` of a layer method and `choose` of a structure method see
+    them.
 
     Linears are named in full and come in the model's order, those that the options leave out not among them. Losses are
     means over predicted tokens, in nats, in the dtype of the model, and can be differentiated. paths: how the names of
-    linears end by their roles, before the names of their factors.
+    linears end by their roles, before the names of their factors. windows: how many there are; 0 for a method whose
+    `needs` do not name them. seed: the study's, for a method that draws.
     """
 
     names: list[str]
     paths: Mapping[Role, str]
+    structure: Structure
     windows: int
     head_dim: int
     seed: int
@@ -134,27 +155,34 @@ class Decoder(Protocol):
         windows: Iterable[int] | None = None,
         weights: Mapping[str, Tensor] | None = None,
         outputs: Callable[[str, Tensor], Tensor] | None = None,
+        bypass: Collection[int] = (),
     ) -> Tensor:
-        """The mean loss of the windows (all when None), with these weights in place of the linears' own."""
+        """The mean loss of the windows (all when None), with these weights in place of the linears' own.
+
+        bypass: indices of blocks that pass on what enters them, as if they were removed.
+        """
+
+    def hidden_states(self, window: int) -> Tensor:
+        """[blocks + 1, t, hidden] of a window: what enters each block, and what leaves the last, before the last norm.
+
+        Without gradients.
+        """
 
     def gradients(self, batch: int = 1) -> Iterator[dict[str, Tensor]]:
         """For each `batch` consecutive windows, the gradient of their mean loss by each linear's weight [m, n]."""
 
 
 @dataclass(frozen=True)
-class Structure:
-    """The units of a decoder that structure methods count: blocks, key/value groups and neurons in each block."""
-
-    blocks: int
-    kv_groups: int
-    neurons: int
-
-
-@dataclass(frozen=True)
 class Removal:
-    """Units to remove. blocks: indices. kv_groups and neurons: for each block the indices, equally many in each."""
+    """Units to remove, and new weights for what stays.
+
+    blocks: indices. kv_groups and neurons: for each block the indices, equally many in each. Indices count the blocks
+    and units of the model as `choose` sees it. weights: for linears that stay, by the full name that they have there,
+    the weight [m, n] in the shape that it has after the removal.
+    """
 
     blocks: tuple[int, ...] = ()
     kv_groups: tuple[tuple[int, ...], ...] = ()
     neurons: tuple[tuple[int, ...], ...] = ()
+    weights: Mapping[str, Tensor] = field(default_factory=dict)
     record: dict[str, Any] = field(default_factory=dict)

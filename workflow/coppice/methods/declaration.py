@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from coppice.errors import did_you_mean
 from coppice.methods.contracts import FROM_WINDOWS, KINDS, Source
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
     from transformers import PreTrainedModel
 
-    from coppice.methods.contracts import Decoder, Linear, LinearStatistics, Removal, Replacement, Structure
+    from coppice.methods.contracts import Decoder, Linear, LinearStatistics, Removal, Replacement
 
 # What a node is; the accounting, the exports and other methods go by these.
 TRAITS = (
@@ -36,16 +36,19 @@ TRAITS = (
 )
 
 
+Reach = Literal["linear", "block", "model"]
+
+
 @dataclass(frozen=True)
 class Resources:
     """What a method holds besides the model, for the plan and for a cluster's requests.
 
-    reach: how much of the model it must see at once; `linear` and `block` can be streamed. teacher: it trains against
-    the dense root. frozen_base: most weights do not train. redraws: it draws all weights anew. small_state: what it
-    trains, and so the state of an interrupted run, is small next to the model.
+    reach: how much of the model it must see at once; what reaches a `linear` or a `block` can be streamed. teacher: it
+    trains against the dense root. frozen_base: most weights do not train. redraws: it initializes all weights again.
+    small_state: what it trains, and so the state of an interrupted run, is small next to the model.
     """
 
-    reach: Literal["linear", "block", "model"] = "linear"
+    reach: Reach = "linear"
     teacher: bool = False
     frozen_base: bool = False
     redraws: bool = False
@@ -60,7 +63,9 @@ class Declaration:
     statistics gathered on the parent, `sequential_moments` (gathered after the blocks already compressed) or `windows`
     (the calibration windows themselves); options whose `needs` names more add to it. adds_traits: what it makes of a
     node; where that depends on the parent or the options, `traits(parent, options)` gives all traits of the node.
-    incompatible_with: for each trait of a parent that it cannot work on, the reason as half a sentence after "because".
+    incompatible_with: for each trait of a parent that it cannot work on, the reason as half a sentence after "because"
+    (`methods.incompatible` has those that methods share). draws: whether the study's seed changes what it makes;
+    training methods, whose batches follow the seed, need not say so.
     """
 
     source: Source
@@ -69,6 +74,7 @@ class Declaration:
     adds_traits: frozenset[str] = frozenset()
     incompatible_with: Mapping[str, str] = field(default_factory=dict)
     traits: Callable[[frozenset[str], Any], frozenset[str]] | None = None
+    draws: bool = False
     resources: Resources = Resources()
 
     contract: ClassVar[str]
@@ -82,17 +88,18 @@ class Declaration:
             raise TypeError(f"`source` is {self.source!r}, not a Source")
         if not (isinstance(self.options, type) and issubclass(self.options, self.options_base)):
             raise TypeError(f"`options` is {self.options!r}, not a class that extends {self.options_base.__name__}")
+        if not isinstance(self.draws, bool):
+            raise TypeError(f"`draws` is {self.draws!r}, not True or False")
         if not isinstance(self.resources, Resources):
             raise TypeError(f"`resources` is {self.resources!r}, not Resources")
-        if not isinstance(self.incompatible_with, Mapping):
-            raise TypeError(f"`incompatible_with` is {self.incompatible_with!r}, not a mapping of traits to reasons")
+        _require_known("resources.reach", (self.resources.reach,), get_args(Reach))
         known = {"needs": (*KINDS, *FROM_WINDOWS), "adds_traits": TRAITS}
         for name, names in known.items():
             value = getattr(self, name)
             if not isinstance(value, frozenset):
                 raise TypeError(f"`{name}` is {value!r}, not a frozenset")
             _require_known(name, value, names)
-        _require_known("incompatible_with", self.incompatible_with, TRAITS)
+        _require_reasons(self.incompatible_with)
         for name, count in self.functions.items():
             _require_function(name, getattr(self, name), count, optional=_has_default(type(self), name))
 
@@ -101,41 +108,56 @@ class Declaration:
 class LayerMethod(Declaration):
     """Replaces linears one at a time, in the dtype and on the device of `linear.weight`; pure.
 
-    compress(linear, statistics, options) -> Replacement. statistics: None where the method needs none.
+    compress(linear, statistics, options) -> Replacement. statistics: LinearStatistics, or None where the method needs
+    none.
     plan(decoder, options) -> {name of a linear: anything} decides from the whole model before the pass; what it returns
     for a linear reaches `compress` as `linear.plan`.
     scales(linears, statistics, options) -> Tensor [n] | None gives factors of an input that several linears share:
     their columns are multiplied by them, and whatever produces the input is divided, before any of them is compressed.
-    Random numbers come from `linear.seed` and `decoder.seed` alone.
+    A method that draws takes its random numbers from generators seeded with `linear.seed` (in `compress`) and
+    `decoder.seed` (in `plan`), and declares `draws`. One with a `plan` has reach "model".
     """
 
-    compress: Callable[[Linear, LinearStatistics | None, Any], Replacement]
+    compress: Callable[[Linear, Any, Any], Replacement]
     plan: Callable[[Decoder, Any], dict[str, Any]] | None = None
-    scales: Callable[[list[Linear], LinearStatistics, Any], Any] | None = None
+    scales: Callable[[list[Linear], LinearStatistics, Any], Tensor | None] | None = None
 
     contract: ClassVar[str] = "layer"
     functions: ClassVar[Mapping[str, int]] = {"compress": 3, "plan": 2, "scales": 3, "traits": 2}
     options_base: ClassVar[type[MethodOptions]] = LayerOptions
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.plan is not None:
+            _require_model_reach(self, "it has a `plan`")
+
 
 @dataclass(frozen=True, kw_only=True)
 class StructureMethod(Declaration):
-    """Removes units of the whole model: choose(structure, statistics, options) -> Removal.
+    """Removes units of the whole model: choose(decoder, statistics, options) -> Removal.
 
-    statistics: the tensors of the kinds in `needs`.
+    decoder: the counts of its units (`structure`), its weights, and for a method that needs `windows`, which has reach
+    "model", the hidden states and losses, also with blocks bypassed. statistics: the tensors of the kinds in `needs`.
+    The removal may hold new weights for linears that stay. Random numbers come from a generator seeded with
+    `decoder.seed`.
     """
 
-    choose: Callable[[Structure, Mapping[str, Any], Any], Removal]
+    choose: Callable[[Decoder, Mapping[str, Tensor], Any], Removal]
 
     contract: ClassVar[str] = "structure"
     functions: ClassVar[Mapping[str, int]] = {"choose": 3, "traits": 2}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if "windows" in self.needs:
+            _require_model_reach(self, "it needs `windows`")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RotationMethod(Declaration):
     """rotation(width, options) -> Tensor, an orthogonal [width, width] for a space of that width."""
 
-    rotation: Callable[[int, Any], Any]
+    rotation: Callable[[int, Any], Tensor]
 
     contract: ClassVar[str] = "rotation"
     functions: ClassVar[Mapping[str, int]] = {"rotation": 2, "traits": 2}
@@ -222,6 +244,23 @@ def _require_known(field_name: str, values: Any, known: tuple[str, ...]) -> None
             raise TypeError(f"`{field_name}` names {value!r}, which is not known.{did_you_mean(str(value), known)}")
 
 
+def _require_reasons(reasons: Any) -> None:
+    if not isinstance(reasons, Mapping):
+        raise TypeError(f"`incompatible_with` is {reasons!r}, not a mapping of traits to reasons")
+    _require_known("incompatible_with", reasons, TRAITS)
+    for trait, reason in reasons.items():
+        if not isinstance(reason, str) or not reason or reason.startswith("because"):
+            raise TypeError(
+                f"`incompatible_with` has {reason!r} for {trait!r}; it must be half a sentence, to be read after "
+                "'because' and without that word"
+            )
+
+
+def _require_model_reach(declaration: Declaration, cause: str) -> None:
+    if declaration.resources.reach != "model":
+        raise TypeError(f'{cause}, so declare resources=Resources(reach="model")')
+
+
 def _has_default(declaration: type[Declaration], name: str) -> bool:
     return declaration.__dataclass_fields__[name].default is None
 
@@ -233,5 +272,5 @@ def _require_function(name: str, value: Any, arguments: int, optional: bool) -> 
         raise TypeError(f"`{name}` is {value!r}, not a function")
     try:
         inspect.signature(value).bind(*range(arguments))
-    except TypeError:
+    except (TypeError, ValueError):
         raise TypeError(f"`{name}` does not take the {arguments} arguments that it is called with") from None

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
-
-if TYPE_CHECKING:
-    pass
 
 
 class MethodOptions(BaseModel):
@@ -33,32 +30,34 @@ class LayerOptions(MethodOptions):
 
     sequential: bool = Field(
         default=False,
-        description="Gather statistics block by block behind the blocks already compressed, instead of reading the "
-        "parent's.",
+        description="Gather calibration statistics block by block, after the blocks already compressed, instead of "
+        "reading the parent's.",
     )
 
     @field_validator("target_modules")
     @classmethod
     def _names_some(cls, target_modules: list[str] | None) -> list[str] | None:
         if target_modules is not None and not target_modules:
-            raise ValueError("an empty list names no linear: name some, or leave it out for all of them")
+            raise ValueError(
+                "the list is empty, so there is nothing to compress: name linears, or leave it out for all of them"
+            )
         return target_modules
 
 
 class Allocation(BaseModel):
-    """How a budget is spread over the linears; what it comes to over all of them stays as asked (see `allocate`)."""
+    """How a target is allocated across linears; over all of them it stays what is requested (see `allocate`)."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     by: Literal["uniform", "sensitivity", "owl", "mosaic", "svd-llm-v2", "water-filling", "knapsack"] = Field(
         default="uniform",
         description="The rule. uniform: every linear gets the same; sensitivity: more where the relative error of the "
-        "outputs at the uniform budget is larger; owl, mosaic: more where weights times inputs have more outliers, by "
+        "outputs at the uniform target is larger; owl, mosaic: more where weights times inputs have more outliers, by "
         "block or by projection; svd-llm-v2: less is removed where truncation loses more, within each kind of linear; "
         "water-filling: the largest singular values of all linears; knapsack: the least summed loss over `levels`.",
     )
     floor: float = Field(
-        default=0.5, ge=0, le=1, description="Least share of the uniform budget that any linear gets; 1 is uniform."
+        default=0.5, ge=0, le=1, description="Least share of the uniform target that any linear gets; 1 is uniform."
     )
     spread: float = Field(
         default=0.08, ge=0, le=0.5, description="owl, mosaic: half the distance of the largest and smallest share."
@@ -68,8 +67,8 @@ class Allocation(BaseModel):
     )
     levels: list[float] | None = Field(
         default=None,
-        description="knapsack: the budgets to choose from, as the method's own option takes them; when left out, for "
-        "bits the integers from 2 to 8, otherwise 17 around the asked one, down to the floor.",
+        description="knapsack: the targets to choose from, as the method's own option takes them; when left out, for "
+        "bits the integers from 2 to 8, otherwise 17 around the requested one, down to the floor.",
     )
     relative: bool = Field(
         default=False,
@@ -83,7 +82,7 @@ class Allocation(BaseModel):
         if self.by != "knapsack":
             raise ValueError(f"'levels' are what a knapsack chooses from, and {self.by!r} does not: leave them out")
         if not self.levels or len(set(self.levels)) < len(self.levels):
-            raise ValueError(f"the levels {self.levels} are not one or more different budgets")
+            raise ValueError(f"the levels {self.levels} are not one or more different targets")
         return self
 
     @model_validator(mode="after")
@@ -93,17 +92,17 @@ class Allocation(BaseModel):
         return self
 
 
-class BudgetOptions(LayerOptions):
-    """Options of a method that takes a budget: a share of weights to prune or to keep, or bits."""
+class TargetOptions(LayerOptions):
+    """Options of a method with a target: a share of weights to prune or to keep, a rank, or bits."""
 
-    # The field that holds the budget ("sparsity", "keep", "bits" or "rank"), and the rules that can spread it.
-    BUDGET: ClassVar[str]
+    # The field that holds the target ("sparsity", "keep", "bits" or "rank"), and the rules that can spread it.
+    TARGET: ClassVar[str]
     RULES: ClassVar[frozenset[str]] = frozenset({"uniform"})
 
-    allocation: Allocation = Field(default=Allocation(), description="How the budget is spread over the linears.")
+    allocation: Allocation = Field(default=Allocation(), description="How the target is allocated across linears.")
 
     @model_validator(mode="after")
-    def _a_rule_for_this_budget(self) -> BudgetOptions:
+    def _a_rule_for_this_target(self) -> TargetOptions:
         if self.allocation.by not in self.RULES:
             raise ValueError(
                 f"the allocation {self.allocation.by!r} does not go with this method: choose one of "
@@ -112,11 +111,11 @@ class BudgetOptions(LayerOptions):
         return self
 
     @model_validator(mode="after")
-    def _levels_of_this_budget(self) -> BudgetOptions:
+    def _levels_of_this_target(self) -> TargetOptions:
         for level in self.allocation.levels or ():
-            wrong = _LEVELS[self.BUDGET](level)
+            wrong = _LEVELS[self.TARGET](level)
             if wrong:
-                raise ValueError(f"the level {level:g} of the allocation is no budget of this method: {wrong}")
+                raise ValueError(f"the level {level:g} of the allocation is not a target of this method: {wrong}")
         return self
 
     @property
@@ -124,13 +123,31 @@ class BudgetOptions(LayerOptions):
         return super().needs | (frozenset() if self.allocation.by == "uniform" else frozenset({"moments"}))
 
 
-# What is wrong with a level of each budget, or None.
+# What is wrong with a level of each target, or None.
 _LEVELS: dict[str, Callable[[float], str | None]] = {
     "sparsity": lambda level: None if 0 <= level < 1 else "a sparsity is at least 0 and less than 1",
     "keep": lambda level: None if 0 < level <= 1 else "a share to keep is more than 0 and at most 1",
     "bits": lambda level: None if level in range(2, 9) else "bits are an integer from 2 to 8",
     "rank": lambda level: "a rank is spread by water-filling, which has no levels",
 }
+
+
+class CacheOptions(MethodOptions):
+    """Options of the grids on which keys and values are kept: keys along tokens, values along channels."""
+
+    bits: int = Field(ge=2, le=8, description="Bits of a code.")
+    group_size: int = Field(
+        default=64,
+        description="Consecutive tokens of a key's channel, or channels of a value's token (all heads' in a row), that "
+        "share a scale and a minimum; a group ends where a chunk ends. -1: all of them.",
+    )
+
+    @field_validator("group_size")
+    @classmethod
+    def _is_size(cls, group_size: int) -> int:
+        if group_size < 1 and group_size != -1:
+            raise ValueError(f"a group size is a positive number of values, or -1 for all of them, not {group_size}")
+        return group_size
 
 
 class RecoverOptions(MethodOptions):

@@ -30,9 +30,17 @@ from coppice.methods.declaration import (
     StructureMethod,
     TrainingMethod,
 )
-from coppice.methods.options import MethodOptions
+from coppice.methods.options import MethodOptions, TargetOptions
 
-FAMILIES = ("prune", "decompose", "quantize", "compensate", "recover")
+# The contracts that a family's methods may have.
+CONTRACTS: Mapping[str, tuple[type[Declaration], ...]] = {
+    "prune": (LayerMethod, StructureMethod),
+    "decompose": (LayerMethod, StructureMethod),
+    "quantize": (LayerMethod, RotationMethod, CacheMethod),
+    "compensate": (LayerMethod,),
+    "recover": (TrainingMethod,),
+}
+FAMILIES = tuple(CONTRACTS)
 
 
 @dataclass(frozen=True)
@@ -119,7 +127,7 @@ class Method:
     @staticmethod
     def allocates(options: MethodOptions) -> bool:
         """Whether a target is spread unevenly over the linears."""
-        return getattr(options, "allocation", None) is not None and options.allocation.by != "uniform"
+        return isinstance(options, TargetOptions) and options.allocation.by != "uniform"
 
     def traits(self, parent: frozenset[str], options: MethodOptions) -> frozenset[str]:
         """The traits of a node that this method makes of a parent with these traits."""
@@ -168,13 +176,13 @@ def methods() -> dict[str, Method]:
         package = import_module(f"coppice.methods.{family}")
         for entry in pkgutil.iter_modules(package.__path__):
             module = import_module(f"{package.__name__}.{entry.name}")
-            _register(registered, declared(entry.name.replace("_", "-"), family, module))
+            _register(registered, read_declaration(entry.name.replace("_", "-"), family, module))
     for entry_point in entry_points(group="coppice.methods"):
         _register(registered, _plug_in(entry_point))
     return registered
 
 
-def declared(name: str, family: Any, module: ModuleType) -> Method:
+def read_declaration(name: str, family: Any, module: ModuleType) -> Method:
     """The method that a module declares. Raises UserError, naming it, when the module declares none."""
     file = Path(module.__file__ or "")
     if family not in FAMILIES:
@@ -186,10 +194,11 @@ def declared(name: str, family: Any, module: ModuleType) -> Method:
             f"Method {name!r} ({file}): METHOD {wrong}; declare the method as METHOD = LayerMethod(...), or as another "
             "contract of coppice.methods.declaration."
         )
-    if (declaration.contract == "training") != (family == "recover") and family != "compensate":
+    if not isinstance(declaration, CONTRACTS[family]):
+        allowed = " or a ".join(contract.__name__ for contract in CONTRACTS[family])
         raise UserError(
-            f"Method {name!r} ({file}): a {type(declaration).__name__} cannot be of the family {family!r}; training "
-            "methods are of the family 'recover', and no others are."
+            f"Method {name!r} ({file}): METHOD is a {type(declaration).__name__}, and a method of the family "
+            f"{family!r} is a {allowed}: declare it so, or choose another family."
         )
     return Method(name, family, declaration, file)
 
@@ -198,9 +207,12 @@ def _plug_in(entry_point: EntryPoint) -> Method:
     """The method of another package. Raises UserError, naming it and its module, for a broken contract."""
     try:
         module = entry_point.load()
-    except (TypeError, ImportError, AttributeError) as error:
-        raise UserError(f"Method {entry_point.name!r} ({entry_point.value}) cannot be registered: {error}.") from error
-    return declared(entry_point.name, getattr(module, "FAMILY", None), module)
+    except Exception as error:  # The module is not ours: whatever it raises, the user needs its name.
+        raise UserError(
+            f"Method {entry_point.name!r} ({entry_point.value}) cannot be registered: "
+            f"{str(error).rstrip('.') or type(error).__name__}. Mend that package, or uninstall it."
+        ) from error
+    return read_declaration(entry_point.name, getattr(module, "FAMILY", None), module)
 
 
 def _register(registered: dict[str, Method], method: Method) -> None:

@@ -32,9 +32,10 @@ def remove(model: PreTrainedModel, removal: Removal) -> PreTrainedModel:
 
     Indices, and the entries of `kv_groups` and `neurons`, count the blocks of the model as it comes in.
     A model whose remaining heads do not divide hidden_size comes back as its architecture's substitute, where there is
-    one: the same computation on the same weights.
+    one: the same computation on the same weights. New weights are put in place before blocks go.
     Raises ValueError when the removal does not fit the model or leaves blocks of different widths, and UserError when a
-    model with biases would have to come back as a substitute that has none.
+    model with biases would have to come back as a substitute that has none, or when a new weight does not fit the
+    linear that it is for, which the sentence names.
     """
     units = structure(model)
     _check(removal, units)
@@ -44,6 +45,8 @@ def remove(model: PreTrainedModel, removal: Removal) -> PreTrainedModel:
         _remove_kv_groups(model, removal.kv_groups)
     if neurons:
         _remove_neurons(model, removal.neurons)
+    # By the names that linears have before blocks go.
+    _put_weights(model, removal)
     if removal.blocks:
         _remove_blocks(model, removal.blocks)
     return model if substitute is None else _substituted(model, substitute)
@@ -168,6 +171,24 @@ def _remove_neurons(model: PreTrainedModel, removed: Sequence[Sequence[int]]) ->
         mlp: Any = block.get_submodule(family.mlp)
         mlp.intermediate_size = len(kept)
     model.config.intermediate_size = len(kept)
+
+
+@torch.no_grad()
+def _put_weights(model: PreTrainedModel, removal: Removal) -> None:
+    modules = dict(model.named_modules())
+    removed = {id(module) for index in removal.blocks for module in blocks(model)[index].modules()}
+    for name, weight in removal.weights.items():
+        linear = modules.get(name)
+        if type(linear) is not nn.Linear or id(linear) in removed:
+            raise UserError(
+                f"{name}: the method returned a new weight for it, and no linear of that name stays whole in the model."
+            )
+        if weight.shape != linear.weight.shape:
+            raise UserError(
+                f"{name}: the method returned a new weight of shape {tuple(weight.shape)}, and after the removal the "
+                f"linear has {tuple(linear.weight.shape)}."
+            )
+        linear.weight.copy_(weight)
 
 
 def _remove_blocks(model: PreTrainedModel, removed: Sequence[int]) -> None:

@@ -1,16 +1,13 @@
 from __future__ import annotations
 
 import copy
-import json
 from itertools import pairwise
 
 import pytest
 import torch
-from pydantic import ValidationError
 from tiny import logits, tiny_model, tiny_tokens
 from transformers import DynamicCache, StaticCache
 
-from coppice.methods.registry import method
 from coppice.models.modules.kv_cache import (
     CacheSettings,
     CompressedCache,
@@ -324,19 +321,3 @@ def test_other_caches_are_turned_away(plain):
         model.generate(tokens, num_beams=2, max_new_tokens=3)
     with pytest.raises(NotImplementedError, match="shortened"):
         CompressedCacheLayer(CacheSettings(2)).crop(-1)
-
-
-def test_methods_give_settings():
-    kivi, gear = method("kv-cache"), method("gear")
-    assert kivi.contract == gear.contract == "cache"
-    assert kivi.adds_traits == gear.adds_traits == {"quantized-cache"}
-    simple = kivi.cache.cache(kivi.validated({"bits": 2}))
-    assert CacheSettings(**simple) == CacheSettings(2, 64, 64)
-    full = gear.cache.cache(gear.validated({"bits": 2}))
-    assert json.loads(json.dumps(full)) == full
-    assert CacheSettings(**full) == CacheSettings(2, 64, 64, 4, 2, 0.02, 3)
-    whole_vectors = gear.cache.cache(gear.validated({"bits": 4, "group_size": -1}))
-    assert (whole_vectors["group_size"], whole_vectors["window"]) == (-1, 20)
-    for wrong in ({"bits": 1}, {"bits": 9}, {"bits": 2, "group_size": 0}, {"bits": 2, "outliers": 1.1}):
-        with pytest.raises(ValidationError):
-            gear.options(**wrong)

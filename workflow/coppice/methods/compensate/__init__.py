@@ -1,1 +1,1 @@
-"""Compensation: a small correction is added beside a compressed linear."""
+"""Compensation: a small correction is added to what a compressed linear computes."""

@@ -26,13 +26,13 @@ from coppice.errors import UserError, error_context
 from coppice.lazy import torch
 from coppice.methods.contracts import Decoder, Linear, LinearStatistics, LowRank, Source, Unchanged
 from coppice.methods.declaration import LayerMethod, Resources
-from coppice.methods.solvers.budget import share_of
+from coppice.methods.incompatible import DECOMPOSE
 from coppice.methods.solvers.moments import input_size
-from coppice.methods.solvers.ranks import PlannedRank, RankBudget
+from coppice.methods.solvers.ranks import PlannedRank, RankTarget
+from coppice.methods.solvers.selection import share_of
 from coppice.methods.solvers.truncation import (
-    FACTORS_INCOMPATIBLE,
     RankOptions,
-    aligned,
+    align_rank,
     break_even,
     chosen_rank,
     factors,
@@ -114,30 +114,29 @@ def plan(decoder: Decoder, options: Options) -> dict[str, PlannedRank]:
     """The rank of each linear that the search finds; nothing without a search."""
     if options.search == "none":
         return {}
-    shapes = {name: tuple(decoder.linear(name).weight.shape) for name in decoder.names}
-    budget = RankBudget(shapes, options.keep, options.align)
+    target = RankTarget.of(decoder, options.keep, options.align)
     measure = _by_loss if options.search == "strs" else _by_spectrum
-    return budget.planned(search(list(measure(decoder, options)), budget))
+    return target.planned(search(list(measure(decoder, options)), target))
 
 
-def search(candidates: list[Candidate], budget: RankBudget) -> dict[str, int]:
-    """The ranks after accepting as few candidates, from the least sensitive on, as meet the budget."""
+def search(candidates: list[Candidate], target: RankTarget) -> dict[str, int]:
+    """The ranks after accepting as few candidates, from the least sensitive on, as meet the target."""
     candidates = sorted(candidates, key=lambda candidate: candidate.sensitivity)
 
     def ranks(count: int) -> dict[str, int]:
-        found = {name: budget.largest(name) for name in budget.shapes}
+        least = {name: target.largest(name) for name in target.shapes}
         for candidate in candidates[:count]:
-            found[candidate.name] = min(found[candidate.name], candidate.rank)
-        return found
+            least[candidate.name] = min(least[candidate.name], candidate.rank)
+        return least
 
     # The cost falls with every candidate accepted.
     counts = range(len(candidates))
-    count = bisect_left(counts, True, key=lambda count: budget.total(ranks(count)) <= budget.allowed)
-    found = ranks(count)
+    count = bisect_left(counts, True, key=lambda count: target.total(ranks(count)) <= target.allowed)
+    accepted = ranks(count)
     if count:
-        found = budget.fill(found, [candidates[count - 1].name])
+        accepted = target.fill(accepted, [candidates[count - 1].name])
     order = dict.fromkeys(candidate.name for candidate in reversed(candidates))
-    return budget.fill(found, list(order))
+    return target.fill(accepted, list(order))
 
 
 def _by_loss(decoder: Decoder, options: Options) -> Iterator[Candidate]:
@@ -177,7 +176,7 @@ def _grid_ranks(options: Options, rows: int, columns: int) -> dict[int, float]:
     """The ranks below break-even that the grid comes to, with their share of it, from the lowest up."""
     ranks = {}
     for keep in sorted(options.grid):
-        rank = aligned(share_of(keep, rows * columns / (rows + columns)), options.align)
+        rank = align_rank(share_of(keep, rows * columns / (rows + columns)), options.align)
         if rank < break_even(rows, columns):
             ranks[rank] = keep
     return ranks
@@ -194,12 +193,13 @@ def compress(linear: Linear, statistics: LinearStatistics, options: Options) -> 
     Inputs that were always zero have no say in U_k (unless alpha is 0); their columns are projected on it like the
     others. Raises UserError when the weight holds values that are not finite, or when the statistics are unfit.
     """
-    shape = linear.weight.shape
-    rank, record = chosen_rank(options, *shape), {}
+    rows, columns = linear.weight.shape
+    rank = chosen_rank(options, rows, columns)
+    record: dict[str, float] = {}
     if linear.plan is not None:
         rank, record = linear.plan.rank, linear.plan.record
-    if rank >= break_even(*shape):
-        return stays_dense(rank, *shape, record)
+    if rank >= break_even(rows, columns):
+        return stays_dense(rank, rows, columns, record)
     return factors(truncate(linear.weight, rank, scaling(statistics, options)), rank, record)
 
 
@@ -208,7 +208,7 @@ METHOD = LayerMethod(
     options=Options,
     needs=frozenset({"moments"}),
     adds_traits=frozenset({"factorized"}),
-    incompatible_with=FACTORS_INCOMPATIBLE,
+    incompatible_with=DECOMPOSE,
     compress=compress,
     plan=plan,
     resources=Resources(reach="model"),

@@ -1,4 +1,4 @@
-"""CompactifAI: matrix product operators in the place of linears.
+"""CompactifAI: linears as matrix product operators.
 
 Tomut et al., CompactifAI: Extreme Compression of Large Language Models using Quantum-Inspired Tensor Networks (arXiv
 2401.14109). W [m, n] becomes K cores [chi_k-1, o_k, i_k, chi_k] (see `solvers.tensor_train`), whose bonds chi say how
@@ -21,8 +21,8 @@ from coppice.methods.contracts import Decoder, Linear, LinearStatistics, Source,
 from coppice.methods.declaration import LayerMethod, Resources
 from coppice.methods.incompatible import DECOMPOSE
 from coppice.methods.options import LayerOptions
-from coppice.methods.solvers.budget import share_of
 from coppice.methods.solvers.moments import input_power
+from coppice.methods.solvers.selection import share_of
 from coppice.methods.solvers.tensor_train import (
     Approximation,
     Sites,
@@ -98,10 +98,11 @@ def plan(decoder: Decoder, options: Options) -> dict[str, Any]:
     with torch.no_grad():
         dense = decoder.loss(windows).item()
         if not math.isfinite(dense):
-            raise UserError(f"The parent's loss on the calibration windows is {dense}; look at the step that made it.")
+            raise UserError(f"The parent's loss on the calibration windows is {dense}; check the parent's step.")
         profiles = {name: _profile(decoder, name, dense, windows, options) for name in names}
     sizes = [[entry["parameters"] for entry in profiles[name]] for name in names]
     increases = [[entry["loss_increase"] for entry in profiles[name]] for name in names]
+    assert options.keep is not None  # a profile spreads `keep`
     budget = share_of(options.keep, sum(max(choices) for choices in sizes))
     chosen = least_increase(sizes, increases, budget)
     return {
@@ -119,10 +120,11 @@ def compress(linear: Linear, statistics: LinearStatistics | None, options: Optio
         kind = linear.name.rpartition(".")[-1]
         return Unchanged(record={"unchanged": f"`exclude` names {kind}.", "keep": 1.0})
     planned = {} if linear.plan is None else {"profile": linear.plan["profile"]}
-    sites = split(*linear.weight.shape, options.sites)
+    rows, columns = linear.weight.shape
+    sites = split(rows, columns, options.sites)
     bond = chosen_bond(options, sites) if linear.plan is None else linear.plan["bond"]
     if bond is None:
-        reason = "The profile spends the budget better elsewhere by leaving this linear dense."
+        reason = "The profile spends the parameters better elsewhere by leaving this linear dense."
         return Unchanged(record={"unchanged": reason, "keep": 1.0, **planned})
     if bond >= break_even(sites):
         reason = (
@@ -147,8 +149,11 @@ def compress(linear: Linear, statistics: LinearStatistics | None, options: Optio
 
 
 def chosen_bond(options: Options, sites: Sites) -> int:
-    """The asked bond, or the largest that the share affords, at least 1."""
-    return options.bond or sites.largest_bond(share_of(options.keep, sites.weights))
+    """The requested bond, or the largest that the share affords, at least 1."""
+    if options.bond is not None:
+        return options.bond
+    assert options.keep is not None  # exactly one of both is given
+    return sites.largest_bond(share_of(options.keep, sites.weights))
 
 
 def break_even(sites: Sites) -> int:
@@ -163,6 +168,7 @@ def operator_of(
     """The operator of that bond and the record of its scaling; its error is that of the scaled weight."""
     if options.scaling == "none":
         return decompose(weight, sites, bond), {}
+    assert statistics is not None  # scaling needs moments
     scale, dead = input_scale(statistics)
     vectors, explained = product_scaling(scale, sites.inputs)
     scaled = decompose(weight * outer(vectors).to(weight.dtype), sites, bond)
@@ -235,9 +241,10 @@ def _profile(decoder: Decoder, name: str, dense: float, windows: range, options:
     """The dense linear, then its operator at each share that saves parameters: bond, parameters and loss increase."""
     weight = decoder.linear(name).weight
     statistics = None if options.scaling == "none" else decoder.statistics(name)
-    sites = split(*weight.shape, options.sites)
-    bonds = {sites.largest_bond(share_of(share, sites.weights)) for share in options.profile}
-    entries = [{"bond": None, "parameters": sites.weights, "loss_increase": 0.0}]
+    rows, columns = weight.shape
+    sites = split(rows, columns, options.sites)
+    bonds = {sites.largest_bond(share_of(share, sites.weights)) for share in options.profile or ()}
+    entries: list[dict[str, Any]] = [{"bond": None, "parameters": sites.weights, "loss_increase": 0.0}]
     for bond in sorted(bonds, reverse=True):
         if bond >= break_even(sites):
             continue
@@ -267,11 +274,7 @@ METHOD = LayerMethod(
     source=SOURCE,
     options=Options,
     adds_traits=frozenset({"factorized"}),
-    incompatible_with={
-        **DECOMPOSE,
-        "factorized": "a linear that is factors already would be factorized twice; choose a smaller keep instead",
-        "masked": "factors fill the pruned places again; decompose before pruning",
-    },
+    incompatible_with=DECOMPOSE,
     compress=compress,
     plan=plan,
     resources=Resources(reach="model"),

@@ -1,4 +1,4 @@
-"""CURing: a linear becomes some of its own columns and rows, and a small link between them.
+"""CURing: CUR decomposition of a linear into some of its own columns and rows, and a small matrix that links them.
 
 Park and Moon, CURing: Large Models Compression via CUR Decomposition (arXiv 2501.04211). Rows I and columns J of W
 [m, n] are picked by the discrete empirical interpolation method on S = |W| a, a_j = sqrt(H_jj) the root mean square of
@@ -21,10 +21,10 @@ from coppice.errors import UserError
 from coppice.lazy import torch
 from coppice.methods.contracts import CUR, Decoder, Linear, LinearStatistics, Source, Unchanged
 from coppice.methods.declaration import LayerMethod, Resources
+from coppice.methods.incompatible import DECOMPOSE
 from coppice.methods.options import LayerOptions
-from coppice.methods.solvers.budget import share_of
 from coppice.methods.solvers.moments import input_power, second_moment
-from coppice.methods.solvers.selection import lowest
+from coppice.methods.solvers.selection import lowest, share_of
 from coppice.methods.solvers.truncation import require_finite
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def plan(decoder: Decoder, options: Options) -> dict[str, bool]:
     """For each linear whether its block is among those to compress.
 
     These have the least angular distance arccos(cos(h_in, h_out)) / pi between input and output, of blocks 1 .. L - 2.
-    Raises UserError when there are fewer of them than asked, or when a distance is not finite.
+    Raises UserError when there are fewer of them than requested, or when a distance is not finite.
     """
     if options.blocks is None:
         return dict.fromkeys(decoder.names, True)
@@ -90,8 +90,8 @@ def plan(decoder: Decoder, options: Options) -> dict[str, bool]:
     inner = distance[1:-1]
     if options.blocks > len(inner):
         raise UserError(
-            f"curing is asked for {options.blocks} blocks, but this model has {len(inner)} between its first and its "
-            "last; lower blocks."
+            f"curing is to decompose {options.blocks} blocks, but this model has {len(inner)} between its first and "
+            "its last; lower blocks."
         )
     if not torch.isfinite(inner).all():
         raise UserError("The angular distance of a block is not finite; check the model's weights and calibrate again.")
@@ -138,7 +138,7 @@ def break_even(rows: int, columns: int) -> int:
 
 
 def chosen_rank(options: Options, rows: int, columns: int) -> int:
-    """The asked rank, or the largest that the share affords, at least 1."""
+    """The requested rank, or the largest that the share affords, at least 1."""
     if options.keep is None:
         return options.rank or RANK
     return max(affordable_rank(share_of(options.keep, rows * columns), rows, columns), 1)
@@ -231,12 +231,7 @@ METHOD = LayerMethod(
     options=Options,
     needs=frozenset({"moments"}),
     adds_traits=frozenset({"factorized"}),
-    incompatible_with={
-        "quantized": "packed integers have no rows to keep; decompose before quantizing",
-        "factorized": "a linear that is factors already would be factorized twice; choose a smaller keep instead",
-        "masked": "the product of the factors fills the pruned places again; decompose before pruning",
-        "compensated": "the compensation was fitted to the weights as they are; decompose before compensating",
-    },
+    incompatible_with={**DECOMPOSE, "quantized": "packed integers have no rows to keep; decompose before quantizing"},
     compress=compress,
     plan=plan,
     resources=Resources(reach="model"),

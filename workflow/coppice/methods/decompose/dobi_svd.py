@@ -4,7 +4,7 @@ Wang et al., Dobi-SVD: Differentiable SVD for LLM Compression and Some New Persp
 
 1. Positions. The output of each linear on a window is Y [t, m] = U Sigma V^T, of at most q = min(t, m, n) components.
    Its truncation at the position gamma is Y' = U diag(g) Sigma V^T, g_i = (tanh(beta (gamma - i)) + 1) / 2, i = 1 .. q.
-   The rank that a position stands for is c gamma with c = min(m, n) / q, a real number; it is the rank that Adam
+   The rank of a position is c gamma with c = min(m, n) / q, a real number; it is the rank that Adam
    learns for each linear, as a share of min(m, n), on
 
        loss + lambda |share(ranks) - keep| + sum over linears of relu(-gamma)^2 + relu(gamma - q)^2,
@@ -32,15 +32,15 @@ from coppice.errors import UserError
 from coppice.lazy import torch
 from coppice.methods.contracts import Codebook, Decoder, Linear, LinearStatistics, LowRank, Source, Unchanged
 from coppice.methods.declaration import LayerMethod, Resources
-from coppice.methods.solvers.budget import share_of
+from coppice.methods.incompatible import DECOMPOSE
 from coppice.methods.solvers.codebook import dynamic_table, quantize_blocks
-from coppice.methods.solvers.ranks import PlannedRank, RankBudget
-from coppice.methods.solvers.stable_svd import gated
+from coppice.methods.solvers.ranks import PlannedRank, RankTarget
+from coppice.methods.solvers.selection import share_of
+from coppice.methods.solvers.stable_svd import apply_gates
 from coppice.methods.solvers.truncation import (
-    FACTORS_INCOMPATIBLE,
     RankOptions,
     Truncation,
-    aligned,
+    align_rank,
     break_even,
     chosen_rank,
     factors,
@@ -91,7 +91,7 @@ class Options(RankOptions):
     penalty: float = Field(
         default=20,
         ge=0,
-        description="Weight lambda of the distance from the budget. The paper takes 30 to 400 beside the perplexity.",
+        description="Weight lambda of the distance from the target. The paper takes 30 to 400 with the perplexity.",
     )
     loss: Literal["cross-entropy", "perplexity"] = Field(
         default="cross-entropy", description="The loss; the paper's is the perplexity, its exponential."
@@ -100,7 +100,7 @@ class Options(RankOptions):
     @model_validator(mode="after")
     def _learning_spreads_the_budget(self) -> Options:
         if self.learn and self.keep is None:
-            raise ValueError("learned ranks share a budget: give 'keep' instead of 'rank', or set 'learn: false'")
+            raise ValueError("learned ranks share a target: give 'keep' instead of 'rank', or set 'learn: false'")
         return self
 
     @property
@@ -113,27 +113,26 @@ def traits(parent: frozenset[str], options: Options) -> frozenset[str]:
 
 
 def plan(decoder: Decoder, options: Options) -> dict[str, PlannedRank]:
-    """The learned rank of each linear, scaled to meet the budget; nothing where ranks are uniform.
+    """The learned rank of each linear, scaled to meet the target; nothing where ranks are uniform.
 
     Raises UserError when the loss or an output is not finite.
     """
     if not options.learn:
         return {}
-    shapes = {name: tuple(decoder.linear(name).weight.shape) for name in decoder.names}
-    budget = RankBudget(shapes, options.keep, options.align, options.remap)
-    sizes = dict(zip(decoder.names, learn(decoder, budget, options).tolist(), strict=True))
-    planned = budget.planned(budget.scaled(sizes))
+    target = RankTarget.of(decoder, options.keep, options.align, options.remap)
+    sizes = dict(zip(decoder.names, learn(decoder, target, options).tolist(), strict=True))
+    planned = target.planned(target.scaled(sizes))
     return {name: PlannedRank(each.rank, each.record | {"rank_learned": sizes[name]}) for name, each in planned.items()}
 
 
-def learn(decoder: Decoder, budget: RankBudget, options: Options) -> Tensor:
+def learn(decoder: Decoder, target: RankTarget, options: Options) -> Tensor:
     """The real-valued rank of each linear [linears], at least 1, after the pass with the lowest mean objective."""
     device = decoder.linear(decoder.names[0]).weight.device
-    course = Course.of(budget, device)
+    costs = RankCosts.of(target, device)
     generator = torch.Generator().manual_seed(decoder.seed)
     windows = torch.randperm(decoder.windows, generator=generator)[: options.steps]
     passes = math.ceil(options.steps / len(windows))
-    shares = course.uniform(budget.keep).requires_grad_()
+    shares = costs.uniform(target.keep).requires_grad_()
     adam = torch.optim.Adam([shares], lr=options.learning_rate)
     best, lowest = shares.detach().clone(), math.inf
     for number in range(passes):
@@ -143,7 +142,7 @@ def learn(decoder: Decoder, budget: RankBudget, options: Options) -> Tensor:
             for group in adam.param_groups:
                 group["lr"] = options.learning_rate * (0.9 + 0.1 * math.cos(math.pi * progress))
             with torch.enable_grad():
-                value = objective(decoder, int(windows[chosen]), shares, course, options)
+                value = objective(decoder, int(windows[chosen]), shares, costs, options)
                 (shares.grad,) = torch.autograd.grad(value, [shares])
             if not (torch.isfinite(value) and torch.isfinite(shares.grad).all()):
                 raise UserError(
@@ -154,11 +153,11 @@ def learn(decoder: Decoder, budget: RankBudget, options: Options) -> Tensor:
             total += value.item()
         if total < lowest:
             best, lowest = shares.detach().clone(), total
-    return (best * course.ranks).clamp(min=1)
+    return (best * costs.ranks).clamp(min=1)
 
 
 @dataclass(frozen=True)
-class Course:
+class RankCosts:
     """What ranks cost. index: the place of each linear; [linears] each: ranks min(m, n), price of a rank, size m n."""
 
     index: dict[str, int]
@@ -167,15 +166,15 @@ class Course:
     size: Tensor
 
     @classmethod
-    def of(cls, budget: RankBudget, device: torch.device) -> Course:
+    def of(cls, target: RankTarget, device: torch.device) -> RankCosts:
         def tensor(values: list[int]) -> Tensor:
             return torch.tensor(values, dtype=torch.float64, device=device)
 
-        shapes = list(budget.shapes.values())
+        shapes = list(target.shapes.values())
         return cls(
-            {name: place for place, name in enumerate(budget.shapes)},
+            {name: place for place, name in enumerate(target.shapes)},
             tensor([min(shape) for shape in shapes]),
-            tensor([budget.quantum(name) for name in budget.shapes]),
+            tensor([target.quantum(name) for name in target.shapes]),
             tensor([rows * columns for rows, columns in shapes]),
         )
 
@@ -189,13 +188,13 @@ class Course:
         return cost.sum() / self.size.sum()
 
 
-def objective(decoder: Decoder, window: int, shares: Tensor, course: Course, options: Options) -> Tensor:
+def objective(decoder: Decoder, window: int, shares: Tensor, costs: RankCosts, options: Options) -> Tensor:
     """The loss of a window with every output truncated, with its penalties; shares: [linears] ranks over min(m, n)."""
     barriers = []
 
     def truncated(name: str, outputs: Tensor) -> Tensor:
-        place = course.index[name]
-        count = int(min(len(outputs), course.ranks[place].item()))
+        place = costs.index[name]
+        count = int(min(len(outputs), costs.ranks[place].item()))
         position = shares[place] * count
         barriers.append(torch.relu(-position).square() + torch.relu(position - count).square())
         return soft_truncation(outputs, position, options.beta, count)
@@ -203,7 +202,8 @@ def objective(decoder: Decoder, window: int, shares: Tensor, course: Course, opt
     loss = decoder.loss([window], outputs=truncated)
     if options.loss == "perplexity":
         loss = loss.exp()
-    distance = (course.kept(shares) - options.keep).abs()
+    assert options.keep is not None  # learned ranks share it
+    distance = (costs.kept(shares) - options.keep).abs()
     return loss + options.penalty * distance + torch.stack(barriers).sum()
 
 
@@ -212,7 +212,7 @@ def soft_truncation(outputs: Tensor, position: Tensor, beta: float, count: int) 
     wide = outputs if outputs.dtype == torch.float64 else outputs.float()
     number = torch.arange(1, count + 1, device=wide.device)
     gate = (torch.tanh(beta * (position - number)) + 1) / 2
-    return gated(wide, gate.to(wide.dtype)).to(outputs.dtype)
+    return apply_gates(wide, gate.to(wide.dtype)).to(outputs.dtype)
 
 
 def compress(linear: Linear, statistics: LinearStatistics, options: Options) -> LowRank | Unchanged:
@@ -222,23 +222,31 @@ def compress(linear: Linear, statistics: LinearStatistics, options: Options) -> 
     finite, or when the statistics are unfit (see `solvers.truncation`).
     """
     weight, moment = linear.weight, statistics.second_moment
-    shape = weight.shape
+    rows, columns = weight.shape
     record = {} if linear.plan is None else linear.plan.record
     if options.remap:
-        short = min(shape)
-        uniform = aligned(options.rank or share_of(options.keep, short), options.align)
-        asked = uniform if linear.plan is None else linear.plan.rank
-        rank = min(asked, short)
-        record = record | {"keep_bytes_asked": options.keep or asked / short, "keep_bytes": rank / short}
+        short = min(rows, columns)
+        uniform = align_rank(_uniform_rank(options, short), options.align)
+        requested = uniform if linear.plan is None else linear.plan.rank
+        rank = min(requested, short)
+        record = record | {"keep_bytes_asked": options.keep or requested / short, "keep_bytes": rank / short}
         truncation = truncate_outputs(weight, rank, moment)
-        return remapped(truncation, linear.storage or weight.dtype, factors_record(truncation, asked) | record)
-    rank = chosen_rank(options, *shape) if linear.plan is None else linear.plan.rank
-    if rank >= break_even(*shape):
-        return stays_dense(rank, *shape, record)
+        return remap_factors(truncation, linear.storage or weight.dtype, factors_record(truncation, requested) | record)
+    rank = chosen_rank(options, rows, columns) if linear.plan is None else linear.plan.rank
+    if rank >= break_even(rows, columns):
+        return stays_dense(rank, rows, columns, record)
     return factors(truncate_outputs(weight, rank, moment), rank, record)
 
 
-def remapped(truncation: Truncation, storage: torch.dtype, record: dict[str, Any]) -> LowRank:
+def _uniform_rank(options: Options, short: int) -> int:
+    """The requested rank, or the share of min(m, n) that is as large as the share of bytes to keep."""
+    if options.rank is not None:
+        return options.rank
+    assert options.keep is not None  # exactly one of both is given
+    return share_of(options.keep, short)
+
+
+def remap_factors(truncation: Truncation, storage: torch.dtype, record: dict[str, Any]) -> LowRank:
     """The factors sigma_i u_i and v_i (mirrored where n > m) with min(m, n) entries of each in 8 bits."""
     orthonormal, upper = torch.linalg.qr(truncation.second)
     left, values, right = torch.linalg.svd(upper @ truncation.first, full_matrices=False)
@@ -265,9 +273,10 @@ METHOD = LayerMethod(
     options=Options,
     needs=frozenset({"moments"}),
     adds_traits=frozenset({"factorized", "quantized"}),
-    incompatible_with=FACTORS_INCOMPATIBLE,
+    incompatible_with=DECOMPOSE,
     traits=traits,
     compress=compress,
     plan=plan,
+    draws=True,
     resources=Resources(reach="model"),
 )

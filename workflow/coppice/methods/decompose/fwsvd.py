@@ -1,4 +1,4 @@
-"""FWSVD: singular value decomposition weighted by what the loss feels of each input.
+"""FWSVD: singular value decomposition weighted by the Fisher information of each input.
 
 Hsu et al., Language model compression with weighted low-rank factorization (arXiv 2207.00112).
 F_ij = mean over batches of (dL / dW_ij)^2, the empirical Fisher information; d_j = sqrt(sum_i F_ij) [n];
@@ -15,8 +15,8 @@ from coppice.errors import UserError
 from coppice.lazy import torch
 from coppice.methods.contracts import Decoder, Linear, LinearStatistics, LowRank, Source, Unchanged
 from coppice.methods.declaration import LayerMethod, Resources
+from coppice.methods.incompatible import DECOMPOSE
 from coppice.methods.solvers.truncation import (
-    FACTORS_INCOMPATIBLE,
     RankOptions,
     break_even,
     chosen_rank,
@@ -83,7 +83,7 @@ METHOD = LayerMethod(
     options=Options,
     needs=frozenset({"windows"}),
     adds_traits=frozenset({"factorized"}),
-    incompatible_with=FACTORS_INCOMPATIBLE,
+    incompatible_with=DECOMPOSE,
     compress=compress,
     plan=plan,
     resources=Resources(reach="model"),

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from coppice.methods.contracts import Linear, LinearStatistics, LowRank, Source, Unchanged
 from coppice.methods.declaration import LayerMethod
+from coppice.methods.incompatible import DECOMPOSE
 from coppice.methods.solvers.truncation import (
-    FACTORS_INCOMPATIBLE,
     RankOptions,
     break_even,
     chosen_rank,
@@ -47,6 +47,6 @@ METHOD = LayerMethod(
     source=SOURCE,
     options=Options,
     adds_traits=frozenset({"factorized"}),
-    incompatible_with=FACTORS_INCOMPATIBLE,
+    incompatible_with=DECOMPOSE,
     compress=compress,
 )

@@ -1,10 +1,10 @@
-"""SVD-LLM: singular value decomposition, truncated where the inputs feel it least.
+"""SVD-LLM: truncation-aware (whitened) singular value decomposition.
 
 Wang et al., SVD-LLM: Truncation-aware Singular Value Decomposition for Large Language Model Compression (arXiv
 2403.07378), theorem 3.2, with the square root by eigenvectors of SVD-LLM V2 (arXiv 2503.12340), theorem 3.1.
 W S = U Sigma V^T with S S^T = H; W_k = U_k Sigma_k V_k^T S^-1 = U_k U_k^T W (see `solvers.truncation`).
 
-The closed-form update of the first versions of 2403.07378: with H' = E[x' x'^T] of the inputs behind the compressed
+The closed-form update of the first versions of 2403.07378: with H' = E[x' x'^T] of the inputs after the compressed
 blocks and W_k = A B, B [k, n] stays and A [m, k] becomes the one with the least E|(W - A B) x'|^2,
 A <- W H' B^T (B H' B^T)^-1. On H' = H this changes nothing.
 """
@@ -18,10 +18,10 @@ from pydantic import Field, model_validator
 from coppice.lazy import torch
 from coppice.methods.contracts import Linear, LinearStatistics, LowRank, Source, Unchanged
 from coppice.methods.declaration import LayerMethod
+from coppice.methods.incompatible import DECOMPOSE
 from coppice.methods.solvers.loss import relative_error
 from coppice.methods.solvers.moments import second_moment
 from coppice.methods.solvers.truncation import (
-    FACTORS_INCOMPATIBLE,
     RankOptions,
     Truncation,
     break_even,
@@ -53,14 +53,14 @@ class Options(RankOptions):
     )
     update: bool = Field(
         default=False,
-        description="Refit the second factor to the inputs behind the blocks already compressed, in closed form.",
+        description="Refit the second factor to the inputs after the blocks already compressed, in closed form.",
     )
 
     @model_validator(mode="after")
     def _update_needs_the_parents_inputs(self) -> Options:
         if self.update and self.sequential:
             raise ValueError(
-                "'update' truncates on the parent's inputs and refits on those behind the compressed blocks, and "
+                "'update' truncates on the parent's inputs and refits on those after the compressed blocks, and "
                 "'sequential' does both on the latter, where a refit changes nothing: give one of them"
             )
         return self
@@ -87,15 +87,18 @@ def compress(linear: Linear, statistics: LinearStatistics, options: Options) -> 
     else:
         truncation = truncate_outputs(weight, rank, moment)
     if options.update:
-        behind = linear.sequential.second_moment
-        before = relative_error(weight - truncation.second @ truncation.first, weight, behind)
-        truncation = Truncation(truncation.first, updated(weight, truncation, behind), truncation.error)
-        after = relative_error(weight - truncation.second @ truncation.first, weight, behind)
+        assert linear.sequential is not None  # `update` needs it
+        sequential = linear.sequential.second_moment
+        before = relative_error(weight - truncation.second @ truncation.first, weight, sequential)
+        truncation = Truncation(
+            truncation.first, update_second_factor(weight, truncation, sequential), truncation.error
+        )
+        after = relative_error(weight - truncation.second @ truncation.first, weight, sequential)
         record |= {"behind_error_before_update": before, "behind_error": after}
     return factors(truncation, rank, record)
 
 
-def updated(weight: Tensor, truncation: Truncation, moment: Tensor) -> Tensor:
+def update_second_factor(weight: Tensor, truncation: Truncation, moment: Tensor) -> Tensor:
     """The second factor A [m, k] with the least tr((W - A B) H' (W - A B)^T), H' [n, n], in W's type.
 
     Computed as A + (W - A B) H' B^T (B H' B^T)^+, which is W H' B^T (B H' B^T)^-1 where that inverse exists; where the
@@ -127,6 +130,6 @@ METHOD = LayerMethod(
     options=Options,
     needs=frozenset({"moments"}),
     adds_traits=frozenset({"factorized"}),
-    incompatible_with=FACTORS_INCOMPATIBLE,
+    incompatible_with=DECOMPOSE,
     compress=compress,
 )

@@ -14,7 +14,7 @@ pruning alone, the weights on its support are the exact least-squares refit (see
 paper: that refit, and the rule to stop, a step smaller than `tolerance` |T|_F, which does not depend on the scale of C.
 
 Rounding alone gains little. On a grid that stays fixed the iteration never leaves round-to-nearest unless a step
-exceeds half a scale somewhere, since T lies on the grid already; only the grids that are fitted to Z anew move it.
+exceeds half a scale somewhere, since T lies on the grid already; only refitting the grids to Z moves it.
 Where a few inputs are far stronger than the rest, pruning with rounding may find nothing better than its first
 candidate, Wanda's mask rounded to nearest; `best_iteration` is then 0.
 """
@@ -22,13 +22,14 @@ candidate, Wanda's mask rounded to nearest; `best_iteration` is then 0.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
 from coppice.lazy import torch
 from coppice.methods.contracts import Linear, LinearStatistics, Masked, Quantized, Source, Unchanged
 from coppice.methods.declaration import LayerMethod
+from coppice.methods.incompatible import PRUNE_AND_ROUND
 from coppice.methods.solvers.grid import (
     OptionalGridOptions,
     decode,
@@ -106,7 +107,7 @@ class _Projection:
         inputs = linear.weight.shape[1]
         self.parent_mask = linear.mask
         self.size, self.count = comparison_group(options, inputs, inputs) if options.prunes else (inputs, 0)
-        self.width = None if options.bits is None else group_width(options, inputs)
+        self.width = inputs if options.bits is None else group_width(options, inputs)
         self.grid = None if options.bits is None else make_grid(linear, options)
 
     def __call__(self, weight: Tensor, scores: Tensor, share: float = 1.0) -> _Point:
@@ -145,16 +146,16 @@ def compress(linear: Linear, statistics: LinearStatistics, options: Options) -> 
     project = _Projection(linear, options)
     step = _step(moment, options)
     first = project(weight, weight.abs() * power.sqrt().to(weight.dtype))
-    best, record = _descend(weight, moment.to(weight.dtype), step, first, project, options)
-    record = record | {"step": step, "dead_inputs": int(dead.sum())}
+    best, steps = _descend(weight, moment.to(weight.dtype), step, first, project, options)
+    record: dict[str, Any] = {**steps, "step": step, "dead_inputs": int(dead.sum())}
     if options.prunes:
         record |= pruning_record(options, best.mask)
-    if best.grid is None:
+    if best.grid is None or project.grid is None:
         refitted = refit(weight, best.weight, best.mask, moment, options.refit_damping)
         return Masked(refitted.weight, best.mask, record=record | refitted.record)
     groups = group_of_inputs(weight.shape[1], project.width, weight.device)
     record |= grid_record(options, project.width)
-    return Quantized(*best.grid, groups, options.bits, project.width, options.symmetric, record=record)
+    return Quantized(*best.grid, groups, project.grid.bits, project.width, options.symmetric, record=record)
 
 
 def _step(moment: Tensor, options: Options) -> float:
@@ -181,12 +182,12 @@ def _descend(
         share = min(done / ramp, 1.0) if ramp else 1.0
         moved = current + step * gradient
         point = project(moved, moved.abs(), share)
-        settled = share == 1 and (point.weight - current).norm() <= options.tolerance * point.weight.norm()
+        converged = share == 1 and (point.weight - current).norm() <= options.tolerance * point.weight.norm()
         current = point.weight
         gradient = (weight - current) @ moment
         if share == 1 and (error := output_power(weight - current, moment, gradient)) < least:
             best, best_iteration, least = point, done, error
-        if settled:
+        if converged:
             break
     return best, {"iterations": done, "best_iteration": best_iteration}
 
@@ -196,10 +197,7 @@ METHOD = LayerMethod(
     options=Options,
     needs=frozenset({"moments"}),
     adds_traits=frozenset({"masked", "quantized"}),
-    incompatible_with={
-        "quantized": "packed integers can be neither masked nor rounded again; prune before quantizing",
-        "compensated": "the compensation was fitted to the weights as they are; prune before compensating",
-    },
+    incompatible_with=PRUNE_AND_ROUND,
     traits=traits,
     compress=compress,
 )

@@ -1,20 +1,23 @@
-"""Removes the key/value groups and the neurons whose removal changes the loss the least, to first or second order.
+"""LLM-Pruner: removes the key/value groups and neurons of lowest Taylor importance, of first or second order.
 
-LLM-Pruner: On the Structural Pruning of Large Language Models (arXiv 2305.11627), section 3.2, equations 3 to 5.
+Ma et al., LLM-Pruner: On the Structural Pruning of Large Language Models (arXiv 2305.11627), section 3.2, equations 3
+to 5.
 Differs from the paper: every block loses equally many units, so that stock classes load the result, and the scores of
 a key/value group are those of its own query heads (the authors' code adds those of others to it).
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
 from coppice.errors import UserError
 from coppice.lazy import torch
-from coppice.methods.contracts import Removal, Source, Structure
+from coppice.methods.contracts import Decoder, Removal, Source
 from coppice.methods.declaration import Resources, StructureMethod
+from coppice.methods.incompatible import REMOVE_UNITS
 from coppice.methods.options import MethodOptions
 from coppice.methods.solvers.selection import lowest, whole_units
 
@@ -51,13 +54,14 @@ class Options(MethodOptions):
     )
 
 
-def choose(structure: Structure, statistics: dict[str, Tensor], options: Options) -> Removal:
+def choose(decoder: Decoder, statistics: Mapping[str, Tensor], options: Options) -> Removal:
     """In each block the units of lowest importance: as many key/value groups, and as many neurons, in every block.
 
     statistics["kv_groups.<importance>"]: [blocks, kv_groups] and statistics["neurons.<importance>"]: [blocks, neurons]
     as `gradients.unit_scores` defines them.
     Raises UserError when a score is not finite.
     """
+    structure = decoder.structure
     kv_ratio = options.ratio if options.kv_ratio is None else options.kv_ratio
     kv_groups = whole_units(kv_ratio, structure.kv_groups)
     neurons = _removed_neurons(structure.neurons, options.ratio, options.round)
@@ -85,7 +89,7 @@ def _removed_neurons(neurons: int, ratio: float, multiple: int) -> int:
 
 
 def _lowest_of_each(
-    statistics: dict[str, Tensor], unit: str, importance: str, number: int
+    statistics: Mapping[str, Tensor], unit: str, importance: str, number: int
 ) -> tuple[tuple[int, ...], ...]:
     if number == 0:
         return ()
@@ -102,11 +106,7 @@ METHOD = StructureMethod(
     options=Options,
     needs=frozenset({"gradients"}),
     adds_traits=frozenset({"smaller"}),
-    incompatible_with={
-        "factorized": "the factors of a linear have no rows or columns that belong to heads and neurons alone",
-        "quantized": "its codes are packed for the widths that it has",
-        "compensated": "the corrections beside its linears were fitted to the widths that it has",
-    },
+    incompatible_with=REMOVE_UNITS,
     choose=choose,
-    resources=Resources(reach="model"),
+    resources=Resources(reach="block"),
 )

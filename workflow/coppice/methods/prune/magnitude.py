@@ -1,4 +1,4 @@
-"""Magnitude pruning: the weights smallest in size go.
+"""Magnitude pruning: prune the weights of smallest magnitude.
 
 Han et al., Learning both Weights and Connections for Efficient Neural Networks (arXiv 1506.02626), section 3.
 Score |W_ij|, compared within the whole matrix, within each output's row, or within each group of an N:M pattern.
@@ -13,7 +13,13 @@ from pydantic import Field, model_validator
 from coppice.methods.contracts import Linear, LinearStatistics, Masked, Source, Unchanged
 from coppice.methods.declaration import LayerMethod
 from coppice.methods.incompatible import PRUNE
-from coppice.methods.solvers.mask import SparsityOptions, comparison_group, keep_largest, masked, nothing_to_prune
+from coppice.methods.solvers.mask import (
+    SparsityOptions,
+    comparison_group,
+    keep_largest,
+    masked_replacement,
+    nothing_to_prune,
+)
 
 SOURCE = Source(
     "Learning both Weights and Connections for Efficient Neural Networks",
@@ -49,7 +55,7 @@ def compress(linear: Linear, statistics: LinearStatistics | None, options: Optio
     width = weight.shape[1]
     size, count = comparison_group(options, weight.numel() if options.scope == "layer" else width, width)
     mask = keep_largest(weight.abs(), size, count, linear.mask)
-    return masked(weight, weight.masked_fill(~mask, 0), mask, statistics, options)
+    return masked_replacement(weight, weight.masked_fill(~mask, 0), mask, statistics, options)
 
 
 METHOD = LayerMethod(

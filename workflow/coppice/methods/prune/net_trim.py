@@ -34,13 +34,13 @@ from coppice.lazy import torch
 from coppice.methods.contracts import Linear, LinearStatistics, Masked, Source, Unchanged
 from coppice.methods.declaration import LayerMethod
 from coppice.methods.incompatible import PRUNE
-from coppice.methods.options import BudgetOptions
-from coppice.methods.solvers.budget import share_of
+from coppice.methods.options import TargetOptions
 from coppice.methods.solvers.damping import damp
 from coppice.methods.solvers.loss import relative_error
 from coppice.methods.solvers.mask import REFIT_DAMPING, REFIT_DAMPING_DESCRIPTION, keep_largest, nothing_to_prune
 from coppice.methods.solvers.moments import second_moment
 from coppice.methods.solvers.refit import refit, solve_free
+from coppice.methods.solvers.selection import share_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -65,10 +65,10 @@ _STRIDE, _SHORT_STRIDE = math.log(4), 0.005  # of log lambda, first steps of a s
 _EVALUATIONS = 16
 
 
-class Options(BudgetOptions):
+class Options(TargetOptions):
     """Exactly one of epsilon and sparsity."""
 
-    BUDGET = "sparsity"
+    TARGET = "sparsity"
     RULES = frozenset({"uniform", "sensitivity", "owl", "mosaic", "knapsack"})
 
     epsilon: float | None = Field(
@@ -223,14 +223,14 @@ def _seek(
 
     From the lambda of `begin` in strides of log lambda that double. Each begins from the U of the one before.
     """
-    bracket, found = _Bracket(stride), None
+    bracket, solution = _Bracket(stride), None
     position, current = math.log(begin.multiplier), begin.weight
     for _ in range(_EVALUATIONS):
         multiplier = math.exp(position)
         current = problem.solve(multiplier, current, tolerance)
         reached = goal.measure(current)
         if reached <= goal.most:
-            found = _Solution(current, multiplier)
+            solution = _Solution(current, multiplier)
             if reached >= goal.least:
                 break
         following = bracket.after(position, reached - (goal.least + goal.most) / 2)
@@ -238,7 +238,7 @@ def _seek(
         if following == position:
             break
         position = following
-    return found
+    return solution
 
 
 class _Bracket:

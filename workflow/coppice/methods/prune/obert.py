@@ -1,4 +1,4 @@
-"""oBERT: what goes and what the rest makes up for, by the curvature of the model's own loss.
+"""oBERT: second-order pruning with an empirical-Fisher update of the weights that stay.
 
 Kurtic et al., The Optimal BERT Surgeon: Scalable and Accurate Second-Order Pruning for Large Language Models (arXiv
 2203.07259), section 3. The weights of a linear, [m, n] flattened row after row, are cut into blocks of
@@ -7,8 +7,9 @@ B. With g_k [B] the gradients of a block on K batches of windows, its empirical 
     F = lambda I + (1 / K) sum_k g_k g_k^T    [B, B]
 
 and removing the weights b, one or a group of 4, raises the loss by rho = w_b^T ([F^-1]_bb)^-1 w_b / 2 when the others
-follow by d = -F^-1[:, b] ([F^-1]_bb)^-1 w_b. The lowest rho over all linears go. The sum of d over all that goes is
-the paper's update ("independent"); -F^-1 E_Q ([F^-1]_QQ)^-1 w_Q for all of them, Q, at once is the best one ("joint").
+follow by d = -F^-1[:, b] ([F^-1]_bb)^-1 w_b. The lowest rho over all linears are pruned. The sum of d over all pruned
+weights is the paper's update ("independent"); -F^-1 E_Q ([F^-1]_QQ)^-1 w_Q for all of them, Q, at once is the best one
+("joint").
 
 The paper updates F^-1 by one gradient at a time; here F is summed and inverted once, which is the same matrix. It takes
 8 B bytes for each weight of all linears together, the most that this method holds. Pruning in one step: the paper's
@@ -28,8 +29,8 @@ from coppice.methods.contracts import Decoder, Linear, LinearStatistics, Masked,
 from coppice.methods.declaration import LayerMethod, Resources
 from coppice.methods.incompatible import PRUNE
 from coppice.methods.options import LayerOptions
-from coppice.methods.solvers.budget import share_of
 from coppice.methods.solvers.mask import keep_largest, nothing_to_prune
+from coppice.methods.solvers.selection import share_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -145,7 +146,7 @@ def fisher(decoder: Decoder, linears: dict[str, Linear], options: Options) -> tu
     Gradients of pruned weights count as zero. The last block is padded with weights that have no gradient. The matrices
     are where the gradients are.
     """
-    found: dict[str, Tensor] = {}
+    fishers: dict[str, Tensor] = {}
     count = 0
     for gradients in decoder.gradients(options.batch):
         for name, linear in linears.items():
@@ -153,13 +154,13 @@ def fisher(decoder: Decoder, linears: dict[str, Linear], options: Options) -> tu
             if linear.mask is not None:
                 gradient = gradient.masked_fill(~linear.mask.to(gradient.device), 0)
             parts = _blocks(gradient, options.block)
-            if name not in found:
-                found[name] = parts.new_zeros(*parts.shape, options.block)
-            found[name].baddbmm_(parts[:, :, None], parts[:, None, :])
+            if name not in fishers:
+                fishers[name] = parts.new_zeros(*parts.shape, options.block)
+            fishers[name].baddbmm_(parts[:, :, None], parts[:, None, :])
         count += 1
-    for matrices in found.values():
+    for matrices in fishers.values():
         matrices /= count
-    return found, count
+    return fishers, count
 
 
 def invert(matrices: Tensor, name: str, dampening: float) -> None:
@@ -172,8 +173,8 @@ def invert(matrices: Tensor, name: str, dampening: float) -> None:
         floor = size * torch.finfo(chunk.dtype).eps * diagonal.amax(1)
         if failed.any() or (lower.diagonal(dim1=1, dim2=2).square().amin(1) <= floor).any():
             raise UserError(
-                f"A dampening of {dampening:g} is lost beside the Fisher matrix of {name}, whose diagonal reaches "
-                f"{diagonal.max():.3g}: raise it to {10 * floor.max():.1g} or more."
+                f"A dampening of {dampening:g} is lost in rounding next to the Fisher matrix of {name}, whose diagonal "
+                f"reaches {diagonal.max():.3g}: raise it to {10 * floor.max():.1g} or more."
             )
         chunk.copy_(torch.cholesky_inverse(lower))
 

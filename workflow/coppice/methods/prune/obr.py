@@ -1,4 +1,4 @@
-"""OBR: what is pruned, and then what half of the inputs loses to rounding, is made up for by the weights that stay.
+"""OBR: the remaining weights compensate for what pruning, and then rounding half of the inputs, loses.
 
 Guo et al., Optimal Brain Restoration for Joint Quantization and Sparsification of LLMs (arXiv 2509.11177), algorithm 1.
 W: [m, n]; H = E[x x^T] + damping mean(diag H) I, [n, n]. With an error e = w - w_hat fixed at the places E of a row,
@@ -26,7 +26,7 @@ from pydantic import Field, model_validator
 from coppice.lazy import torch
 from coppice.methods.contracts import Linear, LinearStatistics, Masked, Quantized, Source, Unchanged
 from coppice.methods.declaration import LayerMethod
-from coppice.methods.solvers.budget import share_of
+from coppice.methods.incompatible import PRUNE_AND_ROUND
 from coppice.methods.solvers.damping import damp
 from coppice.methods.solvers.grid import (
     Grid,
@@ -47,6 +47,7 @@ from coppice.methods.solvers.mask import (
 )
 from coppice.methods.solvers.moments import input_power
 from coppice.methods.solvers.refit import compensate
+from coppice.methods.solvers.selection import share_of
 from coppice.methods.solvers.sweep import CholeskyFactor, Quantizer, cholesky_factor, sweep
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ class Options(PruningOptions, OptionalGridOptions):
     """Exactly one of sparsity and pattern; bits round what stays."""
 
     form: Literal["rtn", "gptq"] = Field(
-        default="gptq", description="How the inputs behind the split are rounded: to nearest, or in a sweep of GPTQ."
+        default="gptq", description="How the inputs after the split are rounded: to nearest, or in a sweep of GPTQ."
     )
     alpha: float = Field(
         default=0.5,
@@ -115,10 +116,10 @@ def compress(linear: Linear, statistics: LinearStatistics, options: Options) -> 
     return _quantize(linear, weight, restored, mask, moment, factor, options, record)
 
 
-def restore(weight: Tensor, settled: Tensor, free: Tensor, moment: Tensor) -> Tensor:
-    """settled [m, n], with what makes up for weight - settled, where it is not free, added to the free places."""
-    correction = compensate(weight - settled, free, moment)
-    return settled + correction.to(weight.dtype)
+def restore(weight: Tensor, compressed: Tensor, free: Tensor, moment: Tensor) -> Tensor:
+    """compressed [m, n], its free places corrected for the error weight - compressed of the others."""
+    correction = compensate(weight - compressed, free, moment)
+    return compressed + correction.to(weight.dtype)
 
 
 def _wanda(weight: Tensor, moment: Tensor, kept: Tensor | None, options: Options) -> Tensor:
@@ -145,21 +146,21 @@ def _quantize(
     split = share_of(options.alpha, inputs)
 
     codes = _round(grid, restored, scale, zero_point, groups)
-    behind = torch.arange(inputs, device=weight.device) >= split
-    settled = torch.where(behind, restored, decode(codes, scale[:, groups], zero_point[:, groups]))
-    restored = restore(restored, settled, mask & behind, moment)
+    after_split = torch.arange(inputs, device=weight.device) >= split
+    rounded = torch.where(after_split, restored, decode(codes, scale[:, groups], zero_point[:, groups]))
+    restored = restore(restored, rounded, mask & after_split, moment)
     if options.form == "rtn":
         codes = _round(grid, restored, scale, zero_point, groups)
     elif split < inputs:
         codes[:, split:] = sweep(
             restored[:, split:],
-            CholeskyFactor(factor.upper[split:, split:], factor.dead[split:], factor.damping, factor.asked),
+            CholeskyFactor(factor.upper[split:, split:], factor.dead[split:], factor.damping, factor.requested),
             options.block,
             kept=mask[:, split:],
             quantizer=Quantizer(grid, width, groups[split:], (scale, zero_point)),
-        ).codes
+        ).on_grid[0]
     record = record | grid_record(options, width) | {"form": options.form, "split": split}
-    return Quantized(codes, scale, zero_point, groups, options.bits, width, options.symmetric, record=record)
+    return Quantized(codes, scale, zero_point, groups, grid.bits, width, options.symmetric, record=record)
 
 
 def _round(grid: Grid, weight: Tensor, scale: Tensor, zero_point: Tensor, groups: Tensor) -> Tensor:
@@ -171,10 +172,7 @@ METHOD = LayerMethod(
     options=Options,
     needs=frozenset({"moments"}),
     adds_traits=frozenset({"masked", "quantized"}),
-    incompatible_with={
-        "quantized": "packed integers can be neither masked nor rounded again; start from a node that is not quantized",
-        "compensated": "the compensation was fitted to the weights as they are; prune before compensating",
-    },
+    incompatible_with=PRUNE_AND_ROUND,
     traits=traits,
     compress=compress,
 )

@@ -1,18 +1,19 @@
-"""Deletes the blocks that change the residual stream the least.
+"""ShortGPT: removes the blocks that change the residual stream the least.
 
-ShortGPT: Layers in Large Language Models are More Redundant Than You Expect (arXiv 2403.03853), equation 1.
+Men et al., ShortGPT: Layers in Large Language Models are More Redundant Than You Expect (arXiv 2403.03853), equation 1.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Self
 
 from pydantic import Field, model_validator
 
 from coppice.errors import UserError
 from coppice.lazy import torch
-from coppice.methods.contracts import Removal, Source, Structure
-from coppice.methods.declaration import StructureMethod
+from coppice.methods.contracts import Decoder, Removal, Source
+from coppice.methods.declaration import Resources, StructureMethod
 from coppice.methods.options import MethodOptions
 from coppice.methods.solvers.selection import lowest, whole_units
 
@@ -38,8 +39,15 @@ class Options(MethodOptions):
             raise ValueError("give exactly one of blocks and ratio")
         return self
 
+    def number_of(self, blocks: int) -> int:
+        """How many of so many blocks to delete."""
+        if self.blocks is not None:
+            return self.blocks
+        assert self.ratio is not None  # exactly one of both is given
+        return whole_units(self.ratio, blocks)
 
-def choose(structure: Structure, statistics: dict[str, Tensor], options: Options) -> Removal:
+
+def choose(decoder: Decoder, statistics: Mapping[str, Tensor], options: Options) -> Removal:
     """The blocks of lowest influence, ranked once on the model as it comes in.
 
     statistics["similarity"]: [L] E_t cos(h_i,t, h_i+1,t) of block i's input and output over the calibration tokens.
@@ -48,11 +56,12 @@ def choose(structure: Structure, statistics: dict[str, Tensor], options: Options
 
     Raises UserError when no block would remain, and when a similarity is not finite.
     """
-    number = whole_units(options.ratio, structure.blocks) if options.blocks is None else options.blocks
-    if number >= structure.blocks:
+    blocks = decoder.structure.blocks
+    number = options.number_of(blocks)
+    if number >= blocks:
         raise UserError(
-            f"shortgpt is asked to delete {number} blocks of a model that has {structure.blocks}; at least one must "
-            "remain, so lower blocks."
+            f"shortgpt is to delete {number} blocks of a model that has {blocks}; at least one must remain, so lower "
+            "blocks."
         )
     influence = 1 - statistics["similarity"].double()
     if not torch.isfinite(influence).all():
@@ -68,7 +77,7 @@ def choose(structure: Structure, statistics: dict[str, Tensor], options: Options
             "block_influence": influence.tolist(),
             "removed_blocks": list(removed),
             "asked": {"blocks": options.blocks, "block_ratio": options.ratio},
-            "achieved": {"blocks": number, "block_ratio": number / structure.blocks},
+            "achieved": {"blocks": number, "block_ratio": number / blocks},
         },
     )
 
@@ -78,6 +87,7 @@ METHOD = StructureMethod(
     options=Options,
     needs=frozenset({"blocks"}),
     adds_traits=frozenset({"smaller"}),
-    # A block goes with all that stands in it, whatever its linears have become.
+    # Nothing is incompatible: a block goes with all that is in it, whatever its linears have become.
     choose=choose,
+    resources=Resources(reach="block"),
 )

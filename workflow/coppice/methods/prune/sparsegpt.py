@@ -1,4 +1,4 @@
-"""SparseGPT: pruning while the weights that stay make up for what goes.
+"""SparseGPT: pruning in one sweep over the inputs, while the remaining weights compensate for the error.
 
 Frantar and Alistarh, SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot (arXiv 2301.00774),
 algorithm 1. Score W_ij^2 / U_jj^2 of the current weights, U^T U = H^-1 (see `solvers.sweep`), compared within each
@@ -30,7 +30,7 @@ from coppice.methods.solvers.mask import (
     SparsityOptions,
     comparison_group,
     keep_largest,
-    masked,
+    masked_replacement,
     nothing_to_prune,
     pruning_record,
 )
@@ -78,11 +78,11 @@ def compress(linear: Linear, statistics: LinearStatistics, options: Options) -> 
     def choose(scores: Tensor, kept: Tensor) -> Tensor:
         return keep_largest(scores, *comparison_group(options, scores.numel(), inputs), kept)
 
-    selection = Selection(options.block if options.pattern is None else options.kept_of[1], choose)
+    selection = Selection(options.block if options.kept_of is None else options.kept_of[1], choose)
     factor = cholesky_factor(statistics.second_moment, options.damping)
     if options.bits is None:
         swept = sweep(weight, factor, options.block, kept=linear.mask, selection=selection)
-        replacement = masked(weight, swept.weight, swept.mask, statistics, options)
+        replacement = masked_replacement(weight, swept.weight, swept.mask, statistics, options)
         return replace(replacement, record=replacement.record | factor.record)
     width = group_width(options, inputs)
     grid = make_grid(linear, options)
@@ -91,9 +91,7 @@ def compress(linear: Linear, statistics: LinearStatistics, options: Options) -> 
     quantizer = Quantizer(grid, width, groups, parameters)
     swept = sweep(weight, factor, options.block, kept=linear.mask, selection=selection, quantizer=quantizer)
     return Quantized(
-        swept.codes,
-        swept.scale,
-        swept.zero_point,
+        *swept.on_grid,
         groups,
         options.bits,
         width,

@@ -2,7 +2,7 @@
 
 Sun et al., A Simple and Effective Pruning Approach for Large Language Models (arXiv 2306.11695), equation 1.
 Score |W_ij| |X_j|_2, with |X_j|_2 = sqrt(H_jj) up to a constant, compared within each output's row or within each group
-of an N:M pattern. The weights that stay are not changed, unless a refit is asked for.
+of an N:M pattern. The weights that stay are not changed, unless a refit is requested.
 """
 
 from __future__ import annotations
@@ -12,7 +12,13 @@ from dataclasses import replace
 from coppice.methods.contracts import Linear, LinearStatistics, Masked, Source, Unchanged
 from coppice.methods.declaration import LayerMethod
 from coppice.methods.incompatible import PRUNE
-from coppice.methods.solvers.mask import SparsityOptions, comparison_group, keep_largest, masked, nothing_to_prune
+from coppice.methods.solvers.mask import (
+    SparsityOptions,
+    comparison_group,
+    keep_largest,
+    masked_replacement,
+    nothing_to_prune,
+)
 from coppice.methods.solvers.moments import input_power
 
 SOURCE = Source(
@@ -40,7 +46,7 @@ def compress(linear: Linear, statistics: LinearStatistics, options: Options) -> 
     power = input_power(statistics.second_moment)
     scores = weight.abs() * power.sqrt().to(weight.dtype)
     mask = keep_largest(scores, *comparison_group(options, width, width), linear.mask)
-    replacement = masked(weight, weight.masked_fill(~mask, 0), mask, statistics, options)
+    replacement = masked_replacement(weight, weight.masked_fill(~mask, 0), mask, statistics, options)
     return replace(replacement, record=replacement.record | {"dead_inputs": int((power == 0).sum())})
 
 

@@ -1,4 +1,4 @@
-"""Inputs of linears rounded token by token, in any state of their weights.
+"""Activation quantization: inputs of linears are rounded token by token, whatever form their weights have.
 
 Ashkboos et al., QuaRot: Outlier-Free 4-Bit Inference in Rotated LLMs (arXiv 2404.00456), section 4, the online
 quantization of inputs: each token x gets its own grid as it is computed. Symmetric: scale = c max|x| / (2^(b-1) - 1),
@@ -11,6 +11,7 @@ from pydantic import Field
 
 from coppice.methods.contracts import Linear, LinearStatistics, QuantizedActivations, Source
 from coppice.methods.declaration import LayerMethod
+from coppice.methods.incompatible import QUANTIZE_ACTIVATIONS
 from coppice.methods.options import LayerOptions
 
 SOURCE = Source(
@@ -30,7 +31,7 @@ class Options(LayerOptions):
 
 
 def compress(linear: Linear, statistics: LinearStatistics | None, options: Options) -> QuantizedActivations:
-    """The linear as it is, behind the rounding of its inputs."""
+    """The linear as it is, its inputs rounded before it."""
     record = {"input_bits": options.bits, "input_symmetric": options.symmetric, "input_clip": options.clip}
     return QuantizedActivations(options.bits, options.symmetric, options.clip, record=record)
 
@@ -39,6 +40,6 @@ METHOD = LayerMethod(
     source=SOURCE,
     options=Options,
     adds_traits=frozenset({"quantized-activations"}),
-    incompatible_with={"quantized-activations": "its linears round their inputs already; round them once"},
+    incompatible_with=QUANTIZE_ACTIVATIONS,
     compress=compress,
 )

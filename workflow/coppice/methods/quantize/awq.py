@@ -116,9 +116,9 @@ def _candidate(absmean: Tensor, sizes: Tensor | None, alpha: float) -> Tensor:
     if sizes is not None:
         powers = powers / (sizes[seen].pow(1 - alpha) + _SMALLEST)
     powers = powers.clamp(min=_SMALLEST)
-    found = torch.ones_like(absmean)
-    found[seen] = powers / (powers.max() * powers.min()).sqrt()
-    return found
+    scales = torch.ones_like(absmean)
+    scales[seen] = powers / (powers.max() * powers.min()).sqrt()
+    return scales
 
 
 def _weight_sizes(linears: list[Linear], options: Options) -> Tensor:

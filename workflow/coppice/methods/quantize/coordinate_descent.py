@@ -1,10 +1,10 @@
-"""Cyclic coordinate descent on a fixed grid: every weight in turn goes to its best code given all the others.
+"""Cyclic coordinate descent on a fixed grid: each weight in turn moves to its best code given all the others.
 
 Behdin et al., QuantEase: Optimization-based Quantization for Language Models (arXiv 2309.01885), the update of one
 input of all outputs; greedy orders are studied by Nair and Suggala, CDQuant (arXiv 2406.17542). With G = (W - Q) H, the
 best real value of input j given the rest is q_j + G_j / H_jj; as tr((W - Q) H (W - Q)^T) is a parabola in q_j, the
 nearest point of the grid to it is the best code. A code changes only where that is strictly nearer, so the loss never
-grows, and the search ends at a fixed point or after the sweeps that were asked for.
+grows, and the search ends at a fixed point or after the requested number of sweeps.
 
 H = E[x x^T] is not damped. Inputs that were zero on every token keep the codes of the start.
 """
@@ -58,16 +58,16 @@ def compress(linear: Linear, statistics: LinearStatistics, options: Options) -> 
     start = _start(linear, statistics, options)
     weight = linear.weight.double()
     codes, sweeps = _descend(linear, start, moment, options)
-    found = dataclasses.replace(start, codes=codes)
+    quantized = dataclasses.replace(start, codes=codes)
     record = start.record | {
         "start": options.start,
         "loss_start": output_power(weight - dequantize(start), moment),
-        "loss": output_power(weight - dequantize(found), moment),
+        "loss": output_power(weight - dequantize(quantized), moment),
         "sweeps": sweeps,
         "changed_codes": (codes != start.codes).double().mean().item(),
         "dead_inputs": int((moment.diagonal() == 0).sum()),
     }
-    return dataclasses.replace(found, record=record)
+    return dataclasses.replace(quantized, record=record)
 
 
 def _start(linear: Linear, statistics: LinearStatistics, options: Options) -> Quantized:
@@ -78,7 +78,7 @@ def _start(linear: Linear, statistics: LinearStatistics, options: Options) -> Qu
 
 
 def _descend(linear: Linear, start: Quantized, moment: Tensor, options: Options) -> tuple[Tensor, int]:
-    """The codes [m, n], and the sweeps made; the last one changed nothing, unless all that were asked for were made."""
+    """The codes [m, n], and the number of sweeps; the last one changed nothing, unless it was the last allowed."""
     grid = make_grid(linear, options)
     # Transposed, so that what belongs to one input lies together.
     index = start.group_index.long()

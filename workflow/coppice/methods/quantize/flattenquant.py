@@ -33,13 +33,13 @@ from coppice.errors import UserError
 from coppice.lazy import torch
 from coppice.methods.contracts import FlattenQuant, Linear, LinearStatistics, Source
 from coppice.methods.declaration import LayerMethod
-from coppice.methods.incompatible import QUANTIZE
+from coppice.methods.incompatible import QUANTIZE, QUANTIZE_ACTIVATIONS
 from coppice.methods.options import LayerOptions
-from coppice.methods.solvers.budget import share_of
 from coppice.methods.solvers.codebook import require_finite
 from coppice.methods.solvers.grid import Grid
 from coppice.methods.solvers.loss import relative_error
 from coppice.methods.solvers.moments import input_power, second_moment
+from coppice.methods.solvers.selection import share_of
 from coppice.methods.solvers.sweep import Quantizer, cholesky_factor, sweep
 
 if TYPE_CHECKING:
@@ -245,7 +245,7 @@ def _round(
         swept = sweep(
             weight, factor, options.block, kept=linear.mask, quantizer=Quantizer(grid, len(groups), groups, parameters)
         )
-        codes, record = swept.codes, factor.record
+        (codes, _, _), record = swept.on_grid, factor.record
     codes = codes - zero_point
     rounded = codes * scale
     step = threshold / top
@@ -285,7 +285,7 @@ METHOD = LayerMethod(
     options=Options,
     needs=frozenset({"moments"}),
     adds_traits=frozenset({"quantized", "quantized-activations"}),
-    incompatible_with={**QUANTIZE, "quantized-activations": "its linears round their inputs already; round them once"},
+    incompatible_with=QUANTIZE | QUANTIZE_ACTIVATIONS,
     compress=compress,
     scales=scales,
 )

@@ -1,9 +1,9 @@
-"""GEAR: a cache on small grids, with a low-rank and a sparse part that make up for the rounding.
+"""GEAR: a quantized key/value cache with a low-rank and a sparse correction of the rounding error.
 
 Kang et al., GEAR: An Efficient KV Cache Compression Recipe for Near-Lossless Generative Inference of LLM (arXiv
 2403.05527), X ~ X^ + L + S: X^ rounded, L = Q P^T of rank r for each head by power iteration, S the largest and the
 smallest values. Without outliers it is GEAR-L; with group_size -1 its grids are the paper's "KCVT". The mathematics are
-`kv_cache`'s.
+in `models.kv_cache`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from pydantic import Field
 
 from coppice.methods.contracts import Source
 from coppice.methods.declaration import CacheMethod
-from coppice.methods.solvers.cache import CacheOptions
+from coppice.methods.incompatible import QUANTIZE_CACHE
+from coppice.methods.options import CacheOptions
 
 SOURCE = Source(
     "GEAR: An Efficient KV Cache Compression Recipe for Near-Lossless Generative Inference of LLM",
@@ -25,7 +26,9 @@ SOURCE = Source(
 
 
 class Options(CacheOptions):
-    rank: int = Field(default=4, ge=0, description="Rank that makes up for the rounding of the prompt, for each head.")
+    rank: int = Field(
+        default=4, ge=0, description="Rank of the correction of the prompt's rounding error, for each head."
+    )
     decode_rank: int = Field(default=2, ge=0, description="The same for each chunk of tokens after the prompt.")
     outliers: float = Field(
         default=0.02,
@@ -60,6 +63,6 @@ METHOD = CacheMethod(
     source=SOURCE,
     options=Options,
     adds_traits=frozenset({"quantized-cache"}),
-    incompatible_with={"quantized-cache": "its keys and values are compressed already; choose one way to keep them"},
+    incompatible_with=QUANTIZE_CACHE,
     cache=cache,
 )

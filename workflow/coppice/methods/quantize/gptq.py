@@ -1,4 +1,4 @@
-"""GPTQ: rounding one input after the other while the inputs still to come make up for the error.
+"""GPTQ: rounding input by input, while the inputs not yet rounded compensate for the error.
 
 Frantar et al., GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers (arXiv 2210.17323),
 algorithm 1 (see `solvers.rounding`).

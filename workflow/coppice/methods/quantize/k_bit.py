@@ -28,7 +28,6 @@ from coppice.methods.contracts import Codebook, Decoder, Linear, LinearStatistic
 from coppice.methods.declaration import LayerMethod, Resources
 from coppice.methods.incompatible import QUANTIZE
 from coppice.methods.options import LayerOptions
-from coppice.methods.solvers.budget import share_of
 from coppice.methods.solvers.codebook import (
     dynamic_table,
     float_table,
@@ -37,6 +36,7 @@ from coppice.methods.solvers.codebook import (
     quantile_table,
     quantize_blocks,
 )
+from coppice.methods.solvers.selection import share_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -119,20 +119,22 @@ def writers(names: list[str], paths: Mapping[Role, str]) -> dict[str, str | None
 
     Inside a composite of linears, each but the first reads the one before it.
     """
-    found, last, before = {}, {}, None
+    producers: dict[str, str | None] = {}
+    last: dict[str, int] = {}
+    before: str | None = None
     for index, name in enumerate(names):
         role = _role(name, paths)
         if role is None:
-            found[name] = None
+            producers[name] = None
             continue
         block = name.partition(f".{paths[role]}")[0]
         if before is not None and before.startswith(f"{block}.{paths[role]}."):
-            found[name] = before
+            producers[name] = before
         else:
             seen = [last[writer] for writer in _WRITERS[role] if writer in last]
-            found[name] = names[max(seen)] if seen else None
+            producers[name] = names[max(seen)] if seen else None
         last[role], before = index, name
-    return found
+    return producers
 
 
 def _role(name: str, paths: Mapping[Role, str]) -> Role | None:
@@ -183,10 +185,10 @@ def _table(weight: Tensor, options: Options) -> Tensor:
 
 
 def _record(codebook: Codebook, proxy: Proxy, options: Options, stored_bits: int) -> dict[str, Any]:
-    whole = 0 if codebook.outliers is None else codebook.outlier_weight.numel()
+    whole = 0 if codebook.outlier_weight is None else codebook.outlier_weight.numel()
     coded = codebook.codes.numel()
     bits = coded * codebook.bits + (len(codebook.absmax) + whole) * stored_bits
-    record = {
+    record: dict[str, Any] = {
         "bits": codebook.bits,
         "type": options.type,
         "block": codebook.block,

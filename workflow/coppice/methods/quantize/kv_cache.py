@@ -1,9 +1,9 @@
-"""A cache on small grids: keys per channel, values per token.
+"""KIVI: a quantized key/value cache, keys per channel and values per token.
 
 Liu et al., KIVI: A Tuning-Free Asymmetric 2bit Quantization for KV Cache (arXiv 2402.02750), section 3. A grid of 2^b
 levels from the minimum to the maximum of g consecutive tokens of a key's channel, or of g consecutive channels of a
 value's token; tokens that do not fill a window stay as they are, values too (in the paper the newest values always do).
-The mathematics are `kv_cache`'s, without its low-rank and its sparse part.
+The mathematics are in `models.kv_cache`, without its low-rank and its sparse part.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from pydantic import Field
 
 from coppice.methods.contracts import Source
 from coppice.methods.declaration import CacheMethod
-from coppice.methods.solvers.cache import CacheOptions
+from coppice.methods.incompatible import QUANTIZE_CACHE
+from coppice.methods.options import CacheOptions
 
 SOURCE = Source(
     "KIVI: A Tuning-Free Asymmetric 2bit Quantization for KV Cache",
@@ -40,6 +41,6 @@ METHOD = CacheMethod(
     source=SOURCE,
     options=Options,
     adds_traits=frozenset({"quantized-cache"}),
-    incompatible_with={"quantized-cache": "its keys and values are compressed already; choose one way to keep them"},
+    incompatible_with=QUANTIZE_CACHE,
     cache=cache,
 )

@@ -175,7 +175,7 @@ def best_format(weight: Tensor, options: Options, storage: torch.dtype) -> tuple
     factors = 2.0 ** (-torch.arange(48, dtype=weight.dtype, device=weight.device) / 8)
     limits = (largest * factors).clamp(torch.finfo(storage).tiny, torch.finfo(storage).max).to(storage).to(weight.dtype)
     splits = range(1, options.bits) if options.exponent_bits is None else [options.exponent_bits]
-    found = []
+    formats = []
     for exponent_bits in splits:
         table = float_table(options.bits, exponent_bits)
         values = limits[:, None].double() * table[len(table) // 2 :].to(limits.device)
@@ -185,8 +185,8 @@ def best_format(weight: Tensor, options: Options, storage: torch.dtype) -> tuple
         edges = torch.nn.functional.pad(edges, (0, 1), value=len(sizes))
         errors = squares[-1] - 2 * (values * sums[edges].diff()).sum(1) + (values.square() * edges.diff()).sum(1)
         best = errors.argmin()
-        found.append((errors[best].item(), exponent_bits, limits[best]))
-    return min(found, key=lambda each: each[0])[1:]
+        formats.append((errors[best].item(), exponent_bits, limits[best]))
+    return min(formats, key=lambda each: each[0])[1:]
 
 
 def _neighbours(linear: Linear, codes: Tensor, low: Tensor, high: Tensor, nearest: Tensor) -> Neighbours:
@@ -219,8 +219,8 @@ def learn(weight: Tensor, neighbours: Neighbours, moment: Tensor, options: Optio
             optimizer.step()
             if steps in looks:
                 up = (values > 0) & movable
-                if (found := loss(up)) < least:
-                    best, least = up, found
+                if (value := loss(up)) < least:
+                    best, least = up, value
     undecided = ((soft_rounding(values) - 0.5).abs() < 0.5) & movable
     return best.to(torch.int32), {
         "steps": steps,

@@ -1,4 +1,4 @@
-"""QPruner: more bits for the linears whose outputs say more about the prediction.
+"""QPruner: mixed precision, with more bits for linears whose outputs share more information with the prediction.
 
 Zhou et al., QPruner: Probabilistic Decision Quantization for Structured Pruning in Large Language Models (arXiv
 2412.11629). Each linear l gets b_l bits of a few candidates, sum n_l b_l <= B sum n_l for n_l weights and B bits on
@@ -30,11 +30,11 @@ from coppice.lazy import LazyModule, torch
 from coppice.methods.contracts import Decoder, Linear, LinearStatistics, Quantized, Source
 from coppice.methods.declaration import LayerMethod, Resources
 from coppice.methods.incompatible import QUANTIZE
-from coppice.methods.solvers.budget import share_of
 from coppice.methods.solvers.demand import rounding_losses
 from coppice.methods.solvers.grid import GroupOptions, dequantize
 from coppice.methods.solvers.knapsack import knapsack
 from coppice.methods.solvers.rounding import SweepOptions, SweptGridOptions, round_to_nearest, sweep_to_grid
+from coppice.methods.solvers.selection import share_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,8 +54,8 @@ class Options(GroupOptions, SweepOptions):
     candidates: list[int] = Field(default=[4, 8], description="The bits that a linear can have, from 2 to 8.")
     search: Literal["mutual-information", "knapsack", "bayesian"] = Field(
         default="mutual-information",
-        description="mutual-information: most bits where outputs tell most about the prediction; knapsack: the least "
-        "summed error of the outputs; bayesian: the least loss of the model among `trials`, from these two on.",
+        description="mutual-information: most bits where outputs share most information with the prediction; knapsack: "
+        "the least summed error of the outputs; bayesian: the least loss of the model of `trials`, from these two on.",
     )
     quantizer: Literal["rtn", "gptq"] = Field(
         default="rtn", description="Round to nearest, or GPTQ's sweep (act_order, damping and block are the sweep's)."
@@ -89,7 +89,7 @@ class Options(GroupOptions, SweepOptions):
 
 
 def plan(decoder: Decoder, options: Options) -> dict[str, dict[str, Any]]:
-    """For each linear its `bits`, and the `record` of how they were found.
+    """For each linear its `bits`, and the `record` of how they were chosen.
 
     Raises UserError when the windows, the weights or the statistics give no numbers to choose by.
     """
@@ -100,23 +100,24 @@ def plan(decoder: Decoder, options: Options) -> dict[str, dict[str, Any]]:
     size = sum(row[0] for row in costs) // options.candidates[0]
     capacity = share_of(options.bits_average, size)
     records: list[dict[str, Any]] = [{} for _ in names]
-    found: dict[str, list[int]] = {}
+    starts: dict[str, list[int]] = {}
     if options.search != "knapsack":
         information, tokens = output_information(decoder, options.bins)
-        found["mutual-information"] = by_information(information, costs, capacity)
+        starts["mutual-information"] = by_information(information, costs, capacity)
         records = [{"mutual_information": each, "tokens": tokens, "bins": options.bins} for each in information]
     if options.search != "mutual-information":
         errors = [_errors(decoder, name, options) for name in names]
-        found["knapsack"] = knapsack(costs, errors, capacity)
+        starts["knapsack"] = knapsack(costs, errors, capacity)
     overall: dict[str, Any] = {}
     if options.search == "bayesian":
-        found = {start: repaired(levels, costs, errors, capacity) for start, levels in found.items()}
-        losses = refine(decoder, options, list(found.values()), errors, costs, capacity)
-        chosen = list(min(losses, key=losses.get))
+        starts = {start: repair_levels(levels, costs, errors, capacity) for start, levels in starts.items()}
+        losses = refine(decoder, options, list(starts.values()), errors, costs, capacity)
+        best = min(losses, key=losses.__getitem__)
+        chosen = list(best)
         overall = {"trials": options.trials, "loss": min(losses.values())}
-        overall |= {f"loss_{start.replace('-', '_')}": losses[tuple(levels)] for start, levels in found.items()}
+        overall |= {f"loss_{start.replace('-', '_')}": losses[tuple(levels)] for start, levels in starts.items()}
     else:
-        chosen = found[options.search]
+        chosen = starts[options.search]
     spent = sum(row[level] for row, level in zip(costs, chosen, strict=True))
     overall |= {
         "search": options.search,
@@ -177,13 +178,13 @@ def output_information(decoder: Decoder, bins: int) -> tuple[list[float], int]:
     y = torch.cat(predictions) if predictions else torch.empty(0)
     if not len(y):
         raise UserError("No calibration window has two tokens, so the mutual information cannot be measured.")
-    found = []
+    information = []
     for name in decoder.names:
         x = torch.cat(outputs[name])
         if not (torch.isfinite(x).all() and torch.isfinite(y).all()):
             raise UserError(f"{name}: its outputs or the predictions are not finite; calibrate in a wider dtype.")
-        found.append(mutual_information(x, y, bins))
-    return found, len(y)
+        information.append(mutual_information(x, y, bins))
+    return information, len(y)
 
 
 def mutual_information(x: Tensor, y: Tensor, bins: int) -> float:
@@ -221,7 +222,7 @@ def by_information(information: Sequence[float], costs: Sequence[Sequence[int]],
     return levels
 
 
-def repaired(
+def repair_levels(
     levels: Sequence[int], costs: Sequence[Sequence[int]], errors: Sequence[Sequence[float]], capacity: int
 ) -> list[int]:
     """The levels, lowered step by step where the error grows least for what is saved, until they fit; then raised where
@@ -266,7 +267,7 @@ def refine(
 
     def objective(trial: Any) -> float:
         proposal = [trial.suggest_int(name, 0, last) for name in decoder.names]
-        levels = tuple(repaired(proposal, costs, errors, capacity))
+        levels = tuple(repair_levels(proposal, costs, errors, capacity))
         if levels not in losses:
             losses[levels] = _loss(decoder, options, levels)
         return losses[levels]
@@ -301,5 +302,6 @@ METHOD = LayerMethod(
     incompatible_with=QUANTIZE,
     compress=compress,
     plan=plan,
+    draws=True,
     resources=Resources(reach="model"),
 )

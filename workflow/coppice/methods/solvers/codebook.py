@@ -145,11 +145,11 @@ def quantize_blocks(
 
 
 def dequantize(codebook: Codebook) -> Tensor:
-    """[m, n] the weights that the codes stand for, in the scales' type."""
+    """[m, n] the weights that the codes represent, in the scales' type."""
     shape = codebook.codes.shape
     block = torch.arange(codebook.codes.numel(), device=codebook.codes.device).view(shape) // codebook.block
     values = codebook.table[codebook.codes.long()] * codebook.absmax[block]
-    if codebook.outliers is not None:
+    if codebook.outliers is not None and codebook.outlier_weight is not None:
         whole = values.new_empty(shape[0], shape[1] + len(codebook.outliers))
         kept = torch.ones(whole.shape[1], dtype=torch.bool, device=values.device)
         kept[codebook.outliers] = False

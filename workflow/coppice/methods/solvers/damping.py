@@ -1,7 +1,7 @@
 """The second moment of a linear's inputs made positive definite.
 
 H + damping mean(diag H) I, with the mean over the inputs that are not dead. Where that is singular in float64 or
-indefinite the damping grows tenfold, and what was used stands beside what was asked.
+indefinite the damping grows tenfold, and both the used and the requested damping are on record.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ class Damped:
     """moment: [n, n] float64, positive definite. lower: [n, n], L with L L^T = J moment J, J the reversal.
 
     dead: [n] bool, inputs that were zero on every token; they have the mean power of the others on the diagonal.
-    damping: the share of mean(diag H) that was added; asked: the share that was asked for.
+    damping: the share of mean(diag H) that was added; requested: the share that was requested.
     """
 
     moment: Tensor
     lower: Tensor
     dead: Tensor
     damping: float
-    asked: float
+    requested: float
 
 
 def damp(moment: Tensor, damping: float) -> Damped:

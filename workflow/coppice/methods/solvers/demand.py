@@ -1,4 +1,4 @@
-"""What a linear loses at each level of a budget, without compressing the whole model: tr(dW H dW^T), H = E[x x^T].
+"""What a linear loses at each level of a target, without compressing the whole model: tr(dW H dW^T), H = E[x x^T].
 
 - masking: the sum of the pruned w_ij^2 H_jj, which leaves out the cross terms between pruned weights of an output
   (Sun et al., Wanda, arXiv 2306.11695, whose scores these are);
@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING
 from coppice.errors import UserError
 from coppice.lazy import torch
 from coppice.methods.contracts import Linear
-from coppice.methods.solvers.budget import share_of
 from coppice.methods.solvers.grid import GridOptions, dequantize
 from coppice.methods.solvers.loss import output_power
 from coppice.methods.solvers.moments import input_power, second_moment
 from coppice.methods.solvers.rounding import round_to_nearest
+from coppice.methods.solvers.selection import share_of
 from coppice.methods.solvers.truncation import outputs_spectrum
 
 if TYPE_CHECKING:
@@ -94,6 +94,6 @@ def outlier_share(scores: Sequence[Tensor], factor: float) -> float:
 def _require_finite(weight: Tensor) -> None:
     if not torch.isfinite(weight).all():
         raise UserError(
-            "This layer's weights hold values that are not finite, so no budget can be measured on them: check the "
+            "This layer's weights hold values that are not finite, so no loss can be measured on them: check the "
             "parent."
         )

@@ -21,7 +21,7 @@ from pydantic import Field, field_validator, model_validator
 from coppice.errors import UserError
 from coppice.lazy import torch
 from coppice.methods.contracts import Linear, Quantized
-from coppice.methods.options import BudgetOptions, LayerOptions
+from coppice.methods.options import LayerOptions, TargetOptions
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,10 +47,10 @@ class GroupOptions(LayerOptions):
         return group_size
 
 
-class GridOptions(GroupOptions, BudgetOptions):
+class GridOptions(GroupOptions, TargetOptions):
     """The grid on which weights are rounded."""
 
-    BUDGET: ClassVar[str] = "bits"
+    TARGET: ClassVar[str] = "bits"
     RULES: ClassVar[frozenset[str]] = frozenset({"uniform", "sensitivity", "knapsack"})
 
     bits: int = Field(ge=2, le=8, description="Bits of a code.")
@@ -116,19 +116,21 @@ def decode(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
 
 
 def dequantize(quantized: Quantized) -> Tensor:
-    """[m, n] the weights that the codes stand for, in the scale's type."""
+    """[m, n] the weights that the codes represent, in the scale's type."""
     index = quantized.group_index.long()
     return decode(quantized.codes, quantized.scale[:, index], quantized.zero_point[:, index])
 
 
 def make_grid(linear: Linear, options: GridOptions | OptionalGridOptions) -> Grid:
+    """The grid of the options; they have bits."""
+    assert options.bits is not None
     return Grid(options.bits, options.symmetric, linear.storage or linear.weight.dtype)
 
 
 def group_width(options: GroupOptions, width: int) -> int:
     """Inputs in a group of a linear with `width` inputs.
 
-    Raises UserError when the asked size does not divide the width, unless `indivisible` says to take the row.
+    Raises UserError when the requested size does not divide the width, unless `indivisible` says to take the row.
     """
     if options.group_size == -1:
         return width

@@ -43,9 +43,9 @@ def knapsack(
         for level in sorted(range(len(row)), key=lambda level: row[level]):
             if row[level] > spare:
                 break
-            found = before[: spare + 1 - row[level]] + losses_of[level]
-            lower = found < best[row[level] :]
-            best[row[level] :][lower] = found[lower]
+            losses_here = before[: spare + 1 - row[level]] + losses_of[level]
+            lower = losses_here < best[row[level] :]
+            best[row[level] :][lower] = losses_here[lower]
             choice[row[level] :][lower] = level
 
     chosen = []

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def relative_error(difference: Tensor, weight: Tensor, second_moment: Tensor | None) -> float:
     """tr(dW H dW^T) / tr(W H W^T): the mean squared error of a linear's outputs over their mean square, without unit.
 
-    difference dW: [m, n], weight minus what stands in its place; weight W: [m, n]; second_moment H: [n, n] E[x x^T], or
+    difference dW: [m, n], weight minus its replacement; weight W: [m, n]; second_moment H: [n, n] E[x x^T], or
     None for H = I, where the ratio is that of squared Frobenius norms. 0 for no difference.
     Raises UserError when the ratio is not finite, or when H is not positive semidefinite (see `output_power`).
     """
@@ -28,7 +28,7 @@ def relative_error(difference: Tensor, weight: Tensor, second_moment: Tensor | N
     ratio = error / scale if scale > 0 else math.inf
     if not math.isfinite(ratio):
         raise UserError(
-            "The error of this layer is not finite: its weights, what was put in their place or its statistics hold "
+            "The error of this layer is not finite: its weights, their replacement or its statistics hold "
             "values that are not numbers, or overflow."
         )
     return ratio

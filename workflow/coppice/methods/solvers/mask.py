@@ -13,9 +13,9 @@ from pydantic import Field, field_validator, model_validator
 from coppice.errors import UserError
 from coppice.lazy import torch
 from coppice.methods.contracts import LinearStatistics, Masked, Unchanged
-from coppice.methods.options import BudgetOptions
-from coppice.methods.solvers.budget import share_of
+from coppice.methods.options import TargetOptions
 from coppice.methods.solvers.refit import refit
+from coppice.methods.solvers.selection import share_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,10 +27,10 @@ REFIT_DAMPING_DESCRIPTION = (
 )
 
 
-class PruningOptions(BudgetOptions):
+class PruningOptions(TargetOptions):
     """How many weights to prune: at most one of sparsity and pattern."""
 
-    BUDGET = "sparsity"
+    TARGET = "sparsity"
     RULES = frozenset({"uniform", "sensitivity", "owl", "mosaic", "knapsack"})
 
     sparsity: float | None = Field(
@@ -65,15 +65,19 @@ class PruningOptions(BudgetOptions):
     @property
     def kept_of(self) -> tuple[int, int] | None:
         """(N, M) of the pattern."""
-        return None if self.pattern is None else tuple(int(part) for part in self.pattern.split(":"))
+        if self.pattern is None:
+            return None
+        kept, of = self.pattern.split(":")
+        return int(kept), int(of)
 
     @property
     def pruned_share(self) -> float:
-        """The share of weights asked to be pruned; where one of sparsity and pattern is given."""
-        if self.pattern is None:
-            return self.sparsity
-        kept, of = self.kept_of
-        return 1 - kept / of
+        """The requested share of weights to prune; where one of sparsity and pattern is given."""
+        if self.kept_of is not None:
+            kept, of = self.kept_of
+            return 1 - kept / of
+        assert self.sparsity is not None
+        return self.sparsity
 
 
 class SparsityOptions(PruningOptions):
@@ -102,7 +106,8 @@ def comparison_group(options: PruningOptions, size: int, width: int) -> tuple[in
     A pattern N:M compares M consecutive inputs and prunes M - N, whatever `size`; a sparsity s compares `size` weights
     and prunes floor(s size). Raises UserError when M does not divide the width.
     """
-    if options.pattern is None:
+    if options.kept_of is None:
+        assert options.sparsity is not None  # one of both is given
         return size, share_of(options.sparsity, size)
     kept, of = options.kept_of
     if width % of:
@@ -136,12 +141,12 @@ def nothing_to_prune() -> Unchanged:
 
 
 def pruning_record(options: PruningOptions, mask: Tensor) -> dict[str, Any]:
-    """What was asked and the share of weights that the mask prunes."""
+    """The requested share and the share of weights that the mask prunes."""
     pruned = mask.numel() - int(mask.sum())
     return {"sparsity_asked": options.pruned_share, "sparsity": pruned / mask.numel()}
 
 
-def masked(
+def masked_replacement(
     weight: Tensor, pruned: Tensor, mask: Tensor, statistics: LinearStatistics | None, options: SparsityOptions
 ) -> Masked:
     """`pruned` [m, n], zero outside the mask ([m, n] bool), or its refit to W x where the options ask for one.
@@ -151,5 +156,6 @@ def masked(
     record = pruning_record(options, mask)
     if not options.refit:
         return Masked(pruned, mask, record=record)
+    assert statistics is not None  # a refit needs moments
     refitted = refit(weight, pruned, mask, statistics.second_moment, options.refit_damping)
     return Masked(refitted.weight, mask, record=record | refitted.record)

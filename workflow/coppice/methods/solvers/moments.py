@@ -9,7 +9,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from functools import wraps
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from coppice.errors import UserError
 from coppice.lazy import torch
@@ -26,9 +26,11 @@ def once_for_shared(function: Callable[..., Result]) -> Callable[..., Result]:
     Linears that share an input (q, k and v; gate and up) share its second moment. The last result is kept as long as
     its moment is: it must not be changed in place, nor the moment, and it is given up with the moment's memory.
     """
-    of, key, result = None, (), None
+    of: weakref.ref[Tensor] | None = None
+    key: tuple[object, ...] = ()
+    result: Any = None
 
-    def forget(gone: weakref.ref) -> None:
+    def forget(gone: weakref.ref[Tensor]) -> None:
         nonlocal of, result
         if gone is of:
             of = result = None
@@ -52,7 +54,7 @@ def second_moment(moment: Tensor) -> Tensor:
     # NaN is both the least and the greatest.
     if not torch.isfinite(torch.stack(torch.aminmax(moment))).all():
         raise UserError(_NOT_FINITE)
-    # A transpose laid out anew is added several times faster than one read across.
+    # A contiguous copy of the transpose is added several times faster than one read across.
     return (moment.T.contiguous().double() + moment).mul_(0.5)
 
 

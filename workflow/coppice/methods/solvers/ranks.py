@@ -1,4 +1,4 @@
-"""Ranks of several linears that share one budget.
+"""Ranks of several linears that share one target.
 
 Of linears [m, n] with sum m n parameters, ranks k may together cost floor(keep sum m n). A rank costs m + n, what its
 row of the first factor and its column of the second hold, and a linear whose rank reaches break-even stays dense and
@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from coppice.methods.solvers.budget import share_of
-from coppice.methods.solvers.truncation import aligned, break_even
+from coppice.methods.contracts import Decoder
+from coppice.methods.solvers.selection import share_of
+from coppice.methods.solvers.truncation import align_rank, break_even
 
 
 @dataclass(frozen=True)
@@ -23,13 +24,23 @@ class PlannedRank:
 
 
 @dataclass(frozen=True)
-class RankBudget:
+class RankTarget:
     """shapes: (m, n) of each linear by name. align: ranks are multiples of this, where they reach one multiple."""
 
     shapes: Mapping[str, tuple[int, int]]
     keep: float
     align: int = 1
     remapped: bool = False
+
+    @classmethod
+    def of(cls, decoder: Decoder, keep: float | None, align: int, remapped: bool = False) -> RankTarget:
+        """The target of the decoder's linears. keep: as the options have it, which give it where ranks are planned."""
+        assert keep is not None
+        shapes = {}
+        for name in decoder.names:
+            rows, columns = decoder.linear(name).weight.shape
+            shapes[name] = rows, columns
+        return cls(shapes, keep, align, remapped)
 
     @property
     def allowed(self) -> int:
@@ -64,22 +75,22 @@ class RankBudget:
             for name in order:
                 if filled[name] >= self.largest(name):
                     continue
-                higher = min(aligned(filled[name] + self.align, self.align), self.largest(name))
+                higher = min(align_rank(filled[name] + self.align, self.align), self.largest(name))
                 price = self.cost(name, higher) - self.cost(name, filled[name])
                 if price <= room:
                     filled[name], room, raised = higher, room - price, True
         return filled
 
     def scaled(self, sizes: Mapping[str, float]) -> dict[str, int]:
-        """Ranks in proportion to the sizes (> 0), as large as the budget affords, and at least 1."""
+        """Ranks in proportion to the sizes (> 0), as large as the target affords, and at least 1."""
 
         def ranks(factor: float) -> dict[str, int]:
-            found = {}
+            scaled = {}
             for name, size in sizes.items():
                 largest = self.largest(name)
                 rank = int(factor * size)
-                found[name] = largest if rank >= largest else aligned(rank, self.align)
-            return found
+                scaled[name] = largest if rank >= largest else align_rank(rank, self.align)
+            return scaled
 
         affordable, too_much = 0.0, 1 + max(self.largest(name) / size for name, size in sizes.items())
         # The ends come together to the last digit.
@@ -88,12 +99,12 @@ class RankBudget:
                 affordable = middle
             else:
                 too_much = middle
-        found = ranks(affordable)
-        missing = {name: affordable * size - found[name] for name, size in sizes.items()}
-        return self.fill(found, sorted(sizes, key=lambda name: -missing[name]))
+        rounded = ranks(affordable)
+        missing = {name: affordable * size - rounded[name] for name, size in sizes.items()}
+        return self.fill(rounded, sorted(sizes, key=lambda name: -missing[name]))
 
     def planned(self, ranks: Mapping[str, int]) -> dict[str, PlannedRank]:
-        """The ranks, with what was asked over all linears and what it came to."""
+        """The ranks, with what was requested over all linears and what was achieved."""
         what = "bytes" if self.remapped else "parameters"
         record = {f"planned_{what}_asked": self.keep, f"planned_{what}": self.total(ranks) / self._all}
         return {name: PlannedRank(rank, record) for name, rank in ranks.items()}

@@ -1,6 +1,6 @@
 """The exact correction of the weights that are free for the error of those that are not.
 
-With free places R and settled places E of one output's row w, the error e = w - w_hat on E, and H = E[x x^T],
+With free places R and fixed places E of one output's row w, the error e = w - w_hat on E, and H = E[x x^T],
 E|(w - w_hat)^T x|^2 is least over the free weights at w_hat_R = w_R + d_R with
 
     d_R = H_RR^-1 H_RE e_E.
@@ -35,16 +35,16 @@ _BATCH_BYTES = 2**30
 @dataclass(frozen=True)
 class Refit:
     """weight: [m, n] in the type of the weight that was refitted. damping: the share of mean(diag H), as in `damping`;
-    asked: the share that was asked for.
+    requested: the share that was requested.
     """
 
     weight: Tensor
     damping: float
-    asked: float
+    requested: float
 
     @property
     def record(self) -> dict[str, Any]:
-        return {"refit_damping_asked": self.asked, "refit_damping": self.damping}
+        return {"refit_damping_asked": self.requested, "refit_damping": self.damping}
 
 
 def refit(weight: Tensor, start: Tensor, mask: Tensor, moment: Tensor, damping: float) -> Refit:
@@ -96,9 +96,9 @@ def solve_free(target: Tensor, free: Tensor, moment: Tensor) -> Tensor:
         system.masked_fill_(padding[:, :, None] | padding[:, None, :], 0)
         system.diagonal(dim1=1, dim2=2)[padding] = 1
         right = target[rows].gather(1, index).masked_fill_(padding, 0)
-        found = torch.cholesky_solve(right[:, :, None], _factor(system)).squeeze(2)
+        free_weights = torch.cholesky_solve(right[:, :, None], _factor(system)).squeeze(2)
         # Padding points at places that are not free, where zero is written again.
-        solution[rows] = solution[rows].scatter(1, index, found)
+        solution[rows] = solution[rows].scatter(1, index, free_weights)
         stop = start
     return solution
 

@@ -1,4 +1,4 @@
-"""A linear on a uniform grid: every weight to its nearest point, or by a sweep that makes up for the error.
+"""A linear on a uniform grid: every weight to its nearest point, or by a sweep that compensates for the error.
 
 Frantar et al., GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers (arXiv 2210.17323),
 section 4 and algorithm 1; the grid is `solvers.grid`'s, the sweep `solvers.sweep`'s.
@@ -86,10 +86,11 @@ def sweep_to_grid(linear: Linear, moment: Tensor, options: SweptGridOptions) -> 
         kept=None if mask is None else mask[:, order],
         quantizer=Quantizer(grid, width, groups[order], parameters),
     )
+    codes, scale, zero_point = swept.on_grid
     return Quantized(
-        swept.codes[:, torch.argsort(order)],
-        swept.scale,
-        swept.zero_point,
+        codes[:, torch.argsort(order)],
+        scale,
+        zero_point,
         groups,
         options.bits,
         width,

@@ -1,7 +1,8 @@
-"""Which units of a kind go, given their scores."""
+"""How many units a share is, and which units go, given their scores."""
 
 from __future__ import annotations
 
+import math
 from fractions import Fraction
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,11 @@ from coppice.lazy import torch
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+def share_of(share: float, size: float) -> int:
+    """floor(share * size), where a product that rounding error leaves just below an integer counts as that integer."""
+    return math.floor(round(share * size, 6))
 
 
 def whole_units(ratio: float, count: int) -> int:

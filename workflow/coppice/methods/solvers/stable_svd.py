@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 _TERMS = 10
 
 
-def gated(matrix: Tensor, gate: Tensor) -> Tensor:
+def apply_gates(matrix: Tensor, gate: Tensor) -> Tensor:
     """Y' [t, m]: the first q components of Y [t, m] by falling singular value, each times its gate [q].
 
     Raises UserError when Y holds values that are not finite.
@@ -75,15 +75,15 @@ def _function() -> Any:
         @staticmethod
         def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor]:
             left, values, right, gate = context.saved_tensors
-            before, behind = left.T @ gradient, gradient @ right
-            inner = before @ right
+            left_gradient, right_gradient = left.T @ gradient, gradient @ right
+            inner = left_gradient @ right
             of_gate = values * inner.diagonal()
             if not context.needs_input_grad[0]:
                 return None, of_gate
             turns = inverse_gaps(values) * (gate[:, None] - gate) * values[:, None]
             within = inner * gate + turns * (values[:, None] * inner + values * inner.T)
-            outside_left = (behind - left @ inner) * gate
-            outside_right = gate[:, None] * (before - inner @ right.T)
+            outside_left = (right_gradient - left @ inner) * gate
+            outside_right = gate[:, None] * (left_gradient - inner @ right.T)
             return (left @ within + outside_left) @ right.T + left @ outside_right, of_gate
 
     return Gated

@@ -118,7 +118,7 @@ def decompose(matrix: Tensor, sites: Sites, bond: int) -> Approximation:
 
 
 def contract(cores: Sequence[Tensor]) -> Tensor:
-    """[m, n] the matrix that the cores stand for."""
+    """[m, n] the matrix that the cores represent."""
     product = cores[0][0]
     for core in cores[1:]:
         product = torch.einsum("xyb,boic->xoyic", product, core).flatten(0, 1).flatten(1, 2)

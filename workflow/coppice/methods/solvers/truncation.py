@@ -22,28 +22,20 @@ from pydantic import Field, model_validator
 from coppice.errors import UserError
 from coppice.lazy import torch
 from coppice.methods.contracts import LowRank, Unchanged
-from coppice.methods.options import BudgetOptions
-from coppice.methods.solvers.budget import share_of
+from coppice.methods.options import TargetOptions
 from coppice.methods.solvers.moments import once_for_shared, second_moment
+from coppice.methods.solvers.selection import share_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-# What a method that makes factors cannot work on.
-FACTORS_INCOMPATIBLE = {
-    "quantized": "packed integers have no factors; decompose before quantizing",
-    "factorized": "a linear that is factors already would be factorized twice; choose a smaller keep instead",
-    "masked": "factors fill the pruned places again; decompose before pruning",
-    "compensated": "the compensation was fitted to the weights as they are; decompose before compensating",
-}
-
 _LARGEST_DAMPING = 1.0
 
 
-class RankOptions(BudgetOptions):
+class RankOptions(TargetOptions):
     """The rank of the factors: exactly one of keep and rank."""
 
-    BUDGET: ClassVar[str] = "keep"
+    TARGET: ClassVar[str] = "keep"
     RULES: ClassVar[frozenset[str]] = frozenset({"uniform", "sensitivity", "svd-llm-v2", "water-filling", "knapsack"})
 
     keep: float | None = Field(
@@ -62,7 +54,7 @@ class RankOptions(BudgetOptions):
             raise ValueError("give exactly one of 'keep' and 'rank'")
         if self.rank is not None and self.allocation.by != "uniform":
             raise ValueError(
-                f"a rank is the same for every linear, and the allocation {self.allocation.by!r} spreads a budget: "
+                f"a rank is the same for every linear, and the allocation {self.allocation.by!r} spreads a target: "
                 "give 'keep' instead of 'rank', or leave the allocation uniform"
             )
         return self
@@ -203,11 +195,14 @@ def _projection(matrix: Tensor, left: Tensor, power: Tensor) -> Truncation:
 
 
 def chosen_rank(options: RankOptions, rows: int, columns: int) -> int:
-    """The asked rank, or floor(keep m n / (m + n)), rounded down to a multiple of align, at least 1."""
-    return aligned(options.rank or share_of(options.keep, rows * columns / (rows + columns)), options.align)
+    """The requested rank, or floor(keep m n / (m + n)), rounded down to a multiple of align, at least 1."""
+    if options.rank is not None:
+        return align_rank(options.rank, options.align)
+    assert options.keep is not None  # exactly one of both is given
+    return align_rank(share_of(options.keep, rows * columns / (rows + columns)), options.align)
 
 
-def aligned(rank: int, align: int) -> int:
+def align_rank(rank: int, align: int) -> int:
     """The rank, at least 1, rounded down to a multiple of align; below one multiple it stays as it is."""
     rank = max(rank, 1)
     return rank // align * align or rank
@@ -224,20 +219,20 @@ def stays_dense(rank: int, rows: int, columns: int, record: dict[str, Any] | Non
     return Unchanged(record={"unchanged": reason, "rank_asked": rank, "keep": 1.0} | (record or {}))
 
 
-def factors(truncation: Truncation, rank_asked: int, record: dict[str, Any] | None = None) -> LowRank:
+def factors(truncation: Truncation, requested: int, record: dict[str, Any] | None = None) -> LowRank:
     """The truncation as a replacement, with its rank, its share of the parameters and its error on record.
 
     `record` is added.
     """
     first, second = truncation.first, truncation.second
-    return LowRank(first, second, record=factors_record(truncation, rank_asked) | (record or {}))
+    return LowRank(first, second, record=factors_record(truncation, requested) | (record or {}))
 
 
-def factors_record(truncation: Truncation, rank_asked: int) -> dict[str, Any]:
+def factors_record(truncation: Truncation, requested: int) -> dict[str, Any]:
     rank, columns = truncation.first.shape
     rows = len(truncation.second)
     return {
-        "rank_asked": rank_asked,
+        "rank_asked": requested,
         "rank": rank,
         "keep": rank * (rows + columns) / (rows * columns),
         "truncation_error": truncation.error,

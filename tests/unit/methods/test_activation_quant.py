@@ -6,6 +6,9 @@ from pydantic import ValidationError
 from coppice.methods.contracts import QuantizedActivations
 from coppice.methods.quantize.activation_quant import Options, compress
 
+# Read by tests/rows.py.
+ROWS = [{"bits": 8}]
+
 
 def test_says_how_inputs_are_rounded(linear):
     rounded = compress(linear, None, Options(bits=4, symmetric=False, clip=0.9))

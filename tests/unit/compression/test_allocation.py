@@ -8,8 +8,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from coppice.compression import allocation
-from coppice.compression.allocation import allocate
+from coppice.compression.allocation import allocate, outliers, sensitivity, spreading, svd_llm_v2
 from coppice.errors import UserError
 from coppice.methods.contracts import Linear, LinearStatistics
 from coppice.methods.decompose import svd_llm
@@ -52,7 +51,7 @@ def equal_linears(count=4):
 
 LINEARS = decoder()
 SIZES = [linear.weight.numel() for _, linear, _ in LINEARS]
-ASKED = {"sparsity": (wanda.Options, 0.6), "keep": (svd_llm.Options, 0.5), "bits": (rtn.Options, 4)}
+REQUESTED = {"sparsity": (wanda.Options, 0.6), "keep": (svd_llm.Options, 0.5), "bits": (rtn.Options, 4)}
 RULES = [
     *(("sparsity", by) for by in ("uniform", "sensitivity", "owl", "mosaic", "knapsack")),
     *(("keep", by) for by in ("uniform", "sensitivity", "svd-llm-v2", "water-filling", "knapsack")),
@@ -60,10 +59,10 @@ RULES = [
 ]
 
 
-def asking(budget, by, value=None, **rule):
-    kind, asked = ASKED[budget]
-    more = {"group_size": 8} if budget == "bits" else {}
-    return kind(**{budget: asked if value is None else value}, allocation={"by": by, **rule}, **more)
+def options_with(target, by, value=None, **rule):
+    kind, requested = REQUESTED[target]
+    more = {"group_size": 8} if target == "bits" else {}
+    return kind(**{target: requested if value is None else value}, allocation={"by": by, **rule}, **more)
 
 
 def cost(options, linear):
@@ -84,81 +83,81 @@ def costs(options_of, linears=LINEARS):
 # The whole way.
 
 
-@pytest.mark.parametrize(("budget", "by"), RULES)
+@pytest.mark.parametrize(("target", "by"), RULES)
 @pytest.mark.parametrize("share", [0.3, 0.5, 0.8])
-def test_the_budget_is_met_to_one_quantum_and_never_exceeded(budget, by, share):
-    value = {"sparsity": 1 - share, "keep": share, "bits": round(2 + 5 * share)}[budget]
-    options_of, record = allocate(LINEARS, asking(budget, by, value))
+def test_the_budget_is_met_to_one_quantum_and_never_exceeded(target, by, share):
+    value = {"sparsity": 1 - share, "keep": share, "bits": round(2 + 5 * share)}[target]
+    options_of, record = allocate(LINEARS, options_with(target, by, value))
     spent, size = sum(costs(options_of)), sum(SIZES)
     if by == "uniform":
-        assert all(getattr(options, budget) == value for options in options_of.values())
+        assert all(getattr(options, target) == value for options in options_of.values())
         return
-    if budget == "sparsity":
+    if target == "sparsity":
         assert spent - (1 - value) * size == pytest.approx(0, abs=1)
         assert size - spent <= value * size + 1e-6
-    elif budget == "keep":
+    elif target == "keep":
         # One rank of the largest linear, or the step from below break-even to dense.
         assert value * size - 2 * max(map(sum, SHAPES.values())) < spent <= value * size
     else:
         assert value * size - min(SIZES) < spent <= value * size
     assert record["achieved"] == pytest.approx(
-        (size - spent) / size if budget == "sparsity" else spent / size, rel=1e-12
+        (size - spent) / size if target == "sparsity" else spent / size, rel=1e-12
     )
 
 
-@pytest.mark.parametrize(("budget", "by"), RULES)
-def test_each_linear_gets_at_least_the_floor(budget, by):
+@pytest.mark.parametrize(("target", "by"), RULES)
+def test_each_linear_gets_at_least_the_floor(target, by):
     for floor in (0.25, 0.9):
-        options = asking(budget, by, **({} if by == "uniform" else {"floor": floor}))
+        options = options_with(target, by, **({} if by == "uniform" else {"floor": floor}))
         options_of, _ = allocate(LINEARS, options)
-        uniform, _ = allocate(LINEARS, asking(budget, "uniform"))
+        uniform, _ = allocate(LINEARS, options_with(target, "uniform"))
         for spent, least in zip(costs(options_of), costs(uniform), strict=True):
             assert spent >= math.floor(floor * least)
 
 
-@pytest.mark.parametrize(("budget", "by"), RULES)
-def test_equal_linears_get_the_same(budget, by):
+@pytest.mark.parametrize(("target", "by"), RULES)
+def test_equal_linears_get_the_same(target, by):
     linears = equal_linears()
-    options_of, _ = allocate(linears, asking(budget, by))
-    uniform, _ = allocate(linears, asking(budget, "uniform"))
+    options_of, _ = allocate(linears, options_with(target, by))
+    uniform, _ = allocate(linears, options_with(target, "uniform"))
     spent, expected = costs(options_of, linears), costs(uniform, linears)
-    if (budget, by) in {("sparsity", "knapsack"), ("bits", "knapsack")}:
+    if (target, by) in {("sparsity", "knapsack"), ("bits", "knapsack")}:
         # The summed loss may be lower where equal linears differ; no rule says that it is not.
         assert sum(spent) == sum(expected)
     else:
-        quantum = sum(SHAPES["mlp.up_proj"]) if budget == "keep" else 1
+        quantum = sum(SHAPES["mlp.up_proj"]) if target == "keep" else 1
         assert max(spent) - min(spent) <= quantum and all(
             abs(a - b) <= quantum for a, b in zip(spent, expected, strict=True)
         )
 
 
-@pytest.mark.parametrize(("budget", "by"), [each for each in RULES if each[1] != "uniform"])
-def test_a_floor_of_one_is_uniform(budget, by):
+@pytest.mark.parametrize(("target", "by"), [each for each in RULES if each[1] != "uniform"])
+def test_a_floor_of_one_is_uniform(target, by):
     linears = equal_linears()
-    options_of, record = allocate(linears, asking(budget, by, floor=1))
-    assert record["achieved"] == pytest.approx(ASKED[budget][1], abs=0.06)
+    options_of, record = allocate(linears, options_with(target, by, floor=1))
+    assert record["achieved"] == pytest.approx(REQUESTED[target][1], abs=0.06)
     assert max(costs(options_of, linears)) - min(costs(options_of, linears)) <= sum(SHAPES["mlp.up_proj"])
 
 
-@pytest.mark.parametrize(("budget", "by"), RULES)
-def test_what_comes_back_is_options_of_the_method_without_an_allocation(budget, by):
-    options = asking(budget, by)
+@pytest.mark.parametrize(("target", "by"), RULES)
+def test_what_comes_back_is_options_of_the_method_without_an_allocation(target, by):
+    options = options_with(target, by)
     options_of, record = allocate(iter(LINEARS), options)
     assert list(options_of) == [name for name, _, _ in LINEARS] == list(record["linears"])
     for each in options_of.values():
         assert each.allocation.by == "uniform"
         assert type(options).model_validate(each.model_dump()) == each
-    assert record["by"] == by and record["asked"] == ASKED[budget][1]
+    assert record["by"] == by and record["asked"] == REQUESTED[target][1]
 
 
-@pytest.mark.parametrize(("budget", "by"), RULES)
-def test_deterministic(budget, by):
-    assert allocate(LINEARS, asking(budget, by)) == allocate(LINEARS, asking(budget, by))
+@pytest.mark.parametrize(("target", "by"), RULES)
+def test_deterministic(target, by):
+    assert allocate(LINEARS, options_with(target, by)) == allocate(LINEARS, options_with(target, by))
 
 
 @pytest.mark.parametrize("by", ["sensitivity", "owl", "mosaic", "knapsack"])
 def test_nothing_to_prune(by):
-    options_of, record = allocate(LINEARS, asking("sparsity", by, 0.0))
+    options_of, record = allocate(LINEARS, options_with("sparsity", by, 0.0))
     assert all(options.sparsity == 0 for options in options_of.values()) and record["achieved"] == 0
 
 
@@ -192,13 +191,13 @@ def test_the_allocated_sparsity_is_what_the_method_prunes():
 
 def test_bits_eight_leave_nothing_to_choose():
     for by in ("sensitivity", "knapsack"):
-        options_of, _ = allocate(LINEARS, asking("bits", by, 8))
+        options_of, _ = allocate(LINEARS, options_with("bits", by, 8))
         assert {options.bits for options in options_of.values()} == {8}
 
 
 def test_two_bits_leave_nothing_to_choose():
     for by in ("sensitivity", "knapsack"):
-        options_of, _ = allocate(LINEARS, asking("bits", by, 2))
+        options_of, _ = allocate(LINEARS, options_with("bits", by, 2))
         assert {options.bits for options in options_of.values()} == {2}
 
 
@@ -207,48 +206,48 @@ def test_scale_of_weights_and_inputs_does_not_matter_to_relative_rules():
         (name, Linear(weight.weight * factor), statistics_with(statistics.second_moment / factor**3))
         for (name, weight, statistics), factor in zip(LINEARS, 2.0 ** numpy.arange(-8, 8), strict=True)
     ]
-    for budget, by in [("sparsity", "sensitivity"), ("sparsity", "mosaic"), ("bits", "sensitivity")]:
-        assert allocate(scaled, asking(budget, by))[0] == allocate(LINEARS, asking(budget, by))[0]
+    for target, by in [("sparsity", "sensitivity"), ("sparsity", "mosaic"), ("bits", "sensitivity")]:
+        assert allocate(scaled, options_with(target, by))[0] == allocate(LINEARS, options_with(target, by))[0]
     for by in ("svd-llm-v2", "sensitivity"):
-        measures = [allocate(linears, asking("keep", by))[1]["measures"] for linears in (scaled, LINEARS)]
+        measures = [allocate(linears, options_with("keep", by))[1]["measures"] for linears in (scaled, LINEARS)]
         assert measures[0] == pytest.approx(measures[1], rel=1e-9)
-    relative = asking("keep", "water-filling", relative=True)
+    relative = options_with("keep", "water-filling", relative=True)
     assert allocate(scaled, relative)[1]["linears"] == allocate(LINEARS, relative)[1]["linears"]
 
 
 def test_a_linear_of_zeros_does_not_break_a_rule():
     name, linear, statistics = LINEARS[0]
     linears = [(name, Linear(torch.zeros_like(linear.weight)), statistics), *LINEARS[1:]]
-    for budget, by in RULES:
-        options_of, _ = allocate(linears, asking(budget, by))
+    for target, by in RULES:
+        options_of, _ = allocate(linears, options_with(target, by))
         assert sum(costs(options_of, linears)) > 0
         if by in ("sensitivity", "water-filling"):
             # Its floor: half of 0.4 of the weights, of rank 4, of 4 bits.
-            assert costs(options_of, linears)[0] == {"sparsity": 51, "keep": 2 * 32, "bits": 2 * 256}[budget]
+            assert costs(options_of, linears)[0] == {"sparsity": 51, "keep": 2 * 32, "bits": 2 * 256}[target]
 
 
 def test_the_failing_linear_is_named():
     name, linear, statistics = LINEARS[3]
     damaged = statistics_with(statistics.second_moment * float("nan"))
     linears = [*LINEARS[:3], (name, linear, damaged)]
-    for budget, by in RULES:
+    for target, by in RULES:
         if by != "uniform":
             with pytest.raises(UserError, match=rf"^{name}: .*not finite"):
-                allocate(linears, asking(budget, by))
+                allocate(linears, options_with(target, by))
 
 
 def test_levels_that_cannot_meet_the_budget():
-    with pytest.raises(UserError, match=r"comes to bits 4, and 3 is asked"):
-        allocate(LINEARS, asking("bits", "knapsack", 3, levels=[4, 8]))
-    with pytest.raises(UserError, match=r"comes to sparsity 0.4.*, and 0.6 is asked"):
-        allocate(LINEARS, asking("sparsity", "knapsack", 0.6, levels=[0.2, 0.4]))
+    with pytest.raises(UserError, match=r"comes to bits 4, and 3 is requested"):
+        allocate(LINEARS, options_with("bits", "knapsack", 3, levels=[4, 8]))
+    with pytest.raises(UserError, match=r"comes to sparsity 0.4.*, and 0.6 is requested"):
+        allocate(LINEARS, options_with("sparsity", "knapsack", 0.6, levels=[0.2, 0.4]))
     with pytest.raises(UserError, match="No level of the allocation reaches its floor"):
-        allocate(LINEARS, asking("bits", "knapsack", 8, levels=[2, 3]))
+        allocate(LINEARS, options_with("bits", "knapsack", 8, levels=[2, 3]))
 
 
 def test_no_linears():
     with pytest.raises(UserError, match="There is no linear"):
-        allocate([], asking("sparsity", "owl"))
+        allocate([], options_with("sparsity", "owl"))
 
 
 @pytest.mark.parametrize(
@@ -257,7 +256,7 @@ def test_no_linears():
         ({"sparsity": 0.5, "allocation": {"by": "water-filling"}}, "choose one of knapsack, mosaic, owl, sensitivity"),
         ({"sparsity": 0.5, "allocation": {"by": "owl", "levels": [0.5]}}, "leave them out"),
         ({"sparsity": 0.5, "allocation": {"by": "owl", "relative": True}}, "goes with water-filling and knapsack"),
-        ({"sparsity": 0.5, "allocation": {"by": "knapsack", "levels": []}}, "one or more different budgets"),
+        ({"sparsity": 0.5, "allocation": {"by": "knapsack", "levels": []}}, "one or more different targets"),
         ({"sparsity": 0.5, "allocation": {"by": "knapsack", "levels": [0.5, 1.0]}}, "at least 0 and less than 1"),
         ({"pattern": "2:4", "allocation": {"by": "owl"}}, "sparsity"),
         ({"sparsity": 0.5, "allocation": {"by": "owl", "floor": 1.5}}, "less than or equal to 1"),
@@ -283,8 +282,8 @@ def test_an_uneven_allocation_needs_moments():
 # The rules.
 
 
-def shares_of(budget, by, **rule):
-    _, record = allocate(LINEARS, asking(budget, by, **rule))
+def shares_of(target, by, **rule):
+    _, record = allocate(LINEARS, options_with(target, by, **rule))
     return record["linears"]
 
 
@@ -293,7 +292,7 @@ def test_owl_spreads_blocks_by_their_outliers():
     by_block = [{round(s, 2) for name, s in sparsities.items() if f".{block}." in name} for block in range(4)]
     flat = [s for name, s in sparsities.items() if "up_proj" in name]
     # Later blocks have heavier tails: more outliers, so less is pruned.
-    measures = allocate(LINEARS, asking("sparsity", "owl", outlier_factor=2))[1]["measures"]
+    measures = allocate(LINEARS, options_with("sparsity", "owl", outlier_factor=2))[1]["measures"]
     order = [measures[name] for name, _, _ in LINEARS if "up_proj" in name]
     assert numpy.argsort(order).tolist() == numpy.argsort(flat)[::-1].tolist()
     assert all(len(block) <= 2 for block in by_block)
@@ -301,7 +300,7 @@ def test_owl_spreads_blocks_by_their_outliers():
 
 
 def test_owl_counts_the_outliers_of_a_block_together():
-    _, record = allocate(LINEARS, asking("sparsity", "owl", outlier_factor=2))
+    _, record = allocate(LINEARS, options_with("sparsity", "owl", outlier_factor=2))
     scores = [demand.outlier_scores(linear.weight, statistics.second_moment) for _, linear, statistics in LINEARS[:4]]
     assert record["measures"][LINEARS[0][0]] == record["measures"][LINEARS[3][0]] == demand.outlier_share(scores, 2)
 
@@ -316,7 +315,7 @@ def test_mosaic_keeps_the_mean_of_each_projection():
 
 def test_mosaic_of_one_projection_is_owl():
     linears = [each for each in LINEARS if each[0].endswith("up_proj")]
-    found = [allocate(linears, asking("sparsity", by, outlier_factor=2))[0] for by in ("owl", "mosaic")]
+    found = [allocate(linears, options_with("sparsity", by, outlier_factor=2))[0] for by in ("owl", "mosaic")]
     assert found[0] == found[1]
 
 
@@ -327,16 +326,16 @@ def test_a_spread_of_zero_is_uniform(by):
 
 
 def test_by_outliers():
-    outliers, sizes = numpy.array([0.0, 1.0, 4.0]), numpy.array([10.0, 20.0, 30.0])
-    shares = allocation.by_outliers(outliers, sizes, 0.08, 0.3)
+    shares_of_outliers, sizes = numpy.array([0.0, 1.0, 4.0]), numpy.array([10.0, 20.0, 30.0])
+    shares = outliers.by_outliers(shares_of_outliers, sizes, 0.08, 0.3)
     assert (shares * sizes).sum() / sizes.sum() == pytest.approx(0.3, rel=1e-12)
     assert numpy.ptp(shares) == pytest.approx(0.16, rel=1e-12)
     assert shares[1] - shares[0] == pytest.approx(0.04, rel=1e-12)
-    assert allocation.by_outliers(numpy.ones(3), sizes, 0.08, 0.3) == pytest.approx([0.3] * 3, rel=1e-12)
+    assert outliers.by_outliers(numpy.ones(3), sizes, 0.08, 0.3) == pytest.approx([0.3] * 3, rel=1e-12)
 
 
 def test_sensitivity_is_in_proportion_to_the_relative_error():
-    _, record = allocate(LINEARS, asking("sparsity", "sensitivity", floor=0))
+    _, record = allocate(LINEARS, options_with("sparsity", "sensitivity", floor=0))
     name, linear, statistics = LINEARS[1]
     lost, power = demand.masking_losses(linear.weight, statistics.second_moment, [0.6, 1.0])
     assert record["measures"][name] == pytest.approx(math.sqrt(lost / power), rel=1e-12)
@@ -350,42 +349,44 @@ def test_sensitivity_is_in_proportion_to_the_relative_error():
 
 def test_proportional():
     ones, worth = numpy.ones(3), numpy.array([1.0, 2.0, 5.0])
-    whole = allocation.proportional(worth, 8 * ones, 0 * ones, 100 * ones, 16.0)
+    whole = spreading.proportional(worth, 8 * ones, 0 * ones, 100 * ones, 16.0)
     assert whole == pytest.approx([2, 4, 10], rel=1e-12)
-    cut = allocation.proportional(worth, 8 * ones, 3 * ones, 8 * ones, 16.0)
+    cut = spreading.proportional(worth, 8 * ones, 3 * ones, 8 * ones, 16.0)
     assert cut == pytest.approx([3, 5, 8], rel=1e-12)
-    assert allocation.proportional(0 * ones, 8 * ones, 0 * ones, 8 * ones, 12.0) == pytest.approx([4] * 3, rel=1e-12)
+    assert spreading.proportional(0 * ones, 8 * ones, 0 * ones, 8 * ones, 12.0) == pytest.approx([4] * 3, rel=1e-12)
     # What is worth nothing gets what the others cannot use.
-    last = allocation.proportional(numpy.array([0.0, 1.0, 1.0]), 8 * ones, 0 * ones, 8 * ones, 20.0)
+    last = spreading.proportional(numpy.array([0.0, 1.0, 1.0]), 8 * ones, 0 * ones, 8 * ones, 20.0)
     assert last == pytest.approx([4, 8, 8], rel=1e-9)
 
 
 def test_logarithmic_gives_a_bit_more_for_each_doubling():
     ones = numpy.ones(3)
-    costs = allocation.logarithmic(numpy.array([0.1, 0.2, 0.8]), ones, 0 * ones, 8 * ones, 12.0)
+    costs = sensitivity.logarithmic(numpy.array([0.1, 0.2, 0.8]), ones, 0 * ones, 8 * ones, 12.0)
     assert costs == pytest.approx([4 - 4 / 3, 5 - 4 / 3, 7 - 4 / 3], rel=1e-12)
 
 
 def test_svd_llm_v2_keeps_the_mean_of_the_group():
     draw = numpy.random.default_rng(0)
     losses, sizes = draw.uniform(10, 1e5, 6), numpy.full(6, 400.0)
-    wanted = allocation.svd_llm_v2(losses, sizes, 0.1 * sizes, sizes, 0.8 * sizes.sum())
+    wanted = svd_llm_v2.group_costs(losses, spreading.Limits(sizes, 0.1 * sizes, sizes), 0.8 * sizes.sum())
     removed = 1 - wanted / sizes
     assert removed.mean() == pytest.approx(0.2, rel=1e-12)
     assert removed * numpy.log(losses) == pytest.approx([removed[0] * math.log(losses[0])] * 6, rel=1e-9)
-    equal = allocation.svd_llm_v2(numpy.full(6, 30.0), sizes, 0.1 * sizes, sizes, 0.8 * sizes.sum())
+    equal = svd_llm_v2.group_costs(numpy.full(6, 30.0), spreading.Limits(sizes, 0.1 * sizes, sizes), 0.8 * sizes.sum())
     assert equal == pytest.approx([320] * 6, rel=1e-12)
 
 
 def test_svd_llm_v2_loses_at_most_what_the_floor_allows():
     sizes = numpy.full(4, 100.0)
-    wanted = allocation.svd_llm_v2(numpy.array([0.0, 1.0, 1e9, 1e9]), sizes, 0.4 * sizes, sizes, 240.0)
+    wanted = svd_llm_v2.group_costs(
+        numpy.array([0.0, 1.0, 1e9, 1e9]), spreading.Limits(sizes, 0.4 * sizes, sizes), 240.0
+    )
     assert wanted.sum() == pytest.approx(240, rel=1e-12)
     assert wanted[:2] == pytest.approx([40, 40], rel=1e-9) and wanted[2:] == pytest.approx([80, 80], rel=1e-9)
 
 
 def test_svd_llm_v2_spreads_within_a_kind():
-    _, record = allocate(LINEARS, asking("keep", "svd-llm-v2"))
+    _, record = allocate(LINEARS, options_with("keep", "svd-llm-v2"))
     for kind, shape in SHAPES.items():
         keeps = [keep for name, keep in record["linears"].items() if name.endswith(kind)]
         # A rank of each linear is lost by rounding, and one of another kind may come.
@@ -395,7 +396,7 @@ def test_svd_llm_v2_spreads_within_a_kind():
 
 def test_water_filling_is_the_best_of_all_ranks():
     linears = [each for each in decoder(3, seed=5) if each[0].endswith("q_proj")]
-    options_of, _ = allocate(linears, asking("keep", "water-filling", 0.5, floor=0))
+    options_of, _ = allocate(linears, options_with("keep", "water-filling", 0.5, floor=0))
     tails = [demand.truncation_losses(linear.weight, statistics.second_moment) for _, linear, statistics in linears]
     ranks = [options_of[name].rank for name, _, _ in linears]
     # 16 x 16: break-even is rank 8, a rank costs 32 of the 384 parameters that half of three linears have.
@@ -408,35 +409,35 @@ def test_water_filling_is_the_best_of_all_ranks():
     assert max(ranks) <= 8
 
 
-@pytest.mark.parametrize("budget", ["sparsity", "keep", "bits"])
-def test_the_knapsack_loses_the_least(budget):
+@pytest.mark.parametrize("target", ["sparsity", "keep", "bits"])
+def test_the_knapsack_loses_the_least(target):
     linears = decoder(1, seed=2)[:3]
-    levels = {"sparsity": [0.25, 0.5, 0.75], "keep": [0.3, 0.5, 0.7], "bits": [2, 3, 4, 8]}[budget]
-    value = {"sparsity": 0.5, "keep": 0.5, "bits": 4}[budget]
+    levels = {"sparsity": [0.25, 0.5, 0.75], "keep": [0.3, 0.5, 0.7], "bits": [2, 3, 4, 8]}[target]
+    value = {"sparsity": 0.5, "keep": 0.5, "bits": 4}[target]
     rule = {"floor": 0, "levels": levels}
-    options_of, _ = allocate(linears, asking(budget, "knapsack", value, **rule))
+    options_of, _ = allocate(linears, options_with(target, "knapsack", value, **rule))
     spent = costs(options_of, linears)
 
     def loss(linear, statistics, options):
         moment = statistics.second_moment
-        if budget == "sparsity":
+        if target == "sparsity":
             return demand.masking_losses(linear.weight, moment, [options.sparsity])[0]
-        if budget == "keep":
+        if target == "keep":
             dense = options.rank >= break_even(*linear.weight.shape)
             return 0.0 if dense else demand.truncation_losses(linear.weight, moment)[options.rank]
         return demand.rounding_losses(linear, moment, options, [options.bits])[0]
 
     found = sum(loss(linear, statistics, options_of[name]) for name, linear, statistics in linears)
     plain, capacity = (
-        asking(budget, "uniform", value),
-        math.ceil(sum(cost(asking(budget, "uniform", value), each[1]) for each in linears)),
+        options_with(target, "uniform", value),
+        math.ceil(sum(cost(options_with(target, "uniform", value), each[1]) for each in linears)),
     )
-    if budget == "keep":
+    if target == "keep":
         capacity = value * sum(linear.weight.numel() for _, linear, _ in linears)
     losses = []
     for choice in product(levels, repeat=3):
-        chosen = [plain.model_copy(update={budget: level}) for level in choice]
-        if budget == "keep":
+        chosen = [plain.model_copy(update={target: level}) for level in choice]
+        if target == "keep":
             chosen = [
                 each.model_copy(update={"keep": None, "rank": chosen_rank(each, *linear.weight.shape)})
                 for each, (_, linear, _) in zip(chosen, linears, strict=True)
@@ -460,21 +461,21 @@ def test_relative_losses_change_what_the_knapsack_chooses():
 
 def test_whole_costs_sum_to_the_total():
     wanted = numpy.array([1.5, 2.25, 3.25, 4.0])
-    assert allocation.whole(wanted, 11) == [2, 2, 3, 4]
-    assert allocation.whole(numpy.array([3 - 1e-9, 5.0]), 8) == [3, 5]
+    assert spreading.whole(wanted, 11) == [2, 2, 3, 4]
+    assert spreading.whole(numpy.array([3 - 1e-9, 5.0]), 8) == [3, 5]
 
 
 def test_spend_takes_the_steps_that_are_worth_the_most():
     costs = [[0, 2, 4], [0, 3, 6], [0, 1]]
     worth = [[5, 1], [4, 3], [2]]
-    assert allocation.spend([0, 0, 0], costs, lambda i, level: worth[i][level], 8) == [1, 2, 0]
-    assert allocation.spend([0, 0, 0], costs, lambda i, level: worth[i][level], 2) == [1, 0, 0]
-    assert allocation.spend([0, 0, 0], costs, lambda i, level: worth[i][level], 1) == [0, 0, 1]
-    assert allocation.spend([0, 0, 0], costs, lambda i, level: worth[i][level], 100, [0, 2]) == [2, 0, 1]
+    assert spreading.raise_levels([0, 0, 0], costs, lambda i, level: worth[i][level], 8) == [1, 2, 0]
+    assert spreading.raise_levels([0, 0, 0], costs, lambda i, level: worth[i][level], 2) == [1, 0, 0]
+    assert spreading.raise_levels([0, 0, 0], costs, lambda i, level: worth[i][level], 1) == [0, 0, 1]
+    assert spreading.raise_levels([0, 0, 0], costs, lambda i, level: worth[i][level], 100, [0, 2]) == [2, 0, 1]
 
 
 def test_shifted():
     ones = numpy.ones(3)
-    assert allocation.shifted([0.1, 0.2, 0.3], 10 * ones, 0 * ones, 10 * ones, 9) == pytest.approx([2, 3, 4], rel=1e-12)
-    cut = allocation.shifted([0.1, 0.5, 0.9], 10 * ones, 2 * ones, 8 * ones, 15)
+    assert spreading.shifted([0.1, 0.2, 0.3], 10 * ones, 0 * ones, 10 * ones, 9) == pytest.approx([2, 3, 4], rel=1e-12)
+    cut = spreading.shifted([0.1, 0.5, 0.9], 10 * ones, 2 * ones, 8 * ones, 15)
     assert cut == pytest.approx([2, 5, 8], abs=1e-9)
