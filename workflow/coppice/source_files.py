@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -46,12 +46,23 @@ def _module_files(path: Path) -> list[Path]:
 
 
 def _imported_names(file: Path, package: str, folder: Path) -> Iterator[tuple[str, ...]]:
-    """The parts of all dotted names that a file imports; of `from a import b` both `a` and `a.b`."""
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+    """The parts of all dotted names that a file imports."""
+    statements = ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+    return imported_names(statements, lambda level: _anchor(file, level, package, folder))
+
+
+def imported_names(
+    statements: Iterable[ast.AST], anchor: Callable[[int], tuple[str, ...]] = lambda level: ()
+) -> Iterator[tuple[str, ...]]:
+    """The parts of all dotted names that statements import; of `from a import b` both `a` and `a.b`.
+
+    anchor: what so many leading dots stand for.
+    """
+    for node in statements:
         if isinstance(node, ast.Import):
             yield from (tuple(alias.name.split(".")) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            base = (*_anchor(file, node.level, package, folder), *(node.module or "").split("."))
+            base = (*anchor(node.level), *(node.module or "").split("."))
             module = tuple(part for part in base if part)
             yield module
             yield from ((*module, alias.name) for alias in node.names)

@@ -143,7 +143,7 @@ def layer(fields: str) -> str:
         ),
         (
             "METHOD = TrainingMethod(source=SOURCE, options=RecoverOptions, prepare=lambda model, options: model, "
-            "finish=lambda model: model)\n",
+            "finish=lambda model, options: model)\n",
             "METHOD is a TrainingMethod, and a method of the family 'prune' is a LayerMethod or a StructureMethod",
         ),
         ("raise RuntimeError('no such GPU.')\n", "cannot be registered: no such GPU. Mend that package"),
@@ -173,7 +173,7 @@ def test_two_methods_of_one_name(install: Callable[..., None]) -> None:
 def test_names_that_a_module_imports_are_no_part_of_its_contract(install: Callable[..., None]) -> None:
     install(
         "from functools import cache\n\nFAMILY = 'recover'\nMETHOD = TrainingMethod(source=SOURCE, "
-        "options=RecoverOptions, prepare=lambda model, options: model, finish=lambda model: model)\n"
+        "options=RecoverOptions, prepare=lambda model, options: model, finish=lambda model, options: model)\n"
     )
     assert registry.method("toy-method").contract == "training"
 

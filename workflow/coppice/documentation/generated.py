@@ -5,14 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from coppice.documentation import config_page, config_schema, environment, formats, laws_page, methods_page
+from coppice.documentation import (
+    architecture_page,
+    config_page,
+    config_schema,
+    environment,
+    formats,
+    laws_page,
+    methods_page,
+)
 from coppice.files import atomic_write
 
 ROOT = Path(__file__).parents[3]
 
 # Each page from the repository's root, where its hand-written parts are.
 PAGES: dict[Path, Callable[[Path], str]] = {
-    page.PATH: page.render for page in (config_schema, config_page, methods_page, laws_page, formats, environment)
+    page.PATH: page.render
+    for page in (config_schema, config_page, methods_page, laws_page, formats, environment, architecture_page)
 }
 
 

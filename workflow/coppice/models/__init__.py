@@ -1,0 +1,1 @@
+"""Models: sources, architectures, checkpoints, stored forms of linears, surgery, rotation and accounting."""

@@ -1,0 +1,1 @@
+"""Recovery training: schedule, objective, resumable state, trainer, devices."""

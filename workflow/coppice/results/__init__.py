@@ -1,0 +1,1 @@
+"""Results as typed Parquet tables: schemas, collection, failures, comparisons, reading."""
