@@ -37,6 +37,7 @@ def write_inputs(folder: Path, arguments: argparse.Namespace) -> tuple[Path, Pat
     from coppice.files import sha256
     from coppice.models import layers
     from coppice.models.checkpoint import save_checkpoint
+    from coppice.records.manifest import Provenance, Source
 
     tokenizer = ROOT / "resources" / "models" / "bio-small"
     config = LlamaConfig(
@@ -51,8 +52,21 @@ def write_inputs(folder: Path, arguments: argparse.Namespace) -> tuple[Path, Pat
     torch.manual_seed(0)
     model = LlamaForCausalLM(config).eval()
     weights = sum(leaf.weight.numel() for leaf in layers.weight_matrices(model.model.layers).values())
-    manifest = {"node": "root", "parent": None, "step": None, "marks": [], "source": {}, "recovery": None}
-    save_checkpoint(model, folder / "root", tokenizer, manifest, torch.bfloat16)
+    root = Provenance(
+        node="root",
+        parent=None,
+        step=None,
+        seed=0,
+        traits=[],
+        source=Source(),
+        requested={},
+        achieved={},
+        layers={},
+        calibration=None,
+        recovery=None,
+        wall_seconds=0.0,
+    )
+    save_checkpoint(model, folder / "root", tokenizer, root, torch.bfloat16)
     shape = (arguments.windows, arguments.length)
     drawn = np.random.default_rng(0).integers(1024, size=shape, dtype=np.int32)
     described = {"fingerprint": "random", "tokenizer": sha256(tokenizer / "tokenizer.json")}

@@ -14,6 +14,7 @@ from coppice.errors import UserError
 from coppice.files import fingerprint, read_json, sha256
 from coppice.methods.contracts import KINDS
 from coppice.models.sources import dense_files, locate
+from coppice.records.node_name import NodeName
 from coppice.study.loading import effective, load_study
 from coppice.study.schema import FileText, HubModel
 
@@ -204,7 +205,7 @@ def recover_input(wildcards):
 
 
 def calibration_tokens(wildcards):
-    return tokens(tree.model_of(wildcards.node), f"calibration.{wildcards.calibration}")
+    return tokens(NodeName(wildcards.node).model, f"calibration.{wildcards.calibration}")
 
 
 def node_budgets(wildcards):
@@ -253,12 +254,12 @@ def token_sets():
 
 def twin_checkpoint(wildcards):
     """The node that was made alike but with the study's seed."""
-    return checkpoint(tree.reference_seed_node(wildcards.node))
+    return checkpoint(NodeName(wildcards.node).with_study_seed)
 
 
 def evaluation_tokens(wildcards):
     """The tokens of each protocol, in the order of the protocols."""
-    model = tree.model_of(wildcards.node)
+    model = NodeName(wildcards.node).model
     protocols = tree.protocols(STUDY.evaluations[wildcards.evaluation])
     return [tokens(model, f"evaluation.{wildcards.evaluation}.{protocol}") for protocol in protocols]
 

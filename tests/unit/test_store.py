@@ -11,7 +11,7 @@ import pytest
 from coppice import storage
 from coppice.cli import main
 from coppice.errors import UserError
-from coppice.files import described, sha256, write_json
+from coppice.files import describe_files, sha256, write_json
 from coppice.results.failures import without_output
 
 
@@ -28,7 +28,7 @@ def made(folder: Path, **files: str) -> Path:
     folder.mkdir(parents=True)
     for name, text in files.items():
         (folder / name).write_text(text)
-    entries = described(folder)
+    entries = {name: entry.sha256 for name, entry in describe_files(folder).items()}
     storage.upload(folder, entries)
     write_json(folder / "manifest.json", {"files": entries})
     return folder
@@ -67,7 +67,7 @@ def test_an_interrupted_copy_is_sent_again(tmp_path: Path, shared: Path) -> None
     node = made(tmp_path / "made", weights="1 2 3")
     stored = shared / "objects" / sha256(node / "weights")
     stored.write_text("1 2")
-    storage.upload(node, described(node))
+    storage.upload(node, {name: entry.sha256 for name, entry in describe_files(node).items()})
     assert stored.read_text() == "1 2 3"
 
 
@@ -247,9 +247,9 @@ def test_fetch_writes_nowhere_but_into_the_results(
     for method in Bucket.__abstractmethods__:
         setattr(Bucket, method, lambda self, *_: None)
     Bucket.__abstractmethods__ = frozenset()
-    monkeypatch.setattr(storage, "_open", lambda address: (fs.PyFileSystem(Bucket()), "prefix"))
+    monkeypatch.setattr(storage, "_open_store", lambda address: (fs.PyFileSystem(Bucket()), "prefix"))
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"prefix/results/demo/\.\./\.\./taken, which is no path of results; remove it"):
+    with pytest.raises(UserError, match=r"results/demo/\.\./\.\./taken, which is not a path of results; remove it"):
         storage.fetch_results("s3://prefix", Path("results/demo"))
     assert not (tmp_path / "taken").exists()
 

@@ -22,7 +22,7 @@ from coppice.laws.fit import Form
 from coppice.laws.held_out import HoldOut
 from coppice.methods.options import Allocation, BudgetOptions, LayerOptions, MethodOptions, RecoverOptions
 from coppice.methods.registry import FAMILIES, Method, methods
-from coppice.results.schemas import with_tables
+from coppice.results.formats import formats_page
 from coppice.study import schema as study
 
 ROOT = Path(__file__).parents[2]
@@ -401,7 +401,7 @@ def files() -> dict[Path, str]:
         Path("config/README.md"): config_page(),
         Path("docs/methods.md"): methods_page(),
         LAWS: laws_page(),
-        FORMATS: with_tables((ROOT / FORMATS).read_text(encoding="utf-8")),
+        FORMATS: formats_page((ROOT / FORMATS).read_text(encoding="utf-8")),
         Path("envs/coppice.yaml"): environment(),
     }
 

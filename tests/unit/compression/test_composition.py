@@ -23,6 +23,7 @@ from coppice.methods.registry import method, methods
 from coppice.models import layers
 from coppice.models.checkpoint import load_model, read_manifest
 from coppice.models.densify import export_dense
+from coppice.records.manifest import Manifest
 from coppice.study import tree
 from coppice.study.schema import Study
 
@@ -160,7 +161,7 @@ def check_node(workshop: Workshop, parent: str, node: str) -> Tensor:
     """Its logits, once all is found to be as the manifest says."""
     folder = workshop.node(node)
     manifest, model = read_manifest(folder), load_model(folder)
-    assert manifest["marks"] == sorted(tree.marks(workshop.study, node))
+    assert manifest.traits == sorted(tree.marks(workshop.study, node))
     computed = logits(model, tiny_tokens())
     assert torch.isfinite(computed).all()
     check_modules(workshop.model(parent), model, manifest)
@@ -168,9 +169,9 @@ def check_node(workshop: Workshop, parent: str, node: str) -> Tensor:
     return computed
 
 
-def check_modules(before: nn.Module, after: nn.Module, manifest: dict[str, Any]) -> None:
+def check_modules(before: nn.Module, after: nn.Module, manifest: Manifest) -> None:
     """What was masked stays zero; what was asked for is in every place; marks say what is there."""
-    step = base(manifest["step"]["method"])
+    step = base(manifest.step.method)
     # By the name that each had before a compensation came beside it.
     own = {
         name.replace(".base", ""): linear
@@ -184,55 +185,55 @@ def check_modules(before: nn.Module, after: nn.Module, manifest: dict[str, Any])
                 weight = own[name].weight
                 assert (weight[zero] == 0).all()
                 assert (weight != 0).any()
-        assert {place.removeprefix("model.layers.") for place in manifest["layers"]} <= (
+        assert {place.removeprefix("model.layers.") for place in manifest.layers} <= (
             layers.replaceable_modules(layers.blocks(before)) | layers.weight_matrices(layers.blocks(before))
         ).keys()
     quantized = [isinstance(linear, layers.PACKED) for linear in own.values()]
-    assert all(quantized) if "quantized" in manifest["marks"] else not any(quantized)
+    assert all(quantized) if "quantized" in manifest.traits else not any(quantized)
     rounded = [isinstance(each, layers.FlattenQuantLinear) or hasattr(each, "rounded_inputs") for each in own.values()]
-    assert all(rounded) if "quantized-inputs" in manifest["marks"] else not any(rounded)
-    assert hasattr(after.model, "cache_settings") == ("quantized-cache" in manifest["marks"])
+    assert all(rounded) if "quantized-inputs" in manifest.traits else not any(rounded)
+    assert hasattr(after.model, "cache_settings") == ("quantized-cache" in manifest.traits)
     kinds = [type(module) for module in layers.replaceable_modules(layers.blocks(after)).values()]
-    assert all(kind is layers.LowRankCorrectedLinear for kind in kinds) == ("compensated" in manifest["marks"])
+    assert all(kind is layers.LowRankCorrectedLinear for kind in kinds) == ("compensated" in manifest.traits)
     factors = [
         isinstance(each, (layers.LowRankLinear, layers.CURLinear, layers.TensorTrainLinear)) for each in after.modules()
     ]
-    assert any(factors) == bool({"factorized", "compensated"} & set(manifest["marks"]))
+    assert any(factors) == bool({"factorized", "compensated"} & set(manifest.traits))
     zeros = [bool((linear.weight == 0).any()) for linear in own.values()]
-    assert "masked" not in manifest["marks"] or all(zeros)
+    assert "masked" not in manifest.traits or all(zeros)
     for linear in own.values():
         if isinstance(linear, layers.QuantizedLinear):
             groups = linear.weight.view(-1, linear.in_features // linear.weight_scale.shape[1])
             assert all(len(group.unique()) <= 2**linear.bits for group in groups)
 
 
-def check_accounting(folder: Path, model: nn.Module, manifest: dict[str, Any], root: dict[str, Any]) -> None:
+def check_accounting(folder: Path, model: nn.Module, manifest: Manifest, root: Manifest) -> None:
     """The manifest's numbers, counted anew from the file and the modules."""
     tensors = load_file(folder / "model.safetensors")
-    assert manifest["stored_bits"]["total"] == 8 * sum(each.numel() * each.element_size() for each in tensors.values())
-    assert manifest["stored_bytes"] == (folder / "model.safetensors").stat().st_size
-    assert 8 * manifest["stored_bytes"] > manifest["stored_bits"]["total"] > manifest["stored_bits"]["decoder_linears"]
+    assert manifest.stored_bits.total == 8 * sum(each.numel() * each.element_size() for each in tensors.values())
+    assert manifest.stored_bytes == (folder / "model.safetensors").stat().st_size
+    assert 8 * manifest.stored_bytes > manifest.stored_bits.total > manifest.stored_bits.decoder_linears
     matrices = layers.weight_matrices(layers.blocks(model)).values()
     packed = [linear for linear in matrices if isinstance(linear, layers.PACKED)]
     numbers = sum(parameter.numel() for parameter in model.parameters()) + sum(
         linear.in_features * linear.out_features for linear in packed
     )
     zeros = sum(int((linear.weight == 0).sum()) for linear in matrices)
-    parameters, dense = manifest["parameters"], root["parameters"]
-    assert (parameters["total"], parameters["nonzero"]) == (numbers, numbers - zeros)
-    assert parameters["decoder_linears"] == sum(linear.in_features * linear.out_features for linear in matrices)
-    assert manifest["dense"] == {key: dense[key] for key in ("total", "blocks", "decoder_linears")}
-    assert manifest["rho"] == pytest.approx(1 - numbers / dense["total"])
-    assert manifest["bits_per_weight"] == pytest.approx(manifest["stored_bits"]["total"] / dense["total"])
+    parameters, dense = manifest.parameters, root.parameters
+    assert (parameters.total, parameters.nonzero) == (numbers, numbers - zeros)
+    assert parameters.decoder_linears == sum(linear.in_features * linear.out_features for linear in matrices)
+    assert dict(manifest.dense) == {key: getattr(dense, key) for key in ("total", "blocks", "decoder_linears")}
+    assert manifest.rho == pytest.approx(1 - numbers / dense.total)
+    assert manifest.bits_per_weight == pytest.approx(manifest.stored_bits.total / dense.total)
     # Codes take their bits, and nothing is stored in fewer than the grid has.
-    assert manifest["stored_bits"]["decoder_linears"] >= sum(
+    assert manifest.stored_bits.decoder_linears >= sum(
         (linear.bits if isinstance(linear, layers.PACKED) else 32) * linear.in_features * linear.out_features
         for linear in matrices
     )
 
 
 def check_export(folder: Path, computed: Tensor, dense: Path) -> None:
-    if {"quantized-inputs", "quantized-cache"} & set(read_manifest(folder)["marks"]):
+    if {"quantized-inputs", "quantized-cache"} & set(read_manifest(folder).traits):
         with pytest.raises(UserError, match="which a dense checkpoint cannot hold"):
             export_dense(folder, dense)
         return
@@ -247,8 +248,8 @@ def test_an_exported_node_can_be_compressed_again(workshop: Workshop, tmp_path: 
     export_dense(workshop.node("tiny/svd"), tmp_path / "dense")
     node = make(tmp_path / "node", tmp_path / "dense", "rtn", bits=4, group_size=-1)
     manifest = read_manifest(node)
-    assert manifest["marks"] == ["quantized"]
-    assert manifest["dense"] == read_manifest(workshop.node("tiny"))["dense"]
+    assert manifest.traits == ["quantized"]
+    assert manifest.dense == read_manifest(workshop.node("tiny")).dense
 
 
 # What is learned along a random order of windows follows the seed.
@@ -258,5 +259,5 @@ def test_the_same_step_makes_the_same_weights_whatever_the_seed(workshop: Worksh
     first = read_manifest(workshop.node(f"{parent}/{step}"))
     torch.manual_seed(1)
     second = read_manifest(workshop.make(parent, step, tmp_path / "node", seed=7))
-    assert second["fingerprint"] == first["fingerprint"]
-    assert (first["seed"], second["seed"]) == (0, 7)
+    assert second.fingerprint == first.fingerprint
+    assert (first.seed, second.seed) == (0, 7)

@@ -22,6 +22,7 @@ from coppice.methods.registry import method
 from coppice.methods.solvers.grid import dequantize
 from coppice.models import layers, surgery
 from coppice.models.checkpoint import load_model, read_manifest
+from coppice.records.statistics import Statistics
 
 STEPS: dict[str, tuple[str, dict[str, Any]]] = {
     "magnitude": ("magnitude", {"sparsity": 0.5}),
@@ -52,10 +53,10 @@ def statistics(root: Path, windows: Path) -> dict[str, Path]:
 
 
 def read_moments(folder: Path) -> dict[str, LinearStatistics]:
-    manifest = read_json(folder / "manifest.json")
+    manifest = Statistics.read(folder / "manifest.json")
     return {
         f"{index}.{name}": entry
-        for index in range(manifest["blocks"])
+        for index in range(manifest.blocks)
         for name, entry in block_statistics(folder, index, manifest, "cpu").items()
     }
 
@@ -89,7 +90,7 @@ def test_every_linear_is_what_the_method_makes_of_it(
     used, moments = method(name), read_moments(statistics["moments"])
     manifest, dense = read_manifest(node), layers.replaceable_modules(layers.blocks(load_model(root)))
     stored = layers.replaceable_modules(layers.blocks(load_model(node)))
-    assert len(stored) == len(dense) == len(manifest["layers"]) == 14
+    assert len(stored) == len(dense) == len(manifest.layers) == 14
     for place, linear in dense.items():
         weight, module, moment = linear.weight.detach(), stored[place], moments[place]
         pure = Linear(weight, storage=torch.float32)
@@ -98,14 +99,14 @@ def test_every_linear_is_what_the_method_makes_of_it(
         torch.testing.assert_close(new, weight_of(replacement, weight), rtol=0, atol=1e-6)
         assert (module.bias is None) == (linear.bias is None)
         assert linear.bias is None or torch.equal(module.bias, linear.bias)
-        record = manifest["layers"][f"model.layers.{place}"]
+        record = manifest.layers[f"model.layers.{place}"]
         assert replacement.record.items() <= record.items()
         assert record["weight_error"] == pytest.approx(relative(new - weight, weight), rel=1e-3)
         assert record["error"] == pytest.approx(relative(new - weight, weight, moment.second_moment), rel=1e-3)
         assert_budget(module, values)
-    errors = [record["error"] for record in manifest["layers"].values()]
-    assert manifest["achieved"]["error"] == pytest.approx(sum(errors) / len(errors))
-    assert 0 < manifest["achieved"]["error"] < 1
+    errors = [record["error"] for record in manifest.layers.values()]
+    assert manifest.achieved["error"] == pytest.approx(sum(errors) / len(errors))
+    assert 0 < manifest.achieved["error"] < 1
 
 
 def assert_budget(module: nn.Module, asked: dict[str, Any]) -> None:
@@ -142,7 +143,7 @@ def test_a_compensation_is_fitted_to_the_reference(
             added = layers.effective_weight(module.compensation)
             torch.testing.assert_close(added, expected.second @ expected.first, rtol=0, atol=1e-6)
             difference = linear.weight + added - linear.reference
-            record = manifest["layers"][f"model.layers.{place}"]
+            record = manifest.layers[f"model.layers.{place}"]
             moment = moments[place].second_moment
             assert record["error"] == pytest.approx(relative(difference, linear.reference, moment), rel=1e-3)
             assert record["error"] < relative(linear.weight - linear.reference, linear.reference, moment)
@@ -167,9 +168,9 @@ def test_propagation_gathers_behind_the_compressed_blocks(
     found = layers.replaceable_modules(layers.blocks(load_model(node)))
     for place, weight in expected.items():
         torch.testing.assert_close(layers.effective_weight(found[place]).detach(), weight, rtol=0, atol=1e-4)
-    tokens_fingerprint = load_windows(windows).manifest["fingerprint"]
-    assert read_manifest(node)["calibration"] == {"windows": tokens_fingerprint}
-    assert read_manifest(static)["calibration"] == {"moments": tokens_fingerprint}
+    tokens_fingerprint = load_windows(windows).manifest.fingerprint
+    assert read_manifest(node).calibration == {"windows": tokens_fingerprint}
+    assert read_manifest(static).calibration == {"moments": tokens_fingerprint}
 
 
 @torch.no_grad()
@@ -202,7 +203,7 @@ def test_propagation_changes_nothing_for_a_method_without_statistics(root: Path,
         make(tmp_path / str(propagate), root, "rtn", bits=4, group_size=16, propagate=propagate)
         for propagate in (False, True)
     ]
-    assert len({read_manifest(node)["fingerprint"] for node in nodes}) == 1
+    assert len({read_manifest(node).fingerprint for node in nodes}) == 1
 
 
 @pytest.mark.parametrize(
@@ -226,11 +227,11 @@ def test_a_structure_method_is_surgery(
     assert torch.equal(logits(load_model(node), tokens), logits(expected, tokens))
     manifest = read_manifest(node)
     left = sum(parameter.numel() for parameter in expected.parameters())
-    assert manifest["parameters"]["total"] == left
-    assert manifest["rho"] == pytest.approx(1 - left / read_manifest(root)["parameters"]["total"])
-    assert manifest["rho_blocks"] == pytest.approx(achieved["parameters"]["share_of_blocks"])
-    assert manifest["achieved"]["units"] == achieved["units"]
-    assert manifest["calibration"].keys() == {kind}
+    assert manifest.parameters.total == left
+    assert manifest.rho == pytest.approx(1 - left / read_manifest(root).parameters.total)
+    assert manifest.rho_blocks == pytest.approx(achieved["parameters"]["share_of_blocks"])
+    assert manifest.achieved["units"] == achieved["units"]
+    assert manifest.calibration.keys() == {kind}
 
 
 def test_the_record_is_of_the_weights_as_stored(tmp_path: Path) -> None:
@@ -240,7 +241,7 @@ def test_the_record_is_of_the_weights_as_stored(tmp_path: Path) -> None:
     moments = gather(root, windows, "moments", tmp_path / "moments")
     node = make(tmp_path / "node", root, "svd-llm", [moments], rank=14)
     before, after = (layers.replaceable_modules(layers.blocks(load_model(path))) for path in (root, node))
-    for place, entry in read_manifest(node)["layers"].items():
+    for place, entry in read_manifest(node).layers.items():
         name = place.removeprefix("model.layers.")
         wanted, new = (layers.effective_weight(each[name]).detach() for each in (before, after))
         assert entry["weight_error"] == pytest.approx(relative(new - wanted, wanted), rel=1e-4)

@@ -213,8 +213,8 @@ def test_the_stage_writes_metrics_with_the_regime(checkpoint, stranger, windows,
         stage.run(parser.parse_args([str(word) for word in words]))
     stage.run(parser.parse_args([str(word) for word in [*words, "--other", other]]))
     report = json.loads((tmp_path / "out" / "metrics.json").read_text())
-    assert report["other_fingerprint"] == read_manifest(other)["fingerprint"]
-    assert report["tokens_fingerprints"] == {"people": windows.manifest["fingerprint"]}
+    assert report["other_fingerprint"] == read_manifest(other).fingerprint
+    assert report["tokens_fingerprints"] == {"people": windows.manifest.fingerprint}
     found = by_metric(report["metrics"])
     row = found["mode_connectivity_people"]
     assert row["regime"] in connectivity.REGIMES

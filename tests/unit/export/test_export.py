@@ -46,7 +46,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         )
     # What is refused before work is told by a node's JSON alone.
     nodes["codebook"] = described(base / "codebook", root, "compression.json", {"model.layers.0": {"type": "Coded"}})
-    nodes["inputs"] = described(base / "inputs", root, "manifest.json", {"marks": ["quantized-inputs"]})
+    nodes["inputs"] = described(base / "inputs", root, "manifest.json", {"traits": ["quantized-activations"]})
     half = save_root(base / "half", dtype=torch.bfloat16, **shape)
     nodes["half"] = make(base / "half-quantized", half, "rtn", bits=3, group_size=32, symmetric=False)
     return nodes
@@ -87,8 +87,8 @@ def test_an_export_gives_the_logits_of_its_node(
 ) -> None:
     out = exported(node, to)
     written = read_json(out / "export.json")
-    assert (written["format"], written["node"]) == (to, read_manifest(folders[node])["node"])
-    assert written["fingerprint"] == read_manifest(folders[node])["fingerprint"]
+    assert (written["format"], written["node"]) == (to, read_manifest(folders[node]).node)
+    assert written["fingerprint"] == read_manifest(folders[node]).fingerprint
     assert written["difference"]["largest"] < (0.2 if node == "half" else 1e-4)
     assert not any(path.suffix in {".bin", ".pt", ".pkl"} for path in out.rglob("*"))
 

@@ -10,10 +10,10 @@ import pytest
 from fake_results import fake_study, log, write_results
 
 from coppice.errors import UserError
+from coppice.records.failure import SILENT
 from coppice.report.show import chance, made_node, made_nodes, named, show
 from coppice.results import collection as tables
 from coppice.results.reading import read_table
-from coppice.results.schemas import SILENT
 
 
 @pytest.fixture(scope="module")

@@ -8,12 +8,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from manifests import manifest, token_set
 from studies import small_study, tiny_folder
 
 from coppice import storage
 from coppice.errors import UserError
-from coppice.files import sha256, write_json
-from coppice.study import changes, tree
+from coppice.files import sha256
+from coppice.records.manifest import Manifest, RecoveryRecord
+from coppice.records.node_name import NodeName
+from coppice.study import changes as study_changes
+from coppice.study import tree
 from coppice.study.loading import load_study
 from coppice.study.schema import Study
 
@@ -35,16 +39,16 @@ def study(text: dict[str, Any] = TEXT, calibration: dict[str, Any] | None = None
     )
 
 
-def made(node: str, **record: Any) -> dict[str, Any]:
-    """What the manifest of a node of the study says of how it was made."""
-    step = study().steps[tree.step_of(node)]
-    family = tree.method_of(study(), tree.step_of(node)).family
-    described = {"method": step.method, "family": family, "options": step.options.model_dump(mode="json")}
-    return {"step": described, "seed": 0, "calibration": None, "recovery": None} | record
+def made(node: str, **record: Any) -> Manifest:
+    """The manifest of a node of the study, but for what `record` says."""
+    name = NodeName(node).step
+    step, family = study().steps[name], tree.method_of(study(), name).family
+    described = {"name": name, "method": step.method, "family": family, "options": step.options.model_dump(mode="json")}
+    return manifest(node=node, step=described, **record)
 
 
-def compare(asked: Study, node: str, manifest: dict[str, Any], tokens: Path) -> None:
-    changes.refuse_other_node(asked, tree.nodes(asked)[node], manifest, Path("models/manifest.json"), tokens)
+def compare(asked: Study, node: str, manifest: Manifest, tokens: Path) -> None:
+    study_changes.refuse_other_node(asked, tree.nodes(asked)[node], manifest, Path("models/manifest.json"), tokens)
 
 
 @pytest.fixture
@@ -53,9 +57,9 @@ def tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     tiny_folder(tmp_path)
     (tmp_path / "lives.txt").write_text("A life.\n")
-    made = {"text": TEXT, "text_sha256": sha256(tmp_path / "lives.txt"), "windows": 4, "length": 32, "packed": True}
+    made = token_set(text=TEXT, text_sha256=sha256(tmp_path / "lives.txt"))
     for use in USES:
-        write_json(tmp_path / "tokens" / use / "manifest.json", made)
+        made.write(tmp_path / "tokens" / use / "manifest.json")
     return tmp_path / "tokens"
 
 
@@ -87,32 +91,32 @@ def test_token_sets_of_another_text_are_refused(tokens: Path, changes: dict[str,
     changed = study(**changes)
     for use in USES:
         if use not in said:
-            changes.refuse_other_tokens(changed, [use], tokens)
+            study_changes.refuse_other_tokens(changed, [use], tokens)
             continue
         with pytest.raises(UserError, match=said[use]) as caught:
-            changes.refuse_other_tokens(changed, [use], tokens)
+            study_changes.refuse_other_tokens(changed, [use], tokens)
         assert f"The token set '{use}' was made before" in str(caught.value)
         assert f"remove {tokens / use / 'manifest.json'} from where the results are stored" in str(caught.value)
-    changes.refuse_other_tokens(study(), USES, tokens)
+    study_changes.refuse_other_tokens(study(), USES, tokens)
 
 
 def test_tokens_that_are_not_there_tell_nothing(tokens: Path) -> None:
-    changes.refuse_other_tokens(study(TEXT | {"documents": 9}), USES, tokens / "elsewhere")
+    study_changes.refuse_other_tokens(study(TEXT | {"documents": 9}), USES, tokens / "elsewhere")
 
 
 def test_a_texts_file_that_changed_is_refused_where_results_lie_elsewhere(
     tokens: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(storage.VARIABLE, "elsewhere")
-    changes.refuse_other_tokens(study(), USES, tokens)
+    study_changes.refuse_other_tokens(study(), USES, tokens)
     Path("lives.txt").write_text("Another life.\n")
     with pytest.raises(
         UserError, match=r"text 'biographies' changed: lives\.txt \(was [0-9a-f]{12}, is [0-9a-f]{12}\)"
     ):
-        changes.refuse_other_tokens(study(), ["recovery.full-5k"], tokens)
+        study_changes.refuse_other_tokens(study(), ["recovery.full-5k"], tokens)
     # Elsewhere dates tell it, and nothing is read.
     monkeypatch.delenv(storage.VARIABLE)
-    changes.refuse_other_tokens(study(), USES, tokens)
+    study_changes.refuse_other_tokens(study(), USES, tokens)
 
 
 def test_a_models_file_that_changed_is_refused_where_results_lie_elsewhere(
@@ -122,16 +126,16 @@ def test_a_models_file_that_changed_is_refused_where_results_lie_elsewhere(
     config = Path("tiny/config.json")
     # A machine that lacks a recorded file cannot compare it.
     files = {"config.json": sha256(config), "model.safetensors": "0" * 64}
-    manifest = {"source": {"path": "tiny"}, "seed": 0, "source_files": files}
+    recorded = manifest(source_files=files)
     monkeypatch.setenv(storage.VARIABLE, "elsewhere")
-    changes.refuse_other_node(study(), root, manifest, Path("manifest.json"), tokens)
+    study_changes.refuse_other_node(study(), root, recorded, Path("manifest.json"), tokens)
     config.write_text('{"model_type": "llama", "hidden_size": 9}')
     with pytest.raises(UserError, match=r"the study's model 'tiny' changed: config\.json \(was [0-9a-f]{12}, is"):
-        changes.refuse_other_node(study(), root, manifest, Path("manifest.json"), tokens)
+        study_changes.refuse_other_node(study(), root, recorded, Path("manifest.json"), tokens)
     # Of what an older version made nothing is recorded.
-    changes.refuse_other_node(study(), root, manifest | {"source_files": {}}, Path("manifest.json"), tokens)
+    study_changes.refuse_other_node(study(), root, manifest(), Path("manifest.json"), tokens)
     monkeypatch.delenv(storage.VARIABLE)
-    changes.refuse_other_node(study(), root, manifest, Path("manifest.json"), tokens)
+    study_changes.refuse_other_node(study(), root, recorded, Path("manifest.json"), tokens)
 
 
 def test_a_node_that_was_calibrated_on_other_tokens_is_refused(tokens: Path) -> None:
@@ -143,29 +147,29 @@ def test_a_node_that_was_calibrated_on_other_tokens_is_refused(tokens: Path) -> 
         recipes=[["wanda-50"]],
         laws={},
     )
-    manifest = made(node, calibration={"moments": "a" * 64})
-    compare(changed, node, manifest, tokens)  # of tokens that are not there nothing is known
-    write_json(tokens / "calibration.other/manifest.json", {"fingerprint": "a" * 64})
-    compare(changed, node, manifest, tokens)
-    write_json(tokens / "calibration.other/manifest.json", {"fingerprint": "b" * 64})
+    recorded = made(node, calibration={"moments": "a" * 64})
+    compare(changed, node, recorded, tokens)  # of tokens that are not there nothing is known
+    token_set(fingerprint="a" * 64).write(tokens / "calibration.other/manifest.json")
+    compare(changed, node, recorded, tokens)
+    token_set(fingerprint="b" * 64).write(tokens / "calibration.other/manifest.json")
     said = (
         r"'tiny/wanda-50' was made before the study's step 'wanda-50' changed: tokens of calibration 'other' "
         r"\(was a{12}, is b{12}\)\. Give what changed a new name, or remove models/manifest\.json"
     )
     with pytest.raises(UserError, match=said):
-        compare(changed, node, manifest, tokens)
+        compare(changed, node, recorded, tokens)
 
 
 def test_all_that_a_node_was_calibrated_on_counts(tokens: Path) -> None:
     """Of several kinds one may have been gathered before the others."""
     node = "tiny/shortgpt-1/gptq-4"
-    write_json(tokens / "calibration.default/manifest.json", {"fingerprint": "b" * 64})
+    token_set(fingerprint="b" * 64).write(tokens / "calibration.default/manifest.json")
     compare(study(), node, made(node, calibration={"blocks": "b" * 64, "moments": "b" * 64}), tokens)
     with pytest.raises(UserError, match=r"\(was a{12}, b{12}, is b{12}\)"):
         compare(study(), node, made(node, calibration={"blocks": "b" * 64, "moments": "a" * 64}), tokens)
 
 
-def recovery(budgets: tuple[int, ...], tokens: int = 5_024) -> dict[str, Any]:
+def recovery(budgets: tuple[int, ...], tokens: int = 5_024) -> RecoveryRecord:
     """The record that training for 5,000 tokens writes, which may have ended before."""
     from coppice.recovery import stage as train
 
@@ -173,7 +177,7 @@ def recovery(budgets: tuple[int, ...], tokens: int = 5_024) -> dict[str, Any]:
     planned = SimpleNamespace(budgets=budgets, tokens=lambda step: tokens, course=course, precision="float32")
     progress = SimpleNamespace(step=157, seconds=1.0)
     windows = SimpleNamespace(tokens=np.zeros((157, 32)))
-    return train._recovery(planned, progress, SimpleNamespace(name="full"), windows, {"recovery": None}, 5_000)
+    return train.recovery_record(planned, progress, SimpleNamespace(name="full"), windows, manifest(), 5_000)
 
 
 def test_a_recovery_on_another_ladder_of_budgets_is_refused(tokens: Path) -> None:
@@ -197,7 +201,7 @@ def test_a_rung_that_a_recovery_does_not_reach_is_no_change(tokens: Path) -> Non
 
 def test_a_recovery_of_a_version_that_recorded_no_budgets_is_accepted(tokens: Path) -> None:
     node = "tiny/wanda-50/full-5k"
-    recorded = {key: value for key, value in recovery((1_000,)).items() if key != "budgets"}
+    recorded = recovery((1_000,)).model_copy(update={"budgets": None})
     compare(study(budgets=[9]), node, made(node, recovery=recorded), tokens)
     # A node that was compressed after it carries its record on, and was not trained itself.
     below = "tiny/shortgpt-1/full-5k/gptq-4"

@@ -84,7 +84,7 @@ def test_every_node_becomes_a_run_with_all_it_has(results: Path) -> None:
     assert tags["parent"] == "small/laco-25/full-1m"
     assert tags["composition"] == "prune > recover > quantize"
     assert (tags["model"], tags["family"], tags["method"], tags["budget"]) == ("small", "quantize", "gptq", "1M")
-    front = {node for node, found in runs.items() if found[0].data.tags.get("coppice.front") == "yes"}
+    front = {node for node, found in runs.items() if found[0].data.tags.get("coppice.pareto") == "yes"}
     # By hand: these perplexities fall with the size, and so do the accuracies that are made from them.
     assert front == {
         f"{model}{path}"

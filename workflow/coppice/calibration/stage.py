@@ -22,10 +22,11 @@ from torch import Tensor, nn
 from coppice import storage
 from coppice.data.text import check_tokenizer, load_windows
 from coppice.errors import UserError
-from coppice.files import atomic_directory, fingerprint, read_json, sha256, write_json
+from coppice.files import atomic_directory, fingerprint, sha256
 from coppice.methods.contracts import KINDS, LinearStatistics
 from coppice.models import layers
 from coppice.models.checkpoint import computing_dtype, load_model, read_manifest, read_tensors, versions
+from coppice.records.statistics import Statistics
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -54,24 +55,24 @@ def calibrate(model_directory: Path, tokens_directory: Path, kind: str, output: 
     tokens, kept = as_tensors(windows)
     identity = {
         "kind": kind,
-        "model_fingerprint": read_manifest(model_directory)["fingerprint"],
-        "tokens_fingerprint": windows.manifest["fingerprint"],
+        "model_fingerprint": read_manifest(model_directory).fingerprint,
+        "tokens_fingerprint": windows.manifest.fingerprint,
     }
     with atomic_directory(output) as temporary:
         aliases = GATHER[kind](model, tokens, kept, device, temporary)
         files = {path.name: sha256(path) for path in sorted(temporary.glob("*.safetensors"))}
-        manifest = {
+        statistics = Statistics(
             **identity,
-            "fingerprint": fingerprint(identity),
-            "tokens": int(kept.sum()),
-            "blocks": len(layers.blocks(model)),
-            "aliases": aliases,
-            "files": files,
-            "versions": versions(),
-            "wall_seconds": time.monotonic() - started,
-        }
+            fingerprint=fingerprint(identity),
+            tokens=int(kept.sum()),
+            blocks=len(layers.blocks(model)),
+            aliases=aliases,
+            files=files,
+            versions=versions(),
+            wall_seconds=time.monotonic() - started,
+        )
         storage.upload(temporary, files)
-        write_json(temporary / "manifest.json", manifest)
+        statistics.write(temporary / "manifest.json")
 
 
 def as_tensors(windows: Any) -> tuple[Tensor, Tensor]:
@@ -303,32 +304,32 @@ def block_file(index: int) -> str:
     return f"block-{index:03d}.safetensors"
 
 
-def read_statistics(directory: Path, model_fingerprint: str) -> dict[str, Any]:
+def read_statistics(directory: Path, model_fingerprint: str) -> Statistics:
     """The manifest of statistics. Raises UserError when they were gathered on another model than the one named."""
-    manifest = read_json(Path(directory) / "manifest.json")
-    if manifest["model_fingerprint"] != model_fingerprint:
+    manifest = Statistics.read(Path(directory) / "manifest.json")
+    if manifest.model_fingerprint != model_fingerprint:
         raise UserError(
             f"The statistics in {directory} were gathered on another model (fingerprint "
-            f"{manifest['model_fingerprint'][:12]} instead of {model_fingerprint[:12]}); calibrate again."
+            f"{manifest.model_fingerprint[:12]} instead of {model_fingerprint[:12]}); calibrate again."
         )
     return manifest
 
 
-def read_statistics_file(directory: Path, name: str, manifest: dict[str, Any]) -> dict[str, Tensor]:
+def read_statistics_file(directory: Path, name: str, manifest: Statistics) -> dict[str, Tensor]:
     """The tensors of one file of statistics. Raises UserError when it is not the file that the manifest describes."""
     path = Path(directory) / name
-    if not storage.fetch_verified(path, manifest["files"][name]):
+    if not storage.fetch_verified(path, manifest.files[name]):
         raise UserError(f"{path} is not the file that its manifest describes; calibrate again.")
     return read_tensors(path)
 
 
-def block_statistics(directory: Path, index: int, manifest: dict[str, Any], device: str) -> dict[str, LinearStatistics]:
+def block_statistics(directory: Path, index: int, manifest: Statistics, device: str) -> dict[str, LinearStatistics]:
     """The moments of one block on the device, by linear; linears that share an input share the tensors."""
     tensors = read_statistics_file(directory, block_file(index), manifest)
-    aliases = manifest["aliases"][str(index)]
+    aliases = manifest.aliases[str(index)]
     distinct = {
         name: LinearStatistics(
-            **{field: tensors[f"{name}.{field}"].to(device) for field in MOMENT_FIELDS}, tokens=manifest["tokens"]
+            **{field: tensors[f"{name}.{field}"].to(device) for field in MOMENT_FIELDS}, tokens=manifest.tokens
         )
         for name in set(aliases.values())
     }

@@ -22,6 +22,7 @@ from coppice.methods.solvers.loss import relative_error
 from coppice.models import folding, layers
 from coppice.models.checkpoint import computing_dtype, load_model
 from coppice.models.decoder import WholeDecoder
+from coppice.records.statistics import Statistics
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -52,7 +53,7 @@ class Inputs:
     """What a step reads besides checkpoints: what it needs, folders of statistics by kind, calibration windows."""
 
     needs: frozenset[str]
-    sources: dict[str, tuple[Path, dict[str, Any]]]
+    sources: dict[str, tuple[Path, Statistics]]
     windows: Windows | None
 
 
@@ -277,11 +278,11 @@ def errors(new: Tensor, linear: Linear, statistics: LinearStatistics | None) -> 
     return found
 
 
-def read_all(source: tuple[Path, dict[str, Any]]) -> dict[str, Tensor]:
+def read_all(source: tuple[Path, Statistics]) -> dict[str, Tensor]:
     """Every tensor of one folder of statistics."""
     directory, read = source
     tensors: dict[str, Tensor] = {}
-    for name in read["files"]:
+    for name in read.files:
         tensors |= calibrate.read_statistics_file(directory, name, read)
     return tensors
 

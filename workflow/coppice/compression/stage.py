@@ -23,6 +23,8 @@ from coppice.methods.contracts import FROM_WINDOWS
 from coppice.methods.options import MethodOptions
 from coppice.methods.registry import Method, method
 from coppice.models.checkpoint import computing_dtype, load_model, read_manifest, save_checkpoint, stored_dtype
+from coppice.records.manifest import Json, Manifest, Provenance, StepRecord
+from coppice.records.statistics import Statistics
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -71,7 +73,7 @@ def compress(
     reference: Path | None = None,
     seed: int = 0,
     device: str = "cpu",
-) -> dict[str, Any]:
+) -> Manifest:
     """Writes the node's checkpoint and returns its manifest.
 
     Raises:
@@ -84,28 +86,28 @@ def compress(
         raise UserError(f"Step {step['name']!r} ({used.name}) trains its parent; make the node with `coppice recover`.")
     options = used.validated(step["options"])
     parent_manifest = read_manifest(parent)
-    refuse_impossible(step["name"], used, parent_manifest["marks"])
+    refuse_impossible(step["name"], used, parent_manifest.traits)
     needs = used.needs(options)
     wanted = needs - FROM_WINDOWS | ({"tokens"} if needs & FROM_WINDOWS else set())
     if used.family == "compensate":
         wanted |= {"reference"}
     # Moments, where there are any, also tell the output error of a method that does not need them.
     readable = wanted | {"moments"} if used.contract == "layer" and "behind" not in needs else wanted
-    sources = {}
+    sources: dict[str, tuple[Path, Statistics]] = {}
     for directory in statistics:
-        read = calibrate.read_statistics(directory, parent_manifest["fingerprint"])
-        if read["kind"] in readable:
-            sources[read["kind"]] = (directory, read)
+        read = calibrate.read_statistics(directory, parent_manifest.fingerprint)
+        if read.kind in readable:
+            sources[read.kind] = (directory, read)
     given = {name for name, path in (("tokens", tokens), ("reference", reference)) if path is not None}
     require_inputs(step["name"], used, wanted, given | sources.keys())
-    read_from = {kind: read["tokens_fingerprint"] for kind, (_, read) in sources.items()}
+    read_from = {kind: read.tokens_fingerprint for kind, (_, read) in sources.items()}
     windows = None
     if "tokens" in wanted:
         windows = load_windows(tokens)
         check_tokenizer(parent, windows)
-        read_from["windows"] = windows.manifest["fingerprint"]
+        read_from["windows"] = windows.manifest.fingerprint
     model = load_model(parent, dtype=computing_dtype(parent, device))
-    record = {}
+    record: dict[str, Json] = {}
     if used.contract == "structure":
         model, achieved = change_structure(model, used, options, sources)
     elif used.contract == "rotation":
@@ -124,32 +126,33 @@ def compress(
             model, original, used, options, Inputs(needs, sources, windows), stored_dtype(parent), seed, device
         )
         record, achieved = compress_layers(walk)
-    manifest = {
-        "node": node,
-        "parent": parent_manifest["node"],
-        "step": {**step, "family": used.family},
-        "seed": seed,
-        "marks": sorted(used.marks(frozenset(parent_manifest["marks"]), options)),
-        "source": parent_manifest["source"],
-        "dense": parent_manifest["dense"],
-        "asked": options.model_dump(mode="json"),
-        "achieved": achieved,
-        "layers": record,
-        "calibration": read_from or None,
-        "recovery": parent_manifest["recovery"],
-        "wall_seconds": time.monotonic() - started,
-    }
+    provenance = Provenance(
+        node=node,
+        parent=parent_manifest.node,
+        step=StepRecord(name=step["name"], method=used.name, family=used.family, options=step["options"]),
+        seed=seed,
+        traits=sorted(used.marks(frozenset(parent_manifest.traits), options)),
+        source=parent_manifest.source,
+        requested=options.model_dump(mode="json"),
+        achieved=achieved,
+        layers=record,
+        calibration=read_from or None,
+        recovery=parent_manifest.recovery,
+        wall_seconds=time.monotonic() - started,
+    )
     with tempfile.TemporaryDirectory() as scratch:
         extra = write_adapter(model, Path(scratch)) if used.family == "compensate" else {}
-        return save_checkpoint(model, output, parent, manifest, stored_dtype(parent), extra)
+        return save_checkpoint(
+            model, output, parent, provenance, stored_dtype(parent), parent_manifest.dense, extra_files=extra
+        )
 
 
-def refuse_impossible(name: str, used: Method, marks: list[str]) -> None:
-    """Raises UserError when the method cannot work on a parent with these marks."""
-    for mark in marks:
-        if mark in used.refuses:
-            reason = used.refuses[mark].removeprefix("because ").rstrip(".")
-            raise UserError(f"Step {name!r} ({used.name}) cannot work on a {mark} node, because {reason}.")
+def refuse_impossible(name: str, used: Method, traits: list[str]) -> None:
+    """Raises UserError when the method cannot work on a parent with these traits."""
+    for trait in traits:
+        if trait in used.refuses:
+            reason = used.refuses[trait].removeprefix("because ").rstrip(".")
+            raise UserError(f"Step {name!r} ({used.name}) cannot work on a {trait} node, because {reason}.")
 
 
 def require_inputs(name: str, used: Method, needs: frozenset[str], given: set[str]) -> None:
@@ -163,7 +166,7 @@ def require_inputs(name: str, used: Method, needs: frozenset[str], given: set[st
 
 
 def change_structure(
-    model: PreTrainedModel, used: Method, options: MethodOptions, sources: dict[str, tuple[Path, dict[str, Any]]]
+    model: PreTrainedModel, used: Method, options: MethodOptions, sources: dict[str, tuple[Path, Statistics]]
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """Removes the units that a structure method chooses; returns the model and what was achieved."""
     from coppice.models import surgery

@@ -26,11 +26,11 @@ def tokens_to_buy(fitted: Fitted, nodes: Sequence[Row], node: str, gain: float |
     rows = points_of(fitted, nodes, node)
     if answer := refused(fitted, title):
         return answer
-    report, options = fitted.report, fitted.report["options"]
+    report, options = fitted.report, fitted.report.options
     fixed, _ = fitted.law.form.reduce(fitted.points)
-    unknown = [name for name, entry in report["parameters"].items() if not entry["identified"] and name not in fixed]
+    unknown = [name for name, entry in report.parameters.items() if not entry.identified and name not in fixed]
     starts = np.empty((0, len(fitted.parameters)))
-    fit = Fit(fitted.parameters, fixed, tuple(unknown), report["converged"], starts)
+    fit = Fit(fitted.parameters, fixed, tuple(unknown), report.converged, starts)
     asked = options if gain is None else options | {"gain": gain}
     advice, reasons = fitted.law.recommend(fit, fitted.samples, select(fitted.points, rows), fitted.scales, asked)
     sentences = [entry["sentence"] for entry in advice] + reasons + [held_out(fitted.name, report)]

@@ -7,7 +7,6 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from coppice.decisions import Answer
 from coppice.decisions.budget import expected_loss, tokens_to_buy
@@ -16,6 +15,7 @@ from coppice.decisions.next_run import next_runs
 from coppice.decisions.recipe import best_within, chosen_metric, compare, ladder, limits, lower_is_better
 from coppice.errors import UserError
 from coppice.formatting import format_table, wrapped
+from coppice.records.fit import FitRecord
 from coppice.results.reading import read_table
 from coppice.results.schemas import Row
 
@@ -132,18 +132,18 @@ def overview(results: Path, tables: Mapping[str, Sequence[Row]], top: int = 3) -
     return answers
 
 
-def advice(name: str, report: dict[str, Any]) -> Answer:
+def advice(name: str, report: FitRecord) -> Answer:
     """What a law recommends, with its held-out error, or why it recommends nothing."""
     title, reason = f"Law {name}", refusal(name, report)
     if reason is not None:
         return {"title": title, "law": name, "refused": True, "recommendation": [], "sentences": [reason]}
-    told = [entry["sentence"] for entry in report["recommendation"]] or [f"Law {name} has nothing to recommend."]
+    sentences = [entry["sentence"] for entry in report.recommendation] or [f"Law {name} has nothing to recommend."]
     return {
         "title": title,
         "law": name,
         "refused": False,
-        "recommendation": report["recommendation"],
-        "sentences": [*told, held_out(name, report)],
+        "recommendation": report.recommendation,
+        "sentences": [*sentences, held_out(name, report)],
     }
 
 

@@ -11,6 +11,7 @@ import torch
 from coppice import storage
 from coppice.files import read_json
 from coppice.models.checkpoint import read_manifest, save_checkpoint, stored_dtype
+from coppice.records.manifest import Manifest, Provenance
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -21,13 +22,13 @@ class Node:
     """A checkpoint's folder and what stands in it: config.json, compression.json and manifest.json."""
 
     folder: Path
-    manifest: dict[str, Any]
+    manifest: Manifest
     config: dict[str, Any]
     planned: dict[str, dict[str, Any]]
 
     @property
     def name(self) -> str:
-        return self.manifest["node"]
+        return self.manifest.node
 
     @property
     def dtype(self) -> torch.dtype:
@@ -56,6 +57,7 @@ def read_node(folder: Path) -> Node:
 
 def save_for_others(model: PreTrainedModel, node: Node, folder: Path) -> None:
     """Writes a model that was made from a node as a checkpoint, without the two files that only Coppice reads."""
-    save_checkpoint(model, folder, node.folder, {"marks": []}, node.dtype, travels=False)
+    provenance = Provenance(**{name: getattr(node.manifest, name) for name in Provenance.model_fields})
+    save_checkpoint(model, folder, node.folder, provenance, node.dtype, node.manifest.dense, travels=False)
     for name in ("compression.json", "manifest.json"):
         (folder / name).unlink()

@@ -28,8 +28,7 @@ def reason_against(node: Node) -> str | None:
     """Why the node has no such form, and what to do instead."""
     compensated = node.of("Compensated")
     if not compensated:
-        step = node.manifest.get("step") or {}
-        if step.get("method") == "lora":
+        if node.manifest.step is not None and node.manifest.step.method == "lora":
             return "what its training updated is merged into its weights; export it to dense"
         return "it has no low-rank updates beside its linears, as eora and lora make them; export it to dense"
     factors = {name for kind in ("LowRank", "Skeleton", "TensorTrain") for name in node.of(kind)}

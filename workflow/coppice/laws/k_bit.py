@@ -95,7 +95,7 @@ def _quantization(nodes: pd.DataFrame, node: str) -> str | None:
     found = [
         step
         for step in path(nodes, node)
-        if "quantized" in nodes.at[step, "marks"] and "quantized" not in nodes.at[nodes.at[step, "parent"], "marks"]
+        if "quantized" in nodes.at[step, "traits"] and "quantized" not in nodes.at[nodes.at[step, "parent"], "traits"]
     ]
     return found[-1] if found else None
 
@@ -356,7 +356,7 @@ LAW = Law(
     units={"value": "of the metric", "bits": "bits", "k": "bits per weight", "stderr": "of the metric"},
     columns={"run": str, "model": str, "k": float, "bits": float, "value": float, "stderr": float},
     needs={
-        "nodes": ("node", "parent", "model", "method", "options", "marks", "stored_bits", "bits_per_weight"),
+        "nodes": ("node", "parent", "model", "method", "options", "traits", "stored_bits", "bits_per_weight"),
         "metrics": METRICS,
     },
     points_are="they are the dense models, and the models quantized from them, that were measured by the metric.",

@@ -42,7 +42,7 @@ NEGLIGIBLE = 0.95  # of the dense model's bits: what still counts as no change
 HALF = 0.5  # the paper's "more than a factor of two"
 
 DENSE = "dense"
-_INPUT_MARKS = frozenset({"quantized-inputs", "quantized-cache"})
+_INPUT_TRAITS = frozenset({"quantized-activations", "quantized-cache"})
 
 COLUMNS = {
     "run": str,
@@ -212,7 +212,7 @@ def points(tables: dict[str, pd.DataFrame], options: dict[str, Any]) -> Points:
 
 def _is_stored_shorter(nodes: pd.DataFrame, node: str) -> bool:
     """Whether it is dense, or made by quantizing weights and nothing else."""
-    weights_alone = not set(nodes.at[node, "marks"]) & _INPUT_MARKS
+    weights_alone = not set(nodes.at[node, "traits"]) & _INPUT_TRAITS
     return weights_alone and all(nodes.at[step, "family"] == "quantize" for step in path(nodes, node))
 
 
@@ -357,7 +357,7 @@ LAW = Law(
             "method",
             "family",
             "options",
-            "marks",
+            "traits",
             "parameters",
             "linear_parameters",
             "stored_bits",

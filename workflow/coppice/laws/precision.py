@@ -49,7 +49,9 @@ COLUMNS = {
 _UNKNOWN_TOKENS = 1.0
 
 # What else could have changed the loss, or where bits are not those of the weights.
-_OTHER_MARKS = frozenset({"masked", "factorized", "smaller", "compensated", "quantized-inputs", "quantized-cache"})
+_OTHER_TRAITS = frozenset(
+    {"masked", "factorized", "smaller", "compensated", "quantized-activations", "quantized-cache"}
+)
 
 
 class Options(QualityOptions):
@@ -186,8 +188,8 @@ def points(tables: dict[str, pd.DataFrame], options: dict[str, Any]) -> Points:
 
 
 def _is_quantized_alone(row: Any) -> bool:
-    marks = set(row.marks)
-    return "quantized" in marks and not marks & _OTHER_MARKS and not row.path_recovery_tokens > 0
+    traits = set(row.traits)
+    return "quantized" in traits and not traits & _OTHER_TRAITS and not row.path_recovery_tokens > 0
 
 
 def notes(points: Points) -> list[str]:
@@ -278,7 +280,7 @@ LAW = Law(
             "node",
             "model",
             "method",
-            "marks",
+            "traits",
             "dense_parameters",
             "bits_per_linear_weight",
             "path_recovery_tokens",

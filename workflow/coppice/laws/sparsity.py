@@ -33,7 +33,9 @@ SOURCE = {
 COLUMNS = {"run": str, "model": str, "parameters": float, "sparsity": float, "tokens": float, "loss": float}
 
 # What else could have changed the loss, or makes stored parameters no count of connections.
-_OTHER_MARKS = frozenset({"factorized", "smaller", "quantized", "compensated", "quantized-inputs", "quantized-cache"})
+_OTHER_TRAITS = frozenset(
+    {"factorized", "smaller", "quantized", "compensated", "quantized-activations", "quantized-cache"}
+)
 
 
 class Options(RecoveryOptions):
@@ -133,9 +135,9 @@ def points(tables: dict[str, pd.DataFrame], options: dict[str, Any]) -> Points:
     """
     found = recoveries(tables, options)
     chosen = [
-        (parent == model or "masked" in before) and not _OTHER_MARKS & set(after)
+        (parent == model or "masked" in before) and not _OTHER_TRAITS & set(after)
         for parent, model, before, after in zip(
-            found["parent"], found["model"], found["parent.marks"], found["marks"], strict=True
+            found["parent"], found["model"], found["parent.traits"], found["traits"], strict=True
         )
     ]
     found = found[np.array(chosen, bool)]
@@ -158,7 +160,7 @@ LAW = Law(
             "model",
             "method",
             "family",
-            "marks",
+            "traits",
             "nonzero_parameters",
             "rho_nonzero",
         ),

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from coppice import laws
 from coppice.errors import UserError, did_you_mean
-from coppice.files import atomic_write, write_json
+from coppice.files import atomic_write
 from coppice.formatting import join_words, number
 from coppice.laws import Law
 from coppice.laws.fit import (
@@ -37,6 +37,8 @@ from coppice.laws.fit import (
     select,
 )
 from coppice.laws.held_out import held_out_test
+from coppice.records.fit import FitRecord
+from coppice.records.renamed import COLUMNS as RENAMED
 from coppice.uncertainty import percentile_interval
 
 if TYPE_CHECKING:
@@ -114,13 +116,15 @@ def _tables(law: Law, directory: Path | None) -> dict[str, pd.DataFrame]:
 
 def _table(path: Path, needed: tuple[str, ...]) -> pd.DataFrame:
     with _readable(path):
-        missing = [column for column in needed if column not in pq.read_schema(path).names]
+        stored = {RENAMED.get(name, name): name for name in pq.read_schema(path).names}
+        missing = [column for column in needed if column not in stored]
         if missing:
             raise UserError(
                 f"{path} has no column {missing[0]!r}: it was written by another version; remove it, and make the "
                 "tables anew (`snakemake tables`)."
             )
-        return _distinct(pd.read_parquet(path, columns=list(needed)).reset_index(drop=True), path)
+        frame = pd.read_parquet(path, columns=[stored[column] for column in needed]).rename(columns=RENAMED)
+        return _distinct(frame.reset_index(drop=True), path)
 
 
 def _distinct(table: pd.DataFrame, path: Path) -> pd.DataFrame:
@@ -128,7 +132,7 @@ def _distinct(table: pd.DataFrame, path: Path) -> pd.DataFrame:
     key = [column for column in _KEYS.get(path.stem, ()) if column in table]
     if not key or not (repeated := table.duplicated(key)).any():
         return table
-    # Lists, such as the marks of a node, have no hash.
+    # Lists, such as the traits of a node, have no hash.
     if table[~table.astype(str).duplicated()].duplicated(key).any():
         name = ", ".join(f"{column} {table.at[repeated.idxmax(), column]}" for column in key)
         raise UserError(
@@ -407,7 +411,7 @@ def _write(
     with atomic_write(output / "fit.svg") as path:
         draw(law, law_name, points, curves, path)
     # Last, since whoever finds fit.json should find the others beside it.
-    write_json(output / "fit.json", report)
+    FitRecord.model_validate(report).write(output / "fit.json")
 
 
 def _curves(law: Law, points: Points, steps: int = 60) -> Points:

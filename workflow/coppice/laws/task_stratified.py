@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 _UNKNOWN_SIZE = 2.0
 
 # Nodes that compute with rounded inputs or a rounded cache lose accuracy of which the law knows nothing.
-_OTHER_MARKS = {"quantized-inputs", "quantized-cache"}
+_OTHER_TRAITS = {"quantized-activations", "quantized-cache"}
 
 
 class Options(QualityOptions):
@@ -153,7 +153,7 @@ def negative_log_accuracy(accuracy: np.ndarray, chance: float) -> np.ndarray:
 def _weight_step(nodes: pd.DataFrame, node: str) -> str | None:
     """The last step of the node's path that quantized weights by bits and groups; None where the law says nothing."""
     steps = path(nodes, node)
-    if set(nodes.loc[steps, "family"]) != {"quantize"} or _OTHER_MARKS & set(nodes.at[node, "marks"]):
+    if set(nodes.loc[steps, "family"]) != {"quantize"} or _OTHER_TRAITS & set(nodes.at[node, "traits"]):
         return None
     found = [step for step in steps if {"bits", "group_size"} <= json.loads(nodes.at[step, "options"]).keys()]
     return found[-1] if found else None
@@ -209,7 +209,7 @@ LAW = Law(
         "negative_log_accuracy": float,
     },
     needs={
-        "nodes": ("node", "parent", "model", "method", "family", "options", "marks", "calibration", "parameters"),
+        "nodes": ("node", "parent", "model", "method", "family", "options", "traits", "calibration", "parameters"),
         "metrics": METRICS,
         "items": ("evaluation", "task", "item", "choice"),
     },

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from coppice.evaluation import roofline
 from coppice.planning import resources
 from coppice.planning.sizes import Size
+from coppice.records.node_name import NodeName
 from coppice.study import tree
 from coppice.study.schema import Study
 
@@ -168,7 +169,7 @@ def evaluation_job(
     tokens, alone = 0, body.kind == "cost"
     lengths = [protocol.length for protocol in tree.protocols(body).values()]
     for protocol in tree.protocols(body):
-        after.append(windows(tree.model_of(node), f"evaluation.{evaluation}.{protocol}"))
+        after.append(windows(NodeName(node).model, f"evaluation.{evaluation}.{protocol}"))
         tokens += use_tokens(uses[f"evaluation.{evaluation}.{protocol}"])
     if body.kind == "quality":
         tokens += len(body.tasks) * (body.limit or USUAL_QUESTIONS) * QUESTION_TOKENS
@@ -177,7 +178,7 @@ def evaluation_job(
         tokens = body.batch * (body.prompt + body.generate) * (body.repeats + body.warmup)
     else:
         tokens *= body.points
-        after.append(checkpoint(tree.reference_seed_node(node)))
+        after.append(checkpoint(NodeName(node).with_study_seed))
     return Job(
         "evaluate",
         f"{node}/{evaluation}",

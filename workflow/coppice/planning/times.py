@@ -20,7 +20,7 @@ from coppice.evaluation import roofline
 from coppice.planning import resources
 from coppice.planning.jobs import RUN_ON_GPUS, Job
 from coppice.planning.sizes import Size
-from coppice.study import tree
+from coppice.records.node_name import NodeName
 
 # One thread of a CPU as these jobs use it: what the demo's recoveries reached, operations/s and bytes/s.
 THREAD = roofline.Device(bandwidth=1e10, float16=1.5e10, int8=1.5e10, source="measured on the demo")
@@ -126,7 +126,7 @@ def expected_memory(job: Job, sizes: Mapping[str, Size | None]) -> float:
 
 def likely_manifest(node: str, sizes: Mapping[str, Size | None]) -> dict[str, Any]:
     """What `needs` reads of a node's manifest, by its size."""
-    size, dense = sizes[node], sizes[tree.model_of(node)]
+    size, dense = sizes[node], sizes[NodeName(node).model]
     return {
         "parameters": {"total": size.parameters, "decoder_linears": size.linears},
         "dense": {"total": dense.parameters, "blocks": dense.linears},

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import tempfile
 import time
 from collections.abc import Mapping
@@ -20,6 +19,7 @@ from coppice.errors import UserError
 from coppice.files import fingerprint, sha256
 from coppice.methods.options import RecoverOptions
 from coppice.methods.registry import Method, method
+from coppice.records.manifest import Manifest, Provenance, RecoveryRecord, StepRecord
 from coppice.recovery import distributed
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def recover(
     output: Path,
     state_every: float = 60.0,
     device: str = "cpu",
-) -> dict[str, Any] | None:
+) -> Manifest | None:
     """Trains `parent` as `step` says and writes the node. Returns its manifest.
 
     Of several processes (see `distributed`) that train it together, the first writes; the others return None.
@@ -99,12 +99,13 @@ def recover(
     from coppice.compression.stage import refuse_impossible
     from coppice.data.text import load_windows
     from coppice.models.checkpoint import load_model, read_manifest, save_checkpoint, stored_dtype
+    from coppice.records.curve import write_curve
 
     started = time.monotonic()
     parent_manifest, dense_manifest = read_manifest(parent), read_manifest(dense)
     chosen = method(step["method"])
     options = chosen.validated(step["options"])
-    refuse_impossible(step["name"], chosen, parent_manifest["marks"])
+    refuse_impossible(step["name"], chosen, parent_manifest.traits)
     windows, held_out = load_windows(tokens), load_windows(validation)
     _check_windows(windows, held_out, parent, options)
 
@@ -115,8 +116,8 @@ def recover(
     together = distributed.count() > 1
     precision = _precision(options, device)
     identity = _identity(chosen, options, parent_manifest, dense_manifest, windows, held_out, budgets, seed)
-    asked = chosen.module.tokens(options, parent_manifest) if hasattr(chosen.module, "tokens") else options.tokens
-    steps = batch_schedule((windows.documents >= 0).sum(axis=1), options.batch_size, asked, seed)
+    requested = chosen.module.tokens(options, parent_manifest) if hasattr(chosen.module, "tokens") else options.tokens
+    steps = batch_schedule((windows.documents >= 0).sum(axis=1), options.batch_size, requested, seed)
     planned = Run(
         options=options,
         course=steps,
@@ -166,27 +167,32 @@ def recover(
 
     with tempfile.TemporaryDirectory() as folder:
         curve = Path(folder) / "curve.parquet"
-        _write_curve(curve, progress, dense_loss)
-        manifest = {
-            "node": node,
-            "parent": parent_manifest["node"],
-            "step": {**step, "family": chosen.family},
-            "seed": seed,
-            "marks": sorted(chosen.marks(frozenset(parent_manifest["marks"]), options)),
-            **{key: parent_manifest[key] for key in ("source", "dense")},
-            "asked": options.model_dump(mode="json"),
-            "achieved": {"tokens": planned.tokens(progress.step)},
-            "layers": {},
-            "calibration": None,
-            "recovery": _recovery(planned, progress, chosen, windows, parent_manifest, asked),
-            "wall_seconds": time.monotonic() - started,
-            "peak_memory_bytes": _peak_memory(device),
-        }
-        written = save_checkpoint(
-            model, output, parent, manifest, stored_dtype(parent), extra_files={"curve.parquet": curve}
+        write_curve(curve, ({**row, "dense_loss": dense_loss} for row in progress.rows))
+        provenance = Provenance(
+            node=node,
+            parent=parent_manifest.node,
+            step=StepRecord(name=step["name"], method=chosen.name, family=chosen.family, options=step["options"]),
+            seed=seed,
+            traits=sorted(chosen.marks(frozenset(parent_manifest.traits), options)),
+            source=parent_manifest.source,
+            requested=options.model_dump(mode="json"),
+            achieved={"tokens": planned.tokens(progress.step)},
+            layers={},
+            calibration=None,
+            recovery=recovery_record(planned, progress, chosen, windows, parent_manifest, requested),
+            wall_seconds=time.monotonic() - started,
+        )
+        manifest = save_checkpoint(
+            model,
+            output,
+            parent,
+            provenance,
+            stored_dtype(parent),
+            parent_manifest.dense,
+            extra_files={"curve.parquet": curve},
         )
     planned.state.remove()
-    return written
+    return manifest
 
 
 def _check_windows(windows: Windows, held_out: Windows, parent: Path, options: RecoverOptions) -> None:
@@ -197,9 +203,9 @@ def _check_windows(windows: Windows, held_out: Windows, parent: Path, options: R
 
     for use, used in (("training", windows), ("validation", held_out)):
         check_tokenizer(parent, used)
-        if used.manifest["length"] != options.length:
+        if used.manifest.length != options.length:
             raise UserError(
-                f"The {use} windows have {used.manifest['length']} tokens, but the step's length is {options.length}; "
+                f"The {use} windows have {used.manifest.length} tokens, but the step's length is {options.length}; "
                 "tokenize the text with that length."
             )
     limit = read_json(storage.ensure_local(parent / "config.json")).get("max_position_embeddings", options.length)
@@ -220,8 +226,8 @@ def _precision(options: RecoverOptions, device: str) -> str:
 def _identity(
     chosen: Method,
     options: RecoverOptions,
-    parent: Mapping[str, Any],
-    dense: Mapping[str, Any],
+    parent: Manifest,
+    dense: Manifest,
     windows: Windows,
     held_out: Windows,
     budgets: tuple[int, ...],
@@ -242,63 +248,29 @@ def _identity(
         **{f"options.{key}": value for key, value in options.model_dump(mode="json", exclude={"gpus"}).items()},
         "seed": seed,
         "budgets": list(budgets),
-        "parent": parent["fingerprint"],
-        "dense": dense["fingerprint"],
-        "tokens": windows.manifest["fingerprint"],
-        "validation": held_out.manifest["fingerprint"],
+        "parent": parent.fingerprint,
+        "dense": dense.fingerprint,
+        "tokens": windows.manifest.fingerprint,
+        "validation": held_out.manifest.fingerprint,
         "code": fingerprint(code),
     }
 
 
-def _recovery(
-    planned: Run, progress: Progress, chosen: Method, windows: Windows, parent: Mapping[str, Any], asked: int
-) -> dict[str, Any]:
-    """The manifest's record of training.
-
-    tokens_total: with those of the recoveries before on the path. budgets: the ladder, in tokens, also what lies above
-    where training ended.
-    """
+def recovery_record(
+    planned: Run, progress: Progress, chosen: Method, windows: Windows, parent: Manifest, requested: int
+) -> RecoveryRecord:
+    """The manifest's record of training. budgets: the whole ladder, also what lies above where training ended."""
     tokens = planned.tokens(progress.step)
-    before = parent["recovery"]["tokens_total"] if parent["recovery"] else 0
-    return {
-        "method": chosen.name,
-        "tokens": tokens,
-        "tokens_asked": asked,
-        "tokens_total": before + tokens,
-        "budgets": list(planned.budgets),
-        "steps": progress.step,
-        "stopped_early": progress.step < planned.course.steps,
-        "epochs": planned.course.order[: progress.step].size / len(windows.tokens),
-        "seconds": progress.seconds,
-        "precision": planned.precision,
-    }
-
-
-def _write_curve(path: Path, progress: Progress, dense_loss: float) -> None:
-    """One row for each loss measured: nats per token. train_loss: the method's own loss since the row before."""
-    import pyarrow as pa
-    from pyarrow import parquet
-
-    schema = pa.schema(
-        [
-            ("step", pa.int64()),
-            ("tokens", pa.int64()),
-            ("train_loss", pa.float64()),
-            ("validation_loss", pa.float64()),
-            ("lr", pa.float64()),
-            ("seconds", pa.float64()),
-            ("budget", pa.bool_()),
-            ("dense_loss", pa.float64()),
-        ]
+    before = parent.recovery.tokens_total if parent.recovery else 0
+    return RecoveryRecord(
+        method=chosen.name,
+        tokens=tokens,
+        tokens_requested=requested,
+        tokens_total=before + tokens,
+        budgets=list(planned.budgets),
+        steps=progress.step,
+        stopped_early=progress.step < planned.course.steps,
+        epochs=planned.course.order[: progress.step].size / len(windows.tokens),
+        seconds=progress.seconds,
+        precision=planned.precision,
     )
-    rows = [{**row, "dense_loss": dense_loss} for row in progress.rows]
-    parquet.write_table(pa.Table.from_pylist(rows, schema), path)
-
-
-def _peak_memory(device: str) -> int:
-    """Bytes: of the GPU where training ran on one, otherwise of this process."""
-    import torch
-
-    if torch.device(device).type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

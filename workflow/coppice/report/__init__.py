@@ -9,7 +9,9 @@ from string import Template
 from typing import Any
 
 from coppice.decisions.stage import overview
-from coppice.files import atomic_write, read_json
+from coppice.files import atomic_write
+from coppice.records.fit import FitRecord
+from coppice.records.layout import ResultsLayout
 from coppice.report.data import as_json, page_data
 from coppice.report.figures import curves_figure, frontier_figure, layers_figure
 from coppice.report.law_lines import Line, law_lines
@@ -52,8 +54,9 @@ def write_report(study: Study, results: Path, output: Path) -> None:
     """Writes the figures and index.html, last. Raises UserError when the tables are missing."""
     results, output = Path(results), Path(output)
     tables = {name: read_table(results / "tables", name).to_pylist() for name in SCHEMAS if name != "items"}
-    folders = {path.parent.name: path.parent for path in sorted(results.glob("laws/*/fit.json"))}
-    fits = {name: read_json(folder / "fit.json") for name, folder in folders.items()}
+    layout = ResultsLayout(results)
+    folders = {name: path.parent for name, path in layout.fits.items()}
+    fits = {name: FitRecord.read(path).to_json() for name, path in layout.fits.items()}
     runs = {row["node"] for row in tables["curves"]}
     lines = {name: law_lines(fits[name], folder, runs) for name, folder in folders.items()}
     data = page_data(study, results, tables, fits, lines)

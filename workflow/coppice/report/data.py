@@ -13,6 +13,7 @@ from coppice import __version__
 from coppice.decisions.recipe import lower_is_better
 from coppice.errors import UserError
 from coppice.formatting import command_anew
+from coppice.records.layout import ResultsLayout
 from coppice.report.item_scores import item_scores
 from coppice.report.law_lines import Line
 from coppice.report.layer_records import layer_records
@@ -88,7 +89,7 @@ def page_data(
         "pairs": _pairs(tables["comparisons"]),
         "items": items,
         **({"items_left_out": left_out} if left_out else {}),
-        "layers": layer_records(rows, results / "models"),
+        "layers": layer_records(rows, ResultsLayout(results).models),
         "recoveries": _recoveries(rows, tables["curves"]),
         "laws": {name: _law(fits[name], runs) for name, runs in lines.items()},
         "failures": [{name: row[name] for name in ("node", "stage", "error", "log")} for row in tables["failures"]],
@@ -135,7 +136,7 @@ def _node(study: Study, row: Row, by_name: dict[str, Row]) -> dict[str, Any]:
     parts = row["node"].split("/")
     names = ["/".join(parts[: length + 1]) for length in range(1, len(parts))]
     path = [by_name[name] for name in names if name in by_name]
-    same = ("node", "parent", "model", "recipe", "depth", "step", "method", "seed", "marks", "fingerprint")
+    same = ("node", "parent", "model", "recipe", "depth", "step", "method", "seed", "traits", "fingerprint")
     numbers = ("bits_per_weight", "bits_per_linear_weight", "rho", "rho_nonzero", "parameters")
     return {
         **{name: row[name] for name in same},

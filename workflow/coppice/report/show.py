@@ -10,7 +10,6 @@ from typing import Any
 
 from coppice import storage
 from coppice.errors import UserError, did_you_mean
-from coppice.files import read_json
 from coppice.formatting import (
     INTERVALS,
     command_anew,
@@ -21,12 +20,16 @@ from coppice.formatting import (
     number,
     wrapped,
 )
+from coppice.records.layout import ResultsLayout
+from coppice.records.manifest import Manifest
+from coppice.records.metrics import Metrics
+from coppice.records.node_name import NodeName
 from coppice.report.summary import measured
-from coppice.results.collection import curve_rows, measured_rows, recovery_losses
-from coppice.results.failures import last_words, without_output
+from coppice.results.failures import FailedJob, failed_jobs, final_error
+from coppice.results.measurements import Measurements, rows_of
+from coppice.results.nodes import curve_rows, recovery_losses
 from coppice.results.reading import read_table
 from coppice.results.schemas import Row
-from coppice.study.tree import model_of, parent_of
 
 # Of a layer's record: what is asked of it is told by the step's options; strings and flags have no middle.
 ASKED = "_asked"
@@ -51,12 +54,15 @@ def show(results: Path, asked: str) -> str:
     results = Path(results)
     if not results.is_dir():
         raise UserError(f"{results} is no folder; name the folder of a study's results with --results.")
-    made, missing = made_nodes(results), list(without_output(results))
+    made, missing = ResultsLayout(results).nodes, list(failed_jobs(ResultsLayout(results)))
     name = named(asked.strip("/"), known_nodes(made, missing))
     lines = [name, *failure_lines([(stage, log) for node, stage, log in missing if node == name])]
     if name in made:
-        manifests = {node: manifest_of(results, node) for node in lineage(name)}
-        beside = [name, *dict.fromkeys(node for node in (parent_of(name), model_of(name)) if node not in (None, name))]
+        manifests = {node: Manifest.read(ResultsLayout(results).manifest(node)) for node in NodeName(name).lineage}
+        beside = [
+            name,
+            *dict.fromkeys(node for node in (NodeName(name).parent, NodeName(name).model) if node not in (None, name)),
+        ]
         sections = (
             recipe_lines(manifests),
             size_lines(manifests, beside),
@@ -75,24 +81,18 @@ def show(results: Path, asked: str) -> str:
 # Names
 
 
-def made_nodes(results: Path) -> list[str]:
-    """The nodes that have a checkpoint."""
-    models = results / "models"
-    return sorted(path.parent.relative_to(models).as_posix() for path in models.rglob("manifest.json"))
-
-
-def known_nodes(made: list[str], missing: list[tuple[str, str, Path]]) -> list[str]:
+def known_nodes(made: list[str], missing: list[FailedJob]) -> list[str]:
     """The nodes that have a checkpoint or a log of a job that left nothing."""
     return sorted({*made, *(node for node, _, _ in missing)})
 
 
 def made_node(results: Path, asked: str) -> str:
     """The node that is meant (see `named`). Raises UserError where it has no checkpoint, with what failed."""
-    made, missing = made_nodes(results), list(without_output(results))
+    made, missing = ResultsLayout(results).nodes, list(failed_jobs(ResultsLayout(results)))
     name = named(asked.strip("/"), known_nodes(made, missing))
     if name in made:
         return name
-    failed = [f"{stage} ({last_words(log)}), by {log}" for node, stage, log in missing if node == name]
+    failed = [f"{stage} ({final_error(log)}), by {log}" for node, stage, log in missing if node == name]
     raise UserError(f"The node {name!r} was not made: {join_words(failed)}. Run the study again once that is mended.")
 
 
@@ -118,16 +118,6 @@ def named(asked: str, known: list[str]) -> str:
     raise UserError(f"There is no node {asked!r}.{hint}")
 
 
-def lineage(name: str) -> list[str]:
-    """The node and all before it, the dense model first."""
-    parts = name.split("/")
-    return ["/".join(parts[: count + 1]) for count in range(len(parts))]
-
-
-def manifest_of(results: Path, node: str) -> dict[str, Any]:
-    return read_json(results / "models" / node / "manifest.json")
-
-
 # Sections
 
 
@@ -135,26 +125,28 @@ def failure_lines(missing: list[tuple[str, Path]]) -> list[str]:
     """What failed or is under way, and the last lines of its log."""
     lines: list[str] = []
     for stage, log in missing:
-        lines += ["", *wrapped(f"NOT THERE: {stage} ({last_words(log)}), by {log}:")]
+        lines += ["", *wrapped(f"NOT THERE: {stage} ({final_error(log)}), by {log}:")]
         text = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
         for line in text[-LOG_LINES:]:
             lines += wrapped(line, "  ")
     return lines
 
 
-def recipe_lines(manifests: dict[str, dict[str, Any]]) -> list[str]:
+def recipe_lines(manifests: dict[str, Manifest]) -> list[str]:
     """Each step with its options."""
     lines = ["Recipe"]
     for name, manifest in manifests.items():
-        step = manifest["step"]
+        step = manifest.step
         if step is None:
-            source = ", ".join(f"{key} {value}" for key, value in manifest["source"].items() if value is not None)
+            source = ", ".join(
+                f"{key} {value}" for key, value in manifest.source.model_dump().items() if value is not None
+            )
             lines += wrapped(f"{name}: dense ({source})", "  ")
             continue
-        options = ", ".join(f"{key} {said(value)}" for key, value in step["options"].items() if value is not None)
-        seed = f", seed {manifest['seed']}"
-        own = name.rpartition("/")[2]
-        lines += wrapped(f"{own}: {step['family']} by {step['method']} ({options or 'no options'}{seed})", "  ")
+        options = ", ".join(f"{key} {said(value)}" for key, value in step.options.items() if value is not None)
+        seed = f", seed {manifest.seed}"
+        own = NodeName(name).last_part
+        lines += wrapped(f"{own}: {step.family} by {step.method} ({options or 'no options'}{seed})", "  ")
     return lines
 
 
@@ -167,16 +159,16 @@ def said(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def size_lines(manifests: dict[str, dict[str, Any]], beside: list[str]) -> list[str]:
+def size_lines(manifests: dict[str, Manifest], beside: list[str]) -> list[str]:
     """What the node weighs, beside its parent and its dense model."""
     shown = [manifests[name] for name in beside]
     rows = {
-        "parameters": [human_count(entry["parameters"]["total"]) for entry in shown],
-        "of them not zero": [human_count(entry["parameters"]["nonzero"]) for entry in shown],
-        "removed of all": [f"{entry['rho']:.1%}" for entry in shown],
-        "stored MB": [number(entry["stored_bytes"] / 1e6) for entry in shown],
-        "bits a weight of the dense model": [f"{entry['bits_per_weight']:.2f}" for entry in shown],
-        "bits a weight of the dense model's linears": [f"{entry['bits_per_linear_weight']:.2f}" for entry in shown],
+        "parameters": [human_count(entry.parameters.total) for entry in shown],
+        "of them not zero": [human_count(entry.parameters.nonzero) for entry in shown],
+        "removed of all": [f"{entry.rho:.1%}" for entry in shown],
+        "stored MB": [number(entry.stored_bytes / 1e6) for entry in shown],
+        "bits a weight of the dense model": [f"{entry.bits_per_weight:.2f}" for entry in shown],
+        "bits a weight of the dense model's linears": [f"{entry.bits_per_linear_weight:.2f}" for entry in shown],
     }
     return format_table([["Size", *titles(beside)], *([title, *cells] for title, cells in rows.items())])
 
@@ -189,17 +181,17 @@ def titles(beside: list[str]) -> list[str]:
 
 def metrics_of(results: Path, node: str) -> dict[tuple[str, str], Row]:
     """What was measured of a node, by evaluation and metric."""
-    rows = [row for path in evaluations_of(results, node) for row in _measured(node, path)["metrics"]]
+    rows = [row for path in evaluations_of(results, node) for row in _measurements(node, path).metrics]
     return {(row["evaluation"], row["metric"]): row for row in rows}
 
 
 def evaluations_of(results: Path, node: str) -> list[Path]:
-    """The folders of a node's evaluations; those of nodes below lie deeper."""
-    return sorted(path.parent for path in (results / "evaluations" / node).glob("*/metrics.json"))
+    """The folders of a node's evaluations."""
+    return [path.parent for path in ResultsLayout(results).metrics_of(node)]
 
 
-def _measured(node: str, folder: Path) -> dict[str, list[Row]]:
-    return measured_rows(None, node, folder.name, folder / "metrics.json")
+def _measurements(node: str, folder: Path) -> Measurements:
+    return rows_of(Metrics.read(folder / "metrics.json"), node, folder.name)
 
 
 def quality_lines(results: Path, beside: list[str]) -> list[str]:
@@ -216,13 +208,14 @@ def quality_lines(results: Path, beside: list[str]) -> list[str]:
 
 def comparison_lines(results: Path, name: str) -> list[str]:
     """The paired tests against the parent and the dense model; nothing before there are tables."""
-    if not (results / "tables" / "comparisons.parquet").exists():
+    layout = ResultsLayout(results)
+    if not layout.table("comparisons").exists():
         return []
     rows = [
         row
-        for row in read_table(results / "tables", "comparisons").to_pylist()
+        for row in read_table(layout.tables, "comparisons").to_pylist()
         # The dense model may be the parent: its tests are told once.
-        if row["node"] == name and row["relation"] == ("dense" if row["other"] == model_of(name) else "parent")
+        if row["node"] == name and row["relation"] == ("dense" if row["other"] == NodeName(name).model else "parent")
     ]
     title = (
         "Paired tests (bootstrap of the items): the interval and the first p are of the pair alone; the second p is "
@@ -252,20 +245,20 @@ def chance(p: float) -> str:
     return "p < 0.001" if p < 1e-3 else f"p {number(p, 2)}"
 
 
-def recovery_lines(results: Path, name: str, manifest: dict[str, Any]) -> list[str]:
+def recovery_lines(results: Path, name: str, manifest: Manifest) -> list[str]:
     """Tokens, what they won back, and the held-out loss along them."""
-    curve = storage.ensure_local(results / "models" / name / "curve.parquet")
-    if not curve.exists():
+    curve = storage.ensure_local(ResultsLayout(results).curve(name))
+    recovery = manifest.recovery
+    if recovery is None or not curve.exists():
         return []
     rows = [row for row in curve_rows(name, curve) if row["split"] == "validation"]
-    losses, recovery = recovery_losses(rows), manifest["recovery"]
+    losses = recovery_losses(rows)
     share = losses["recovered_share"]
     won = "" if share is None else f", {share:.0%} of the loss that compression cost won back"
-    # Nodes of earlier versions do not tell, since no recovery ended early then.
-    early = ", ended early" if recovery.get("stopped_early") else ""
+    early = ", ended early" if recovery.stopped_early else ""
     text = (
-        f"Recovery: {human_count(recovery['tokens'])} tokens ({recovery['epochs']:.2g} times through them) in "
-        f"{recovery['steps']} steps{early}, {number(recovery['seconds'])} s{won}."
+        f"Recovery: {human_count(recovery.tokens)} tokens ({recovery.epochs:.2g} times through them) in "
+        f"{recovery.steps} steps{early}, {number(recovery.seconds)} s{won}."
     )
     kept = rows[:: -(-len(rows) // POINTS)]
     kept = kept if kept[-1] is rows[-1] else [*kept, rows[-1]]
@@ -276,9 +269,9 @@ def recovery_lines(results: Path, name: str, manifest: dict[str, Any]) -> list[s
     return [*wrapped(text), *format_table(table)]
 
 
-def layer_lines(manifest: dict[str, Any]) -> list[str]:
+def layer_lines(manifest: Manifest) -> list[str]:
     """The least, middle and largest of what the step did layer by layer, and where it was worst."""
-    layers = manifest["layers"]
+    layers = manifest.layers
     columns = dict.fromkeys(
         key
         for entry in layers.values()
@@ -311,9 +304,9 @@ def said_number(value: float) -> str:
     return f"{value:.0f}" if value == int(value) and abs(value) < 1e6 else number(value)
 
 
-def achieved_lines(manifest: dict[str, Any]) -> list[str]:
+def achieved_lines(manifest: Manifest) -> list[str]:
     """Units that a step removed of the whole model."""
-    units = manifest["achieved"].get("units", {})
+    units = manifest.achieved.get("units", {})
     cut = [
         f"{entry['removed']} of {entry['of']} {kind.replace('_', ' ')}{'' if kind == 'blocks' else ' of each block'}"
         for kind, entry in units.items()
@@ -322,12 +315,12 @@ def achieved_lines(manifest: dict[str, Any]) -> list[str]:
     return wrapped(f"Removed: {join_words(cut)}.") if cut else []
 
 
-def cost_lines(results: Path, name: str, manifest: dict[str, Any]) -> list[str]:
+def cost_lines(results: Path, name: str, manifest: Manifest) -> list[str]:
     """What making it took, and what running it takes where that was measured."""
-    lines = wrapped(
-        f"Made in {number(manifest['wall_seconds'])} s with {number(manifest['peak_memory_bytes'] / 1e9)} GB at most."
-    )
-    rows = [row for path in evaluations_of(results, name) for row in _measured(name, path)["costs"]]
+    memory = manifest.peak_memory_bytes
+    peak = "" if memory is None else f" with {number(memory / 1e9)} GB at most"
+    lines = wrapped(f"Made in {number(manifest.wall_seconds)} s{peak}.")
+    rows = [row for path in evaluations_of(results, name) for row in _measurements(name, path).costs]
     for row in rows:
         megabytes = row["unit"] == "bytes"
         scale, unit = (1e6, "MB") if megabytes else (1, row["unit"])
@@ -342,8 +335,8 @@ def cost_lines(results: Path, name: str, manifest: dict[str, Any]) -> list[str]:
 
 def place_lines(results: Path, name: str, made: list[str]) -> list[str]:
     """Its files, what was made of it, and the command that makes it anew."""
-    folder = results / "models" / name
-    below = [node.removeprefix(f"{name}/") for node in made if node.startswith(f"{name}/")]
+    folder = ResultsLayout(results).checkpoint(name)
+    below = [node.removeprefix(f"{name}/") for node in made if NodeName(node).is_below(name)]
     logs = list(_logs(results, name))
     lines = wrapped(f"Files:        {folder}") if name in made else []
     lines += wrapped(f"Logs:         {', '.join(logs)}") if logs else []
@@ -354,11 +347,12 @@ def place_lines(results: Path, name: str, made: list[str]) -> list[str]:
 
 def _logs(results: Path, name: str) -> Iterator[str]:
     """The log of what made it, and those of its evaluations."""
+    layout = ResultsLayout(results)
     for stage in ("root", "compress", "recover"):
-        log = results / "logs" / stage / f"{name}.log"
+        log = layout.log(stage, name)
         if log.exists():
             yield str(log)
     for folder in evaluations_of(results, name):
-        log = results / "logs" / "evaluate" / name / f"{folder.name}.log"
+        log = layout.log("evaluate", f"{name}/{folder.name}")
         if log.exists():
             yield str(log)

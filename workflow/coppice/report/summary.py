@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 from coppice.decisions.fitted import refusal
 from coppice.decisions.stage import answer_lines, overview
-from coppice.files import read_json
-from coppice.formatting import INTERVALS, format_table, held_out_sentence, number, target_of, with_interval, wrapped
+from coppice.formatting import INTERVALS, format_table, number, with_interval, wrapped
+from coppice.records.fit import FitRecord
+from coppice.records.layout import ResultsLayout
 from coppice.results.reading import read_table
 from coppice.results.schemas import Row
 from coppice.uncertainty import interval
@@ -27,14 +27,14 @@ def summary(results: Path) -> str:
     """The results as plain text of at most 120 columns. Raises UserError when the tables are missing."""
     results = Path(results)
     wanted = ("nodes", "metrics", "comparisons", "failures")
-    tables = {name: read_table(results / "tables", name).to_pylist() for name in wanted}
+    tables = {name: read_table(ResultsLayout(results).tables, name).to_pylist() for name in wanted}
     lines = [_heading(results, tables), "", *_node_lines(tables["nodes"], tables["metrics"], tables["comparisons"])]
     for row in tables["failures"]:
         lines += ["", *wrapped(f"FAILED {row['node'] or row['stage']}: {row['error']} (log: {results / row['log']})")]
-    for path in sorted(results.glob("laws/*/fit.json")):
-        lines += ["", *law_lines(path.parent.name, read_json(path))]
+    for name, path in ResultsLayout(results).fits.items():
+        lines += ["", *law_lines(name, FitRecord.read(path))]
     lines += decision_lines(results, tables)
-    report = results / "report" / "index.html"
+    report = ResultsLayout(results).page
     lines += [
         "",
         *([f"Report:  {report}"] if report.exists() else []),
@@ -126,44 +126,44 @@ def _node_lines(nodes: list[Row], metrics: list[Row], comparisons: list[Row]) ->
     return format_table(table) + ([""] if notes else []) + notes
 
 
-def law_lines(name: str, fit: dict[str, Any]) -> list[str]:
+def law_lines(name: str, fit: FitRecord) -> list[str]:
     """What a law says: its formula, the parameters that the points identify, its errors, and its advice."""
-    target, unit = target_of(fit)
-    rmse = fit["metrics"].get("rmse")
-    r2 = fit["metrics"].get("r2")
-    facts = [f"{fit['points']} points of {fit['runs']} runs"]
+    target, unit = fit.target_and_unit
+    rmse = fit.metrics.get("rmse")
+    r2 = fit.metrics.get("r2")
+    facts = [f"{fit.points} points of {fit.runs} runs"]
     facts += [] if r2 is None else [f"R2 {r2:.4f}"]
     facts += [] if rmse is None else [f"rmse {number(rmse)} {unit}".rstrip()]
-    facts += ["passes its own tests"] if fit.get("passes", {}).get("ok") else []
-    lines = [*wrapped(f"Law {name}: {', '.join(facts)}"), *wrapped(fit["source"]["equation"], "  ")]
-    known = {key: value for key, value in fit["parameters"].items() if value["identified"]}
+    facts += ["passes its own tests"] if fit.passes is not None and fit.passes.ok else []
+    lines = [*wrapped(f"Law {name}: {', '.join(facts)}"), *wrapped(fit.source["equation"], "  ")]
+    known = {key: value for key, value in fit.parameters.items() if value.identified}
     for key, value in known.items():
-        between = "" if value["low"] is None else f"   [{number(value['low'])}, {number(value['high'])}]"
-        # There the interval tells of the bounds of the search. Fits of earlier versions do not say.
-        between = "   at its bound" if value.get("at_bound") else between
-        lines.append(f"  {key:<8}{number(value['value']):>10}{between}")
-    if unknown := [key for key in fit["parameters"] if key not in known]:
+        between = "" if value.low is None else f"   [{number(value.low)}, {number(value.high)}]"
+        # There the interval is one of the bounds of the search.
+        between = "   at its bound" if value.at_bound else between
+        lines.append(f"  {key:<8}{number(value.value):>10}{between}")
+    if unknown := [key for key in fit.parameters if key not in known]:
         lines += wrapped(f"Not identified by these points: {', '.join(unknown)}.", "  ")
-    for test, errors in fit["held_out"].items():
-        error = held_out_sentence(errors[fit["law"]], target, unit)
-        lines += wrapped(f"Held out, {test.replace('_', ' ')}: {error}{_best_form(fit, test)}", "  ")
+    for test, error in fit.own_errors.items():
+        sentence = error.sentence(target, unit)
+        lines += wrapped(f"Held out, {test.replace('_', ' ')}: {sentence}{_best_form(fit, test)}", "  ")
     reason = refusal(name, fit)
-    for sentence in [entry["sentence"] for entry in fit["recommendation"]] if reason is None else [reason]:
+    for sentence in [str(entry["sentence"]) for entry in fit.recommendation] if reason is None else [reason]:
         lines += wrapped(sentence, "  ")
-    for note in fit["notes"]:
+    for note in fit.notes:
         lines += wrapped(note, "  ")
     return lines
 
 
-def _best_form(fit: dict[str, Any], test: str) -> str:
+def _best_form(fit: FitRecord, test: str) -> str:
     """Which of the rival forms has the lowest error in a test; nothing where there was no rival."""
-    ranks = fit["ranking"].get(test, [])
+    ranks = fit.ranking.get(test, [])
     if len(ranks) < 2:
         return ""
-    best = ranks[0]["form"]
-    if best == fit["law"]:
+    best = ranks[0].form
+    if best == fit.law:
         return f" Best of {len(ranks)} forms."
-    return f" Best of {len(ranks)} forms: {best.replace('_', ' ')}, rmse {number(ranks[0]['rmse'])}."
+    return f" Best of {len(ranks)} forms: {best.replace('_', ' ')}, rmse {number(ranks[0].rmse)}."
 
 
 def decision_lines(results: Path, tables: dict[str, list[Row]]) -> list[str]:

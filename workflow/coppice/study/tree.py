@@ -9,7 +9,6 @@ Functions of a validated `study.Study`; a node may be given by its name alone, b
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from coppice.methods.contracts import FROM_WINDOWS
 from coppice.methods.registry import Method, method
+from coppice.records.node_name import NodeName
 
 if TYPE_CHECKING:
     from coppice.study.schema import Recipe, Step, Study
@@ -85,28 +85,6 @@ def _parts(study: Study, steps: tuple[str, ...], seed: int) -> Iterator[str]:
         yield step + suffix
 
 
-def parent_of(name: str) -> str | None:
-    """The name of a node's parent; None for a dense model."""
-    return name.rpartition("/")[0] or None
-
-
-def model_of(name: str) -> str:
-    """The dense model that a node comes from."""
-    return name.partition("/")[0]
-
-
-def step_of(name: str) -> str | None:
-    """The name of the step that made a node; None for a dense model."""
-    parent, _, part = name.rpartition("/")
-    return part.partition("@")[0] if parent else None
-
-
-def seed_of(study: Study, name: str) -> int:
-    """The seed that a node was made with."""
-    _, _, seed = name.rpartition("/")[2].partition("@")
-    return int(seed) if seed else study.seed
-
-
 def method_of(study: Study, step: str) -> Method:
     """The method of a step."""
     return method(study.steps[step].method)
@@ -115,8 +93,7 @@ def method_of(study: Study, step: str) -> Method:
 def marks(study: Study, name: str) -> frozenset[str]:
     """The marks that the steps of a node's path leave on it."""
     found: frozenset[str] = frozenset()
-    for part in name.split("/")[1:]:
-        step = part.partition("@")[0]
+    for step in NodeName(name).steps:
         found = method_of(study, step).marks(found, study.steps[step].options)
     return found
 
@@ -165,12 +142,12 @@ def reference(study: Study, parent: str) -> str:
     The nearest one above the last run of steps that compressed layers; `parent` itself when there was none. Steps that
     leave the linears alone, as those of the cache, stand in no one's way.
     """
-    name = found = parent
-    while step := step_of(name):
-        made = method_of(study, step)
+    name = found = NodeName(parent)
+    while name.step and name.parent:
+        made = method_of(study, name.step)
         if not (compresses_layers(made) or made.contract == "cache"):
             break
-        name = parent_of(name)
+        name = name.parent
         if compresses_layers(made):
             found = name
     return found
@@ -250,12 +227,7 @@ def evaluations(study: Study, name: str) -> list[str]:
 
 def _has_other_seed(study: Study, name: str) -> bool:
     """Whether a node was trained with another seed than the study's and holds no packed integers."""
-    return reference_seed_node(name) != name and "quantized" not in marks(study, name)
-
-
-def reference_seed_node(name: str) -> str:
-    """The node that was made alike but with the study's seed: the path without its seeds."""
-    return re.sub(r"@\d+", "", name)
+    return NodeName(name).with_study_seed != name and "quantized" not in marks(study, name)
 
 
 def missing_seed_pairs(study: Study) -> list[str]:
@@ -271,10 +243,10 @@ def missing_seed_pairs(study: Study) -> list[str]:
                 f"evaluations.{name}: no node that matches its `nodes` was trained with another seed than the study's, "
                 f"{study.seed}, and holds weights that can be interpolated; give a recipe several `seeds`."
             )
-        lonely = [node for node in measured if reference_seed_node(node) not in found]
+        lonely = [node for node in measured if NodeName(node).with_study_seed not in found]
         if lonely:
             sentences.append(
-                f"evaluations.{name}: the node {lonely[0]!r} has no twin {reference_seed_node(lonely[0])!r} to be "
+                f"evaluations.{name}: the node {lonely[0]!r} has no twin {NodeName(lonely[0]).with_study_seed!r} to be "
                 f"compared with; add the study's seed, {study.seed}, to the `seeds` of its recipe."
             )
     return sentences
@@ -290,7 +262,7 @@ def render_tree(study: Study) -> str:
 
     def draw(parent: str | None, depth: int) -> None:
         for node in children.get(parent, []):
-            lines.append("  " * depth + node.name.rpartition("/")[2])
+            lines.append("  " * depth + NodeName(node.name).last_part)
             draw(node.name, depth + 1)
 
     draw(None, 1)

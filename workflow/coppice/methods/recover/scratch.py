@@ -11,7 +11,7 @@ product do that skips them.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
@@ -20,9 +20,9 @@ from coppice.methods.contracts import Source
 from coppice.methods.options import RecoverOptions
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from transformers import PreTrainedModel
+
+    from coppice.records.manifest import Manifest
 
 SOURCE = Source(
     title="Rethinking the Value of Network Pruning",
@@ -50,11 +50,11 @@ class Options(RecoverOptions):
     )
 
 
-def tokens(options: Options, parent: Mapping[str, Any]) -> int:
+def tokens(options: Options, parent: Manifest) -> int:
     """To train on: D, or D N_dense / N rounded up; both N from the parent's manifest."""
     if options.equal == "tokens":
         return options.tokens
-    return -(-options.tokens * parent["dense_parameters"] // parent["parameters"]["nonzero"])
+    return -(-options.tokens * parent.dense_parameters // parent.parameters.nonzero)
 
 
 def prepare(model: PreTrainedModel, options: Options) -> PreTrainedModel:

@@ -1,0 +1,21 @@
+"""Names that older versions wrote, and what they are called now: the one table that readers of old files use."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+OPTIONS = {"propagate": "sequential", "linears": "target_modules"}
+METHODS = {"round-inputs": "activation-quant"}
+TRAITS = {"quantized-inputs": "quantized-activations"}
+COLUMNS = {"marks": "traits", "asked": "requested"}  # of the table of nodes
+
+
+def rename_keys(mapping: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """The mapping under the names of this version, in the same order."""
+    return {names.get(key, key): value for key, value in mapping.items()}
+
+
+def rename_values(values: Iterable[str], names: Mapping[str, str]) -> list[str]:
+    """The values under the names of this version."""
+    return [names.get(value, value) for value in values]
