@@ -12,7 +12,8 @@ from coppice import storage
 from coppice.cli import main
 from coppice.errors import UserError
 from coppice.files import describe_files, sha256, write_json
-from coppice.results.failures import without_output
+from coppice.records.layout import ResultsLayout
+from coppice.results.failures import failed_jobs
 
 
 @pytest.fixture
@@ -163,14 +164,14 @@ def test_fetch_removes_what_it_brought_and_the_storage_no_longer_holds(
     monkeypatch.chdir(tmp_path)
     results = Path("results/demo")
     assert storage.fetch_results(str(shared), results) == 4
-    assert not list(without_output(results))
+    assert not list(failed_jobs(ResultsLayout(results)))
     capsys.readouterr()
     for file in (stored, table):
         file.unlink()
     log.write_text("error: It broke.\n")
     assert storage.fetch_results(str(shared), results) == 1
     assert capsys.readouterr().err == "Store: removed 1 files that it no longer holds.\n"
-    assert [(node, stage) for node, stage, _ in without_output(results)] == [("bio/rtn", "compress")]
+    assert [(node, stage) for node, stage, _ in failed_jobs(ResultsLayout(results))] == [("bio/rtn", "compress")]
     # What was computed from the nodes says so itself where it is outdated.
     assert (results / "tables/nodes.parquet").exists()
     # Made again, it comes again.
@@ -280,6 +281,6 @@ def test_fetch_says_what_is_missing(
     assert main(["fetch", "--store", str(tmp_path), "--results", str(tmp_path)]) == 1
     assert main(["fetch", "--store", str(tmp_path), "--results", "results/none"]) == 1
     errors = capsys.readouterr().err.splitlines()
-    assert errors[0] == "error: No store is named; pass --store, or set COPPICE_STORE."
+    assert errors[0] == "error: No store is given; pass --store, or set COPPICE_STORE."
     assert "is not below the storage's prefix" in errors[1]
     assert errors[2].startswith(f"error: The store {tmp_path} cannot be used")

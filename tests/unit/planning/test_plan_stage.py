@@ -69,7 +69,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 path
             )
         elif job.stage == "evaluate":
-            metrics(options=study.evaluations[job.kind].model_dump(mode="json", exclude={"nodes"})).write(path)
+            metrics(options=study.evaluations[job.kind].model_dump(mode="json", exclude={"nodes", "world"})).write(path)
         else:
             path.write_text("{}")
         log = results / "benchmarks" / job.stage / f"{job.name}.jsonl"

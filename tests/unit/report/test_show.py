@@ -11,7 +11,8 @@ from fake_results import fake_study, log, write_results
 
 from coppice.errors import UserError
 from coppice.records.failure import SILENT
-from coppice.report.show import chance, made_node, made_nodes, named, show
+from coppice.records.layout import ResultsLayout
+from coppice.report.show import chance, made_node, named, show
 from coppice.results import collection as tables
 from coppice.results.reading import read_table
 
@@ -143,7 +144,7 @@ def test_costs_are_told(before: Path) -> None:
     ],
 )
 def test_names_are_completed(before: Path, asked: str, meant: str) -> None:
-    assert named(asked, made_nodes(before)) == meant
+    assert named(asked, ResultsLayout(before).nodes) == meant
 
 
 @pytest.mark.parametrize(

@@ -68,8 +68,9 @@ def refuse_other_evaluation(study: Study, node: str, name: str, recorded: Mappin
     was = _completed(type(evaluation), {key: value for key, value in recorded.items() if key != "world"})
     # Which nodes are measured is no part of how; and what the world is follows from the study's texts.
     if "world" in recorded:
+        world = tree.world(study, evaluation)
         was["world"] = recorded["world"]
-        now["world"] = study.texts[tree.world(study, evaluation)].model_dump(mode="json")
+        now["world"] = None if world is None else study.texts[world].model_dump(mode="json")
     _refuse(f"The evaluation {name!r} of {node!r}", f"evaluation {name!r}", was, now, path)
 
 
