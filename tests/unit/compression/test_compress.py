@@ -220,7 +220,7 @@ def test_a_structure_method_is_surgery(
     node = make(tmp_path / "node", root, name, list(statistics.values()), **values)
     used, model, tokens = method(name), load_model(root), tiny_tokens()
     folder = statistics[kind]
-    tensors = read_statistics_file(folder, f"{kind}.safetensors", read_json(folder / "manifest.json"))
+    tensors = read_statistics_file(folder, f"{kind}.safetensors", Statistics.read(folder / "manifest.json"))
     removal = used.module.choose(surgery.structure(model), tensors, used.validated(values))
     achieved = surgery.achieved(model, removal)
     expected = surgery.remove(model, removal)

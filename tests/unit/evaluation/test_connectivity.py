@@ -15,7 +15,8 @@ from coppice.errors import UserError
 from coppice.evaluation import connectivity, perplexity, stage
 from coppice.models.checkpoint import read_manifest
 from coppice.models.layers import QuantizedLinear, blocks
-from coppice.results.collection import measured_rows
+from coppice.records.metrics import Metrics
+from coppice.results.measurements import rows_of
 
 from .conftest import WORLD, make_model, save
 
@@ -222,7 +223,7 @@ def test_the_stage_writes_metrics_with_the_regime(checkpoint, stranger, windows,
     assert row["path"] == [0, 0.25, 0.5, 0.75, 1]
     assert len(row["errors"]) == len(found["barrier_loss_people"]["losses"]) == 5
     assert row["n"] == int((windows.documents[:, 1:] >= 0).sum())
-    rows = measured_rows(None, "tiny@1", "basin", tmp_path / "out" / "metrics.json")
-    assert [entry["metric"] for entry in rows["metrics"]] == list(found)
-    assert json.loads(rows["metrics"][0]["details"])["regime"] == row["regime"]
-    assert rows["costs"] == []
+    rows = rows_of(Metrics.read(tmp_path / "out" / "metrics.json"), "tiny@1", "basin")
+    assert [entry["metric"] for entry in rows.metrics] == list(found)
+    assert json.loads(rows.metrics[0]["details"])["regime"] == row["regime"]
+    assert rows.costs == []

@@ -177,7 +177,7 @@ def test_one_changed_bit_is_refused(tmp_path: Path) -> None:
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     folder = save_root(tmp_path / "root")
     (folder / "config.json").unlink()
-    with pytest.raises(UserError, match=r"config\.json is missing; make the node 'tiny' again"):
+    with pytest.raises(UserError, match=r"config\.json is missing; recompute the node 'tiny'"):
         load_model(folder)
 
 

@@ -164,7 +164,7 @@ def test_manifest(place, recovered):
     assert (recovery.tokens, recovery.tokens_requested, recovery.steps) == (640, 640, 10)
     assert recovery.budgets == [100, 128, 400, 10_000]
     assert recovery.epochs == pytest.approx(40 / 24)
-    assert manifest.files["curve.parquet"]["sha256"] == sha256(recovered / "curve.parquet")
+    assert manifest.files["curve.parquet"].sha256 == sha256(recovered / "curve.parquet")
     assert json.loads((recovered / "config.json").read_text())["use_cache"] is True
 
 

@@ -258,7 +258,7 @@ def test_a_server_that_is_not_there(
 def test_passwords_of_addresses_are_not_shown(tmp_path: Path, password: str) -> None:
     uri = f"http://me:{password}@host:5000"
     said = r"MLflow at http://me:\.\.\.@host:5000 does not answer"
-    with pytest.raises(UserError, match=said) as raised, server.speaking_to(uri, tmp_path):
+    with pytest.raises(UserError, match=said) as raised, server.mlflow_errors(uri, tmp_path):
         raise requests.ConnectionError(f"no route to {uri} today")
     assert "secret" not in str(raised.value)
 
