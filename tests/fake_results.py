@@ -18,7 +18,7 @@ from coppice.study.schema import Calibration, Cost, FileText, Law, Quality, Reci
 
 FAMILIES = {"wanda": "prune", "laco": "prune", "gptq": "quantize", "full": "recover"}
 OPTIONS = {
-    "wanda-50": {"sparsity": 0.5, "propagate": False},
+    "wanda-50": {"sparsity": 0.5, "sequential": False},
     "laco-25": {"ratio": 0.25},
     "gptq-4": {"bits": 4, "group_size": 32},
     "full-1m": {"tokens": 1_000_000, "learning_rate": 0.001, "text": "stories", "validation": "stories"},

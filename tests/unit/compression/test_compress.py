@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from coppice.calibration.stage import Moments, block_statistics, read_statistics_file
 from coppice.data.text import load_windows
 from coppice.errors import UserError
-from coppice.files import read_json
 from coppice.methods.contracts import Linear, LinearStatistics, LowRank, Masked, Quantized, Replacement
 from coppice.methods.registry import method
 from coppice.methods.solvers.grid import dequantize

@@ -390,7 +390,7 @@ def test_run_killed_after_training_saves_without_training_again(place, tmp_path,
         with pytest.raises(KeyboardInterrupt):
             recover(place, tmp_path / "node", budgets=(100, 128, 400, 10_000))
     monkeypatch.setattr(trainer.RecoveryTrainer, "train", None)
-    assert recover(place, tmp_path / "node", budgets=(100, 128, 400, 10_000))["recovery"]["steps"] == 10
+    assert recover(place, tmp_path / "node", budgets=(100, 128, 400, 10_000)).recovery.steps == 10
 
 
 def test_divergence_names_step_and_tokens_and_leaves_nothing(place, tmp_path, monkeypatch):

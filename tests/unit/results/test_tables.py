@@ -396,6 +396,27 @@ def test_command(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         read_table(results, "nodes")
 
 
+def test_tables_of_older_versions_are_read_under_the_names_of_this_one(results: Path) -> None:
+    tables.write_tables(fake_study(), results, results / "tables")
+    path, now = results / "tables" / "nodes.parquet", read_table(results / "tables", "nodes")
+    old = {"traits": "marks", "requested": "asked"}
+    pq.write_table(now.rename_columns([old.get(name, name) for name in now.column_names]), path)
+    assert read_table(results / "tables", "nodes").equals(now)
+
+
+def test_manifests_of_format_1_give_the_same_tables(results: Path) -> None:
+    now = tables.write_tables(fake_study(), results, results / "tables")
+    for path in (results / "models").rglob("manifest.json"):
+        manifest = json.loads(path.read_text())
+        manifest |= {"format_version": 1, "marks": manifest.pop("traits"), "asked": manifest.pop("requested")}
+        if manifest["recovery"]:
+            manifest["recovery"]["tokens_asked"] = manifest["recovery"].pop("tokens_requested")
+        if manifest["step"] and "sequential" in manifest["step"]["options"]:
+            manifest["step"]["options"]["propagate"] = manifest["step"]["options"].pop("sequential")
+        path.write_text(json.dumps(manifest))
+    assert tables.write_tables(fake_study(), results, results / "tables") == now
+
+
 def test_no_model_library_is_imported() -> None:
     program = "import sys, coppice.results.collection; print({'torch', 'pandas', 'transformers'} & set(sys.modules))"
     environment = os.environ | {"PYTHONPATH": str(ROOT / "workflow")}
