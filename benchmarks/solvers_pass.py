@@ -38,6 +38,7 @@ def write_inputs(folder: Path, arguments: argparse.Namespace) -> tuple[Path, Pat
     from coppice.models import layers
     from coppice.models.checkpoint import save_checkpoint
     from coppice.records.manifest import Provenance, Source
+    from coppice.records.tokens import TokenSet
 
     tokenizer = ROOT / "resources" / "models" / "bio-small"
     config = LlamaConfig(
@@ -69,9 +70,22 @@ def write_inputs(folder: Path, arguments: argparse.Namespace) -> tuple[Path, Pat
     save_checkpoint(model, folder / "root", tokenizer, root, torch.bfloat16)
     shape = (arguments.windows, arguments.length)
     drawn = np.random.default_rng(0).integers(1024, size=shape, dtype=np.int32)
-    described = {"fingerprint": "random", "tokenizer": sha256(tokenizer / "tokenizer.json")}
-    described |= {"windows": shape[0], "length": shape[1], "text": {"path": "random"}}
-    windows = Windows(drawn, np.zeros(shape, np.int32), np.zeros(1, np.int64), described)
+    tokens = TokenSet(
+        fingerprint="random",
+        text={"path": "random"},
+        content="random",
+        tokenizer=sha256(tokenizer / "tokenizer.json"),
+        length=shape[1],
+        windows=shape[0],
+        seed=0,
+        role="calibration",
+        packed=True,
+        bos=None,
+        tokens=shape[0] * shape[1],
+        tokens_read=shape[0] * shape[1],
+        documents=1,
+    )
+    windows = Windows(drawn, np.zeros(shape, np.int32), np.zeros(1, np.int64), tokens)
     save_windows(windows, folder / "tokens")
     return folder / "root", folder / "tokens", weights
 

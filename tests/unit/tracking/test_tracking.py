@@ -276,7 +276,7 @@ def test_a_file_that_goes_while_it_is_read_ends_no_watching(
         return found
 
     ends = iter([False, False, True])
-    monkeypatch.setattr(tracking, "_show", look)
+    monkeypatch.setattr(tracking, "_synchronize", look)
     monkeypatch.setattr(tracking, "sleep", lambda seconds: None)
     monkeypatch.setattr(watching.Ending, "reached", lambda self, study: next(ends))
     assert tracking.watch(fake_study(), tmp_path, None) == {".": "1"}
