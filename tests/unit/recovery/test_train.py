@@ -303,7 +303,7 @@ def lawful(monkeypatch):
 def eight_steps(place, tmp_path_factory) -> str:
     """Fingerprint of the weights after eight steps, 512 tokens."""
     output = tmp_path_factory.mktemp("eight") / "node"
-    return recover(place, output, tokens=512, warmup=0)["fingerprint"]
+    return recover(place, output, tokens=512, warmup=0).fingerprint
 
 
 @pytest.mark.parametrize(
