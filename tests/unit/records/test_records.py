@@ -185,7 +185,7 @@ def test_a_manifest_of_format_1_is_upgraded_when_it_is_read(tmp_path: Path) -> N
     path = tmp_path / "manifest.json"
     path.write_text(json.dumps(VERSION_1))
     old = Manifest.read(path)
-    assert old.traits == ["masked", "quantized-activations"]
+    assert old.traits == ["quantized-activations", "masked"]
     assert old.step is not None and old.recovery is not None
     options = {"bits": 8, "sequential": True, "target_modules": ["q_proj"]}
     assert (old.step.method, old.step.options, old.requested) == ("activation-quant", options, options)

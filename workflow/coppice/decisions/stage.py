@@ -16,6 +16,7 @@ from coppice.decisions.recipe import best_within, chosen_metric, compare, ladder
 from coppice.errors import UserError
 from coppice.formatting import format_table, wrapped
 from coppice.records.fit import FitRecord
+from coppice.records.layout import ResultsLayout
 from coppice.results.reading import read_table
 from coppice.results.schemas import Row
 
@@ -67,7 +68,9 @@ def answers(arguments: argparse.Namespace) -> list[Answer]:
         raise UserError("--tokens and --gain are about one node; name it by --node.")
     if asked.max_latency is None and (asked.device is not None or asked.cost is not None):
         raise UserError("--device and --cost say where --max-latency holds; add it.")
-    tables = {name: read_table(results / "tables", name).to_pylist() for name in ("nodes", "metrics", "costs")}
+    tables = {
+        name: read_table(ResultsLayout(results).tables, name).to_pylist() for name in ("nodes", "metrics", "costs")
+    }
     found = []
     if asked.node is not None or asked.next:
         fitted = law_of_recoveries(results, asked.law)
@@ -96,7 +99,9 @@ def _best(asked: argparse.Namespace, results: Path, tables: dict[str, list[Row]]
         asked.device,
         asked.cost,
     )
-    compared = compare(tables["nodes"], tables["metrics"], read_table(results / "tables", "items"), pair, lower)
+    compared = compare(
+        tables["nodes"], tables["metrics"], read_table(ResultsLayout(results).tables, "items"), pair, lower
+    )
     answer = best_within(compared, bounds)
     return answer | {"sentences": answer["sentences"] + notes}
 
@@ -123,7 +128,7 @@ def overview(results: Path, tables: Mapping[str, Sequence[Row]], top: int = 3) -
     pairs = sorted({(row["evaluation"], row["metric"]) for row in tables["metrics"]})
     perplexities = [pair for pair in pairs if pair[1].startswith("perplexity_")]
     if perplexities:
-        items = read_table(results / "tables", "items")
+        items = read_table(ResultsLayout(results).tables, "items")
         compared = (compare(tables["nodes"], tables["metrics"], items, pair, True) for pair in perplexities)
         answers += [ladder(each) for each in compared if each.rows]
     for name, report in reports.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 
@@ -59,7 +59,7 @@ class Record(Part):
             raise _damaged(path, _problem(error)) from error
 
     @classmethod
-    def upgrade(cls, content: dict[str, Any], version: int) -> dict[str, Any]:
+    def upgrade(cls, content: Json, version: int) -> Json:
         """The content of a file of an older format, under the names of this one. It is not validated yet."""
         return content
 

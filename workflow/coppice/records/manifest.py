@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
-from pydantic import ConfigDict, Field, JsonValue
+from pydantic import ConfigDict, Field
 
 from coppice.files import FileEntry
 from coppice.records.base import Column, Json, Part, Record
-from coppice.records.renamed import METHODS, OPTIONS, TRAITS, rename_keys, rename_values
+from coppice.records.renamed import METHODS, OPTIONS, TRAITS, rename_keys
 
 Versions = dict[str, str]
 
@@ -156,25 +156,24 @@ class Manifest(Sizes, Provenance, Record):
     peak_memory_bytes: Annotated[int | None, Column("Largest memory that the step held.", unit="bytes")] = None
 
     @classmethod
-    def upgrade(cls, content: dict[str, Any], version: int) -> dict[str, Any]:
+    def upgrade(cls, content: Json, version: int) -> Json:
         """Format 1 under the names of format 2, those of options, methods and traits included."""
         if version >= 2:
             return content
         content = rename_keys(content, {"marks": "traits", "asked": "requested"})
-        renamed: dict[str, Any] = {
-            "traits": lambda traits: sorted(rename_values(traits, TRAITS)),
-            "requested": lambda options: rename_keys(options, OPTIONS),
-            "step": _renamed_step,
-            "recovery": lambda recovery: rename_keys(recovery, {"tokens_asked": "tokens_requested"}),
-        }
         # Values of another kind are left to validation.
-        kinds = {"traits": list, "requested": dict, "step": dict, "recovery": dict}
-        return content | {
-            key: renamed[key](content[key]) for key, kind in kinds.items() if isinstance(content.get(key), kind)
-        }
+        if isinstance(traits := content.get("traits"), list):
+            content["traits"] = [TRAITS.get(str(trait), trait) for trait in traits]
+        if isinstance(requested := content.get("requested"), dict):
+            content["requested"] = rename_keys(requested, OPTIONS)
+        if isinstance(step := content.get("step"), dict):
+            content["step"] = _renamed_step(step)
+        if isinstance(recovery := content.get("recovery"), dict):
+            content["recovery"] = rename_keys(recovery, {"tokens_asked": "tokens_requested"})
+        return content
 
 
-def _renamed_step(step: dict[str, JsonValue]) -> dict[str, Any]:
+def _renamed_step(step: Json) -> Json:
     method, options = step.get("method"), step.get("options")
     return {
         **step,

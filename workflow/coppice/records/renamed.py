@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TypeVar
+
+T = TypeVar("T")
 
 OPTIONS = {"propagate": "sequential", "linears": "target_modules"}
 METHODS = {"round-inputs": "activation-quant"}
@@ -11,7 +13,7 @@ TRAITS = {"quantized-inputs": "quantized-activations"}
 COLUMNS = {"marks": "traits", "asked": "requested"}  # of the table of nodes
 
 
-def rename_keys(mapping: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+def rename_keys(mapping: Mapping[str, T], names: Mapping[str, str]) -> dict[str, T]:
     """The mapping under the names of this version, in the same order."""
     return {names.get(key, key): value for key, value in mapping.items()}
 

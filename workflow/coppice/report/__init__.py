@@ -53,8 +53,8 @@ def run(arguments: argparse.Namespace) -> None:
 def write_report(study: Study, results: Path, output: Path) -> None:
     """Writes the figures and index.html, last. Raises UserError when the tables are missing."""
     results, output = Path(results), Path(output)
-    tables = {name: read_table(results / "tables", name).to_pylist() for name in SCHEMAS if name != "items"}
     layout = ResultsLayout(results)
+    tables = {name: read_table(layout.tables, name).to_pylist() for name in SCHEMAS if name != "items"}
     folders = {name: path.parent for name, path in layout.fits.items()}
     fits = {name: FitRecord.read(path).to_json() for name, path in layout.fits.items()}
     runs = {row["node"] for row in tables["curves"]}

@@ -71,7 +71,7 @@ def page_data(
     rows, metrics, costs = tables["nodes"], tables["metrics"], tables["costs"]
     measured = _ordered(metrics)
     of_items = perplexities(metrics) + scores(metrics) + names_of(metrics, suffix="_exact_match")
-    items, left_out = item_scores(read_table(results / "tables", "items"), of_items)
+    items, left_out = item_scores(read_table(ResultsLayout(results).tables, "items"), of_items)
     data = {
         "study": study.study,
         "lead": lead(study, tables),
@@ -93,7 +93,7 @@ def page_data(
         "recoveries": _recoveries(rows, tables["curves"]),
         "laws": {name: _law(fits[name], runs) for name, runs in lines.items()},
         "failures": [{name: row[name] for name in ("node", "stage", "error", "log")} for row in tables["failures"]],
-        "config": _without_passwords((results / "study.yaml").read_text(encoding="utf-8")),
+        "config": _without_passwords(ResultsLayout(results).study.read_text(encoding="utf-8")),
         "reproduce": [
             f"cp results/{study.study}/study.yaml study.yaml",
             "snakemake --cores all --configfile study.yaml",

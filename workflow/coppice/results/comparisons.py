@@ -15,13 +15,13 @@ import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from coppice.records.node_name import NodeName
+from coppice.results.schemas import Row
 from coppice.uncertainty import (
     deviation_interval,
     flip_table,
@@ -33,7 +33,6 @@ from coppice.uncertainty import (
     signal_to_noise,
 )
 
-Row = dict[str, Any]
 Pair = tuple[str, str]
 Measure = tuple[str, str, str]  # evaluation, task or protocol, name
 

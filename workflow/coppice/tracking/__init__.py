@@ -17,6 +17,7 @@ from filelock import FileLock
 
 from coppice.errors import UserError
 from coppice.files import write_json
+from coppice.records.layout import ResultsLayout
 from coppice.study.loading import load_study
 from coppice.study.schema import Study
 from coppice.study.tree import nodes
@@ -87,7 +88,11 @@ def _database_lock(uri: str, results: Path) -> AbstractContextManager:
     """A lock for a database: two processes that make its tables at once crash. A server needs none."""
     if uri.startswith("http"):
         return nullcontext()
-    lock = Path(f"{uri.removeprefix(SQLITE)}.lock") if uri.startswith(SQLITE) else results / "tracking" / ".lock"
+    lock = (
+        Path(f"{uri.removeprefix(SQLITE)}.lock")
+        if uri.startswith(SQLITE)
+        else ResultsLayout(results).tracking.with_name(".lock")
+    )
     lock.parent.mkdir(parents=True, exist_ok=True)
     return FileLock(lock)
 

@@ -7,7 +7,6 @@ metrics are the same in every run, flat, and end in their unit where they have o
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from collections.abc import Set as AbstractSet
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from coppice import storage
-from coppice.files import fingerprint, read_json, sha256
+from coppice.files import fingerprint, sha256
 from coppice.formatting import human_count
 from coppice.records.fit import FitRecord
 from coppice.records.layout import ResultsLayout
@@ -29,22 +28,15 @@ from coppice.results.schemas import SCHEMAS, Row
 from coppice.study.schema import Study
 from coppice.study.tree import nodes
 from coppice.tracking import notes
+from coppice.tracking.quantities import Metrics, curve, key, measurements, ranks_of, sizes
+
+Parameters = dict[str, str | int]
 
 STUDY = "."  # stands for the study's own run where nodes are named; no node can have this name
 FORMAT_VERSION = 3
 
 # Differ between two runs of the same work, and so are no reason for a new run.
 _TIMING = frozenset({"wall_seconds", "peak_memory_bytes", "seconds", "versions"})
-# Unit of the tables -> what a metric's name ends in, and how many of that unit are one of the tables'. Losses are in
-# nats per token wherever they stand, and ratios and scores have no unit.
-_UNITS = {
-    "s": ("_ms", 1e3),
-    "s/token": ("_ms_per_token", 1e3),
-    "tokens/s": ("_tokens_per_s", 1.0),
-    "bytes": ("_mb", 1e-6),
-    "bits/person": ("_bits_per_person", 1.0),
-}
-Metrics = list[tuple[str, float, int]]
 
 
 @dataclass(frozen=True)
@@ -55,7 +47,7 @@ class Dataset:
     digest: str
     use: str
     source: str = ""
-    profile: Mapping[str, Any] = field(default_factory=dict)
+    profile: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -70,14 +62,14 @@ class Mirror:
     name: str
     status: str
     fingerprint: str
-    parameters: dict[str, Any]
+    parameters: Parameters
     metrics: Metrics
     tags: dict[str, str]
     note: str
     start: int
     end: int
     files: dict[str, Path] = field(default_factory=dict)
-    texts: dict[str, Any] = field(default_factory=dict)
+    texts: dict[str, object] = field(default_factory=dict)
     datasets: list[Dataset] = field(default_factory=list)
     live: bool = False
 
@@ -172,7 +164,7 @@ def _node_mirror(
         status="FAILED" if parts["failures"] else "FINISHED",
         fingerprint=_identity(row, parts, repeated, upload),
         parameters=_parameters(row) | _recipe_parameters(recipe),
-        metrics=sizes(row, _ranks(layout.checkpoint(node))) + measurements(parts, repeated) + curve(parts["curves"]),
+        metrics=sizes(row, ranks_of(layout.checkpoint(node))) + measurements(parts, repeated) + curve(parts["curves"]),
         tags=_tags(study, path, best) | _errors(parts["failures"]),
         note=notes.node_note(study, row, path, parts["metrics"], parts["failures"]),
         start=end - int(1000 * (row["wall_seconds"] or 0)),
@@ -214,13 +206,13 @@ def _timeless(row: Row) -> Row:
     return {key: value for key, value in row.items() if key not in _TIMING}
 
 
-def _parameters(row: Row) -> dict[str, Any]:
+def _parameters(row: Row) -> Parameters:
     names = ("model", "recipe", "depth", "step", "seed", "calibration", "source", "source_revision")
     made_by = {name: row[name] or "dense" for name in ("method", "family")}
     return {name: row[name] for name in names if row[name] is not None} | made_by | {"traits": ",".join(row["traits"])}
 
 
-def _recipe_parameters(recipe: list[Row]) -> dict[str, Any]:
+def _recipe_parameters(recipe: list[Row]) -> Parameters:
     """The options of every step of a path as `<family>.<option>`, `<family>2.<option>` where a family comes twice."""
     found: dict[str, Any] = {}
     seen: Counter[str] = Counter()
@@ -230,53 +222,6 @@ def _recipe_parameters(recipe: list[Row]) -> dict[str, Any]:
         found[f"{place}.method"] = row["method"]
         found |= {f"{place}.{option}": value for option, value in json.loads(row["options"]).items()}
     return {key(name): value if isinstance(value, str) else json.dumps(value) for name, value in found.items()}
-
-
-def key(name: str) -> str:
-    """A name in the letters that MLflow allows."""
-    return re.sub(r"[^\w\-. /]", "_", name)[:250]
-
-
-def sizes(row: Row, ranks: list[int]) -> Metrics:
-    """One name for each size, whatever the method: how small, how sparse, how coarse, of what rank."""
-    values = {
-        "stored_mb": row["stored_bytes"] / 1e6,
-        "parameters_m": row["parameters"] / 1e6,
-        "nonzero_parameters_m": row["nonzero_parameters"] / 1e6,
-        "sparsity": 1 - row["nonzero_parameters"] / row["parameters"],
-        "rank_mean": sum(ranks) / len(ranks) if ranks else None,
-        "step_seconds": row["wall_seconds"],
-        "step_peak_memory_mb": None if row["peak_memory_bytes"] is None else row["peak_memory_bytes"] / 1e6,
-    }
-    same = "bits_per_weight bits_per_linear_weight rho rho_blocks rho_nonzero recovered_share path_recovery_tokens"
-    values |= {name: row[name] for name in same.split()}
-    return [(name, float(value), 0) for name, value in values.items() if value is not None]
-
-
-def _ranks(folder: Path) -> list[int]:
-    """Ranks of the linears that were decomposed."""
-    record = read_json(storage.ensure_local(folder / "compression.json"))
-    return [entry["rank"] for entry in record.values() if entry["type"] != "Compensated" and "rank" in entry]
-
-
-def measurements(parts: Mapping[str, list[Row]], repeated: frozenset[str]) -> Metrics:
-    """Metrics and costs by name, with standard errors as <name>_stderr and spreads as <name>_spread."""
-    found = []
-    for row in parts["metrics"] + parts["costs"]:
-        unit, scale = _UNITS.get(row["unit"], ("", 1.0))
-        name = row["metric"]
-        if unit:
-            name = re.sub(r"_(latency|throughput|bytes)$", "", name) + unit
-        if row["metric"] in repeated:
-            name = f"{row['evaluation']}.{name}"
-        values = {"": row["value"], "_stderr": row.get("stderr"), "_spread": row.get("spread")}
-        found += [(f"{name}{suffix}", scale * value, 0) for suffix, value in values.items() if value is not None]
-    return found
-
-
-def curve(rows: list[Row]) -> Metrics:
-    """Losses of a recovery, with tokens as the step."""
-    return [(f"{row['split']}_loss", row["loss"], row["tokens"]) for row in rows if row["loss"] is not None]
 
 
 def _tags(study: Study, path: list[Row], best: bool) -> dict[str, str]:
@@ -372,7 +317,7 @@ def _failed_mirror(study: Study, results: Path, node: str, failed: list[Row]) ->
     )
 
 
-def name_parameters(node: str) -> dict[str, Any]:
+def name_parameters(node: str) -> Parameters:
     """The parameters that follow from a node's name."""
     name = NodeName(node)
     return {"model": name.model, "recipe": name.recipe, "depth": name.depth}

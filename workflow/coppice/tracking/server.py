@@ -25,8 +25,9 @@ from coppice.files import write_json
 from coppice.records.node_name import NodeName
 from coppice.study.schema import Study
 from coppice.tracking.agreement import FIRST, Plan, Shown, Turn, plan
-from coppice.tracking.mirror import STUDY, Mirror, key
+from coppice.tracking.mirror import STUDY, Mirror
 from coppice.tracking.notes import experiment_note, link_nodes
+from coppice.tracking.quantities import key
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -20,7 +20,8 @@ from coppice.results.schemas import Row
 from coppice.study.schema import Study
 from coppice.study.tree import evaluations, nodes
 from coppice.tracking import notes
-from coppice.tracking.mirror import Metrics, Mirror, name_parameters, node_mirrors, node_tags
+from coppice.tracking.mirror import Mirror, name_parameters, node_mirrors, node_tags
+from coppice.tracking.quantities import Metrics
 
 _LINE = re.compile(r"^([\d,]+) of [\d,]+ tokens: (.*)$")
 _LOSS = re.compile(r"(train|held-out) loss (\S+?)(?:,|$)")
