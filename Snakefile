@@ -28,8 +28,7 @@ include: "rules/common.smk"
 environ.update(store_variables())
 
 STUDY = checked_study(config)
-NODES = tree.nodes(STUDY)
-USES = tree.token_uses(STUDY)
+JOBS = JobGraph(STUDY)
 RESULTS = f"results/{STUDY.study}"
 
 
@@ -40,9 +39,9 @@ pathvars:
 
 
 wildcard_constraints:
-    model=alternation(STUDY.models),
-    node=node_pattern(),
-    calibration=alternation(STUDY.calibrations),
+    model=patterns.alternation(STUDY.models),
+    node=patterns.node(STUDY),
+    calibration=patterns.alternation(STUDY.calibrations),
 
 
 localrules:
@@ -52,7 +51,8 @@ localrules:
 rule all:
     default_target: True
     input:
-        everything(),
+        in_results([job.output for job in JOBS.jobs if job.stage in ("root", "compress", "recover", "evaluate")]),
+        in_results([*JOBS.fits, JOBS.report.output, JOBS.track.output]),
 
 
 for stage in "root tokens calibrate compress recover evaluate tables laws report track".split():

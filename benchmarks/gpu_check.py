@@ -224,10 +224,10 @@ def loss(node: Path) -> float:
 
 def choices(module: Any) -> Any:
     """What a method chose for each weight of a linear: its code, or whether it is kept."""
-    from coppice.models import layers
+    from coppice.models import modules
 
-    if isinstance(module, layers.QuantizedLinear):
-        return layers.unpack(module.weight_packed, module.bits, module.in_features)
+    if isinstance(module, modules.QuantizedLinear):
+        return modules.unpack(module.weight_packed, module.bits, module.in_features)
     return module.weight != 0
 
 
@@ -235,10 +235,10 @@ def compare(first: Path, second: Path, tokens: Any) -> tuple[float, float]:
     """Of two nodes: the share of weights with the same choice, and the relative difference of their logits."""
     import torch
 
-    from coppice.models import checkpoint, layers
+    from coppice.models import checkpoint, modules
 
     models = [checkpoint.load_model(node, "cpu", torch.float32) for node in (first, second)]
-    leaves = [[choices(leaf) for leaf in layers.weight_matrices(model.model.layers).values()] for model in models]
+    leaves = [[choices(leaf) for leaf in modules.weight_matrices(model.model.layers).values()] for model in models]
     same = sum(int((a == b).sum()) for a, b in zip(*leaves, strict=True)) / sum(a.numel() for a in leaves[0])
     with torch.no_grad():
         a, b = (model(input_ids=tokens, use_cache=False).logits for model in models)
@@ -249,7 +249,7 @@ def agreement(folder: Path, device: str) -> bool:
     """Prints the table of agreement; whether all is within tolerance."""
     import torch
 
-    from coppice.data.text import load_windows
+    from coppice.data.windows import load_windows
 
     prepare(folder, TINY, "cpu")
     branch(folder, folder / "first", TINY, "cpu")
@@ -343,8 +343,8 @@ def forward(folder: Path, device: str) -> float:
     """Seconds of the calibration windows through the blocks, without files; the second of two passes."""
     import torch
 
-    from coppice.calibration.stage import TOKENS_IN_A_BATCH
-    from coppice.data.text import load_windows
+    from coppice.calibration.walk import TOKENS_IN_A_BATCH
+    from coppice.data.windows import load_windows
     from coppice.models import checkpoint
 
     model = checkpoint.load_model(folder / "root", device)
@@ -364,7 +364,7 @@ def speed(folder: Path, size: Size, device: str) -> None:
     """Prints the table of speed, each row when it is measured."""
     import torch
 
-    from coppice.calibration import stage as calibration
+    from coppice.calibration import moments as calibration
     from coppice.methods.registry import method
 
     prepare(folder, size, device)
@@ -401,7 +401,7 @@ def speed(folder: Path, size: Size, device: str) -> None:
 
     def solver(name: str, flops: dict[str, float]) -> None:
         output = folder / name
-        with clocked(method(name).module, "compress", device) as spent:
+        with clocked(sys.modules[method(name).options.__module__], "compress", device) as spent:
             given = ("--statistics", statistics)
             whole = seconds(device, compress, root, name, STEPS[name], output, device, *given)
         row(f"compress {name}", whole, sum(spent), flops)

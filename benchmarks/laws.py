@@ -15,7 +15,11 @@ import numpy as np
 from scipy.optimize import minimize
 
 from coppice.laws import chinchilla
-from coppice.laws.fit import bootstrap, columns, fit_form, objective, residuals, select
+from coppice.laws.engine.forms import parameter_columns
+from coppice.laws.engine.inference import bootstrap
+from coppice.laws.engine.points import select
+from coppice.laws.engine.problem import Problem
+from coppice.laws.engine.search import fit_form
 
 TRUTH = {"A": 482.01, "B": 2085.43, "E": 1.8169, "alpha": 0.3478, "beta": 0.3659}  # arXiv 2404.10102
 UNITS = {"parameters": 1e6, "tokens": 1e9}
@@ -32,17 +36,21 @@ def points(noise: float = 0.006, seed: int = 0) -> dict[str, np.ndarray]:
     }
 
 
+def resampled(found: dict[str, np.ndarray], drawn: np.ndarray) -> Problem:
+    """Chinchilla's form on the points, each as often as it was drawn [240]."""
+    return Problem(chinchilla.FORM, select(found, np.repeat(np.arange(240), drawn.astype(int))))
+
+
 def by_scipy(found: dict[str, np.ndarray], start: dict[str, float], drawn: np.ndarray) -> np.ndarray:
     """The optimum on a resample: what the engine searches, by logarithms, with the exact gradient."""
-    form = chinchilla.FORM
-    sample = select(found, np.repeat(np.arange(240), drawn.astype(int)))
+    form, problem = chinchilla.FORM, resampled(found, drawn)
 
     def value(searched: np.ndarray) -> tuple[float, np.ndarray]:
         at = dict(zip(form.parameters, np.exp(searched), strict=True))
-        pull = np.clip(residuals(form, at, sample), -chinchilla.HUBER, chinchilla.HUBER)
-        predicted, slopes = form.predict(at, sample), form.slopes(at, sample)
+        pull = np.clip(problem.residuals(at), -chinchilla.HUBER, chinchilla.HUBER)
+        predicted, slopes = form.predict(at, problem.points), chinchilla.slopes(at, problem.points)
         gradient = [np.sum(pull * slopes[name] * at[name] / predicted) for name in form.parameters]
-        return 1e3 * float(objective(form, at, sample)), 1e3 * np.array(gradient)
+        return 1e3 * float(problem.objective(at)), 1e3 * np.array(gradient)
 
     searched = np.log(list(start.values()))
     return np.exp(minimize(value, searched, jac=True, method="BFGS", options={"gtol": 1e-6}).x)
@@ -59,14 +67,14 @@ def main() -> None:
     started = time.perf_counter()
     fit = fit_form(form, found)
     searched = time.perf_counter()
-    samples, counts = bootstrap(form, found, fit, arguments.resamples, 0, threads=arguments.threads)
+    samples, counts = bootstrap(fit, arguments.resamples, 0, threads=arguments.threads)
     drawn = time.perf_counter()
     others = np.array([by_scipy(found, fit.parameters, row) for row in counts[: arguments.scipy]])
     ended = time.perf_counter()
     own, theirs = (drawn - searched) / arguments.resamples, (ended - drawn) / arguments.scipy
     better = [
-        float(objective(form, columns(form, pair), select(found, np.repeat(np.arange(240), row.astype(int))))[0])
-        - float(objective(form, columns(form, other), select(found, np.repeat(np.arange(240), row.astype(int))))[0])
+        float(resampled(found, row).objective(parameter_columns(form, pair))[0])
+        - float(resampled(found, row).objective(parameter_columns(form, other))[0])
         for pair, other, row in zip(samples[: arguments.scipy, None], others[:, None], counts, strict=False)
     ]
     print(f"fit from 32 starts      {searched - started:8.2f} s, converged: {fit.converged}")

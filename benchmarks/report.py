@@ -1,15 +1,14 @@
-"""How fluid a study's page is in a browser: from a click on a switch to the next frame, hovering, scrolling, loading.
+"""How responsive a study's page is in a browser: loading, switching until the next frame, hovering, scrolling.
 
     python benchmarks/report.py [--nodes 500] [--clicks 40]
 
-The study is generated: five models, eight compositions, six qualities with intervals, per-item scores, curves and
-layers. The browser is Debian's headless Chromium without a GPU, so that a desktop's is faster.
+The study is generated: five models, eight compositions, six qualities with intervals, curves and layers. The
+browser is Debian's headless Chromium without a GPU, so a desktop's is faster.
 """
 
 from __future__ import annotations
 
 import argparse
-import base64
 import shutil
 import sys
 import tempfile
@@ -18,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from coppice import report
+from coppice.report.assembly import assemble
 from coppice.report.data import as_json
 
 MODELS = ("tiny", "small", "medium", "large", "huge")
@@ -29,7 +28,7 @@ COMPOSITIONS = (
 QUALITIES = ("stories", "biographies", "web", "code", "books", "dialogue")
 LATENCY = "cost/decode_latency/cpu"
 BUDGETS = (100_000, 400_000, 1_600_000, 6_400_000)
-ITEMS, LAYERS = 300, 12
+LAYERS = 12
 LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj",
            "mlp.up_proj", "mlp.down_proj")  # fmt: skip
 
@@ -78,7 +77,7 @@ def generated(count: int) -> dict[str, Any]:
         ],
         "values": values,
         "alike": {quality["id"]: alike for quality in qualities},
-        "pairs": {}, "items": {qualities[0]["id"]: _items(names, generator)},
+        "pairs": {},
         "layers": {name: _layers(generator) for name in names},
         "recoveries": [_recovery(node, generator) for node in nodes if node["budget"]],
         "laws": {}, "failures": [], "config": "study: generated", "reproduce": [], "versions": {},
@@ -106,12 +105,6 @@ def _quality(name: str) -> dict[str, Any]:
             "unit": "", "better": "lower", "log": True}  # fmt: skip
 
 
-def _items(names: list[str], generator: np.random.Generator) -> dict[str, Any]:
-    scores = generator.normal(2, 0.5, (len(names), ITEMS)).astype("<f4")
-    packed = {name: base64.b64encode(row.tobytes()).decode() for name, row in zip(names, scores, strict=True)}
-    return {"count": ITEMS, "what": "nats per token of a document", "unit": "nats/token", "nodes": packed}
-
-
 def _layers(generator: np.random.Generator) -> dict[str, Any]:
     modules = [f"layers.{layer}.{linear}" for layer in range(LAYERS) for linear in LINEARS]
     columns = {name: generator.random(len(modules)).round(4).tolist() for name in ("sparsity", "error")}
@@ -126,12 +119,12 @@ def _recovery(node: dict[str, Any], generator: np.random.Generator) -> dict[str,
 
 
 def measure(page: Any, address: str, clicks: int) -> dict[str, str]:
-    """Figures by what they tell."""
+    """Measurements by name."""
     session = page.context.new_cdp_session(page)
     session.send("Performance.enable", {"timeDomain": "threadTicks"})
     page.goto(address, timeout=120_000)
     loaded = f"{page.evaluate(LOADED):.0f} ms; processor {_processor(session):.0f} ms"
-    found = {"load, until all charts stand": loaded}
+    found = {"load, until all charts are drawn": loaded}
     inputs = page.locator("#frontier input[data-group]").element_handles()
     for _ in range(2):
         page.evaluate(CLICK, inputs[0])
@@ -178,7 +171,7 @@ def main() -> None:
     data = generated(arguments.nodes)
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as started:
         path = Path(folder) / "index.html"
-        path.write_text(report.assemble("generated", "A generated study.", as_json(data), {}, ""), encoding="utf-8")
+        path.write_text(assemble("generated", "A generated study.", as_json(data), {}, ""), encoding="utf-8")
         print(f"{len(data['nodes'])} nodes, a page of {path.stat().st_size / 1e6:.1f} MB")
         browser = started.chromium.launch(executable_path=program, args=["--no-sandbox", "--disable-gpu"])
         page = browser.new_page(viewport={"width": 1280, "height": 900})

@@ -65,7 +65,7 @@ ELSEWHERE = {
     "fwsvd": "reads gradients of the calibration windows",
     "obert": "reads gradients of the calibration windows",
     "qpruner": "its bits are planned for a whole model",
-    "round-inputs": "leaves the weights as they are",
+    "activation-quant": "leaves the weights as they are",
 }
 UNIT = "Cholesky factor + product"
 SIZES = ("512x512", "1024x4096", "2048x2048")
@@ -112,13 +112,13 @@ def ours(row: str) -> Callable[[Tensor, Tensor], Any]:
         linear, seen = Linear(weight, name=NAME), LinearStatistics(moment, mean, absmean, absmax, 4096)
         if found.family == "compensate":
             linear = Linear(weight.bfloat16().to(weight.dtype), reference=weight, name=NAME)
-        elif hasattr(found.module, "scales"):
-            factors = found.module.scales([linear], seen, options)
+        elif found.layer.scales is not None:
+            factors = found.layer.scales([linear], seen, options)
             if factors is not None:
                 linear = Linear(weight * factors, name=NAME)
                 moment = moment / factors[:, None] / factors
                 seen = LinearStatistics(moment, mean, absmean / factors, absmax / factors, 4096)
-        return found.module.compress(linear, seen, options), (linear.weight, moment)
+        return found.layer.compress(linear, seen, options), (linear.weight, moment)
 
     return run
 

@@ -33,9 +33,9 @@ def write_inputs(folder: Path, arguments: argparse.Namespace) -> tuple[Path, Pat
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from coppice.data.text import Windows, save_windows
+    from coppice.data.windows import Windows, save_windows
     from coppice.files import sha256
-    from coppice.models import layers
+    from coppice.models import modules
     from coppice.models.checkpoint import save_checkpoint
     from coppice.records.manifest import Provenance, Source
     from coppice.records.tokens import TokenSet
@@ -52,7 +52,7 @@ def write_inputs(folder: Path, arguments: argparse.Namespace) -> tuple[Path, Pat
     )
     torch.manual_seed(0)
     model = LlamaForCausalLM(config).eval()
-    weights = sum(leaf.weight.numel() for leaf in layers.weight_matrices(model.model.layers).values())
+    weights = sum(leaf.weight.numel() for leaf in modules.weight_matrices(model.model.layers).values())
     root = Provenance(
         node="root",
         parent=None,
@@ -94,8 +94,8 @@ def forward(root: Path, tokens: Path) -> float:
     """Seconds of the windows through the blocks, in calibration's batches; the faster of two passes."""
     import torch
 
-    from coppice.calibration.stage import TOKENS_IN_A_BATCH
-    from coppice.data.text import load_windows
+    from coppice.calibration.walk import TOKENS_IN_A_BATCH
+    from coppice.data.windows import load_windows
     from coppice.models.checkpoint import load_model
 
     model = load_model(root)

@@ -15,7 +15,7 @@ WIDTH, HEIGHT, SCALE = 1000, 900, 1.5  # of the window, in pixels of the page; p
 
 # What a picture does not need: the models and steps stay, as its legend.
 LEFT_OUT = """
-.controls, #frontier summary, #frontier .quiet, fieldset:nth-of-type(n + 3), .status, .take, .chosen, figcaption,
+.controls, #frontier summary, #frontier .quiet, fieldset:nth-of-type(n + 3), .status, .listed, .chosen, figcaption,
 #frontier details:last-child, .modebar-container { display: none !important }
 #frontier { padding: .5rem 1rem; margin-inline: -1rem } #frontier details { margin: 0 }
 """

@@ -3,8 +3,7 @@
 
 rule calibrate:
     input:
-        model="<results>/models/{node}/manifest.json",
-        tokens=calibration_tokens,
+        unpack(job_inputs),
     output:
         "<results>/statistics/{node}/{calibration}/{kind}/manifest.json",
     log:
@@ -12,15 +11,17 @@ rule calibrate:
     benchmark:
         "<benchmarks>/calibrate/{node}/{calibration}/{kind}.jsonl"
     wildcard_constraints:
-        kind=alternation(KINDS),
+        kind=patterns.alternation(KINDS),
     conda:
         "../envs/coppice.yaml"
     threads: 1
     resources:
-        mem_mb=memory("calibrate"),
-        disk_mb=disk("calibrate"),
-        runtime=minutes("calibrate"),
+        mem_mb=memory,
+        disk_mb=disk,
+        runtime=minutes,
         gpu=1,
+    message:
+        "Gather {wildcards.kind} of {wildcards.node} over the calibration {wildcards.calibration}."
     shell:
         "python -m coppice calibrate --model $(dirname {input.model}) --tokens $(dirname {input.tokens})"
         " --kind {wildcards.kind} --threads {threads} --output $(dirname {output}) > {log} 2>&1"

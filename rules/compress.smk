@@ -3,8 +3,7 @@
 
 rule compress:
     input:
-        unpack(compress_input),
-        parent="<results>/models/{parent}/manifest.json",
+        unpack(job_inputs),
     output:
         "<results>/models/{parent}/{part}/manifest.json",
     log:
@@ -12,21 +11,23 @@ rule compress:
     benchmark:
         "<benchmarks>/compress/{parent}/{part}.jsonl"
     wildcard_constraints:
-        parent=node_pattern(),
-        part=part_pattern(training=False),
+        parent=patterns.node(STUDY),
+        part=patterns.compressing_part(STUDY),
     conda:
         "../envs/coppice.yaml"
     threads: 1
     resources:
-        mem_mb=memory("compress"),
-        disk_mb=disk("compress"),
-        runtime=minutes("compress"),
+        mem_mb=memory,
+        disk_mb=disk,
+        runtime=minutes,
         gpu=1,
     params:
-        **noticed(method_content),
-        step=node_step,
-        seed=node_seed,
-        sources=step_sources,
+        **source_hash_param(),
+        step=parameter("step"),
+        seed=parameter("seed"),
+        sources=step_options,
+    message:
+        "Compress {wildcards.parent} by {wildcards.part}."
     shell:
         "python -m coppice compress --node {wildcards.parent}/{wildcards.part} --parent $(dirname {input.parent})"
         " {params.sources:q} --step {params.step:q} --seed {params.seed} --threads {threads}"

@@ -7,13 +7,12 @@ localrules:
 
 rule laws:
     input:
-        fits(),
+        in_results(JOBS.fits),
 
 
 rule fit:
     input:
-        tables=rules.tables.output,
-        law=law_files,
+        unpack(job_inputs),
     output:
         fit="<results>/laws/{law}/fit.json",
         points="<results>/laws/{law}/points.parquet",
@@ -24,17 +23,19 @@ rule fit:
     benchmark:
         "<benchmarks>/fit/{law}.jsonl"
     wildcard_constraints:
-        law=alternation(STUDY.laws),
+        law=patterns.alternation(STUDY.laws),
     conda:
         "../envs/coppice.yaml"
     threads: 2
     resources:
         mem_mb=4_000,
-        runtime=minutes("fit"),
+        runtime=minutes,
     params:
-        **noticed(law_content),
-        law=law_name,
-        options=law_options,
+        **source_hash_param(),
+        law=parameter("law"),
+        options=parameter("options"),
+    message:
+        "Fit the law {wildcards.law}."
     shell:
         "python -m coppice fit --law {params.law} --tables $(dirname {input.tables[0]}) --options {params.options:q}"
         " --threads {threads} --output $(dirname {output.fit}) > {log} 2>&1"

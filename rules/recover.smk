@@ -1,10 +1,9 @@
-"""Nodes made by training their parent. A run that was interrupted goes on from its state, which is no output."""
+"""Nodes made by training their parent. An interrupted run resumes from its state, which is not an output."""
 
 
 rule recover:
     input:
-        unpack(recover_input),
-        parent="<results>/models/{parent}/manifest.json",
+        unpack(job_inputs),
     output:
         "<results>/models/{parent}/{part}/manifest.json",
     log:
@@ -12,26 +11,28 @@ rule recover:
     benchmark:
         "<benchmarks>/recover/{parent}/{part}.jsonl"
     wildcard_constraints:
-        parent=node_pattern(),
-        part=part_pattern(training=True),
+        parent=patterns.node(STUDY),
+        part=patterns.training_part(STUDY),
     conda:
         "../envs/coppice.yaml"
     threads: 1
     resources:
-        mem_mb=memory("recover"),
-        disk_mb=disk("recover"),
-        runtime=minutes("recover"),
+        mem_mb=memory,
+        disk_mb=disk,
+        runtime=minutes,
         gpu=recovery_gpus,
-        # Its processes talk within one machine; without this, Slurm gives GPUs wherever some are free.
+        # Its processes communicate within one machine; without this, Slurm gives GPUs wherever some are free.
         nodes=1,
-        # Read by the command. Other than a parameter, a resource that changes makes no node anew; and `gpu` may be None.
+        # Read by the command. Unlike a parameter, a changed resource reruns no node; and `gpu` may be None.
         processes=recovery_gpus,
     params:
-        **noticed(method_content),
-        step=node_step,
-        seed=node_seed,
-        budgets=node_budgets,
-        state=node_state,
+        **source_hash_param(),
+        step=parameter("step"),
+        seed=parameter("seed"),
+        budgets=budget_options,
+        state=state_folder,
+    message:
+        "Train {wildcards.parent} by {wildcards.part}."
     shell:
         "python -m coppice recover --node {wildcards.parent}/{wildcards.part} --parent $(dirname {input.parent})"
         " --dense $(dirname {input.dense}) --tokens $(dirname {input.tokens})"

@@ -7,10 +7,7 @@ localrules:
 
 rule report:
     input:
-        checkpoints(),
-        tables=rules.tables.output,
-        laws=fits(),
-        study="<results>/study.yaml",
+        **outputs_read(JOBS.report),
     output:
         page=report("<results>/report/index.html", caption="captions/report.rst", category="Study"),
         frontier=report("<results>/report/frontier.svg", caption="captions/frontier.rst", category="Figures"),
@@ -22,6 +19,8 @@ rule report:
         "<benchmarks>/report.jsonl"
     conda:
         "../envs/coppice.yaml"
+    message:
+        "Write the report."
     shell:
         "python -m coppice report --study {input.study} --results $(dirname {input.study})"
         " --output $(dirname {output.page}) > {log} 2>&1"

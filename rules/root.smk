@@ -20,13 +20,15 @@ rule study:
         fingerprint=fingerprint(effective(STUDY)),
         files=config_files(),
         changes=config_changes(),
+    message:
+        "Write the effective study."
     shell:
         "python -m coppice study {params.files:q} --config {params.changes:q} --output {output} 2> {log}"
 
 
 rule root:
     input:
-        model_files,
+        unpack(job_inputs),
     output:
         "<results>/models/{model}/manifest.json",
     log:
@@ -36,8 +38,10 @@ rule root:
     conda:
         "../envs/coppice.yaml"
     params:
-        source=model_source,
-        seed=STUDY.seed,
+        source=parameter("source"),
+        seed=parameter("seed"),
+    message:
+        "Import the dense model {wildcards.model}."
     shell:
         "python -m coppice root --node {wildcards.model} --source {params.source:q} --seed {params.seed}"
         " --output $(dirname {output}) > {log} 2>&1"

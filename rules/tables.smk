@@ -1,7 +1,5 @@
 """All results of the study as Parquet, and the targets up to there."""
 
-TABLES = ["nodes", "metrics", "items", "curves", "costs", "comparisons", "signals", "failures"]
-
 
 localrules:
     checkpoints,
@@ -11,28 +9,27 @@ localrules:
 
 rule checkpoints:
     input:
-        checkpoints(),
+        in_results(JOBS.checkpoints),
 
 
 rule evaluations:
     input:
-        metrics(),
+        in_results(JOBS.metrics),
 
 
 rule tables:
     input:
-        checkpoints(),
-        metrics(),
-        token_sets(),
-        study="<results>/study.yaml",
+        **outputs_read(JOBS.tables),
     output:
-        collect("<results>/tables/{table}.parquet", table=TABLES),
+        in_results(JOBS.tables.outputs),
     log:
         "<logs>/tables.log",
     benchmark:
         "<benchmarks>/tables.jsonl"
     conda:
         "../envs/coppice.yaml"
+    message:
+        "Gather the tables."
     shell:
         "python -m coppice tables --study {input.study} --results $(dirname {input.study})"
         " --output $(dirname {input.study})/tables > {log} 2>&1"

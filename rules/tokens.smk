@@ -7,8 +7,7 @@ localrules:
 
 rule tokenize:
     input:
-        model="<results>/models/{model}/manifest.json",
-        text=text_files,
+        unpack(job_inputs),
     output:
         "<results>/tokens/{model}/{use}/manifest.json",
     log:
@@ -16,16 +15,18 @@ rule tokenize:
     benchmark:
         "<benchmarks>/tokenize/{model}/{use}.jsonl"
     wildcard_constraints:
-        use=alternation(USES),
+        use=patterns.alternation(JOBS.uses),
     conda:
         "../envs/coppice.yaml"
     params:
-        text=text_source,
-        role=text_role,
-        windows=text_windows,
-        length=text_length,
-        packing=text_packing,
-        seed=STUDY.seed,
+        text=parameter("text"),
+        role=parameter("role"),
+        windows=parameter("windows"),
+        length=parameter("length"),
+        packing=parameter("packing"),
+        seed=parameter("seed"),
+    message:
+        "Cut windows of {wildcards.model} for {wildcards.use}."
     shell:
         "python -m coppice tokenize --tokenizer $(dirname {input.model}) --text {params.text:q} --role {params.role}"
         " --windows {params.windows} --length {params.length} --seed {params.seed} {params.packing}"

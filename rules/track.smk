@@ -7,13 +7,7 @@ localrules:
 
 rule track:
     input:
-        checkpoints(),
-        metrics(),
-        token_sets(),
-        tables=rules.tables.output,
-        laws=fits(),
-        report=rules.report.output.page,
-        study="<results>/study.yaml",
+        **outputs_read(JOBS.track),
     output:
         "<results>/tracking/runs.json",
     log:
@@ -24,11 +18,13 @@ rule track:
         "../envs/coppice.yaml"
     params:
         uri=tracking_uri(),
+    message:
+        "Mirror the results to MLflow."
     shell:
         "python -m coppice track --study {input.study} --results $(dirname {input.study}) --uri {params.uri:q}"
         " --output {output} > {log} 2>&1"
 
 
-# Failures become rows of the tables and runs of the tracker; the next run makes the tables anew.
+# Failures become rows of the tables and runs of the tracker; the next run recomputes the tables.
 onerror:
-    shell("{command}", command=partial_results(log))
+    shell("{command}", command=salvage_command(log))

@@ -127,9 +127,9 @@ def _failures(cases: dict[str, dict[str, Any]]) -> dict[str, str]:
             linear = Linear(there, reference=1.1 * there, storage=torch.bfloat16, name="model.layers.0.mlp.gate_proj")
             try:
                 checked = used.validated(options)
-                if hasattr(used.module, "scales"):
-                    used.module.scales([linear, linear], statistics, checked)
-                found = used.module.compress(linear, statistics, checked)
+                if used.layer.scales is not None:
+                    used.layer.scales([linear, linear], statistics, checked)
+                found = used.layer.compress(linear, statistics, checked)
                 lost = [each for each in tensors(found) if not isinstance(each, Emulated) and each.dim()]
                 if lost:
                     failures[case] = f"a tensor {tuple(lost[0].shape)} of its result is on the processor"

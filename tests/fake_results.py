@@ -113,6 +113,7 @@ def _node(results: Path, node: str, dense: int) -> None:
     folder = results / "models" / node
     _write(folder / "model.safetensors", f"weights of {node}")
     config = {
+        "model_type": "llama",
         "dtype": "float32",
         "hidden_size": 64,
         "intermediate_size": 96 if "laco" in node else 128,

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from coppice.calibration.stage import calibrate
 from coppice.compression.stage import compress
-from coppice.data.text import tokenize
+from coppice.data.windows import tokenize
 from coppice.models.checkpoint import save_checkpoint
 
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
@@ -51,7 +51,7 @@ def save_windows(
     folder: Path, root: Path, role: str = "calibration", length: int = 16, documents: int = 40, **options: Any
 ) -> Path:
     """All windows of `save_text` for a role, packed with the root's tokenizer."""
-    from coppice.data.text import save_windows as write
+    from coppice.data.windows import save_windows as write
 
     write(tokenize(root, save_text(folder.with_suffix(".txt"), documents), role, 0, length, **options), folder)
     return folder

@@ -51,7 +51,7 @@ ROWS: dict[str, list[dict[str, Any]]] = {
         {"bits_average": 5, **ROW},
         {"bits_average": 5, "search": "knapsack", "quantizer": "gptq", **ROW},
     ],
-    "round-inputs": [{"bits": 8}],
+    "activation-quant": [{"bits": 8}],
     "eora": [{"rank": 2}],
     "shortgpt": [{"ratio": 0.5}],
     "llm-pruner": [{"ratio": 0.25}],

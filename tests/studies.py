@@ -20,7 +20,7 @@ def small_study() -> dict[str, Any]:
             "shortgpt-1": {"method": "shortgpt", "blocks": 1},
             "wanda-50": {"method": "wanda", "sparsity": 0.5},
             "rtn-4": {"method": "rtn", "bits": 4, "group_size": 32},
-            "gptq-4": {"method": "gptq", "bits": 4, "group_size": 32, "propagate": True},
+            "gptq-4": {"method": "gptq", "bits": 4, "group_size": 32, "sequential": True},
             "eora-2": {"method": "eora", "rank": 2},
             "full-5k": {"method": "full", **texts, "tokens": 5_000},
             "lora-5k": {"method": "lora", **texts, "tokens": 5_000},

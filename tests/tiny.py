@@ -7,20 +7,36 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedModel, Qwen2Config, Qwen3Config
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-ARCHITECTURES = ("llama", "llama-gqa", "mistral", "qwen2", "qwen3")
+from coppice.models.architectures import base as architectures
+from coppice.models.architectures.base import Architecture
 
-# hidden_size is not num_attention_heads * head_dim in mistral and qwen3.
-_CONFIGURATIONS: dict[str, tuple[type, dict[str, Any]]] = {
-    "llama": (LlamaConfig, {"num_attention_heads": 4, "num_key_value_heads": 4}),
-    "llama-gqa": (LlamaConfig, {"num_attention_heads": 8, "num_key_value_heads": 4}),
-    "mistral": (MistralConfig, {"num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 8}),
-    "qwen2": (Qwen2Config, {"num_attention_heads": 4, "num_key_value_heads": 2}),
-    "qwen3": (Qwen3Config, {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 12}),
+# By the name that a test gives one: its model_type, and fields of its config. hidden_size is not num_attention_heads *
+# head_dim in mistral and qwen3.
+_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {"num_attention_heads": 4, "num_key_value_heads": 4}),
+    "llama-gqa": ("llama", {"num_attention_heads": 8, "num_key_value_heads": 4}),
+    "mistral": ("mistral", {"num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 8}),
+    "olmo2": ("olmo2", {"num_attention_heads": 8, "num_key_value_heads": 4}),
+    "qwen2": ("qwen2", {"num_attention_heads": 4, "num_key_value_heads": 2}),
+    "qwen3": ("qwen3", {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 12}),
+    "smollm3": ("smollm3", {"num_attention_heads": 8, "num_key_value_heads": 4, "no_rope_layer_interval": 2}),
 }
+ARCHITECTURES = tuple(_CONFIGS)
 
 VOCABULARY = 61
+
+
+def family(architecture: str) -> Architecture:
+    """The description of one of `ARCHITECTURES`."""
+    return architectures.architecture(_CONFIGS[architecture][0])
+
+
+# Those whose norms of queries and keys act across heads: a removal of heads changes the others' queries and keys too.
+NORMS_ACROSS_HEADS = tuple(name for name in ARCHITECTURES if family(name).norms.across_heads)
+# Those whose blocks normalise what they add to the residual stream, which then cannot be rotated.
+NORMS_AFTER = tuple(name for name in ARCHITECTURES if family(name).norms.after_attention)
 
 
 def tiny_model(
@@ -31,7 +47,7 @@ def tiny_model(
     Embeddings are untied unless `tie_word_embeddings=True`; `changes` are fields of the configuration. Every parameter
     is random, norms and biases too. In float64 the norms compute in float64 (see `exact_norms`).
     """
-    kind, fields = _CONFIGURATIONS[architecture]
+    config_class, _ = family(architecture).classes()
     defaults = {
         "vocab_size": VOCABULARY,
         "hidden_size": 32,
@@ -46,7 +62,8 @@ def tiny_model(
     # The seed draws nothing outside this function.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(kind(**defaults | fields | changes)).to(dtype).eval()
+        config = config_class(**defaults | _CONFIGS[architecture][1] | changes)
+        model = AutoModelForCausalLM.from_config(config).to(dtype).eval()
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 parameter.normal_(1.0 if "norm" in name else 0.0, 0.2)

@@ -6,6 +6,7 @@ The processes are forked from this one, which imported what they need.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -16,14 +17,14 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import coppice.recovery.trainer  # noqa: F401 - for the processes that are forked
 from coppice.recovery import distributed
-from coppice.recovery.stage import recover
+from coppice.recovery.stage import Recovery, recover
 
 
 def run(jobs: list[dict[str, Any]]) -> None:
-    """Each job's arguments as those of `recover`, paths as text."""
+    """Each job's fields as those of `Recovery`, paths as text."""
     for job in jobs:
         paths = {key: Path(job[key]) for key in ("parent", "dense", "tokens", "validation", "state", "output")}
-        recover(**{**job, **paths, "budgets": tuple(job["budgets"])})
+        recover(Recovery(**{**job, **paths, "budgets": tuple(job["budgets"])}))
 
 
 def run_together(jobs: list[dict[str, Any]]) -> None:
@@ -46,6 +47,12 @@ def launch(jobs: list[dict[str, Any]]) -> None:
             max_restarts=0,
         )
         elastic_launch(config, run_together)(jobs)
+
+
+def environment() -> dict[str, str]:
+    """Of a process that imports the package and the helpers of tests."""
+    tests = Path(__file__).resolve().parent
+    return {**os.environ, "PYTHONPATH": f"{tests.parent / 'workflow'}{os.pathsep}{tests}", "OMP_NUM_THREADS": "1"}
 
 
 if __name__ == "__main__":

@@ -1,11 +1,8 @@
-"""The page of a study in a real browser: what it shows, its switches, its statistics, its keyboard, its looks."""
+"""The page of a study in a real browser: charts, switches, paired tests, keyboard, print and phone."""
 
 from __future__ import annotations
 
-import json
-import math
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,32 +12,27 @@ import pyarrow.parquet as pq
 import pytest
 from fake_results import fake_study, write_results
 
-from coppice import report
+from coppice.report.stage import write_report
 from coppice.results import collection as tables
-from coppice.uncertainty import mcnemar, paired_bootstrap
+from coppice.results.reading import read_table
 
 A, B = "small/laco-25/full-1m", "small/laco-25"
-QUALITY = "quality/perplexity_stories"
 ANSWERS = "quality/biographies_acc"
 DOCUMENTS = np.arange(10, 74)  # tokens of each
 QUESTIONS = 120
+CHART = "document.getElementById('frontier-chart')"
 
-Items = dict[str, dict[str, np.ndarray]]
 
-
-def scattered_items(results: Path) -> Items:
-    """Gives every node items that differ at random: {node: {"loss": nats a document, "right": 0 or 1 a question}}."""
+def scatter_items(results: Path) -> None:
+    """Gives every node items that differ at random."""
     generator = np.random.default_rng(0)
     hardness = generator.normal(size=len(DOCUMENTS))
-    found = {}
     for place, path in enumerate(sorted(results.glob("evaluations/**/quality/items.parquet"))):
         node = str(path.parent.parent.relative_to(results / "evaluations"))
         level = 1.5 + 0.05 * place
         loss = DOCUMENTS * (level + 0.3 * hardness + 0.1 * generator.normal(size=len(DOCUMENTS)))
         right = generator.random(QUESTIONS) < 0.9 - 0.05 * place
         pq.write_table(_items(node, loss, right), path)
-        found[node] = {"loss": loss, "right": right.astype(float)}
-    return found
 
 
 def _items(node: str, loss: np.ndarray, right: np.ndarray) -> pa.Table:
@@ -61,13 +53,13 @@ def _items(node: str, loss: np.ndarray, right: np.ndarray) -> pa.Table:
 
 
 @pytest.fixture(scope="module")
-def study(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Items]:
-    """The page's file, and the items that it was made from."""
+def study(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The page's file, and the results that it shows."""
     results = write_results(tmp_path_factory.mktemp("study") / "demo")
-    items = scattered_items(results)
+    scatter_items(results)
     tables.write_tables(fake_study(), results, results / "tables", partial=True)
-    report.write_report(fake_study(), results, results / "report")
-    return results / "report" / "index.html", items
+    write_report(fake_study(), results, results / "report")
+    return results / "report" / "index.html", results
 
 
 @pytest.fixture(scope="module")
@@ -109,21 +101,29 @@ def painted(page) -> None:
 
 
 def shown(page) -> set[str]:
-    """The nodes whose marks stand in the chart."""
-    return set(
-        page.evaluate("""() => [...document.querySelectorAll('.marks .point')]
-        .filter(mark => mark.getBoundingClientRect().width > 0).map(mark => mark.dataset.node)""")
-    )
+    """The nodes whose markers are in the chart."""
+    return set(page.evaluate(f"{CHART}.data.flatMap(trace => trace.customdata ?? [])"))
 
 
 def place(page, node: str) -> dict[str, float]:
-    """The middle of a node's mark in the window, in pixels."""
-    box = page.locator(f".marks [data-node='{node}']").bounding_box()
-    return {"x": box["x"] + box["width"] / 2, "y": box["y"] + box["height"] / 2}
+    """The middle of a node's marker in the window, in pixels."""
+    return page.evaluate(
+        """node => {
+        const chart = document.getElementById('frontier-chart');
+        const trace = chart.data.find(({customdata}) => customdata?.includes(node));
+        const point = trace.customdata.indexOf(node);
+        const [box, {xaxis, yaxis}] = [chart.getBoundingClientRect(), chart._fullLayout];
+        return {
+            x: box.x + xaxis._offset + xaxis.d2p(trace.x[point]),
+            y: box.y + yaxis._offset + yaxis.d2p(trace.y[point]),
+        };
+    }""",
+        node,
+    )
 
 
 def title(page, axis: str) -> str:
-    return page.evaluate(f"document.getElementById('frontier-chart').layout.{axis}axis.title.text")
+    return page.evaluate(f"{CHART}.layout.{axis}axis.title.text")
 
 
 def switch(page, group: str, value: str):
@@ -168,7 +168,7 @@ def test_switches_hide_and_show(page) -> None:
 
 
 def test_front_only(page) -> None:
-    page.get_by_label("Front only").check()
+    page.get_by_label("Pareto front only").check()
     painted(page)
     places = sorted((mark["x"], mark["y"]) for mark in (place(page, node) for node in shown(page)))
     assert 0 < len(places) < 10
@@ -176,52 +176,72 @@ def test_front_only(page) -> None:
 
 
 def test_axes_and_scale_change(page) -> None:
-    page.get_by_label("Across", exact=True).select_option("bits_per_weight")
-    page.get_by_label("Up", exact=True).select_option(ANSWERS)
+    page.get_by_label("Horizontal axis", exact=True).select_option("bits_per_weight")
+    page.get_by_label("Vertical axis", exact=True).select_option(ANSWERS)
     painted(page)
     assert "bits per weight" in title(page, "x")
     assert "accuracy, biographies, higher is better" in title(page, "y")
-    kind = "document.getElementById('frontier-chart').layout.xaxis.type"
+    kind = f"{CHART}.layout.xaxis.type"
     assert page.evaluate(kind) == "log"
-    page.get_by_label("Log scale across").uncheck()
+    page.get_by_label("Log horizontal axis").uncheck()
     painted(page)
     assert page.evaluate(kind) == "linear"
 
 
 def test_intervals_can_be_left_out(page) -> None:
-    bars = """() => [...document.querySelectorAll('.marks .intervals')]
-        .reduce((sum, bars) => sum + (bars.getAttribute('d').match(/M/g) ?? []).length, 0)"""
+    bars = "document.querySelectorAll('#frontier-chart .yerror').length"
     assert page.evaluate(bars) == 10
     page.get_by_label("95% intervals").uncheck()
     painted(page)
     assert page.evaluate(bars) == 0
 
 
-def test_the_paired_test_is_that_of_the_package(page, study) -> None:
-    items = study[1]
-    view(page, f"a={A}&b={B}&quality={QUALITY}")
-    sentence = page.locator(".verdict p").nth(1).inner_text()
-    expected = paired_bootstrap((items[A]["loss"] - items[B]["loss"])[:, None], DOCUMENTS.astype(float))
-    difference, _, low, high, p_value, count = numbers(sentence)[:6]
-    assert difference == pytest.approx(expected.difference[0], abs=6e-4)
-    width = float(expected.high[0] - expected.low[0])
-    assert low == pytest.approx(expected.low[0], abs=0.1 * width)
-    assert high == pytest.approx(expected.high[0], abs=0.1 * width)
-    assert p_value == pytest.approx(expected.p_value[0], rel=0.2, abs=1e-4)
-    assert count == len(DOCUMENTS)
-    ratio = numbers(sentence)[6]
-    assert ratio == pytest.approx(math.exp(expected.difference[0]), abs=6e-3)
+def row_of(study: tuple[Path, Path], measure: str, node: str, other: str) -> dict:
+    """The row of the table of comparisons."""
+    rows = read_table(study[1] / "tables", "comparisons").to_pylist()
+    return next(row for row in rows if (row["measure"], row["node"], row["other"]) == (measure, node, other))
 
 
-def test_flips_are_counted_and_tested(page, study) -> None:
-    first, second = (study[1][node]["right"] for node in (A, B))
-    view(page, f"a={A}&b={B}&quality={ANSWERS}")
-    cells = [int(text) for text in page.locator(".flips td:not(.text)").all_inner_texts()]
-    gained, lost = int(np.sum((first == 1) & (second == 0))), int(np.sum((first == 0) & (second == 1)))
-    assert cells == [int(np.sum(first * second)), gained, lost, int(np.sum((1 - first) * (1 - second)))]
-    assert numbers(page.locator(".flips .note").inner_text())[-1] == pytest.approx(mcnemar(lost, gained), rel=0.06)
-    difference = numbers(page.locator(".verdict p").nth(1).inner_text())[0]
-    assert difference == pytest.approx(100 * (first - second).mean(), abs=0.06)
+def pair_rows(page) -> dict[str, list[str]]:
+    """The cells of the paired tests by quality."""
+    rows = page.locator("#pair table").first.locator("tbody tr").all()
+    return {cells[0]: cells[1:] for cells in (row.locator("td").all_inner_texts() for row in rows)}
+
+
+def test_a_pair_shows_the_tests_of_the_table_in_both_directions(page, study) -> None:
+    row = row_of(study, "loss", A, B)
+    view(page, f"a={A}&b={B}")
+    verdict, difference, ends, p_value, adjusted = pair_rows(page)["perplexity, stories"]
+    assert verdict == ("B is better" if row["difference"] > 0 else "A is better") if row["distinguishable"] else verdict
+    assert numbers(difference)[0] == pytest.approx(row["difference"], rel=6e-3)
+    assert numbers(ends)[:2] == pytest.approx([row["low"], row["high"]], rel=6e-3)
+    assert numbers(p_value)[-1] <= numbers(adjusted)[-1]
+    view(page, f"a={B}&b={A}")
+    turned = pair_rows(page)["perplexity, stories"]
+    assert numbers(turned[1])[0] == -numbers(difference)[0]
+    assert numbers(turned[2])[:2] == [-end for end in reversed(numbers(ends)[:2])]
+    assert "an interval that excludes 0 can still be non-significant" in page.locator("#pair .note").last.inner_text()
+
+
+def test_flips_are_those_of_the_table(page, study) -> None:
+    row = row_of(study, "accuracy", A, "small")
+    view(page, f"a={A}&b=small")
+    sentence = page.locator("#pair .note", has_text="McNemar").inner_text()
+    lost, gained = row["right_to_wrong"], row["wrong_to_right"]
+    assert numbers(sentence)[:3] == [lost + gained, lost, gained]
+    assert lost + gained > 0
+    view(page, f"a=small&b={A}")
+    sentence = page.locator("#pair .note", has_text="McNemar").inner_text()
+    assert numbers(sentence)[:3] == [lost + gained, gained, lost]
+    assert numbers(pair_rows(page)["accuracy, biographies"][1])[0] == pytest.approx(-100 * row["difference"], rel=6e-3)
+
+
+def test_a_pair_that_the_table_lacks_is_said_to_be_untested(page) -> None:
+    view(page, f"a={A}&b=medium/wanda-50")
+    assert (
+        "tables/comparisons.parquet holds each node against its dense model" in page.locator("#pair .note").inner_text()
+    )
+    assert page.locator("#pair td", has_text="(").count() >= 4, "both values stand with their intervals"
 
 
 def test_two_clicks_choose_a_pair(page) -> None:
@@ -229,17 +249,16 @@ def test_two_clicks_choose_a_pair(page) -> None:
         page.locator("#frontier-chart").scroll_into_view_if_needed()
         at = place(page, node)
         page.mouse.move(at["x"], at["y"])
-        painted(page)
-        assert page.locator(".tip b").inner_text() == node
+        page.wait_for_function(
+            "node => document.querySelector('#frontier-chart .hoverlayer tspan')?.textContent === node", arg=node
+        )
         page.mouse.click(at["x"], at["y"])
-        painted(page)
+        page.wait_for_function("node => document.querySelector('#node h3')?.textContent === node", arg=node)
 
     click(B)
-    assert page.locator("#node h3").inner_text() == B
     click(A)
-    assert page.locator("#node h3").inner_text() == A
     assert [page.get_by_label(side, exact=True).input_value() for side in ("A", "B")] == [A, B]
-    page.wait_for_selector(".verdict")
+    assert len(pair_rows(page)) == 2
     assert "manifest.json" in page.locator("#node .command code").first.inner_text()
 
 
@@ -284,7 +303,7 @@ def test_the_charts_have_tables(page) -> None:
     page.get_by_text("These points as a table").click()
     page.get_by_text("These curves as a table").click()
     assert page.locator("#frontier details tbody tr").count() == 10
-    assert page.locator("#frontier .take tbody tr").count() == 5, "the front has its own"
+    assert page.locator("#frontier .listed tbody tr").count() == 5, "the front has its own"
     assert page.locator("#recovery tbody tr").count() == 12
     for part in ("frontier", "recovery"):
         page.locator(f"#{part} summary", has_text="as a table").click()
@@ -382,64 +401,6 @@ def test_costs_stand_with_half_the_interquartile_range_of_their_repeats(page) ->
     assert "95% interval" not in page.locator("#node details th").all_inner_texts()
 
 
-def test_the_interval_and_p_are_told_to_be_of_the_pair_alone(page) -> None:
-    view(page, f"a={A}&b={B}&quality={QUALITY}")
-    assert "95% interval of this pair alone:" in page.locator(".verdict p").nth(1).inner_text()
-    note = page.locator("#pair .note", has_text="Adjusted for all pairs").inner_text()
-    assert "the interval and the p above are of this pair alone" in note
-    page.locator("#pair summary", has_text="The test by every quality").click()
-    page.wait_for_selector("#pair details td")
-    titles = page.locator("#pair details th").all_inner_texts()
-    assert titles[3:6] == ["95% interval, of this pair alone", "p, of this pair alone", "p, adjusted"]
-    cells = page.locator("#pair details tbody tr").first.locator("td").all_inner_texts()
-    assert numbers(cells[4])[-1] <= numbers(cells[5])[-1]
-
-
-def test_why_there_is_no_paired_test(chromium, measured_otherwise) -> None:
-    page = chromium.new_page()
-
-    def reasons(a: str, b: str) -> dict[str, str]:
-        page.goto(f"{measured_otherwise.as_uri()}#a={a}&b={b}")
-        page.reload()
-        page.locator("#pair summary", has_text="The test by every quality").click()
-        page.wait_for_selector("#pair details td")
-        rows = page.locator("#pair details tbody tr").all()
-        return {cells[0]: cells[1] for cells in (row.locator("td").all_inner_texts() for row in rows)}
-
-    found = reasons(A, B)
-    assert found["accuracy by length, biographies"] == "no paired test is made by this quality"
-    assert "told apart" in found["loss, stories"]
-    assert found["loss, stories"] == found["perplexity, stories"]
-    found = reasons("small/wanda-50", B)
-    assert set(found.values()) == {"A was not measured"}
-    assert "by perplexity, stories: A was not measured." in page.locator("#pair .empty").inner_text()
-    assert set(reasons(B, "small/wanda-50").values()) == {"B was not measured"}
-    assert reasons("medium", B)["accuracy, biographies"] == "no shared items"
-    page.close()
-
-
-@pytest.fixture(scope="module")
-def measured_otherwise(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A page whose nodes have qualities without items, of which one was not measured, and one has items of its own."""
-    results = write_results(tmp_path_factory.mktemp("otherwise") / "demo")
-    scattered_items(results)
-    shutil.rmtree(results / "evaluations/small/wanda-50/quality")
-    path = results / "evaluations/medium/quality/items.parquet"
-    items = pq.read_table(path)
-    own = pa.array([f"medium's {item}" for item in items["item"].to_pylist()])
-    pq.write_table(items.set_column(items.schema.get_field_index("item"), "item", own), path)
-    for path in results.glob("evaluations/**/quality/metrics.json"):
-        content = json.loads(path.read_text())
-        content["metrics"] += [
-            {"metric": "biographies_acc_norm", "value": 0.8, "stderr": 0.01, "unit": "accuracy"},
-            {"metric": "loss_stories", "value": 1.8, "stderr": None, "unit": "nats/token"},
-        ]
-        path.write_text(json.dumps(content))
-    tables.write_tables(fake_study(), results, results / "tables", partial=True)
-    report.write_report(fake_study(), results, results / "report")
-    return results / "report" / "index.html"
-
-
 def test_print_has_the_key_of_the_runs_and_no_gap_behind_the_chart(page) -> None:
     page.locator("#recovery-chart").scroll_into_view_if_needed()
     page.wait_for_selector("#recovery-chart .points path")
@@ -482,7 +443,7 @@ def test_print_is_light_and_without_switches(page) -> None:
 
 def test_the_address_restores_the_view(page, study) -> None:
     switch(page, "model", "small").uncheck()
-    page.get_by_label("Up", exact=True).select_option(ANSWERS)
+    page.get_by_label("Vertical axis", exact=True).select_option(ANSWERS)
     page.get_by_label("Names").uncheck()
     painted(page)
     page.wait_for_url("**names=0**no-model=small**")  # it is written after the frame
@@ -501,7 +462,7 @@ def test_without_script_the_figures_and_tables_are_there(chromium, study) -> Non
     context = chromium.new_context(java_script_enabled=False)
     page = context.new_page()
     page.goto(study[0].as_uri())
-    assert page.locator("noscript svg").count() >= 2
+    assert page.locator("noscript img").count() == 3
     assert page.locator("#tables details").count() >= 5
     assert not page.locator("#interactive").is_visible()
     context.close()

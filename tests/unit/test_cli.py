@@ -189,7 +189,7 @@ def test_methods_lists_every_method(capsys: pytest.CaptureFixture[str]) -> None:
         assert entry["source"]["title"] == found.source.title
         assert entry["options"]["properties"].keys() == found.options.model_fields.keys()
         assert set(entry["needs"]) == found.needs()
-        assert entry["refuses"] == dict(found.refuses)
+        assert entry["incompatible_with"] == dict(found.incompatible_with)
     assert main(["methods"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[:2] for line in lines] == [[name, entry["family"]] for name, entry in listed.items()]

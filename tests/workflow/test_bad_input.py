@@ -117,7 +117,7 @@ BAD_STUDIES: list[tuple[dict[str, Any], str]] = [
         "the step 'eora-2' (eora) has nothing to compensate: put it after a step that prunes",
     ),
     (changed("texts.words.path", "lost.txt"), "texts.words.path: lost.txt does not exist"),
-    (changed("models.tiny.path", "lost"), "models.tiny.path: lost is no model folder"),
+    (changed("models.tiny.path", "lost"), "models.tiny.path: lost is not a model folder"),
     (changed("calibrations.default.length", 1), "calibrations.default.length is 1; it should be greater than"),
     (
         changed("texts.words.splits", {"calibration": 0.5, "recovery": 0.5}),
@@ -330,7 +330,7 @@ def test_statistics_of_another_model_are_refused(
 
 
 def test_propagation_without_tokens_is_refused(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = compress(root, tmp_path / "node", "wanda", sparsity=0.5, propagate=True)
+    words = compress(root, tmp_path / "node", "wanda", sparsity=0.5, sequential=True)
     said = refusal(capsys, *words)
     assert said.startswith("Step 'step-wanda' (wanda) needs the calibration windows themselves;")
     assert not (tmp_path / "node" / "manifest.json").exists()
@@ -374,7 +374,7 @@ def test_other_branches_finish_and_a_corrected_study_completes(
     sentence = "model.layers.0.mlp.down_proj: A group size of 32 does not divide the 48 inputs of this layer"
     assert failure[0]["error"].startswith(sentence)
     assert f"error: {sentence}" in done.stdout  # what the log says is shown
-    assert "What there is, and what failed, is told in results/bad/report/index.html." in done.stdout
+    assert "results/bad/report/index.html shows what was achieved, and what failed." in done.stdout
     assert sentence in (results / "report/index.html").read_text()
     assert statuses(tmp_path) == {".": "FINISHED", "tiny": "FINISHED", "tiny/magnitude-50": "FINISHED"} | {
         "tiny/rtn-4": "FAILED"
@@ -403,9 +403,9 @@ def test_laws_that_cannot_be_fitted_are_failures_and_the_others_are_fitted(
     points.to_csv("unscored.csv", index=False)
     points.assign(score=[(1 - ratio) ** 0.5 for ratio in ratios]).to_csv("scored.csv", index=False)
     laws = {
-        "column": {"law": "pruning", "options": {"file": "unscored.csv"}},
-        "metric": {"law": "k-bit", "options": {"metric": "perplexity_lost"}},
-        "whole": {"law": "pruning", "options": {"file": "scored.csv", "bootstrap": 0}},
+        "column": {"law": "pruning", "file": "unscored.csv"},
+        "metric": {"law": "k-bit", "metric": "perplexity_lost"},
+        "whole": {"law": "pruning", "file": "scored.csv", "bootstrap": 0},
     }
     described = load_study({"study": "bad", "models": {"tiny": {"path": "tiny"}}, "laws": laws})
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(effective(described)))
@@ -436,7 +436,7 @@ def test_laws_that_cannot_be_fitted_are_failures_and_the_others_are_fitted(
         assert f"error: {sentence}" in done.stdout
         assert not (results / "laws" / law).exists()
     # That there is no page keeps nothing else from being told.
-    assert "There is no page of this run; what says why: python -m coppice report" in done.stdout
+    assert "There is no report of this run: " in done.stdout
     assert statuses(tmp_path)["tiny"] == "FINISHED"
 
 

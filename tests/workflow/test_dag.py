@@ -24,13 +24,11 @@ ROOT = Path(__file__).resolve().parents[2]
 processes = multiprocessing.get_context("fork")
 PLUGIN = '''"""A method of another package."""
 from pydantic import Field
-from coppice.methods.base import LayerOptions, Masked, Source
+from coppice.methods.contracts import Masked, Source
+from coppice.methods.declaration import LayerMethod
+from coppice.methods.options import LayerOptions
 
 FAMILY = "prune"
-SOURCE = Source("title", "identifier", "equation")
-NEEDS = frozenset()
-MAKES = frozenset({"masked"})
-REFUSES = {}
 
 
 class Options(LayerOptions):
@@ -39,6 +37,14 @@ class Options(LayerOptions):
 
 def compress(linear, statistics, options):
     return Masked(linear.weight, linear.weight == linear.weight)
+
+
+METHOD = LayerMethod(
+    source=Source("title", "identifier", "equation"),
+    options=Options,
+    adds_traits=frozenset({"masked"}),
+    compress=compress,
+)
 '''
 
 
@@ -165,14 +171,14 @@ def test_a_connectivity_reads_a_node_and_its_twin(directory):
     assert counts(printed) == made
     [line] = commands(printed, "evaluate")
     assert "--model $(dirname results/small/models/tiny/shortgpt-1/full-5k@1/manifest.json)" in line
-    assert "--other $(dirname results/small/models/tiny/shortgpt-1/full-5k/manifest.json)" in line
+    assert "--other results/small/models/tiny/shortgpt-1/full-5k " in line
     assert "--tokens own=results/small/tokens/tiny/evaluation.basin.own" in line
     assert '"points": 5' in line
     # No other node is measured: the quantized ones below cannot be interpolated.
     assert counts(snakemake(directory, *words))["connectivity"] == 1
 
 
-def test_jobs_ask_for_all_models_and_statistics_that_they_hold(directory):
+def test_jobs_ask_for_all_models_and_statistics_that_they_hold(directory, without_messages):
     protocol = {"own": {"text": "biographies", "length": 32, "windows": 4}}
     study = {**small_study(), "study": "large"}
     study["evaluations"] = {
@@ -181,7 +187,8 @@ def test_jobs_ask_for_all_models_and_statistics_that_they_hold(directory):
     (directory / "large.yaml").write_text(yaml.safe_dump(study))
     # What is not made yet is taken to be as large as its root.
     write_root(directory / "results/large")
-    printed = snakemake(directory, "--configfile", str(directory / "large.yaml"), "--dry-run")
+    words = ["--snakefile", str(without_messages), "--configfile", str(directory / "large.yaml"), "--dry-run"]
+    printed = snakemake(directory, *words)
     memory, disk = (
         {output: resources[name] for output, resources in asked(printed).items()} for name in ("mem_mb", "disk_mb")
     )
@@ -202,14 +209,15 @@ def test_jobs_ask_for_all_models_and_statistics_that_they_hold(directory):
     assert eora - wanda == pytest.approx(1.3 * 16_000, abs=1_000)
 
 
-def test_a_job_that_is_done_again_asks_for_more_memory_and_disk(tmp_path):
+def test_a_job_that_is_done_again_asks_for_more_memory_and_disk(tmp_path, without_messages):
     tiny_folder(tmp_path)
     study = {**small_study(), "recipes": [["rtn-4"]], "evaluations": {}, "laws": {}}
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(study))
     write_root(tmp_path / "results/small")
     target = "results/small/models/tiny/rtn-4/manifest.json"
     # There are no weights, so that the job fails.
-    words = ["--configfile", str(tmp_path / "study.yaml"), "--cores", "1", "--retries", "1", target]
+    words = ["--snakefile", str(without_messages), "--configfile", str(tmp_path / "study.yaml"), "--cores", "1"]
+    words += ["--retries", "1", target]
     code, printed = finished(tmp_path, *words)
     assert code == 1, printed
     for name in ("mem_mb", "disk_mb"):
@@ -311,7 +319,7 @@ LAWS = {
     "recovery": {"law": "p2"},
     "compression": {"law": "compression"},
     "bits": {"law": "k-bit"},
-    "points": {"law": "pruning", "options": {"file": "points.csv"}},
+    "points": {"law": "pruning", "file": "points.csv"},
 }
 FITTED = ("fit.json", "points.parquet", "samples.parquet", "fit.svg")
 

@@ -119,7 +119,7 @@ def test_every_stage_is_killed_and_interrupted_and_run_again(
     assert sorted(queue.glob("*.kill")) == sorted(queue.glob("*.interrupt")) == []
     # Snakemake says of each attempt that it failed, and tries again.
     assert done.stdout.count("Error in rule") >= 2 * len(STAGES)
-    assert "Going on after step 40" in (results(folder) / "logs/recover" / f"{NODE}.log").read_text()
+    assert "Resuming after step 40" in (results(folder) / "logs/recover" / f"{NODE}.log").read_text()
     assert_same_results(folder, undisturbed)
 
 

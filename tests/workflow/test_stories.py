@@ -22,10 +22,11 @@ import pytest
 import yaml
 
 from coppice.cli import main
-from coppice.data.text import load_windows
+from coppice.data.windows import load_windows
 from coppice.evaluation.harness import write_task
 from coppice.evaluation.roofline import DEVICES
 from coppice.files import read_json
+from coppice.models.architectures.base import blocks
 from coppice.uncertainty import paired_difference
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "config" / "examples" / "stories.yaml"
@@ -130,8 +131,8 @@ def extend(described: dict[str, Any]) -> None:
     }
     described["laws"] |= {
         "trend": {"law": "learning-curve"},
-        "pruning": {"law": "pruning", "options": {"metric": "perplexity_stories"}},
-        "bits": {"law": "k-bit", "options": {"metric": "perplexity_stories"}},
+        "pruning": {"law": "pruning", "metric": "perplexity_stories"},
+        "bits": {"law": "k-bit", "metric": "perplexity_stories"},
     }
 
 
@@ -198,10 +199,10 @@ def paired(study: Finished, first: str, second: str) -> Any:
 
 
 def test_eora_lowers_the_error_of_every_layer(study: Finished) -> None:
-    from coppice.calibration.stage import block_statistics
+    from coppice.calibration.reading import block_statistics
     from coppice.methods.solvers.loss import relative_error
     from coppice.models.checkpoint import load_model
-    from coppice.models.layers import blocks, effective_weight, replaceable_modules
+    from coppice.models.modules import effective_weight, replaceable_modules
 
     statistics = study.results / "statistics" / "stories" / "rtn-3" / "default" / "moments"
     manifest = read_json(statistics / "manifest.json")
@@ -232,7 +233,7 @@ def test_recovery_lowers_the_held_out_loss(study: Finished, node: str) -> None:
 
 def test_pruned_weights_stay_zero_when_the_node_is_trained_and_quantized(study: Finished) -> None:
     from coppice.models.checkpoint import load_model
-    from coppice.models.layers import blocks, effective_weight, replaceable_modules
+    from coppice.models.modules import effective_weight, replaceable_modules
 
     names = ("stories/wanda-50", "stories/wanda-50/full", "stories/wanda-50/full/gptq-3")
     models = [load_model(study.checkpoint(name)) for name in names]

@@ -9,13 +9,13 @@ import traceback
 from importlib import import_module
 
 from coppice.errors import UserError
-from coppice.recovery.distributed import launch, launched, own_device, report
+from coppice.recovery.distributed import is_launched, launch, local_device, report
 
 STAGES = {
     "study": ("coppice.study.loading", "check a study and print its tree"),
     "plan": ("coppice.planning.stage", "say what a study will take: time, memory, GPU hours, disk"),
     "root": ("coppice.models.sources", "bring a dense model into a study"),
-    "tokenize": ("coppice.data.text", "pack a text into windows of tokens"),
+    "tokenize": ("coppice.data.stage", "pack a text into windows of tokens"),
     "calibrate": ("coppice.calibration.stage", "gather statistics of a node's activations or gradients"),
     "compress": (
         "coppice.compression.stage",
@@ -25,15 +25,16 @@ STAGES = {
     "evaluate": ("coppice.evaluation.stage", "measure a node's quality or cost"),
     "tables": ("coppice.results.collection", "gather a study's results in Parquet"),
     "fit": ("coppice.laws.stage", "fit a law to the tables"),
-    "report": ("coppice.report", "write a study's page"),
+    "report": ("coppice.report.stage", "write a study's page"),
     "track": ("coppice.tracking", "mirror a study to MLflow"),
+    "salvage": ("coppice.tracking.salvage", "gather, report and track what a run with failures achieved"),
     "summary": ("coppice.report.summary", "print a study's results"),
-    "show": ("coppice.report.show", "tell one node's story"),
+    "show": ("coppice.report.show", "show a node's lineage, sizes and metrics"),
     "recommend": ("coppice.decisions.stage", "say what a study's tables and laws advise, and how sure that is"),
     "methods": ("coppice.methods.catalogue", "list the registered methods"),
     "fetch": ("coppice.storage", "bring a study's manifests, tables and logs here from where they are stored"),
     "export": ("coppice.export.stage", "write a node in a form that other programs read, and check its logits"),
-    "pretrain": ("coppice.data.pretrain", "train a small dense model on the built-in biographies"),
+    "pretrain": ("coppice.recovery.pretraining", "train a small dense model on the built-in biographies"),
 }
 RUNS_MODELS = ("calibrate", "compress", "recover", "evaluate")
 
@@ -45,7 +46,7 @@ def main(words: list[str] | None = None) -> int:
         arguments = parse(words)
         if arguments.stage in RUNS_MODELS:
             claim_devices(arguments)
-            if processes(arguments) > 1 and not launched():
+            if processes(arguments) > 1 and not is_launched():
                 launch(words, processes(arguments))
                 return 0
             prepare_device(arguments)
@@ -82,7 +83,7 @@ def fault(error: Exception) -> int:
 
 def failed(sentence: str) -> int:
     """Says why, as the last line; one of several processes leaves that to the one that launched them. Exit code 1."""
-    if launched():
+    if is_launched():
         report(sentence)
     else:
         print(f"error: {sentence}", file=sys.stderr)
@@ -114,13 +115,13 @@ def claim_devices(arguments: argparse.Namespace) -> None:
 
     Raises UserError where there are fewer than the step asks for.
     """
-    if arguments.device == "auto" and not launched():
+    if arguments.device == "auto" and not is_launched():
         from coppice.recovery.devices import claim
 
         claim(processes(arguments))
     elif arguments.device.startswith("cuda:") and processes(arguments) > 1:
         raise UserError(
-            f"--device {arguments.device} is one, but the step asks for {processes(arguments)} GPUs; pass auto or cuda."
+            f"--device {arguments.device} is one, but the step requests {processes(arguments)} GPUs; pass auto or cuda."
         )
 
 
@@ -131,7 +132,7 @@ def prepare_device(arguments: argparse.Namespace) -> None:
     """
     if arguments.threads < 1:
         raise UserError(f"--threads {arguments.threads} is no number of threads; pass 1 or more.")
-    if launched():
+    if is_launched():
         arguments.threads = max(1, arguments.threads // processes(arguments))
     for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ[variable] = str(arguments.threads)
@@ -141,8 +142,8 @@ def prepare_device(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(arguments.threads)
     if arguments.device == "auto":
         arguments.device = "cuda" if torch.cuda.is_available() else "cpu"
-    if launched():
-        arguments.device = own_device(arguments.device)
+    if is_launched():
+        arguments.device = local_device(arguments.device)
     try:
         torch.empty(0, device=arguments.device)
     except (RuntimeError, AssertionError) as error:  # the latter where torch was built without CUDA

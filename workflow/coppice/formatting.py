@@ -96,8 +96,8 @@ def wrapped(text: str, indent: str = "") -> list[str]:
     return textwrap.wrap(text, WIDTH, initial_indent=indent, subsequent_indent=indent + "  ", break_on_hyphens=False)
 
 
-def command_anew(results: Path, node: str) -> str:
-    """The command that makes a node anew with the settings that made it; `results`: folder of the study's results."""
+def reproduce_command(results: Path, node: str) -> str:
+    """The command that recomputes a node with its settings; `results`: folder of the study's results."""
     # The workflow writes to results/<study>, wherever the folder lies.
     manifest = f"results/{results.resolve().name}/models/{node}/manifest.json"
     return f"snakemake --cores all --configfile {results / 'study.yaml'} --force {manifest}"

@@ -270,12 +270,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--results", type=Path, required=True, help="folder of the study's results, as results/demo")
 
 
+def named_store(address: str | None = None) -> str:
+    """The address of the store, by default that of the environment. Raises UserError when neither names one."""
+    address = address or os.environ.get(VARIABLE)
+    if not address:
+        raise UserError(f"No store is given; pass --store, or set {VARIABLE}.")
+    return address
+
+
 def run(arguments: argparse.Namespace) -> None:
     """`coppice fetch`."""
-    if not arguments.store:
-        raise UserError(f"No store is given; pass --store, or set {VARIABLE}.")
     if arguments.results.is_absolute():
         raise UserError(
             f"--results {arguments.results} is not below the storage's prefix; pass a path as results/demo."
         )
-    print(f"{fetch_results(arguments.store, arguments.results)} files fetched to {arguments.results}.")
+    print(f"{fetch_results(named_store(arguments.store), arguments.results)} files fetched to {arguments.results}.")

@@ -44,7 +44,7 @@ class PairedBootstrap:
 def mean_stderr(values: np.ndarray) -> float:
     """Standard error of the mean of `values` [n], n >= 2: s / sqrt(n), with s^2 = sum (x - mean)^2 / (n - 1).
 
-    For 0/1 items this is the standard error that lm-eval prints beside an accuracy.
+    For 0/1 items this is the standard error that lm-eval prints next to an accuracy.
     """
     return float(np.std(values, ddof=1) / np.sqrt(len(values)))
 
@@ -137,10 +137,10 @@ def bootstrap_ratios(
     return sums[:, 0] / sums[:, 1]
 
 
-def delta_stderr(gradient: np.ndarray, covariance: np.ndarray) -> float:
+def delta_stderr(gradient: np.ndarray | float, covariance: np.ndarray | float) -> float:
     """Standard error of f(x) from the gradient of f [k] and the covariance of x [k, k]: sqrt(g^T C g)."""
-    gradient = np.atleast_1d(np.asarray(gradient, float))
-    return float(np.sqrt(gradient @ np.atleast_2d(covariance) @ gradient))
+    slopes = np.atleast_1d(np.asarray(gradient, float))
+    return float(np.sqrt(slopes @ np.atleast_2d(covariance) @ slopes))
 
 
 def perplexity(
@@ -186,7 +186,7 @@ def paired_bootstrap(
     With k the smaller number of the B resamples on either side of zero, p = 2 (k + 1) / (B + 1), but never below that
     of Student's t of the difference over its standard error: a bootstrap of few items is too sure. Where k = 0, which
     B resamples cannot resolve, that of t is taken alone. A test that gives each of m nonzero differences a random sign
-    cannot tell more than 2^(1 - m), so p is never below that either.
+    cannot resolve less than 2^(1 - m), so p is never below that either.
     """
     columns = np.column_stack([differences, weights]).astype(float)
     sums = resampled_sums(columns, resamples, seed)
@@ -243,7 +243,7 @@ def mcnemar(right_to_wrong: int, wrong_to_right: int) -> float:
 def holm(p_values: np.ndarray) -> np.ndarray:
     """p values [m] adjusted for m tests at once: the largest (m - j + 1) p_(j) up to each one's rank, at most 1.
 
-    Refusing those below alpha makes any false refusal among the m at most alpha likely, however they depend.
+    Rejecting those below alpha makes any false rejection among the m at most alpha likely, however they depend.
     """
     p_values = np.asarray(p_values, float)
     order = np.argsort(p_values, kind="stable")

@@ -15,13 +15,15 @@ from nodes import WORDS, gather, make, save_root, save_windows
 from tiny import ARCHITECTURES, exact_norms, tiny_model
 from torch import Tensor, nn
 
-from coppice.calibration import stage as calibrate
-from coppice.calibration.stage import MOMENT_FIELDS, block_statistics, read_statistics
-from coppice.data.text import load_windows, tokenize
-from coppice.data.text import save_windows as write_windows
+from coppice.calibration import moments as moments_module
+from coppice.calibration import walk
+from coppice.calibration.reading import MOMENT_FIELDS, block_statistics, read_statistics, read_statistics_file
+from coppice.data.windows import load_windows, tokenize
+from coppice.data.windows import save_windows as write_windows
 from coppice.errors import UserError
 from coppice.methods.contracts import LinearStatistics
-from coppice.models import layers
+from coppice.models import modules
+from coppice.models.architectures.base import blocks
 from coppice.models.checkpoint import load_model, read_manifest
 from coppice.records.statistics import Statistics
 
@@ -55,7 +57,7 @@ def direct_inputs(root: Path, sequences: list[Tensor]) -> dict[str, Tensor]:
     """[tokens, n] float64 inputs of every linear in the blocks, from whole forwards on sequences without padding."""
     model = exact_norms(load_model(root).double())
     seen: dict[str, list[Tensor]] = defaultdict(list)
-    for name, module in layers.blocks(model).named_modules():
+    for name, module in blocks(model).named_modules():
         if isinstance(module, nn.Linear):
             module.register_forward_pre_hook(lambda _, inputs, name=name: seen[name].append(inputs[0].flatten(0, -2)))
     with torch.no_grad():
@@ -84,7 +86,7 @@ def assert_moments(folder: Path, root: Path, inputs: dict[str, Tensor]) -> None:
 def test_moments_are_those_of_a_whole_forward(
     tmp_path: Path, architecture: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(calibrate, "TOKENS_IN_A_BATCH", 160)
+    monkeypatch.setattr(walk, "TOKENS_IN_A_BATCH", 160)
     root = save_root(tmp_path / "root", architecture=architecture, num_hidden_layers=2, **short_window(architecture))
     windows = save_windows(tmp_path / "windows", root)
     moments = gather(root, windows, "moments", tmp_path / "moments")
@@ -111,7 +113,7 @@ def test_padding_leaves_no_trace(tmp_path: Path, architecture: str) -> None:
 
 def similarities(folder: Path) -> list[float]:
     manifest = Statistics.read(folder / "manifest.json")
-    return calibrate.read_statistics_file(folder, "blocks.safetensors", manifest)["similarity"].tolist()
+    return read_statistics_file(folder, "blocks.safetensors", manifest)["similarity"].tolist()
 
 
 def direct_similarities(root: Path, sequences: list[Tensor]) -> list[float]:
@@ -123,7 +125,7 @@ def direct_similarities(root: Path, sequences: list[Tensor]) -> list[float]:
         cosine = (before * after).sum(-1) / (before.norm(dim=-1) * after.norm(dim=-1))
         found[index].append(cosine.flatten())
 
-    for index, block in enumerate(layers.blocks(model)):
+    for index, block in enumerate(blocks(model)):
         block.register_forward_hook(lambda _, inputs, output, index=index: note(index, inputs[0], output))
     with torch.no_grad():
         for tokens in sequences:
@@ -133,7 +135,7 @@ def direct_similarities(root: Path, sequences: list[Tensor]) -> list[float]:
 
 def test_a_block_that_adds_nothing_is_wholly_similar(tmp_path: Path, windows: Path) -> None:
     model = tiny_model(num_hidden_layers=2)
-    block = layers.blocks(model)[1]
+    block = blocks(model)[1]
     with torch.no_grad():
         block.self_attn.o_proj.weight.zero_()
         block.mlp.down_proj.weight.zero_()
@@ -149,17 +151,17 @@ def test_a_block_that_adds_nothing_is_wholly_similar(tmp_path: Path, windows: Pa
 def test_the_walk_gives_the_hidden_states_of_a_whole_forward(
     root: Path, windows: Path, tokens_in_a_batch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(calibrate, "TOKENS_IN_A_BATCH", tokens_in_a_batch)
+    monkeypatch.setattr(walk, "TOKENS_IN_A_BATCH", tokens_in_a_batch)
     model = load_model(root)
-    tokens, kept = calibrate.as_tensors(load_windows(windows))
+    tokens, kept = walk.as_tensors(load_windows(windows))
     with torch.no_grad():
         expected = model(input_ids=tokens, use_cache=False, output_hidden_states=True).hidden_states
-    batches = calibrate.embed(model, tokens, kept)
+    batches = walk.embed(model, tokens, kept)
     assert max(len(batch.hidden) for batch in batches) == min(len(tokens), max(1, tokens_in_a_batch // 16))
-    for index, block in enumerate(layers.blocks(model)):
+    for index in range(len(blocks(model))):
         assert torch.allclose(torch.cat([batch.hidden for batch in batches]), expected[index], atol=1e-5)
         for batch in batches:
-            batch.hidden = calibrate.run_block(block, index, batch, "cpu")
+            batch.hidden = walk.run_block(model, index, batch, "cpu")
     last = model.model.norm(torch.cat([batch.hidden for batch in batches]))
     assert torch.allclose(last, expected[-1], atol=1e-5)
 
@@ -173,7 +175,7 @@ def test_the_walk_gives_the_hidden_states_of_a_whole_forward(
 )
 def test_a_weight_that_is_not_a_number_is_found(tmp_path: Path, windows: Path, weight: str, place: str) -> None:
     model = tiny_model(num_hidden_layers=2)
-    layers.blocks(model)[1].get_submodule(weight).weight.data[0, 0] = torch.nan
+    blocks(model)[1].get_submodule(weight).weight.data[0, 0] = torch.nan
     root = save_root(tmp_path / "root", model)
     with pytest.raises(UserError, match=place):
         gather(root, windows, "moments", tmp_path / "moments")
@@ -186,7 +188,7 @@ def test_the_moments_of_one_block_are_held_at_a_time(
 ) -> None:
     made: list[weakref.ref] = []
     begun = []
-    gather_block, initialize = calibrate.gather_block, LinearStatistics.__init__
+    gather_block, initialize = moments_module.gather_block, LinearStatistics.__init__
 
     def noted(entry: LinearStatistics, **fields: Any) -> None:
         initialize(entry, **fields)
@@ -198,11 +200,11 @@ def test_the_moments_of_one_block_are_held_at_a_time(
         return gather_block(*arguments)
 
     monkeypatch.setattr(LinearStatistics, "__init__", noted)
-    monkeypatch.setattr(calibrate, "gather_block", watched)
+    monkeypatch.setattr(moments_module, "gather_block", watched)
     if stage == "calibrate":
         gather(root, windows, "moments", tmp_path / "moments")
     else:
-        make(tmp_path / "node", root, "gptq", bits=4, group_size=16, propagate=True, tokens=windows)
+        make(tmp_path / "node", root, "gptq", bits=4, group_size=16, sequential=True, tokens=windows)
     assert begun == [[], []]
     assert len(made) == 2 * len(set(DISTINCT.values()))
 
@@ -244,11 +246,11 @@ def test_composites_are_calibrated_as_wholes_and_in_their_parts(root: Path, wind
         folder = gather(node, windows, "moments", tmp_path / f"moments-of-{node.name}")
         manifest = Statistics.read(folder / "manifest.json")
         found = block_statistics(folder, 1, manifest, "cpu")
-        block = layers.blocks(load_model(node))[1]
-        assert found.keys() == layers.replaceable_modules(block).keys() | layers.weight_matrices(block).keys()
+        block = blocks(load_model(node))[1]
+        assert found.keys() == modules.replaceable_modules(block).keys() | modules.weight_matrices(block).keys()
         for name in DISTINCT:
             factors = block.get_submodule(name + prefix)
-            assert isinstance(factors.first, layers.QuantizedLinear)
+            assert isinstance(factors.first, modules.QuantizedLinear)
             whole, first, second = (found[name + part] for part in ("", f"{prefix}.first", f"{prefix}.second"))
             assert first.second_moment is whole.second_moment is found[DISTINCT[name]].second_moment
             expected = factors.first.weight @ whole.second_moment @ factors.first.weight.T

@@ -20,7 +20,8 @@ from coppice.compression.stage import compress
 from coppice.errors import UserError
 from coppice.files import read_json
 from coppice.methods.registry import method, methods
-from coppice.models import layers
+from coppice.models import modules
+from coppice.models.architectures.base import blocks
 from coppice.models.checkpoint import load_model, read_manifest
 from coppice.models.densify import export_dense
 from coppice.records.manifest import Manifest
@@ -55,9 +56,9 @@ TRIPLES = [
     ("rotate", "obr", "eora"),
     ("curing", "wanda", "gptq"),
     ("compactifai", "sparsegpt", "rtn"),
-    ("gptq", "round-inputs", "kv-cache"),
+    ("gptq", "activation-quant", "kv-cache"),
     ("kv-cache", "gptq", "eora"),
-    ("round-inputs", "svd", "rtn"),
+    ("activation-quant", "svd", "rtn"),
 ]
 
 
@@ -161,7 +162,7 @@ def check_node(workshop: Workshop, parent: str, node: str) -> Tensor:
     """Its logits, once all is found to be as the manifest says."""
     folder = workshop.node(node)
     manifest, model = read_manifest(folder), load_model(folder)
-    assert manifest.traits == sorted(tree.marks(workshop.study, node))
+    assert manifest.traits == sorted(tree.traits(workshop.study, node))
     computed = logits(model, tiny_tokens())
     assert torch.isfinite(computed).all()
     check_modules(workshop.model(parent), model, manifest)
@@ -170,39 +171,42 @@ def check_node(workshop: Workshop, parent: str, node: str) -> Tensor:
 
 
 def check_modules(before: nn.Module, after: nn.Module, manifest: Manifest) -> None:
-    """What was masked stays zero; what was asked for is in every place; marks say what is there."""
+    """What was masked stays zero; what was asked for is in every place; traits say what is there."""
     step = base(manifest.step.method)
     # By the name that each had before a compensation came beside it.
     own = {
         name.replace(".base", ""): linear
-        for name, linear in layers.weight_matrices(layers.blocks(after)).items()
+        for name, linear in modules.weight_matrices(blocks(after)).items()
         if ".compensation." not in name
     }
     if method(step).contract == "layer":
-        for name, linear in layers.weight_matrices(layers.blocks(before)).items():
+        for name, linear in modules.weight_matrices(blocks(before)).items():
             zero = linear.weight == 0
             if zero.any() and getattr(linear, "masked", False):
                 weight = own[name].weight
                 assert (weight[zero] == 0).all()
                 assert (weight != 0).any()
         assert {place.removeprefix("model.layers.") for place in manifest.layers} <= (
-            layers.replaceable_modules(layers.blocks(before)) | layers.weight_matrices(layers.blocks(before))
+            modules.replaceable_modules(blocks(before)) | modules.weight_matrices(blocks(before))
         ).keys()
-    quantized = [isinstance(linear, layers.PACKED) for linear in own.values()]
+    quantized = [isinstance(linear, modules.PackedForm) for linear in own.values()]
     assert all(quantized) if "quantized" in manifest.traits else not any(quantized)
-    rounded = [isinstance(each, layers.FlattenQuantLinear) or hasattr(each, "rounded_inputs") for each in own.values()]
-    assert all(rounded) if "quantized-inputs" in manifest.traits else not any(rounded)
+    rounded = [
+        isinstance(each, modules.FlattenQuantLinear) or hasattr(each, "quantized_activations") for each in own.values()
+    ]
+    assert all(rounded) if "quantized-activations" in manifest.traits else not any(rounded)
     assert hasattr(after.model, "cache_settings") == ("quantized-cache" in manifest.traits)
-    kinds = [type(module) for module in layers.replaceable_modules(layers.blocks(after)).values()]
-    assert all(kind is layers.LowRankCorrectedLinear for kind in kinds) == ("compensated" in manifest.traits)
+    kinds = [type(module) for module in modules.replaceable_modules(blocks(after)).values()]
+    assert all(kind is modules.LowRankCorrectionLinear for kind in kinds) == ("compensated" in manifest.traits)
     factors = [
-        isinstance(each, (layers.LowRankLinear, layers.CURLinear, layers.TensorTrainLinear)) for each in after.modules()
+        isinstance(each, (modules.LowRankLinear, modules.CURLinear, modules.TensorTrainLinear))
+        for each in after.modules()
     ]
     assert any(factors) == bool({"factorized", "compensated"} & set(manifest.traits))
     zeros = [bool((linear.weight == 0).any()) for linear in own.values()]
     assert "masked" not in manifest.traits or all(zeros)
     for linear in own.values():
-        if isinstance(linear, layers.QuantizedLinear):
+        if isinstance(linear, modules.QuantizedLinear):
             groups = linear.weight.view(-1, linear.in_features // linear.weight_scale.shape[1])
             assert all(len(group.unique()) <= 2**linear.bits for group in groups)
 
@@ -213,8 +217,8 @@ def check_accounting(folder: Path, model: nn.Module, manifest: Manifest, root: M
     assert manifest.stored_bits.total == 8 * sum(each.numel() * each.element_size() for each in tensors.values())
     assert manifest.stored_bytes == (folder / "model.safetensors").stat().st_size
     assert 8 * manifest.stored_bytes > manifest.stored_bits.total > manifest.stored_bits.decoder_linears
-    matrices = layers.weight_matrices(layers.blocks(model)).values()
-    packed = [linear for linear in matrices if isinstance(linear, layers.PACKED)]
+    matrices = modules.weight_matrices(blocks(model)).values()
+    packed = [linear for linear in matrices if isinstance(linear, modules.PackedForm)]
     numbers = sum(parameter.numel() for parameter in model.parameters()) + sum(
         linear.in_features * linear.out_features for linear in packed
     )
@@ -227,13 +231,13 @@ def check_accounting(folder: Path, model: nn.Module, manifest: Manifest, root: M
     assert manifest.bits_per_weight == pytest.approx(manifest.stored_bits.total / dense.total)
     # Codes take their bits, and nothing is stored in fewer than the grid has.
     assert manifest.stored_bits.decoder_linears >= sum(
-        (linear.bits if isinstance(linear, layers.PACKED) else 32) * linear.in_features * linear.out_features
+        (linear.bits if isinstance(linear, modules.PackedForm) else 32) * linear.in_features * linear.out_features
         for linear in matrices
     )
 
 
 def check_export(folder: Path, computed: Tensor, dense: Path) -> None:
-    if {"quantized-inputs", "quantized-cache"} & set(read_manifest(folder).traits):
+    if {"quantized-activations", "quantized-cache"} & set(read_manifest(folder).traits):
         with pytest.raises(UserError, match="which a dense checkpoint cannot hold"):
             export_dense(folder, dense)
         return
@@ -241,7 +245,7 @@ def check_export(folder: Path, computed: Tensor, dense: Path) -> None:
     model = load_model(dense)
     assert torch.allclose(logits(model, tiny_tokens()), computed, atol=1e-3, rtol=1e-4)
     assert read_json(dense / "compression.json") == {}
-    assert all(type(linear) is nn.Linear for linear in layers.weight_matrices(layers.blocks(model)).values())
+    assert all(type(linear) is nn.Linear for linear in modules.weight_matrices(blocks(model)).values())
 
 
 def test_an_exported_node_can_be_compressed_again(workshop: Workshop, tmp_path: Path) -> None:

@@ -13,13 +13,15 @@ from safetensors import SafetensorError
 from tiny import logits, tiny_model, tiny_tokens
 from torch import Tensor, nn
 
-from coppice.calibration.stage import Moments, block_statistics, read_statistics_file
-from coppice.data.text import load_windows
+from coppice.calibration.moments import Moments
+from coppice.calibration.reading import block_statistics, read_statistics_file
+from coppice.data.windows import load_windows
 from coppice.errors import UserError
 from coppice.methods.contracts import Linear, LinearStatistics, LowRank, Masked, Quantized, Replacement
 from coppice.methods.registry import method
 from coppice.methods.solvers.grid import dequantize
-from coppice.models import layers, surgery
+from coppice.models import modules, surgery
+from coppice.models.architectures.base import blocks
 from coppice.models.checkpoint import load_model, read_manifest
 from coppice.records.statistics import Statistics
 
@@ -87,14 +89,14 @@ def test_every_linear_is_what_the_method_makes_of_it(
     name, values = STEPS[step]
     node = make(tmp_path / "node", root, name, [statistics["moments"]], **values)
     used, moments = method(name), read_moments(statistics["moments"])
-    manifest, dense = read_manifest(node), layers.replaceable_modules(layers.blocks(load_model(root)))
-    stored = layers.replaceable_modules(layers.blocks(load_model(node)))
+    manifest, dense = read_manifest(node), modules.replaceable_modules(blocks(load_model(root)))
+    stored = modules.replaceable_modules(blocks(load_model(node)))
     assert len(stored) == len(dense) == len(manifest.layers) == 14
     for place, linear in dense.items():
         weight, module, moment = linear.weight.detach(), stored[place], moments[place]
         pure = Linear(weight, storage=torch.float32)
-        replacement = used.module.compress(pure, moment, used.validated(values))
-        new = layers.effective_weight(module).detach()
+        replacement = used.layer.compress(pure, moment, used.validated(values))
+        new = modules.effective_weight(module).detach()
         torch.testing.assert_close(new, weight_of(replacement, weight), rtol=0, atol=1e-6)
         assert (module.bias is None) == (linear.bias is None)
         assert linear.bias is None or torch.equal(module.bias, linear.bias)
@@ -118,7 +120,7 @@ def assert_budget(module: nn.Module, asked: dict[str, Any]) -> None:
         width = module.in_features if asked["group_size"] == -1 else asked["group_size"]
         groups = module.weight.view(-1, width)
         assert max(len(group.unique()) for group in groups) <= 2 ** asked["bits"]
-        assert module.weight_packed.shape[1] == layers.packed_words(module.in_features, asked["bits"])
+        assert module.weight_packed.shape[1] == modules.packed_words(module.in_features, asked["bits"])
     else:
         m, n = module.out_features, module.in_features
         rank = asked.get("rank") or int(asked["keep"] * m * n / (m + n))
@@ -133,13 +135,13 @@ def test_a_compensation_is_fitted_to_the_reference(
     node = make(tmp_path / "node", parent, "eora", [folder], rank=3, reference=root)
     used, moments, manifest = method("eora"), read_moments(folder), read_manifest(node)
     before, compressed, stored = (
-        layers.replaceable_modules(layers.blocks(load_model(path))) for path in (root, parent, node)
+        modules.replaceable_modules(blocks(load_model(path))) for path in (root, parent, node)
     )
     with torch.no_grad():
         for place, module in stored.items():
             linear = Linear(compressed[place].weight, reference=before[place].weight)
-            expected = used.module.compress(linear, moments[place], used.validated({"rank": 3}))
-            added = layers.effective_weight(module.compensation)
+            expected = used.layer.compress(linear, moments[place], used.validated({"rank": 3}))
+            added = modules.effective_weight(module.compensation)
             torch.testing.assert_close(added, expected.second @ expected.first, rtol=0, atol=1e-6)
             difference = linear.weight + added - linear.reference
             record = manifest.layers[f"model.layers.{place}"]
@@ -155,18 +157,17 @@ def test_propagation_gathers_behind_the_compressed_blocks(
     root: Path, windows: Path, statistics: dict[str, Path], tmp_path: Path, name: str, values: dict[str, Any]
 ) -> None:
     static = make(tmp_path / "static", root, name, [statistics["moments"]], **values)
-    node = make(tmp_path / "node", root, name, propagate=True, tokens=windows, **values)
+    node = make(tmp_path / "node", root, name, sequential=True, tokens=windows, **values)
     first, second = (
-        [layers.replaceable_modules(layers.blocks(load_model(path))[index]) for path in (static, node)]
-        for index in (0, 1)
+        [modules.replaceable_modules(blocks(load_model(path))[index]) for path in (static, node)] for index in (0, 1)
     )
     for linear, twin in zip(*(each.values() for each in first), strict=True):
-        assert torch.equal(layers.effective_weight(linear), layers.effective_weight(twin))
-    assert not torch.equal(*(layers.effective_weight(each["mlp.down_proj"]) for each in second))
+        assert torch.equal(modules.effective_weight(linear), modules.effective_weight(twin))
+    assert not torch.equal(*(modules.effective_weight(each["mlp.down_proj"]) for each in second))
     expected = by_hand(load_model(root), windows, name, values)
-    found = layers.replaceable_modules(layers.blocks(load_model(node)))
+    found = modules.replaceable_modules(blocks(load_model(node)))
     for place, weight in expected.items():
-        torch.testing.assert_close(layers.effective_weight(found[place]).detach(), weight, rtol=0, atol=1e-4)
+        torch.testing.assert_close(modules.effective_weight(found[place]).detach(), weight, rtol=0, atol=1e-4)
     tokens_fingerprint = load_windows(windows).manifest.fingerprint
     assert read_manifest(node).calibration == {"windows": tokens_fingerprint}
     assert read_manifest(static).calibration == {"moments": tokens_fingerprint}
@@ -178,18 +179,18 @@ def by_hand(model: nn.Module, windows: Path, name: str, values: dict[str, Any]) 
     used = method(name)
     tokens = torch.as_tensor(load_windows(windows).tokens).long()
     weights = {}
-    for index, block in enumerate(layers.blocks(model)):
-        moments = {place: Moments() for place in layers.replaceable_modules(block)}
+    for index, block in enumerate(blocks(model)):
+        moments = {place: Moments() for place in modules.replaceable_modules(block)}
         hooks = [
             linear.register_forward_pre_hook(lambda _, inputs, sums=moments[place]: sums.add(inputs[0].flatten(0, 1)))
-            for place, linear in layers.replaceable_modules(block).items()
+            for place, linear in modules.replaceable_modules(block).items()
         ]
         model(input_ids=tokens, use_cache=False)
         for hook in hooks:
             hook.remove()
-        for place, linear in layers.replaceable_modules(block).items():
+        for place, linear in modules.replaceable_modules(block).items():
             weight = linear.weight.clone()
-            made = used.module.compress(
+            made = used.layer.compress(
                 Linear(weight, storage=torch.float32), moments[place].statistics(), used.validated(values)
             )
             weights[f"{index}.{place}"] = weight_of(made, weight)
@@ -199,7 +200,7 @@ def by_hand(model: nn.Module, windows: Path, name: str, values: dict[str, Any]) 
 
 def test_propagation_changes_nothing_for_a_method_without_statistics(root: Path, tmp_path: Path) -> None:
     nodes = [
-        make(tmp_path / str(propagate), root, "rtn", bits=4, group_size=16, propagate=propagate)
+        make(tmp_path / str(propagate), root, "rtn", bits=4, group_size=16, sequential=propagate)
         for propagate in (False, True)
     ]
     assert len({read_manifest(node).fingerprint for node in nodes}) == 1
@@ -220,7 +221,7 @@ def test_a_structure_method_is_surgery(
     used, model, tokens = method(name), load_model(root), tiny_tokens()
     folder = statistics[kind]
     tensors = read_statistics_file(folder, f"{kind}.safetensors", Statistics.read(folder / "manifest.json"))
-    removal = used.module.choose(surgery.structure(model), tensors, used.validated(values))
+    removal = used.structure.choose(surgery.structure(model), tensors, used.validated(values))
     achieved = surgery.achieved(model, removal)
     expected = surgery.remove(model, removal)
     assert torch.equal(logits(load_model(node), tokens), logits(expected, tokens))
@@ -239,10 +240,10 @@ def test_the_record_is_of_the_weights_as_stored(tmp_path: Path) -> None:
     windows = save_windows(tmp_path / "windows", root)
     moments = gather(root, windows, "moments", tmp_path / "moments")
     node = make(tmp_path / "node", root, "svd-llm", [moments], rank=14)
-    before, after = (layers.replaceable_modules(layers.blocks(load_model(path))) for path in (root, node))
+    before, after = (modules.replaceable_modules(blocks(load_model(path))) for path in (root, node))
     for place, entry in read_manifest(node).layers.items():
         name = place.removeprefix("model.layers.")
-        wanted, new = (layers.effective_weight(each[name]).detach() for each in (before, after))
+        wanted, new = (modules.effective_weight(each[name]).detach() for each in (before, after))
         assert entry["weight_error"] == pytest.approx(relative(new - wanted, wanted), rel=1e-4)
 
 
@@ -263,7 +264,7 @@ def test_a_weight_that_is_not_a_number_is_named(
     tmp_path: Path, existing: Path, name: str, values: dict[str, Any]
 ) -> None:
     model = tiny_model("qwen2", num_hidden_layers=2)
-    layers.blocks(model)[1].mlp.up_proj.weight.data[0, 0] = torch.nan
+    blocks(model)[1].mlp.up_proj.weight.data[0, 0] = torch.nan
     broken = save_root(tmp_path / "broken", model)
     before = contents(existing)
     with pytest.raises(UserError, match=r"^model\.layers\.1\.mlp\.up_proj: .* not (finite|numbers)"):
@@ -298,7 +299,7 @@ def test_a_full_disk_is_one_sentence_and_the_node_stays(
         ("wanda", {"sparsity": 0.5}, r"needs statistics of the kind 'moments'.* `coppice calibrate --kind moments`"),
         ("shortgpt", {"blocks": 1}, "needs statistics of the kind 'blocks'"),
         ("llm-pruner", {"ratio": 0.5}, "needs statistics of the kind 'gradients'"),
-        ("gptq", {"bits": 4, "propagate": True}, "needs the calibration windows themselves; .* --tokens"),
+        ("gptq", {"bits": 4, "sequential": True}, "needs the calibration windows themselves; .* --tokens"),
         ("eora", {"rank": 2}, "needs statistics of the kind 'moments'"),
         ("full", {}, "trains its parent; .* `coppice recover`"),
     ],

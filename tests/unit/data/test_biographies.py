@@ -17,7 +17,7 @@ from coppice.data import biographies
 from coppice.data.biographies import ATTRIBUTES, KNOWLEDGE, TEMPLATES, Person, World
 from coppice.errors import UserError
 
-SOURCE = Path(biographies.__file__).parents[1]
+SOURCE = Path(biographies.__file__).parents[3]
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def test_no_word_has_two_meanings() -> None:
 
 def test_the_same_seed_gives_the_same_bytes_under_any_hash_seed() -> None:
     program = (
-        "from coppice.biographies import World, documents, questions\n"
+        "from coppice.data.biographies import World, documents, questions\n"
         "world = World(people=30)\n"
         "print(*documents(world, 'train', 40, seed=7), *questions(world, 20), sep='\\n')"
     )

@@ -5,7 +5,7 @@ import torch
 from manifests import provenance
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from coppice.data import biographies, text
+from coppice.data import biographies, sources
 from coppice.models.checkpoint import save_checkpoint
 
 WORLD = {"builtin": "biographies", "people": 30}
@@ -36,14 +36,14 @@ def make_model(vocabulary: int, seed: int = 0, tied: bool = True) -> LlamaForCau
 def save(model, folder):
     """A root checkpoint of `model` with the tokenizer of the world."""
     tokenizer = folder.parent / f"{folder.name}-tokenizer"
-    biographies.tokenizer(text.world(WORLD)).save_pretrained(tokenizer)
+    biographies.tokenizer(sources.world(WORLD)).save_pretrained(tokenizer)
     save_checkpoint(model, folder, tokenizer, provenance(), torch.float32)
     return folder
 
 
 @pytest.fixture(scope="package")
 def tokenizer():
-    return biographies.tokenizer(text.world(WORLD))
+    return biographies.tokenizer(sources.world(WORLD))
 
 
 @pytest.fixture(scope="package")

@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import nn
 
-from coppice.data import text
+from coppice.data.windows import save_windows, tokenize
 from coppice.errors import UserError
 from coppice.evaluation import connectivity, perplexity, stage
+from coppice.models.architectures.base import blocks
 from coppice.models.checkpoint import read_manifest
-from coppice.models.layers import QuantizedLinear, blocks
+from coppice.models.modules import QuantizedLinear
 from coppice.records.metrics import Metrics
 from coppice.results.measurements import rows_of
 
@@ -25,7 +26,7 @@ OPTIONS = {"points": 5, "barrier": 0.01, "similarity": 0.9}
 
 @pytest.fixture(scope="module")
 def windows(checkpoint):
-    return text.tokenize(checkpoint, WORLD, "evaluation", 6, 64, pack=False)
+    return tokenize(checkpoint, WORLD, "evaluation", 6, 64, pack=False)
 
 
 @pytest.fixture(scope="module")
@@ -196,13 +197,13 @@ def test_what_cannot_be_interpolated_is_refused(model, tokenizer, windows):
 
 
 def test_windows_beyond_the_context_are_refused(checkpoint, model):
-    long = text.tokenize(checkpoint, WORLD, "evaluation", 1, 65)
+    long = tokenize(checkpoint, WORLD, "evaluation", 1, 65)
     with pytest.raises(UserError, match="'people' has windows of 65 tokens, but the model's context ends at 64"):
         connectivity.measure(model, model, long, "people", **OPTIONS)
 
 
 def test_the_stage_writes_metrics_with_the_regime(checkpoint, stranger, windows, tmp_path):
-    text.save_windows(windows, tmp_path / "tokens")
+    save_windows(windows, tmp_path / "tokens")
     other = save(stranger, tmp_path / "other")
     evaluation = {"kind": "connectivity", "perplexity": {"people": {"text": "biographies"}}, **OPTIONS}
     parser = argparse.ArgumentParser()

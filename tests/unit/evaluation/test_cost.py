@@ -2,12 +2,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from forms import quantized_linear
 
 from coppice.errors import UserError
 from coppice.evaluation import cost
 from coppice.methods.quantize import gear
-from coppice.models import layers
-from coppice.models.kv_cache import install_cache
+from coppice.models import modules
+from coppice.models.modules.kv_cache import install_cache
 
 from .conftest import make_model
 
@@ -77,16 +78,14 @@ def test_a_model_that_stores_integers_and_multiplies_floats_is_simulated():
     projection = model.model.layers[0].mlp.up_proj
     codes = torch.zeros(projection.weight.shape, dtype=torch.int32)
     scale = torch.ones(len(codes), 1)
-    quantized = layers.QuantizedLinear.from_codes(
-        codes, scale, torch.zeros_like(scale, dtype=torch.int32), 4, -1, True, None
-    )
+    quantized = quantized_linear(codes, scale, torch.zeros_like(scale, dtype=torch.int32), 4, -1, True, None)
     model.model.layers[0].mlp.up_proj = quantized
     assert cost.is_simulated(model)
 
 
 def test_a_model_that_rounds_inputs_or_keys_in_floats_is_simulated():
     rounding, caching = make_model(50), make_model(50)
-    layers.quantize_activations(rounding.model.layers[0].mlp.up_proj, {"bits": 4, "symmetric": True, "clip": 1.0})
+    modules.quantize_activations(rounding.model.layers[0].mlp.up_proj, {"bits": 4, "symmetric": True, "clip": 1.0})
     install_cache(caching, gear.cache(gear.Options(bits=4, group_size=4, buffer=4)))
     assert cost.is_simulated(rounding)
     assert cost.is_simulated(caching)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from coppice.data import biographies, text
+from coppice.data import biographies, sources
 from coppice.errors import UserError
 from coppice.evaluation import harness, knowledge
 from coppice.uncertainty import bootstrap_means, percentile_interval, proportion_interval
@@ -20,7 +20,7 @@ def by_name(metrics):
 
 
 def test_the_built_in_task_asks_questions_about_the_world(model, tokenizer, checkpoint):
-    world = text.world(WORLD)
+    world = sources.world(WORLD)
     metrics, items = harness.measure(model, tokenizer, ["biographies"], limit=20, world=world)
     again = harness.measure(model, tokenizer, ["biographies"], limit=20, world=world)
     assert (metrics, items) == again
@@ -58,7 +58,7 @@ def test_a_small_world_is_asked_all_its_facts(model, tokenizer):
 
 
 def test_solved_examples_change_what_is_read(model, tokenizer):
-    world = text.world(WORLD)
+    world = sources.world(WORLD)
     none, one = (
         harness.measure(model, tokenizer, ["biographies"], limit=3, world=world, shots=shots) for shots in (0, 1)
     )
@@ -72,7 +72,7 @@ def test_a_head_of_its_own_stays_what_it_is(tokenizer):
     model = make_model(len(tokenizer))
     model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight))
     before = model.lm_head.weight
-    harness.measure(model, tokenizer, ["biographies"], limit=1, world=text.world(WORLD))
+    harness.measure(model, tokenizer, ["biographies"], limit=1, world=sources.world(WORLD))
     assert model.lm_head.weight is before
     assert model.config.tie_word_embeddings
     model.tie_weights()
@@ -134,7 +134,7 @@ def test_public_items_pass_through(stories, shared_data, tmp_path):
 
 
 def test_the_probabilities_behind_an_accuracy_are_measured(model, tokenizer):
-    world = text.world(WORLD)
+    world = sources.world(WORLD)
     metrics, items = harness.measure(model, tokenizer, ["biographies"], limit=20, world=world)
     found = by_name(metrics)
     answers = [question["answer"] for question in biographies.questions(world, 20)]

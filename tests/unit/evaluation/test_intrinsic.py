@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from coppice.data import text
+from coppice.data.windows import save_windows, tokenize
 from coppice.errors import UserError
 from coppice.evaluation import intrinsic, stage
 from coppice.evaluation.intrinsic import matrix_entropy, matrix_nuclear_norm, normalised
@@ -96,7 +96,7 @@ def test_a_batch_is_its_texts():
 
 @pytest.fixture(scope="module")
 def windows(checkpoint):
-    return text.tokenize(checkpoint, WORLD, "evaluation", 5, 48)
+    return tokenize(checkpoint, WORLD, "evaluation", 5, 48)
 
 
 def measured(model, windows, **changes):
@@ -180,7 +180,7 @@ def test_texts_without_a_spectrum_are_dropped_and_counted(model, windows, monkey
 
 
 def test_an_evaluation_measures_them(checkpoint, windows, tmp_path):
-    text.save_windows(windows, tmp_path / "tokens")
+    save_windows(windows, tmp_path / "tokens")
     evaluation = {
         "kind": "quality",
         "perplexity": {"people": {"text": "biographies"}},

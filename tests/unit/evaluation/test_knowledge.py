@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from coppice.data import biographies, text
+from coppice.data import biographies, sources
 from coppice.evaluation import knowledge
 from coppice.models.checkpoint import read_manifest
 from coppice.uncertainty import bootstrap_means, percentile_interval
@@ -15,7 +15,7 @@ from .conftest import WORLD
 
 
 def test_the_likelihood_of_a_continuation_is_the_sum_over_its_tokens(model, tokenizer, checkpoint):
-    person = text.world(WORLD).person(0)
+    person = sources.world(WORLD).person(0)
     pairs = [("", person.name), (f"{person.name} was born on", f" {person.values['birth_date']}")]
     for (prefix, continuation), score in zip(pairs, knowledge.log_likelihood(model, checkpoint)(pairs), strict=True):
         tokens = tokenizer(prefix + continuation, return_tensors="pt")["input_ids"]
@@ -27,7 +27,7 @@ def test_the_likelihood_of_a_continuation_is_the_sum_over_its_tokens(model, toke
 
 
 def test_bits_by_person_by_parameter_and_by_stored_bit(model, checkpoint):
-    world, manifest = text.world(WORLD), read_manifest(checkpoint)
+    world, manifest = sources.world(WORLD), read_manifest(checkpoint)
     metrics, items = knowledge.measure(model, checkpoint, manifest, world)
     found = {metric["metric"]: metric for metric in metrics}
     people = [

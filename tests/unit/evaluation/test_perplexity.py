@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from coppice import uncertainty
-from coppice.data import text
+from coppice.data.windows import tokenize
 from coppice.errors import UserError
 from coppice.evaluation import perplexity
 
@@ -17,7 +17,7 @@ from .conftest import WORLD
 
 @pytest.fixture(scope="module")
 def windows(checkpoint):
-    return text.tokenize(checkpoint, WORLD, "evaluation", 5, 48)
+    return tokenize(checkpoint, WORLD, "evaluation", 5, 48)
 
 
 def losses_by_hand(model, windows):
@@ -34,7 +34,7 @@ def losses_by_hand(model, windows):
 
 @pytest.mark.parametrize("pack", [True, False])
 def test_each_token_but_a_windows_first_is_scored_and_padding_is_not(checkpoint, model, pack):
-    windows = text.tokenize(checkpoint, WORLD, "evaluation", 5, 64, pack=pack)
+    windows = tokenize(checkpoint, WORLD, "evaluation", 5, 64, pack=pack)
     assert pack == bool((windows.documents >= 0).all())
     expected = losses_by_hand(model, windows)
     metrics, items = perplexity.measure(model, windows, "people")
@@ -101,14 +101,14 @@ def test_the_protocol_is_recorded(model, windows):
 
 def test_windows_must_fit(checkpoint, model):
     with pytest.raises(UserError, match="'people' has windows of 65 tokens, but the model's context ends at 64"):
-        perplexity.measure(model, text.tokenize(checkpoint, WORLD, "evaluation", 1, 65), "people")
+        perplexity.measure(model, tokenize(checkpoint, WORLD, "evaluation", 1, 65), "people")
     with pytest.raises(UserError, match="'people' scores no token"):
-        perplexity.measure(model, text.tokenize(checkpoint, WORLD, "evaluation", 1, 1), "people")
+        perplexity.measure(model, tokenize(checkpoint, WORLD, "evaluation", 1, 1), "people")
 
 
 def test_stories_have_the_reference_perplexity(stories, shared_data):
     source = {"path": str(shared_data / "text_tinystories_val" / "validation.jsonl"), "splits": {"evaluation": 1}}
-    windows = text.tokenize(shared_data / "stories260K" / "hf", source, "evaluation", None, 512)
+    windows = tokenize(shared_data / "stories260K" / "hf", source, "evaluation", None, 512)
     loss, measured = perplexity.measure(stories[0], windows, "stories")[0]
     assert loss["n"] == 74_606
     assert loss["value"] == pytest.approx(1.4537, abs=1e-4)

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 
 from coppice.evaluation import roofline
-from coppice.evaluation.roofline import DEVICES, Device, Shape
+from coppice.evaluation.roofline import Shape
+from coppice.hardware import DEVICES, Device
 
 LLAMA = Shape(hidden=4096, intermediate=11008, layers=32, heads=32, kv_heads=32, head_dim=128, vocabulary=32000)
 SMALL = Shape(hidden=64, intermediate=128, layers=2, heads=4, kv_heads=2, head_dim=16, vocabulary=100)
 CONFIG = {
+    "model_type": "llama",
     "hidden_size": 64,
     "intermediate_size": 128,
     "num_hidden_layers": 2,
@@ -81,8 +84,8 @@ def test_decoding_one_sequence_waits_for_memory_alone():
     base = DEVICES["A6000"]
     for bits in [(16, 16, 16), (4, 16, 16), (8, 8, 8)]:
         time = decode_ms(base, bits)
-        assert decode_ms(base._replace(bandwidth=base.bandwidth / 2), bits) == pytest.approx(2 * time, rel=1e-12)
-        assert decode_ms(base._replace(float16=2 * base.float16, int8=2 * base.int8), bits) == time
+        assert decode_ms(replace(base, bandwidth=base.bandwidth / 2), bits) == pytest.approx(2 * time, rel=1e-12)
+        assert decode_ms(replace(base, float16=2 * base.float16, int8=2 * base.int8), bits) == time
         _, passed = totals(roofline.decode(roofline.uniform(LLAMA, *bits), 1, 1024))
         assert time == pytest.approx(1000 * passed / base.bandwidth, rel=1e-12)
 
@@ -91,8 +94,8 @@ def test_reading_a_long_prompt_waits_for_the_units():
     base, model = DEVICES["A6000"], roofline.uniform(LLAMA)
     operations = [one for one in roofline.prefill(model, 1, 2048) if one.operations > 1e9]
     time = roofline.latency(operations, base)
-    assert roofline.latency(operations, base._replace(float16=2 * base.float16)) == pytest.approx(time / 2)
-    assert roofline.latency(operations, base._replace(bandwidth=2 * base.bandwidth)) == time
+    assert roofline.latency(operations, replace(base, float16=2 * base.float16)) == pytest.approx(time / 2)
+    assert roofline.latency(operations, replace(base, bandwidth=2 * base.bandwidth)) == time
 
 
 def test_times_grow_with_bits():
@@ -146,7 +149,7 @@ def test_calibration_by_one_measured_run():
 
 
 def linears_of(planned, inputs=64, outputs=128, sparse=False):
-    return roofline.matrices({UP: planned} if "type" in planned else planned, UP, inputs, outputs, 16, sparse)
+    return roofline.products({UP: planned} if "type" in planned else planned, UP, inputs, outputs, 16, sparse)
 
 
 def test_a_plain_node_is_the_uniform_model():
@@ -159,7 +162,7 @@ def test_factors_are_products_of_their_own():
     first, second = linears_of({"type": "LowRank", "rank": 8})
     assert (first.inputs, first.outputs, first.stored_bytes) == (64, 8, 2 * 64 * 8)
     assert (second.inputs, second.outputs, second.stored_bytes) == (8, 128, 2 * 8 * 128)
-    sizes = [(one.inputs, one.outputs) for one in linears_of({"type": "Skeleton", "rank": 8})]
+    sizes = [(one.inputs, one.outputs) for one in linears_of({"type": "CUR", "rank": 8})]
     assert sizes == [(64, 8), (8, 8), (8, 128)]
     half = 64 * 128 // (2 * (64 + 128))
     assert sum(one.multiplications for one in linears_of({"type": "LowRank", "rank": half})) <= 64 * 128 / 2
@@ -167,7 +170,7 @@ def test_factors_are_products_of_their_own():
 
 def test_a_correction_stands_beside_its_packed_linear():
     planned = {
-        UP: {"type": "Compensated", "rank": 4},
+        UP: {"type": "LowRankCorrection", "rank": 4},
         f"{UP}.base": {"type": "Quantized", "bits": 4, "group_size": 32, "symmetric": True},
         f"{UP}.compensation": {"type": "LowRank", "rank": 4},
     }
@@ -182,22 +185,22 @@ def test_a_correction_stands_beside_its_packed_linear():
         ({"type": "Quantized", "bits": 8, "group_size": -1, "symmetric": True}, None, False),
         ({"type": "Quantized", "bits": 8, "group_size": -1, "symmetric": True}, 8, True),
         ({"type": "Quantized", "bits": 4, "group_size": -1, "symmetric": True}, 4, True),
-        ({"type": "Coded", "bits": 4, "block": 64, "outliers": 0, "transposed": False}, 8, False),
+        ({"type": "Codebook", "bits": 4, "block": 64, "outliers": 0, "transposed": False}, 8, False),
         ({"type": "Linear"}, 8, False),
-        ({"type": "Flattened", "bits": 8, "expanded": 70}, None, True),
+        ({"type": "FlattenQuant", "bits": 8, "expanded": 70}, None, True),
     ],
 )
 def test_integer_units_need_grids_on_both_sides(entry, rounded, integer):
-    inputs = {} if rounded is None else {"rounded_inputs": {"bits": rounded, "symmetric": True, "clip": 1.0}}
+    inputs = {} if rounded is None else {"quantized_activations": {"bits": rounded, "symmetric": True, "clip": 1.0}}
     (found,) = linears_of({**entry, **inputs})
     assert found.integer is integer
-    assert found.input_bits == (rounded or (8 if entry["type"] == "Flattened" else 16))
+    assert found.input_bits == (rounded or (8 if entry["type"] == "FlattenQuant" else 16))
 
 
 def test_a_sparse_kernel_is_an_assumption():
     (stored,), (assumed,) = linears_of({"type": "Masked"}), linears_of({"type": "Masked"}, sparse=True)
     assert assumed.stored_bytes == stored.stored_bytes * (1 / 2 + 1 / 16)
-    device = Device(bandwidth=1e30, float16=1.0, int8=1.0)
+    device = Device(bandwidth=1e30, float16=1.0, int8=1.0, source="assumed")
     times = [
         roofline.latency(
             roofline.prefill(roofline.model_of_node(CONFIG, {UP: {"type": "Masked"}}, sparse), 1, 8), device
@@ -212,27 +215,27 @@ def test_a_sparse_kernel_is_an_assumption():
 def test_bytes_are_those_of_the_modules():
     import torch
 
-    from coppice.models import layers
+    from coppice.models import modules
 
     made = {
-        "Quantized": layers.QuantizedLinear(64, 96, 3, 32, symmetric=False, dtype=torch.bfloat16),
-        "Coded": layers.CodebookLinear(64, 96, 3, 48, outliers=2, transposed=True, dtype=torch.bfloat16),
-        "Flattened": layers.FlattenQuantLinear(64, 96, 5, expanded=70, dtype=torch.bfloat16),
-        "TensorTrain": layers.TensorTrainLinear([8, 8], [12, 8], [5], dtype=torch.bfloat16),
-        "LowRank": layers.LowRankLinear(64, 96, 7, dtype=torch.bfloat16),
+        "Quantized": modules.QuantizedLinear(64, 96, 3, 32, symmetric=False, dtype=torch.bfloat16),
+        "Codebook": modules.CodebookLinear(64, 96, 3, 48, outliers=2, transposed=True, dtype=torch.bfloat16),
+        "FlattenQuant": modules.FlattenQuantLinear(64, 96, 5, expanded=70, dtype=torch.bfloat16),
+        "TensorTrain": modules.TensorTrainLinear([8, 8], [12, 8], [5], dtype=torch.bfloat16),
+        "LowRank": modules.LowRankLinear(64, 96, 7, dtype=torch.bfloat16),
     }
     for name, module in made.items():
         tensors = [*module.parameters(), *(one for key, one in module.named_buffers() if key != "weight_shape")]
         expected = sum(one.numel() * one.element_size() for one in tensors)
-        found = linears_of(layers.describe(module), 64, 96)
+        found = linears_of(modules.describe(module), 64, 96)
         assert sum(one.stored_bytes for one in found) == expected, name
     train = made["TensorTrain"]
-    (found,) = linears_of(layers.describe(train), 64, 96)
+    (found,) = linears_of(modules.describe(train), 64, 96)
     assert found.multiplications == min(train.multiplications()[0], 64 * 96)
 
 
 def test_a_compressed_cache_weighs_what_it_holds():
-    from coppice.models import kv_cache
+    from coppice.models.modules import kv_cache
 
     for settings in (
         kv_cache.CacheSettings(bits=2, group_size=32, window=16),
@@ -247,9 +250,9 @@ def test_a_compressed_cache_weighs_what_it_holds():
 
 
 def test_prompts_are_shortened_to_the_context():
-    assert roofline.fitted(1024, 128, 2048) == (1024, 128)
-    assert roofline.fitted(1024, 128, 128) == (113, 15)
-    assert roofline.fitted(1, 1000, 100) == (1, 99)
+    assert roofline.fit_to_context(1024, 128, 2048) == (1024, 128)
+    assert roofline.fit_to_context(1024, 128, 128) == (113, 15)
+    assert roofline.fit_to_context(1, 1000, 100) == (1, 99)
 
 
 def test_nothing_heavy_is_imported():

@@ -10,7 +10,7 @@ import pyarrow.parquet
 import pytest
 import torch
 
-from coppice.data import text
+from coppice.data.windows import load_windows, save_windows, tokenize
 from coppice.errors import UserError
 from coppice.evaluation import stage
 from coppice.models import checkpoint as checkpoints
@@ -24,7 +24,7 @@ COST = {"kind": "cost", "batch": 1, "prompt": 8, "generate": 2, "repeats": 2, "w
 @pytest.fixture(scope="module")
 def tokens(checkpoint, tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokens")
-    text.save_windows(text.tokenize(checkpoint, WORLD, "evaluation", 4, 48), folder)
+    save_windows(tokenize(checkpoint, WORLD, "evaluation", 4, 48), folder)
     return folder
 
 
@@ -38,7 +38,7 @@ def test_quality_is_written_with_its_items(checkpoint, tokens, tmp_path):
     report, items = evaluate(checkpoint, tokens, tmp_path / "a", {**QUALITY, "tasks": ["biographies"], "limit": 3})
     assert (report["node"], report["evaluation"], report["kind"]) == ("tiny", "quality", "quality")
     assert report["model_fingerprint"] == checkpoints.read_manifest(checkpoint).fingerprint
-    assert report["tokens_fingerprints"] == {"people": text.load_windows(tokens).manifest.fingerprint}
+    assert report["tokens_fingerprints"] == {"people": load_windows(tokens).manifest.fingerprint}
     names = [metric["metric"] for metric in report["metrics"]]
     scores = ["acc", "acc_norm", "log_probability", "choice_probability", "brier"]
     assert names == ["loss_people", "perplexity_people", *(f"biographies_{score}" for score in scores)]

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from forms import quantized_linear
 from nodes import gather, make, save_root, save_windows
 from safetensors.torch import load_file
 from tiny import logits, tiny_model, tiny_tokens
@@ -21,7 +22,6 @@ from coppice.export import check, gguf
 from coppice.export.stage import export
 from coppice.files import read_json, write_json
 from coppice.models.checkpoint import load_model, read_manifest
-from coppice.models.layers import QuantizedLinear
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             base / f"{name}-compensated", nodes[name], "eora", [moments], rank=3, reference=root
         )
     # What is refused before work is told by a node's JSON alone.
-    nodes["codebook"] = described(base / "codebook", root, "compression.json", {"model.layers.0": {"type": "Coded"}})
+    nodes["codebook"] = described(base / "codebook", root, "compression.json", {"model.layers.0": {"type": "Codebook"}})
     nodes["inputs"] = described(base / "inputs", root, "manifest.json", {"traits": ["quantized-activations"]})
     half = save_root(base / "half", dtype=torch.bfloat16, **shape)
     nodes["half"] = make(base / "half-quantized", half, "rtn", bits=3, group_size=32, symmetric=False)
@@ -117,7 +117,8 @@ def test_the_command_takes_a_node_and_its_reader_gives_the_logits_on_other_token
     log.parent.mkdir(parents=True)
     log.write_text("error: Its bits are too few.\n")
     assert main(["export", "tiny/rtn-3", *words[2:]]) == 1
-    assert f"The node 'tiny/rtn-3' was not made: compress (Its bits are too few.), by {log}" in capsys.readouterr().err
+    sentence = f"The node 'tiny/rtn-3' has no checkpoint: compress (Its bits are too few.), by {log}"
+    assert sentence in capsys.readouterr().err
     (tmp_path / "file").touch()
     assert main([*words[:-1], str(tmp_path / "file" / "below")]) == 1
     assert "Not a directory; pass another --output" in capsys.readouterr().err
@@ -169,7 +170,7 @@ def test_blocks_hold_a_grid_exactly_or_not_at_all(bits: int, symmetric: bool, sc
     zeros = torch.zeros(4, 2, dtype=torch.int32)
     codes = codes - 2 ** (bits - 1) if symmetric else codes
     scales = scale * torch.tensor([[1.0, 2.0], [3.0, 4.0], [0.25, 8.0], [1.0, 1.0]])
-    linear = QuantizedLinear.from_codes(codes, scales, zeros, bits, 64, symmetric, None)
+    linear = quantized_linear(codes, scales, zeros, bits, 64, symmetric, None)
     stored = gguf.in_blocks(linear.weight, linear.weight_scale)
     assert (stored and stored.kind) == kind
     if kind:
@@ -210,9 +211,9 @@ def test_an_adapter_keeps_its_base_packed(folders: dict[str, Path], tmp_path: Pa
     [
         ("root", "compressed-tensors", "none of its linears is quantized; export it to dense"),
         ("masked", "compressed-tensors", "its zeros are stored as numbers"),
-        ("codebook", "compressed-tensors", "the node holds Coded; export it to dense"),
+        ("codebook", "compressed-tensors", "the node holds Codebook; export it to dense"),
         ("symmetric-compensated", "compressed-tensors", "export it to peft"),
-        ("factorized", "peft", "no low-rank updates beside its linears"),
+        ("factorized", "peft", "its linears have no low-rank corrections"),
         ("inputs", "gguf", "rounds the inputs of its linears while it runs, which GGUF cannot hold"),
         ("inputs", "compressed-tensors", "export the node from before that step"),
     ],
@@ -232,6 +233,7 @@ def test_what_a_format_cannot_say_is_refused_before_work(
         ("llama", {"attention_bias": True}, "no biases of a llama"),
         ("mistral", {"num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 64}, "looks back 64 tokens"),
         ("mistral", {}, "cannot be 32 wide with 6 heads"),
+        ("smollm3", {}, "reads no smollm3 from GGUF"),
     ],
 )
 def test_gguf_refuses_what_its_reader_passes_over(

@@ -17,7 +17,7 @@ from tiny import tiny_model
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from coppice.errors import UserError
-from coppice.export import gguf_tokenizer
+from coppice.export import gguf_tokenizer, gguf_vocabulary
 from coppice.export.stage import export
 from coppice.files import read_json, write_json
 from coppice.models.checkpoint import save_checkpoint
@@ -68,7 +68,7 @@ def with_all_pairs() -> Tokenizer:
     trained.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     trainer = trainers.BpeTrainer(
         vocab_size=520,
-        special_tokens=[*special, *gguf_tokenizer.BYTES],
+        special_tokens=[*special, *gguf_vocabulary.BYTES],
         initial_alphabet=list("▁abcdefghijklmnopqrstuvwxyz"),
         limit_alphabet=90,
         show_progress=False,
@@ -80,7 +80,7 @@ def with_all_pairs() -> Tokenizer:
     definition["model"]["merges"] = [
         [token[:middle], token[middle:]]
         for token in sorted(vocabulary, key=vocabulary.get)
-        if token not in {*special, *gguf_tokenizer.BYTES}
+        if token not in {*special, *gguf_vocabulary.BYTES}
         for middle in reversed(range(1, len(token)))
         if token[:middle] in vocabulary and token[middle:] in vocabulary
     ]
@@ -103,7 +103,7 @@ def save(folder: Path, tokenizer: Tokenizer, size: int = 640, **settings: Any) -
     return folder
 
 
-def written(folder: Path, size: int = 640) -> gguf_tokenizer.Vocabulary:
+def written(folder: Path, size: int = 640) -> gguf_vocabulary.Vocabulary:
     """The vocabulary of a file that holds it and passes the check."""
     vocabulary, _ = gguf_tokenizer.read(folder, size)
     assert vocabulary is not None, gguf_tokenizer.read(folder, size)[1]
@@ -112,9 +112,9 @@ def written(folder: Path, size: int = 640) -> gguf_tokenizer.Vocabulary:
     return vocabulary
 
 
-def save_vocabulary(path: Path, vocabulary: gguf_tokenizer.Vocabulary) -> None:
+def save_vocabulary(path: Path, vocabulary: gguf_vocabulary.Vocabulary) -> None:
     writer = GGUFWriter(path, "llama")
-    gguf_tokenizer.write(writer, vocabulary)
+    gguf_vocabulary.write(writer, vocabulary)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
@@ -175,7 +175,7 @@ def test_a_tokenizer_from_sentencepiece_merges_by_score(tmp_path: Path) -> None:
     # Neighbours that make one token in two ways, next to each other: what ranks and scores could settle otherwise.
     texts = [one + other + one for one in vocabulary.tokens[280:520:7] for other in vocabulary.tokens[283:520:11]]
     texts = [text.replace("▁", " ") for text in texts]
-    assert list(gguf_tokenizer.tokenized(vocabulary, texts)) == [tokenizer.encode(text).ids for text in texts]
+    assert list(gguf_vocabulary.tokenize(vocabulary, texts)) == [tokenizer.encode(text).ids for text in texts]
 
 
 def test_the_public_model_keeps_its_tokenizer(shared_data: Path) -> None:
@@ -184,7 +184,7 @@ def test_the_public_model_keeps_its_tokenizer(shared_data: Path) -> None:
     assert (vocabulary.model, vocabulary.ids, notes) == ("llama", {"bos": 1, "eos": 2, "unk": 0, "pad": 0}, ())
     path = shared_data / "text_tinystories_val" / "validation.jsonl"
     texts = [json.loads(line)["text"] for line in path.read_text(encoding="utf-8").splitlines()[:10]]
-    ours = gguf_tokenizer.tokenized(vocabulary, texts)
+    ours = gguf_vocabulary.tokenize(vocabulary, texts)
     assert list(ours) == [Tokenizer.from_file(str(folder / "tokenizer.json")).encode(text).ids for text in texts]
 
 
@@ -206,7 +206,7 @@ def test_what_llama_cpp_would_do_otherwise_is_not_written(
     said = reason(tmp_path, tokenizer)
     assert re.search(sentence, said), said
     assert said.startswith("The file holds no tokenizer, because ")
-    assert "Programs are to pass tokens, of the tokenizer.json beside it" in said
+    assert "Programs must pass tokens, of the tokenizer.json next to it" in said
 
 
 @pytest.mark.parametrize(

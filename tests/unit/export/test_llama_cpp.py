@@ -25,7 +25,7 @@ from tokenizers import Tokenizer, normalizers
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from coppice.data.text import load_tokenizer
+from coppice.data.tokenizer import load_tokenizer
 from coppice.export import gguf, gguf_tokenizer
 from coppice.export.check import Difference, difference
 from coppice.export.stage import export

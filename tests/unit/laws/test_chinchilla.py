@@ -13,15 +13,20 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from law_points import mesh
 
-from coppice import laws
-from coppice.laws import chinchilla, fit
-from coppice.laws.fit import Points, bootstrap, fit_form, gradient_ratio
+from coppice.laws import chinchilla, registry
+from coppice.laws.engine import search
+from coppice.laws.engine.forms import parameter_columns
+from coppice.laws.engine.inference import bootstrap
+from coppice.laws.engine.points import Points, count, select
+from coppice.laws.engine.problem import Problem
+from coppice.laws.engine.search import fit_form, gradient_ratio
 
 CORRECTED = {"A": 482.01, "B": 2085.43, "E": 1.8169, "alpha": 0.3478, "beta": 0.3659}
 # The logarithms of A, B and E, alpha and beta in the source of Hoffmann et al.
 PUBLISHED = (6.0073404, 6.0179186, 0.5267228, 0.33917084, 0.2849083)
-OPTIONS = chinchilla.Options().model_dump()
+OPTIONS = chinchilla.Options()
 
 
 def design(noise: float = 0.0, truth: dict[str, float] = CORRECTED) -> Points:
@@ -92,7 +97,7 @@ def test_the_replications_own_points() -> None:
     )
     kept = loss < np.sort(loss)[-5]
     points = {"run": np.arange(len(rows)).astype(str), "parameters": size, "tokens": compute / (6 * size), "loss": loss}
-    found = fitted(fit.select(points, kept), starts=32)
+    found = fitted(select(points, kept), starts=32)
     for name, value in {"A": 477.84, "E": 1.81724, "alpha": 0.347313, "beta": 0.367183}.items():
         assert found[name] == pytest.approx(value, rel=0.005), name
     assert found["B"] == pytest.approx(2143.86, rel=0.015)
@@ -109,16 +114,16 @@ def test_a_search_that_stops_on_the_mean_is_rejected() -> None:
         return dict(zip(names, [*np.exp(searched[:3]), *searched[3:]], strict=True))
 
     def mean_loss(searched: np.ndarray) -> float:
-        return float(fit.objective(chinchilla.FORM, parameters(searched), points)) / fit.count(points)
+        return float(Problem(chinchilla.FORM, points).objective(parameters(searched))) / count(points)
 
     stopped = minimize(mean_loss, PUBLISHED, method="L-BFGS-B")
     assert stopped.success
-    tolerance = fit._GRADIENT_TOLERANCE
-    assert gradient_ratio(chinchilla.FORM, parameters(stopped.x), points, names) > tolerance
+    problem = Problem(chinchilla.FORM, points)
+    tolerance = search._GRADIENT_TOLERANCE
+    assert gradient_ratio(problem, parameters(stopped.x)) > tolerance
     found = fitted(points)
-    assert gradient_ratio(chinchilla.FORM, found, points, names) <= tolerance
-    best = fit.objective(chinchilla.FORM, found, points)
-    assert best < 0.99 * fit.objective(chinchilla.FORM, parameters(stopped.x), points)
+    assert gradient_ratio(problem, found) <= tolerance
+    assert problem.objective(found) < 0.99 * problem.objective(parameters(stopped.x))
 
 
 def test_the_analytic_slopes_are_those_of_the_complex_step() -> None:
@@ -147,8 +152,8 @@ def test_the_compute_optimum_of_the_corrected_law() -> None:
 def test_the_recommended_size_does_not_depend_on_the_units() -> None:
     points, scales = in_units(design(noise=0.003))
     found = fit_form(chinchilla.FORM, points, 4)
-    samples = fit.columns(chinchilla.FORM, bootstrap(chinchilla.FORM, points, found, 20, 0)[0])
-    options = OPTIONS | {"compute": 1e21}
+    samples = parameter_columns(chinchilla.FORM, bootstrap(found, 20, 0)[0])
+    options = OPTIONS.model_copy(update={"compute": 1e21})
     entry = chinchilla.recommend(found, samples, points, scales, options)[0][0]
     size, tokens = chinchilla.compute_optimal(unscaled(found.parameters, scales), 1e21)
     assert entry["parameters"] == pytest.approx(size)
@@ -160,7 +165,7 @@ def test_the_recommended_size_does_not_depend_on_the_units() -> None:
     )
     assert entry["note"] is None
     assert f"{entry['parameters'] / 1e9:.3g}B (" in entry["sentence"]
-    far = chinchilla.recommend(found, samples, points, scales, OPTIONS | {"compute": 1e26})[0][0]
+    far = chinchilla.recommend(found, samples, points, scales, OPTIONS.model_copy(update={"compute": 1e26}))[0][0]
     assert "extrapolation" in far["sentence"]
     alone = {name: column[:0] for name, column in samples.items()}
     assert chinchilla.recommend(found, alone, points, scales, options)[0][0]["tokens_low"] is None
@@ -168,8 +173,7 @@ def test_the_recommended_size_does_not_depend_on_the_units() -> None:
 
 
 def small(size: list[float], tokens: list[float]) -> Points:
-    mesh = np.array([(a, b) for a in size for b in tokens])
-    points = {"run": np.arange(len(mesh)).astype(str), "parameters": mesh[:, 0], "tokens": mesh[:, 1]}
+    points = mesh(parameters=size, tokens=tokens)
     truth = {"A": 0.4, "B": 1.1, "E": 1.8, "alpha": 0.35, "beta": 0.4}
     return points | {"loss": chinchilla.predict(truth, points)}
 
@@ -181,7 +185,7 @@ def test_one_size_leaves_the_law_of_tokens() -> None:
     assert found.unidentified == ()
     assert found.parameters["E"] == pytest.approx(1.8 + 0.4 * 2**-0.35, rel=1e-5)
     assert found.parameters["beta"] == pytest.approx(0.4, rel=1e-5)
-    notes = chinchilla.recommend(found, {}, {}, {}, {"compute": 1e20})[1]
+    notes = chinchilla.recommend(found, {}, {}, {}, chinchilla.Options(compute=1e20))[1]
     assert notes == ["No compute-optimal size is recommended, since the points do not identify A and alpha."]
 
 
@@ -193,7 +197,7 @@ def test_one_number_of_tokens_leaves_the_law_of_sizes() -> None:
 
 
 def test_one_ratio_and_one_cell() -> None:
-    diagonal = fit.select(small([1, 2, 4, 8, 16], [20, 40, 80, 160, 320]), np.arange(0, 25, 6))
+    diagonal = select(small([1, 2, 4, 8, 16], [20, 40, 80, 160, 320]), np.arange(0, 25, 6))
     fixed, notes = chinchilla.reduce(diagonal)
     assert fixed == {"B": 0.0, "beta": 1.0}
     assert "one ratio" in notes[0]
@@ -250,13 +254,13 @@ def test_points_are_the_validation_losses_of_runs_from_random_weights() -> None:
     assert found["parameters"].tolist() == [60, 60, 100, 100]
     assert found["tokens"].tolist() == [10, 20, 10, 20]
     assert found["loss"].tolist() == [4, 3, 4, 3]
-    only = chinchilla.points({"nodes": nodes, "curves": curves}, OPTIONS | {"nodes": ["m/scratch"]})
+    only = chinchilla.points({"nodes": nodes, "curves": curves}, OPTIONS.model_copy(update={"nodes": ["m/scratch"]}))
     assert set(only["run"]) == {"m/scratch"}
-    none = chinchilla.points({"nodes": nodes, "curves": curves}, OPTIONS | {"method": "lora"})
+    none = chinchilla.points({"nodes": nodes, "curves": curves}, OPTIONS.model_copy(update={"method": "lora"}))
     assert none["loss"].shape == (0,)
 
 
 def test_the_law_is_found_by_name() -> None:
-    assert laws.load("chinchilla").form is chinchilla.FORM
-    options = laws.validated("chinchilla", {"compute": 1e20})
+    assert registry.load("chinchilla").form is chinchilla.FORM
+    options = registry.validate_options("chinchilla", {"compute": 1e20})
     assert (options.residuals, options.huber) == ("logarithmic", 1e-3)

@@ -3,10 +3,11 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
+from law_points import mesh, spread
 
-from coppice import laws
-from coppice.laws import compression
-from coppice.laws.fit import Points, fit_form, select
+from coppice.laws import compression, registry
+from coppice.laws.engine.points import Points, select
+from coppice.laws.engine.search import fit_form
 
 TRUTH = {"alpha": 1.05, "beta": 0.9, "gamma": 0.35}
 DENSE_LOSS = {1: 2.9, 3: 2.5, 8: 2.1}
@@ -14,18 +15,14 @@ DENSE_LOSS = {1: 2.9, 3: 2.5, 8: 2.1}
 
 def grid(sizes=(1, 3, 8), ratios=(0.1, 0.3, 0.6), tokens=(0.5, 1, 2, 5, 10, 25), noise: float = 0.0) -> Points:
     """Losses of the true law, D in millions of tokens, with relative noise."""
-    mesh = [(size, ratio, count) for size in sizes for ratio in ratios for count in tokens]
-    size, ratio, count = np.transpose(mesh).astype(float)
-    points = {
-        "run": np.array([f"{a}-{b}" for a, b in zip(size, ratio, strict=True)]),
+    points = mesh(dense_parameters=sizes, rho=ratios, tokens=tokens)
+    size = points["dense_parameters"]
+    points |= {
+        "run": np.array([f"{a}-{b}" for a, b in zip(size, points["rho"], strict=True)]),
         "model": np.array([f"m{a:g}" for a in size]),
-        "dense_parameters": size,
-        "rho": ratio,
-        "tokens": count,
         "dense_loss": np.array([DENSE_LOSS[a] for a in size]),
     }
-    factor = 1 + noise * np.random.default_rng(0).standard_normal(len(size))
-    return points | {"loss": compression.predict(TRUTH, points) * factor}
+    return points | {"loss": compression.predict(TRUTH, points) * spread(points, noise)}
 
 
 def least_squares(points: Points) -> np.ndarray:
@@ -61,7 +58,7 @@ def test_a_factor_that_is_the_same_everywhere_tells_one_constant() -> None:
     assert fit.parameters["gamma"] == pytest.approx(0.35)
     assert 2.5 ** fit.parameters["alpha"] == pytest.approx(2.5**1.05 * 1.3**0.9)
     assert fit.unidentified == ()
-    assert fit.notes[0].startswith("There is one dense model, so alpha tells the size of a constant factor")
+    assert fit.notes[0].startswith("There is one dense model, so alpha is the size of a constant factor")
     assert fit.notes[1] == "There is one pruning rate, so beta is not identified: it is fixed at 0."
     assert fit_form(compression.FORM, grid(sizes=(3,))).parameters == pytest.approx(TRUTH)
     rival = fit_form(compression.RIVALS["without_recovery"], grid(sizes=(3,), ratios=(0.3,), tokens=(1,)))
@@ -70,7 +67,7 @@ def test_a_factor_that_is_the_same_everywhere_tells_one_constant() -> None:
 
 def test_recovery_tokens_count_in_millions() -> None:
     assert compression.LAW.scales(grid()) == {"tokens": 1e6}
-    assert laws.validated("compression", {}).residuals == "logarithmic"
+    assert registry.validate_options("compression", {}).residuals == "logarithmic"
 
 
 def test_held_out_tests() -> None:
@@ -93,7 +90,7 @@ def test_points_are_losses_of_recoveries_with_the_ratio_of_the_pruned_model() ->
     curves = pd.DataFrame(
         {"node": "m/laco/full", "tokens": [0, 1e6, 2e6], "loss": [9.0, 3.0, 2.8], "dense_loss": 2.5}
     ).assign(split="validation")
-    options = laws.validated("compression", {"ratio": "rho_blocks"}).model_dump()
+    options = registry.validate_options("compression", {"ratio": "rho_blocks"})
     points = compression.LAW.points({"nodes": nodes, "curves": curves}, options)
     assert list(points) == list(compression.LAW.columns)
     assert points["tokens"].tolist() == [1e6, 2e6]

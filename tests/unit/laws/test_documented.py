@@ -10,9 +10,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from coppice import laws
-from coppice.laws import chinchilla
-from coppice.laws.fit import Fit, Objective, fit_form, metrics
+from coppice.laws import chinchilla, registry
+from coppice.laws.engine.metrics import metrics
+from coppice.laws.engine.search import Fit, fit_form
+from coppice.laws.points.reading import read_points
 
 DOCS = Path(__file__).parents[3] / "docs"
 
@@ -27,17 +28,13 @@ def printed(page: str, row: str) -> list[str]:
 
 def fitted(name: str, folder: str, **options: object) -> tuple[Fit, dict[str, float | None]]:
     """The law fitted to the documented tables, without resamples."""
-    law = laws.load(name)
-    chosen = law.options(**options).model_dump()
-    tables = {
-        table: pd.read_parquet(DOCS / "measured" / folder / f"{table}.parquet", columns=list(columns))
-        for table, columns in law.needs.items()
-    }
-    raw = law.points(tables, chosen)
+    law = registry.load(name)
+    chosen = law.options(**options)
+    raw, _ = read_points(law, DOCS / "measured" / folder, chosen)
     points = raw | {column: raw[column] / scale for column, scale in law.scales(raw).items()}
-    form = replace(law.form, objective=Objective(chosen["residuals"], chosen["huber"]))
+    form = replace(law.form, objective=chosen.objective())
     fit = fit_form(form, points)
-    return fit, metrics(points, form.predict(fit.parameters, points), form.target)
+    return fit, metrics(points, fit.predict(points), form.target)
 
 
 @pytest.mark.parametrize(
@@ -59,7 +56,7 @@ def test_the_p2_study(column: int, nodes: list[str]) -> None:
 def test_the_law_of_knowledge() -> None:
     fit, goodness = fitted("knowledge", "knowledge")
     for name, value in fit.parameters.items():
-        # Digits as printed; c and p are told only together, so that c is printed to its power of ten.
+        # Digits as printed; c and p are identified only together, so that c is printed to its power of ten.
         assert value == pytest.approx(float(printed("knowledge.md", name)[0]), rel=0.02), name
     assert goodness["r2"] == pytest.approx(float(printed("knowledge.md", "R²")[0]), abs=1e-3)
 

@@ -8,10 +8,17 @@ import pandas as pd
 import pytest
 
 from coppice.laws import k_bit
-from coppice.laws.fit import Points
+from coppice.laws.engine.points import Points
+from coppice.laws.k_bit.curves import interpolate
 from coppice.laws.stage import fit_law
 
-OPTIONS = k_bit.Options().model_dump() | {"bootstrap": 400}
+OPTIONS = k_bit.Options(bootstrap=400)
+
+
+def options(**chosen: object) -> k_bit.Options:
+    return OPTIONS.model_copy(update=chosen)
+
+
 OFFSETS = {3: -0.04, 4: 0.03, 5: 0.02, 8: 0.0, 16: -0.05}
 SIZES = 2.0 ** np.arange(20, 34, 0.5)
 
@@ -48,7 +55,7 @@ def test_bits_of_a_parameter() -> None:
 
 def test_parallel_curves_give_back_their_offsets_and_the_best_precision() -> None:
     # T-C1; offsets are relative to the mean of the curves.
-    report = k_bit.report(parallel(), OPTIONS | {"metric": "task_acc"})
+    report = k_bit.report(parallel(), options(metric="task_acc"))
     found = report["details"]["offsets"]
     centre = np.mean(list(OFFSETS.values()))
     for k, offset in OFFSETS.items():
@@ -60,11 +67,11 @@ def test_parallel_curves_give_back_their_offsets_and_the_best_precision() -> Non
     assert {entry["k"] for entry in reached} == {4}
     assert not any(entry["alone"] for entry in reached)
     assert report["held_out"]["interior_size"]["k-bit"]["rmse"] < 5e-3
-    assert "no probability" in " ".join(report["notes"])
+    assert "probabilities are unknown" in " ".join(report["notes"])
 
 
 def test_neighbouring_budgets_share_a_sentence() -> None:
-    entries = k_bit.report(parallel(stderr=0.001), OPTIONS | {"metric": "task_acc"})["recommendation"]
+    entries = k_bit.report(parallel(stderr=0.001), options(metric="task_acc"))["recommendation"]
     assert [(entry["k"], entry["alone"]) for entry in entries] == [
         (3, True),
         (4, False),
@@ -80,9 +87,9 @@ def test_neighbouring_budgets_share_a_sentence() -> None:
 
 def test_losses_are_better_below() -> None:
     falling = parallel() | {"value": -parallel()["value"]}
-    up = k_bit.report(parallel(), OPTIONS | {"metric": "task_acc"})["details"]["best"]
+    up = k_bit.report(parallel(), options(metric="task_acc"))["details"]["best"]
     for metric in (None, "perplexity_text", "loss_text", "task_answer_loss"):
-        assert [entry["k"] for entry in k_bit.report(falling, OPTIONS | {"metric": metric})["details"]["best"]] == [
+        assert [entry["k"] for entry in k_bit.report(falling, options(metric=metric))["details"]["best"]] == [
             entry["k"] for entry in up
         ]
 
@@ -91,7 +98,7 @@ def test_curves_that_cross_split_the_budgets_there() -> None:
     # m_4 = x - 20 and m_8 = 2 (x - 20) - 3 cross at x = 23.
     sizes = 2.0 ** np.array([19, 21, 23])
     lines = {4: np.log2(4 * sizes) - 20, 8: 2 * (np.log2(8 * sizes) - 20) - 3}
-    report = k_bit.report(points(lines, sizes), OPTIONS | {"metric": "task_acc"})
+    report = k_bit.report(points(lines, sizes), options(metric="task_acc"))
     middle = [entry for entry in report["recommendation"] if not entry["alone"]]
     assert [entry["k"] for entry in middle] == [4, 8]
     assert middle[0]["high"] == pytest.approx(2.0**23)
@@ -107,7 +114,7 @@ def test_parallelism_of_curves_that_approach_each_other() -> None:
     # T-C3
     sizes = 2.0 ** np.arange(20, 30)
     values = {k: 0.8 - 20 * sizes**-0.3 * (1 - np.exp(-k / 2.5)) ** -0.3 for k in (3, 4, 8)}
-    offsets = k_bit.report(points(values, sizes), OPTIONS | {"metric": "task_acc"})["details"]["offsets"]
+    offsets = k_bit.report(points(values, sizes), options(metric="task_acc"))["details"]["offsets"]
     x = np.linspace(np.log2(8 * sizes[0]), np.log2(3 * sizes[-1]), 100_001)
     heights = np.array([np.interp(x, np.log2(k * sizes), value) for k, value in values.items()])
     for k, gap in zip(values, heights - heights.mean(axis=0), strict=True):
@@ -119,7 +126,7 @@ def test_probability_falls_with_the_standard_error() -> None:
     # Two curves at a constant gap of one standard error of a difference between single values.
     sizes = 2.0 ** np.arange(20, 23)
     flat = {4: np.full(3, 0.5), 8: np.full(3, 0.4)}
-    wide = k_bit.report(points(flat, sizes, stderr=0.1 / np.sqrt(2)), OPTIONS | {"bootstrap": 20000, "metric": "t_acc"})
+    wide = k_bit.report(points(flat, sizes, stderr=0.1 / np.sqrt(2)), options(bootstrap=20000, metric="t_acc"))
     best = [entry for entry in wide["details"]["best"] if not entry["alone"]]
     assert {entry["k"] for entry in best} == {4}
     for entry in best:
@@ -128,9 +135,7 @@ def test_probability_falls_with_the_standard_error() -> None:
         assert entry["probability"] == pytest.approx(0.921, abs=0.01)
     low, high = (wide["parameters"]["offset_4"][end] for end in ("low", "high"))
     assert low < 0.05 < high
-    again = k_bit.report(
-        points(flat, sizes, stderr=0.1 / np.sqrt(2)), OPTIONS | {"bootstrap": 20000, "metric": "t_acc"}
-    )
+    again = k_bit.report(points(flat, sizes, stderr=0.1 / np.sqrt(2)), options(bootstrap=20000, metric="t_acc"))
     assert again == wide
 
 
@@ -170,9 +175,9 @@ def test_a_size_left_out_is_predicted_by_its_neighbours() -> None:
 
 def test_nodes_of_nearly_the_same_bits_meet_in_their_mean() -> None:
     pair = points({4: np.array([0.4, 0.6, 0.9])}, np.array([1e6, 1.01e6, 1e8]), stderr=0.1)
-    found, notes = k_bit.curves(pair)
-    assert found[4]["value"].tolist() == [0.5, 0.9]
-    assert found[4]["stderr"] == pytest.approx([0.1 / np.sqrt(2), 0.1])
+    found, notes = interpolate(pair)
+    assert found[4].value.tolist() == [0.5, 0.9]
+    assert found[4].stderr == pytest.approx([0.1 / np.sqrt(2), 0.1])
     assert "At 1 knots" in notes[0]
 
 
@@ -205,7 +210,7 @@ def tables() -> dict[str, pd.DataFrame]:
         quantized("m", "rtn-3", "rtn", {"bits": 3}, 15e6, parent="m/wanda-50"),
         quantized("m", "full", "full", {"learning_rate": 1e-3}, 20e6, parent="m/gptq-4"),
         quantized("m", "wanda-50", "wanda", {}, 64e6) | {"traits": ["masked"]},
-        quantized("s", "round-8", "round-inputs", {"bits": 8}, 16e6) | {"traits": ["quantized-activations"]},
+        quantized("s", "round-8", "activation-quant", {"bits": 8}, 16e6) | {"traits": ["quantized-activations"]},
     ]
     nodes = pd.DataFrame(rows)
     metrics = pd.DataFrame(
@@ -251,8 +256,8 @@ def test_the_stage_leaves_out_what_is_no_number(tmp_path: Path) -> None:
 
 
 def test_options_choose_the_quantizer_and_the_nodes() -> None:
-    assert set(k_bit.points(tables(), OPTIONS | {"method": "rtn"})["run"]) == {"s", "m", "s/rtn-4"}
-    deeper = k_bit.points(tables(), OPTIONS | {"nodes": ["m", "m/*"]})
+    assert set(k_bit.points(tables(), options(method="rtn"))["run"]) == {"s", "m", "s/rtn-4"}
+    deeper = k_bit.points(tables(), OPTIONS.model_copy(update={"nodes": ["m", "m/*"]}))
     assert dict(zip(deeper["run"].tolist(), deeper["k"].tolist(), strict=True)) == {
         "m/wanda-50/rtn-3": 3,
         "m/gptq-4": 4,

@@ -6,14 +6,16 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from law_points import mesh, spread
 
 from coppice.laws import knowledge
-from coppice.laws.fit import Points, fit_form
+from coppice.laws.engine.points import Points
+from coppice.laws.engine.search import fit_form
 from coppice.laws.knowledge import FORM, capacity, predict
 from coppice.laws.stage import fit_law
 
 TRUTH = {"R": 1.8, "s": 4.0, "c": 40.0, "p": 1.5, "gamma": 0.72}
-OPTIONS = knowledge.Options().model_dump()
+OPTIONS = knowledge.Options()
 PEOPLE, PER_PERSON = 1200, 60.0
 DEFAULT_SIZES = (2e4, 5e4, 1.2e5)
 DEFAULT_WIDTHS = (0.0, 8.0, 4.0, 3.0, 2.0)
@@ -21,13 +23,11 @@ DEFAULT_WIDTHS = (0.0, 8.0, 4.0, 3.0, 2.0)
 
 def grid(sizes=DEFAULT_SIZES, widths=DEFAULT_WIDTHS, noise: float = 0.0, world: float = PEOPLE * PER_PERSON) -> Points:
     """Models of several sizes, dense in 32 bits and quantized to several widths with half a bit of scales."""
-    mesh = [(size, width) for size in sizes for width in widths]
-    size, width = np.transpose(mesh)
-    points = {
+    points = mesh(parameters=sizes, width=widths)
+    size, width = points["parameters"], points["width"]
+    points |= {
         "run": np.array([f"m{value:g}" for value in size]),
         "method": np.where(width == 0, "dense", "gptq"),
-        "width": width,
-        "parameters": size,
         "bits": np.where(width == 0, 32.0, width + 0.5),
         "world": np.full(len(size), world),
     }
@@ -36,7 +36,7 @@ def grid(sizes=DEFAULT_SIZES, widths=DEFAULT_WIDTHS, noise: float = 0.0, world: 
     )
     # A quarter of the parameters are embeddings, which stay in 32 bits.
     points["stored_bits"] = size * (0.75 * points["bits"] + 0.25 * 32)
-    share = predict(TRUTH, points) * (1 + noise * np.random.default_rng(0).standard_normal(len(size)))
+    share = predict(TRUTH, points) * spread(points, noise)
     return completed(points, share)
 
 
@@ -175,7 +175,7 @@ def test_recommended_storage_keeps_what_is_asked() -> None:
     points = grid()
     fit = fit_form(FORM, points, starts=8)
     samples = {name: np.full((3, 1), value) for name, value in fit.parameters.items()}
-    entries, notes = knowledge.recommend(fit, samples, points, {}, OPTIONS | {"keep": 0.9})
+    entries, notes = knowledge.recommend(fit, samples, points, {}, OPTIONS.model_copy(update={"keep": 0.9}))
     assert notes == []
     assert [entry["model"] for entry in entries] == ["m20000", "m50000", "m120000"]
     dense = {name: column[points["width"] == 0] for name, column in points.items()}
@@ -203,7 +203,7 @@ def test_only_quantized_weights_are_points_unless_nodes_are_named() -> None:
     nodes.at[marked, "traits"] = ["quantized", "quantized-activations"]
     found = knowledge.points(given, OPTIONS)
     assert found["node"].tolist() == ["m50000", "m50000/gptq-2", "m50000/gptq-8"]
-    named = knowledge.points(given, OPTIONS | {"nodes": ["*/gptq-4"]})
+    named = knowledge.points(given, OPTIONS.model_copy(update={"nodes": ["*/gptq-4"]}))
     assert named["node"].tolist() == ["m50000/gptq-4"]
     given["metrics"] = given["metrics"][given["metrics"]["metric"] == "knowledge_bits_per_person"]
     assert len(knowledge.points(given, OPTIONS)["run"]) == 0

@@ -8,14 +8,14 @@ import pandas as pd
 import pytest
 
 from coppice.laws import learning_curve
-from coppice.laws.fit import Points
-from coppice.laws.learning_curve import (
+from coppice.laws.engine.points import Points
+from coppice.laws.learning_curve import report
+from coppice.laws.learning_curve.trends import (
     Trend,
+    agreement_level,
     asymptotes,
     pays_too_little,
     prediction_level,
-    report,
-    settled_level,
     stop_level,
     trend,
     trends,
@@ -25,7 +25,7 @@ from coppice.laws.stage import fit_law
 
 TOKENS = 1000.0 * 2 ** np.arange(8)
 LOSSES = 2 + 30 * TOKENS**-0.5
-OPTIONS = learning_curve.Options(bootstrap=40).model_dump()
+OPTIONS = learning_curve.Options(bootstrap=40)
 
 
 def wrong(x: np.ndarray) -> np.ndarray:
@@ -131,7 +131,7 @@ def test_the_rule_stops_where_the_law_says() -> None:
 
 
 def test_exact_losses_settle_at_once() -> None:
-    assert settled_level(TOKENS, LOSSES, TOKENS[-1], 1e-6) == 5
+    assert agreement_level(TOKENS, LOSSES, TOKENS[-1], 1e-6) == 5
     assert asymptotes(trends(TOKENS, LOSSES)) == pytest.approx(2, abs=1e-6)
 
 
@@ -145,7 +145,7 @@ def runs(**curves: np.ndarray) -> Points:
 
 def test_report_of_exact_runs() -> None:
     points = runs(one=LOSSES, two=LOSSES + 1, short=LOSSES[:3], flat=np.full(8, 2.0))
-    said = report(points, OPTIONS | {"tau": 0.05})
+    said = report(points, OPTIONS.model_copy(update={"tau": 0.05}))
     one, flat, two = sorted(said["details"]["runs"], key=lambda entry: (entry["run"] != "one", entry["run"]))
     assert one["asymptote"] == {key: pytest.approx(2, abs=1e-6) for key in ("value", "low", "high")}
     assert two["asymptote"]["value"] == pytest.approx(3, abs=1e-6)
@@ -197,7 +197,7 @@ def test_points_and_fit_json(tmp_path: Path) -> None:
     rows = [("d/p/a", x, "validation", y) for x, y in zip(TOKENS, LOSSES, strict=True)]
     rows += [("d/p/a", 0.0, "validation", 9.0), ("d/p/a", 1e3, "train", 9.0), ("d/p/b", 1e3, "validation", 9.0)]
     curves = pd.DataFrame(rows[::-1], columns=["node", "tokens", "split", "loss"])
-    found = learning_curve.points({"nodes": nodes, "curves": curves}, OPTIONS | {"nodes": ["*/a"]})
+    found = learning_curve.points({"nodes": nodes, "curves": curves}, OPTIONS.model_copy(update={"nodes": ["*/a"]}))
     assert found["run"].tolist() == ["d/p/a"] * 8
     assert found["tokens"].tolist() == TOKENS.tolist()
     assert found["loss"].tolist() == LOSSES.tolist()

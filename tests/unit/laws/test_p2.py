@@ -8,28 +8,28 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
+from law_points import mesh
 
 from coppice.errors import UserError
 from coppice.laws import p2
-from coppice.laws.fit import Points, bootstrap, fit_form
+from coppice.laws.engine.inference import bootstrap
+from coppice.laws.engine.points import Points
+from coppice.laws.engine.search import fit_form
 from coppice.laws.stage import fit_law
 
 TRUTH = {"N_C": 0.30, "D_C": 0.90, "E": 0.55, "alpha": 0.45, "beta": 0.40, "gamma": -1.1, "delta": 0.25}
 DENSE_LOSS = {0.5: 2.6, 1: 2.45, 1.5: 2.4, 3: 2.2, 5: 2.1, 8: 2.0}
 QUICK = {"starts": 4, "bootstrap": 12}
-OPTIONS = p2.Options().model_dump()
+OPTIONS = p2.Options()
 
 
 def grid(sizes=(1, 3, 8), ratios=(0.15, 0.25, 0.35), tokens: int = 50, noise: float = 0.0) -> Points:
     """Points of the true law, with N0 and D in units of 1e9."""
-    mesh = [(size, rho, count) for size in sizes for rho in ratios for count in np.linspace(0.02, 1, tokens)]
-    size, rho, count = np.transpose(mesh)
-    points = {
-        "run": np.array([f"{a}-{b}" for a, b in zip(size, rho, strict=True)]),
+    points = mesh(dense_parameters=sizes, rho=ratios, tokens=np.linspace(0.02, 1, tokens))
+    size = points["dense_parameters"]
+    points |= {
+        "run": np.array([f"{a}-{b}" for a, b in zip(size, points["rho"], strict=True)]),
         "model": np.array([f"m{a:g}" for a in size]),
-        "dense_parameters": size,
-        "rho": rho,
-        "tokens": count,
         "dense_loss": np.array([DENSE_LOSS[a] for a in size]),
     }
     return points | {"loss": p2.predict(TRUTH, points) + noise * np.random.default_rng(0).standard_normal(len(size))}
@@ -95,7 +95,7 @@ def test_noisy_losses() -> None:
         assert fit.parameters[name] == pytest.approx(TRUTH[name], rel=0.35)
     unseen = grid(sizes=(5,))
     assert np.sqrt(np.mean((p2.predict(fit.parameters, unseen) - unseen["loss"]) ** 2)) < 1e-3
-    samples, _ = bootstrap(p2.FORM, grid(noise=0.005), fit, 40, 0)
+    samples, _ = bootstrap(fit, 40, 0)
     low, high = np.quantile(samples, [0.025, 0.975], axis=0)
     covered = (low <= list(TRUTH.values())) & (list(TRUTH.values()) <= high)
     assert covered.sum() >= 5
@@ -191,23 +191,23 @@ def test_points_come_from_recoveries_of_structurally_pruned_models(tmp_path: Pat
         assert points[name] == pytest.approx(expected[name])
     assert points["run"].tolist() == expected["run"].tolist()
     assert points["model"].tolist() == expected["model"].tolist()
-    assert set(p2.points(frames, OPTIONS | {"method": "lora"})["run"]) == {"m1/lora"}
-    assert set(p2.points(frames, OPTIONS | {"nodes": ["1.0-*"]})["run"]) == {"1.0-0.15", "1.0-0.25"}
+    assert set(p2.points(frames, OPTIONS.model_copy(update={"method": "lora"}))["run"]) == {"m1/lora"}
+    assert set(p2.points(frames, OPTIONS.model_copy(update={"nodes": ["1.0-*"]}))["run"]) == {"1.0-0.15", "1.0-0.25"}
 
 
 def test_the_ratio_of_a_mask_is_of_the_linears_weights(tmp_path: Path) -> None:
     folder = tables(grid(sizes=(1,), ratios=(0.25,), tokens=4), tmp_path / "tables")
     needed = p2.LAW.needs
     read = {name: pd.read_parquet(folder / f"{name}.parquet", columns=list(needed[name])) for name in needed}
-    assert p2.points(read, OPTIONS | {"ratio": "rho_linears"})["rho"] == pytest.approx([0.25] * 4)
+    assert p2.points(read, OPTIONS.model_copy(update={"ratio": "rho_linears"}))["rho"] == pytest.approx([0.25] * 4)
     nodes = read["nodes"].set_index("node")
     pruned = nodes.index.str.endswith("/parent")
     # Half of the weights of the linears become zeros: they stay stored, and rho is 0 of what is stored.
     nodes.loc[pruned, ["linear_parameters", "parameters", "nonzero_parameters"]] = [5e8, 1e9, 7.5e8]
     nodes.loc[pruned, ["rho", "rho_blocks", "rho_nonzero"]] = [0, 0, 0.25]
     masked = read | {"nodes": nodes.reset_index()}
-    assert p2.points(masked, OPTIONS | {"ratio": "rho_linears"})["rho"] == pytest.approx([0.5] * 4)
-    assert p2.points(masked, OPTIONS | {"ratio": "rho_nonzero"})["rho"] == pytest.approx([0.25] * 4)
+    assert p2.points(masked, OPTIONS.model_copy(update={"ratio": "rho_linears"}))["rho"] == pytest.approx([0.5] * 4)
+    assert p2.points(masked, OPTIONS.model_copy(update={"ratio": "rho_nonzero"}))["rho"] == pytest.approx([0.25] * 4)
     assert len(p2.points(masked, OPTIONS)["rho"]) == 0
 
 
@@ -285,10 +285,10 @@ def test_the_stage_gives_the_same_bytes_again(tmp_path: Path) -> None:
 def test_recommended_tokens_gain_the_stated_loss_by_doubling() -> None:
     points = grid(tokens=12, noise=0.0005)
     fit = fit_form(p2.FORM, points, starts=8)
-    drawn = bootstrap(p2.FORM, points, fit, 40, 0)[0]
+    drawn = bootstrap(fit, 40, 0)[0]
     samples = {name: drawn[:, [place]] for place, name in enumerate(fit.parameters)}
     units = {"dense_parameters": 1e9, "tokens": 1e9}
-    entries, notes = p2.recommend(fit, samples, points, units, {"gain": 0.03})
+    entries, notes = p2.recommend(fit, samples, points, units, p2.Options(gain=0.03))
     assert notes == []
     assert [(entry["model"], entry["rho"]) for entry in entries] == [
         (model, rho) for model in ("m1", "m3", "m8") for rho in (0.15, 0.25, 0.35)
@@ -306,9 +306,9 @@ def test_recommended_tokens_gain_the_stated_loss_by_doubling() -> None:
         assert (entry["smallest_tokens"], entry["largest_tokens"]) == (0.02e9, 1e9)
         assert ("beyond" in (entry["note"] or "")) == (entry["tokens"] > 1e9)
     assert {entry["note"] is None for entry in entries} == {True, False}
-    assert "before the first" in p2.recommend(fit, samples, points, units, {"gain": 3.0})[0][0]["note"]
+    assert "before the first" in p2.recommend(fit, samples, points, units, p2.Options(gain=3.0))[0][0]["note"]
     without = {name: column[:0] for name, column in samples.items()}
-    assert p2.recommend(fit, without, points, units, {"gain": 0.03})[0][0]["low"] is None
+    assert p2.recommend(fit, without, points, units, p2.Options(gain=0.03))[0][0]["low"] is None
 
 
 def test_no_points(tmp_path: Path) -> None:

@@ -3,11 +3,12 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
+from law_points import mesh, spread
 
-from coppice import laws
 from coppice.errors import UserError
-from coppice.laws import precision
-from coppice.laws.fit import Points, fit_form, select
+from coppice.laws import precision, registry
+from coppice.laws.engine.points import Points, select
+from coppice.laws.engine.search import fit_form
 
 TRUTH = {"C_T": 0.6, "gamma_D": 0.5, "gamma_N": 0.35, "gamma_post": 0.7}
 TRAINING = {
@@ -20,7 +21,7 @@ TRAINING = {
     "gamma_a": 2.2,
     "gamma_kv": 0.96,
 }
-OPTIONS = precision.Options().model_dump()
+OPTIONS = precision.Options()
 
 
 def grid(
@@ -30,16 +31,10 @@ def grid(
     noise: float = 0.0,
 ) -> Points:
     """One quantized node a combination; N and D in units of 1e9."""
-    mesh = np.array([(size, count, width) for size in sizes for count in tokens for width in bits])
-    points = {
-        "run": np.arange(len(mesh)).astype(str),
-        "model": np.array([f"m{size:g}-{count:g}" for size, count, _ in mesh]),
-        "parameters": mesh[:, 0],
-        "tokens": mesh[:, 1],
-        "bits": mesh[:, 2],
-    }
-    spread = 1 + noise * np.random.default_rng(0).standard_normal(len(mesh))
-    return points | {"degradation": precision.predict(TRUTH, points) * spread}
+    points = mesh(parameters=sizes, tokens=tokens, bits=bits)
+    named = zip(points["parameters"], points["tokens"], strict=True)
+    points["model"] = np.array([f"m{size:g}-{count:g}" for size, count in named])
+    return points | {"degradation": precision.predict(TRUTH, points) * spread(points, noise)}
 
 
 def trained(noise: float = 0.0, runs: int = 400) -> Points:
@@ -226,18 +221,18 @@ def test_points_are_nodes_that_were_quantized_and_nothing_else() -> None:
 
 
 def test_options_choose_the_points() -> None:
-    named = precision.points(tables(), OPTIONS | {"pretraining_tokens": {"a": 5e9, "b": 7e9}})
+    named = precision.points(tables(), OPTIONS.model_copy(update={"pretraining_tokens": {"a": 5e9, "b": 7e9}}))
     assert named["tokens"].tolist() == [5e9, 5e9, 7e9]
-    partly = precision.points(tables(), OPTIONS | {"pretraining_tokens": {"a": 5e9}})
+    partly = precision.points(tables(), OPTIONS.model_copy(update={"pretraining_tokens": {"a": 5e9}}))
     assert partly["tokens"].tolist() == [1, 1, 1]
-    alone = precision.points(tables(), OPTIONS | {"pretraining_tokens": {"a": 5e9}, "nodes": ["a/*"]})
+    alone = precision.points(tables(), OPTIONS.model_copy(update={"pretraining_tokens": {"a": 5e9}, "nodes": ["a/*"]}))
     assert alone["tokens"].tolist() == [5e9, 5e9]
     assert alone["degradation"] == pytest.approx(np.log([1.5, 0.95]))
-    assert precision.points(tables(), OPTIONS | {"method": "rtn"})["run"].tolist() == ["a/rtn-3"]
-    assert precision.points(tables(), OPTIONS | {"method": "awq"})["tokens"].shape == (0,)
+    assert precision.points(tables(), OPTIONS.model_copy(update={"method": "rtn"}))["run"].tolist() == ["a/rtn-3"]
+    assert precision.points(tables(), OPTIONS.model_copy(update={"method": "awq"}))["tokens"].shape == (0,)
 
 
 def test_the_law_is_found_by_name() -> None:
-    assert laws.load("precision").form is precision.FORM
+    assert registry.load("precision").form is precision.FORM
     with pytest.raises(UserError, match="pretraining_tokens"):
-        laws.validated("precision", {"pretraining_tokens": {"a": 0}})
+        registry.validate_options("precision", {"pretraining_tokens": {"a": 0}})

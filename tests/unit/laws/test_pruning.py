@@ -3,15 +3,22 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
+from law_points import spread
 
-from coppice import laws
 from coppice.errors import UserError
-from coppice.laws import pruning
-from coppice.laws.fit import Points, fit_form, select
+from coppice.laws import pruning, registry
+from coppice.laws.engine.points import Points, select
+from coppice.laws.engine.search import fit_form
 
 TRUTH = {"P0": 0.96, "alpha": 0.73}
 RATIOS = np.arange(1, 10) / 10
-OPTIONS = laws.validated("pruning", {}).model_dump()
+OPTIONS = registry.validate_options("pruning", {})
+
+
+def options(**chosen: object) -> pruning.Options:
+    return OPTIONS.model_copy(update=chosen)
+
+
 DENSE = {"small": 0.31, "middle": 0.37, "large": 0.42}
 
 
@@ -26,8 +33,7 @@ def grid(ratios=RATIOS, models=tuple(DENSE), noise: float = 0.0) -> Points:
         "ratio": ratio,
         "dense_score": np.array([DENSE[name] for name in model]),
     }
-    factor = 1 + noise * np.random.default_rng(0).standard_normal(len(ratio))
-    return points | {"score": pruning.predict(TRUTH, points) * factor}
+    return points | {"score": pruning.predict(TRUTH, points) * spread(points, noise)}
 
 
 def test_the_factor_of_the_ratio() -> None:
@@ -73,13 +79,13 @@ def test_the_ratio_that_keeps_a_part_of_the_score() -> None:
     points = grid()
     fit = fit_form(pruning.FORM, points)
     nothing_drawn = {name: np.empty((0, 1)) for name in TRUTH}
-    (entry,), advice = pruning.recommend(fit, nothing_drawn, points, {}, OPTIONS | {"keep": 0.8})
+    (entry,), advice = pruning.recommend(fit, nothing_drawn, points, {}, options(keep=0.8))
     assert 0.96 * (1 - entry["ratio"]) ** 0.73 == pytest.approx(0.8)
     assert entry["low"] is None
     assert entry["sentence"] == "Pruning a ratio of 0.221 leaves 0.8 of the dense score."
     assert advice == []
     drawn = {"P0": np.array([[0.95], [0.96], [0.97]]), "alpha": np.array([[0.8], [0.73], [0.7]])}
-    (entry,), _ = pruning.recommend(fit, drawn, points, {}, OPTIONS | {"keep": 0.94})
+    (entry,), _ = pruning.recommend(fit, drawn, points, {}, options(keep=0.94))
     assert 0 < entry["low"] < entry["ratio"] < entry["high"]
     assert entry["sentence"].endswith("This lies outside the ratios measured, so it is an extrapolation.")
 
@@ -128,7 +134,7 @@ ACCURACIES = {each["node"]: 0.9 - 0.1 * place for place, each in enumerate(NODES
 
 
 def test_points_are_models_that_were_pruned_and_nothing_else() -> None:
-    points = pruning.points(tables("blimp_acc", ACCURACIES), OPTIONS | {"kind": "accuracy"})
+    points = pruning.points(tables("blimp_acc", ACCURACIES), options(kind="accuracy"))
     assert list(points) == list(pruning.LAW.columns)
     assert points["run"].tolist() == ["m wanda", "m laco", "m laco+wanda", "unmeasured wanda"]
     assert points["ratio"].tolist() == [0.5, 0.25, 0.6, 0.5]
@@ -139,13 +145,20 @@ def test_points_are_models_that_were_pruned_and_nothing_else() -> None:
 
 def test_options_choose_the_points() -> None:
     given = tables("blimp_acc", ACCURACIES)
-    options = OPTIONS | {"kind": "accuracy"}
-    assert pruning.points(given, options | {"method": "wanda"})["run"].tolist() == ["m wanda", "unmeasured wanda"]
-    assert pruning.points(given, options | {"ratio": "rho"})["ratio"].tolist() == [0.25, 0.125, 0.3, 0.25]
-    named = pruning.points(given, options | {"nodes": ["m/svd", "m/rtn", "m/laco-25"]})
+    assert pruning.points(given, options(kind="accuracy", method="wanda"))["run"].tolist() == [
+        "m wanda",
+        "unmeasured wanda",
+    ]
+    assert pruning.points(given, options(kind="accuracy", ratio="rho"))["ratio"].tolist() == [
+        0.25,
+        0.125,
+        0.3,
+        0.25,
+    ]
+    named = pruning.points(given, options(kind="accuracy", nodes=["m/svd", "m/rtn", "m/laco-25"]))
     assert named["run"].tolist() == ["m laco", "m svd"]
     assert named["dense_score"].tolist() == [0.9, 0.9]
-    assert len(pruning.points(given, options | {"nodes": ["nothing"]})["run"]) == 0
+    assert len(pruning.points(given, options(kind="accuracy", nodes=["nothing"]))["run"]) == 0
 
 
 def test_the_score_of_a_perplexity_is_one_over_its_logarithm() -> None:
@@ -153,7 +166,7 @@ def test_the_score_of_a_perplexity_is_one_over_its_logarithm() -> None:
     points = pruning.points(tables("perplexity_paper", perplexities), OPTIONS)
     assert (points["dense_score"].tolist(), points["score"].tolist()) == ([0.5], [0.25])
     losses = tables("loss_paper", {"m": 2.0, "m/wanda-50": 4.0})
-    points = pruning.points(losses, OPTIONS | {"metric": "loss_paper"})
+    points = pruning.points(losses, options(metric="loss_paper"))
     assert (points["dense_score"].tolist(), points["score"].tolist()) == ([0.5], [0.25])
     with pytest.raises(UserError, match="no measurement of an accuracy"):
-        pruning.points(losses, OPTIONS | {"kind": "accuracy"})
+        pruning.points(losses, options(kind="accuracy"))

@@ -3,13 +3,20 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
+from law_points import mesh, spread
 
-from coppice import laws
-from coppice.laws import sparsity
-from coppice.laws.fit import Points, fit_form, select
+from coppice.laws import registry, sparsity
+from coppice.laws.engine.points import Points, select
+from coppice.laws.engine.search import fit_form
 
 TRUTH = {"a_S": 0.6, "b_S": 0.7, "c_S": 1.2, "b_N": 0.35, "a_D": 0.02, "b_D": 0.4, "c": 0.7}
-OPTIONS = sparsity.Options().model_dump()
+OPTIONS = sparsity.Options()
+
+
+def options(**chosen: object) -> sparsity.Options:
+    return OPTIONS.model_copy(update=chosen)
+
+
 SIZES = (1.0, 3.0, 10.0, 30.0, 100.0)
 LEVELS = (0.0, 0.5, 0.75, 0.875)
 
@@ -18,16 +25,14 @@ def grid(
     sizes: tuple[float, ...] = SIZES, shares: tuple[float, ...] = LEVELS, tokens: int = 12, noise: float = 0.0
 ) -> Points:
     """Recoveries of dense sizes with a share of zeros; N and D in units of 1e9."""
-    mesh = np.array([(a, s, d) for a in sizes for s in shares for d in np.geomspace(0.02, 10, tokens)])
-    points = {
-        "run": np.array([f"{size:g}-{share:g}" for size, share, _ in mesh]),
-        "model": np.array([f"m{size:g}" for size, _, _ in mesh]),
-        "parameters": mesh[:, 0] * (1 - mesh[:, 1]),
-        "sparsity": mesh[:, 1],
-        "tokens": mesh[:, 2],
+    points = mesh(parameters=sizes, sparsity=shares, tokens=np.geomspace(0.02, 10, tokens))
+    size, share = points["parameters"], points["sparsity"]
+    points |= {
+        "run": np.array([f"{a:g}-{b:g}" for a, b in zip(size, share, strict=True)]),
+        "model": np.array([f"m{a:g}" for a in size]),
+        "parameters": size * (1 - share),
     }
-    spread = 1 + noise * np.random.default_rng(0).standard_normal(len(mesh))
-    return points | {"loss": sparsity.predict(TRUTH, points) * spread}
+    return points | {"loss": sparsity.predict(TRUTH, points) * spread(points, noise)}
 
 
 @pytest.mark.parametrize(("noise", "tolerance"), [(0.0, 1e-4), (0.005, 0.1)])
@@ -145,10 +150,10 @@ def test_points_are_recoveries_of_masked_and_of_dense_models() -> None:
     assert found["sparsity"].tolist() == [0, 0, 0.4, 0.4]
     assert found["tokens"].tolist() == [10, 20, 10, 20]
     assert found["loss"].tolist() == [4, 3, 4, 3]
-    assert set(sparsity.points(tables(), OPTIONS | {"nodes": ["a/wanda/*"]})["run"]) == {"a/wanda/full"}
-    assert sparsity.points(tables(), OPTIONS | {"method": "heal"})["loss"].shape == (0,)
+    assert set(sparsity.points(tables(), options(nodes=["a/wanda/*"]))["run"]) == {"a/wanda/full"}
+    assert sparsity.points(tables(), options(method="heal"))["loss"].shape == (0,)
 
 
 def test_the_law_is_found_by_name() -> None:
-    assert laws.load("sparsity").form is sparsity.FORM
-    assert laws.validated("sparsity", {}).method == "full"
+    assert registry.load("sparsity").form is sparsity.FORM
+    assert registry.validate_options("sparsity", {}).method == "full"

@@ -5,29 +5,21 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
+from law_points import mesh, spread
 
-from coppice import laws
 from coppice.errors import UserError
-from coppice.laws import task_stratified
-from coppice.laws.fit import Points, fit_form, select
+from coppice.laws import registry, task_stratified
+from coppice.laws.engine.points import Points, select
+from coppice.laws.engine.search import fit_form
 
 TRUTH = {"A": 0.9, "alpha": -0.36, "beta": -1.07, "gamma": -0.2, "delta": 0.09}
-OPTIONS = laws.validated("task-stratified", {}).model_dump()
+OPTIONS = registry.validate_options("task-stratified", {})
 
 
 def grid(sizes=(0.6, 1.7, 4, 14), bits=(3, 4, 8), calibrations=(16, 128), groups=(32, 128), noise=0.0) -> Points:
     """-ln Acc_adj of the true law, N in billions, with relative noise."""
-    mesh = [(a, b, c, d) for a in sizes for b in bits for c in calibrations for d in groups]
-    size, bit, calibration, group = np.transpose(mesh).astype(float)
-    points = {
-        "run": np.array([f"{place}" for place in range(len(size))]),
-        "parameters": size,
-        "bits": bit,
-        "calibration_size": calibration,
-        "group_size": group,
-    }
-    factor = 1 + noise * np.random.default_rng(0).standard_normal(len(size))
-    return points | {"negative_log_accuracy": task_stratified.predict(TRUTH, points) * factor}
+    points = mesh(parameters=sizes, bits=bits, calibration_size=calibrations, group_size=groups)
+    return points | {"negative_log_accuracy": task_stratified.predict(TRUTH, points) * spread(points, noise)}
 
 
 def least_squares(points: Points) -> list[float]:
@@ -160,8 +152,7 @@ def test_points_are_models_whose_weights_were_quantized_in_groups() -> None:
 
 def test_options_choose_the_points() -> None:
     def found(**options: object) -> Points:
-        given = laws.validated("task-stratified", options).model_dump()
-        return task_stratified.points(tables(), given)
+        return task_stratified.points(tables(), registry.validate_options("task-stratified", options))
 
     assert found(method="rtn")["run"].tolist() == ["m/rotate/rtn-3"]
     assert found(nodes=["m/gptq*"])["run"].tolist() == ["m/gptq-4", "m/gptq-8"]
@@ -181,9 +172,9 @@ def test_without_calibration_sizes_the_law_goes_without_them() -> None:
 
 
 def test_bad_options_have_their_sentence() -> None:
-    with pytest.raises(UserError, match=r"no items of the metric 'winogrande_acc'.*option `chance`"):
+    with pytest.raises(UserError, match=r"no items of 'winogrande'.*option `chance`"):
         task_stratified.points(tables("winogrande_acc"), OPTIONS)
     with pytest.raises(UserError, match="calibration_sizes"):
-        laws.validated("task-stratified", {"calibration_sizes": {"wide": 1}})
+        registry.validate_options("task-stratified", {"calibration_sizes": {"wide": 1}})
     with pytest.raises(UserError, match="chance"):
-        laws.validated("task-stratified", {"chance": 1.0})
+        registry.validate_options("task-stratified", {"chance": 1.0})

@@ -111,11 +111,11 @@ def test_unseen_inputs_are_not_scaled(heavy):
 def test_without_clipping_it_is_rounding_to_nearest(linear, statistics):
     nearest = rtn.compress(linear, None, rtn.Options(**GRID))
     off = compress(linear, statistics, Options(**GRID, clip=False))
-    query = compress(dataclasses.replace(linear, name="model.layers.0.self_attn.q_proj"), statistics, Options(**GRID))
+    query = compress(dataclasses.replace(linear, role="q"), statistics, Options(**GRID))
     for found in (off, query):
         assert torch.equal(found.codes, nearest.codes) and torch.equal(found.scale, nearest.scale)
         assert "clipped_groups" not in found.record
-    named = dataclasses.replace(linear, name="model.layers.0.self_attn.q_proj")
+    named = dataclasses.replace(linear, role="q")
     assert "clipped_groups" in compress(named, statistics, Options(**GRID, clip_attention=True)).record
 
 

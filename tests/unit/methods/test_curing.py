@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from coppice.errors import UserError
-from coppice.methods.contracts import CUR, Linear, Unchanged
+from coppice.methods.contracts import CUR, Linear, Role, Unchanged
 from coppice.methods.decompose.curing import (
     Options,
     affordable_rank,
@@ -27,8 +27,8 @@ def random(*shape: int, seed: int = 11) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def named(weight: torch.Tensor, name: str = "model.layers.1.self_attn.q_proj", **fields) -> Linear:
-    return Linear(weight, name=name, **fields)
+def named(weight: torch.Tensor, name: str = "model.layers.1.self_attn.q_proj", role: Role = "q", **fields) -> Linear:
+    return Linear(weight, name=name, role=role, **fields)
 
 
 def product(skeleton: CUR) -> torch.Tensor:
@@ -230,11 +230,11 @@ def test_share_is_on_record(linear, statistics):
 
 
 def test_only_the_paper_s_linears_unless_others_are_named(linear, statistics):
-    down = named(linear.weight, "model.layers.1.mlp.down_proj")
+    down = named(linear.weight, "model.layers.1.mlp.down_proj", "down")
     made = compress(down, statistics, Options(rank=3))
     assert isinstance(made, Unchanged)
     assert "down_proj" in made.record["unchanged"]
-    assert isinstance(compress(down, statistics, Options(rank=3, linears=["down_proj"])), CUR)
+    assert isinstance(compress(down, statistics, Options(rank=3, target_modules=["down_proj"])), CUR)
 
 
 def test_linear_of_a_block_that_is_not_chosen_stays_dense(linear, statistics):

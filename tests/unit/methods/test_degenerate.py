@@ -25,7 +25,8 @@ from coppice.errors import UserError
 from coppice.methods.contracts import Linear, LinearStatistics, Replacement, Unchanged
 from coppice.methods.options import MethodOptions
 from coppice.methods.registry import Method, method, methods
-from coppice.models import folding, layers
+from coppice.models import folding, modules
+from coppice.models.architectures.base import blocks
 
 NAME = "model.layers.0.mlp.gate_proj"
 LAYER_ROWS = {name: rows for name, rows in ROWS.items() if method(name).contract == "layer"}
@@ -138,7 +139,7 @@ DTYPES = [torch.float32, torch.float64]
 class FakeDecoder:
     """Tokens are predicted from the outputs of the one linear, in windows of 8 tokens."""
 
-    windows, head_dim, seed = 3, 1, 0
+    windows, head_dim, seed, paths = 3, 1, 0, {"gate": "mlp.gate_proj"}
 
     def __init__(self, given: Linear, statistics: LinearStatistics | None, inputs: Tensor) -> None:
         self.names, self._linear, self._statistics = [NAME], given, statistics
@@ -186,7 +187,7 @@ class Outcome:
 
 
 def reads(used: Method, options: MethodOptions) -> bool:
-    return bool(used.needs(options) & {"moments", "behind"})
+    return bool(used.needs(options) & {"moments", "sequential_moments"})
 
 
 def outcome(label: str, situation: Situation, dtype: torch.dtype) -> Outcome:
@@ -203,24 +204,24 @@ def outcome_of(name: str, given: dict[str, Any], situation: Situation, dtype: to
     if used.family == "compensate":
         scale = weight.abs().amax().clamp(min=torch.finfo(dtype).tiny)
         reference, weight = weight, torch.round(weight / scale) * scale
-    linear = Linear(weight, situation.mask, reference, dtype, NAME, behind=statistics)
-    if hasattr(used.module, "plan"):
-        planned = used.module.plan(FakeDecoder(linear, statistics, situation.inputs), options)
+    linear = Linear(weight, situation.mask, reference, dtype, NAME, "gate", sequential=statistics)
+    if used.layer.plan is not None:
+        planned = used.layer.plan(FakeDecoder(linear, statistics, situation.inputs), options)
         linear = dataclasses.replace(linear, plan=planned.get(NAME))
-    if hasattr(used.module, "scales"):
-        factors = used.module.scales([linear], statistics, options)
+    if used.layer.scales is not None:
+        factors = used.layer.scales([linear], statistics, options)
         if factors is not None:
             assert torch.isfinite(factors).all()
             assert (factors > 0).all()
             linear = dataclasses.replace(linear, weight=weight * factors)
             statistics = folding.scaled(statistics, factors)
-    replacement = used.module.compress(linear, statistics, options)
+    replacement = used.layer.compress(linear, statistics, options)
     block = nn.Module()
     block.linear = nn.Linear(weight.shape[1], len(weight), bias=False, dtype=dtype)
     block.linear.weight = nn.Parameter(linear.weight.clone())
     with torch.no_grad():
         replace(block, "linear", block.linear, replacement, dtype)
-        new = layers.effective_weight(block.linear)
+        new = modules.effective_weight(block.linear)
         return Outcome(linear, replacement, new, layer_pass.errors(new, linear, statistics))
 
 
@@ -258,7 +259,7 @@ def test_every_layer_method_has_a_row() -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "float64"])
 @pytest.mark.parametrize("label", LABELS)
 def test_a_sane_result_or_a_sentence(label: str, dtype: torch.dtype) -> None:
-    refused = "masked" in method(LABELS[label][0]).refuses
+    refused = "masked" in method(LABELS[label][0]).incompatible_with
     problems = {}
     for name, situation in SITUATIONS.items():
         if situation.mask is not None and refused:
@@ -398,7 +399,7 @@ REFUSED = [
     ("compactifai", {"bond": 0}),
     *(
         (name, {"bits": value})
-        for name in ("rtn", "gptq", "coordinate-descent", "awq", "learned-rounding", "k-bit", "round-inputs")
+        for name in ("rtn", "gptq", "coordinate-descent", "awq", "learned-rounding", "k-bit", "activation-quant")
         for value in (1, 9, 4.5)
     ),
     ("flattenquant", {"bits": 3}),
@@ -406,7 +407,7 @@ REFUSED = [
     ("qpruner", {"bits_average": 5, "candidates": [1, 8]}),
     *((name, {"sparsity": 0.5, "bits": 1}) for name in ("sparsegpt", "awp", "obr")),
     ("rtn", {"bits": 4, "group_size": 0}),
-    *((name, rows[0] | {"linears": []}) for name, rows in LAYER_ROWS.items()),
+    *((name, rows[0] | {"target_modules": []}) for name, rows in LAYER_ROWS.items()),
     *((name, rows[0] | {"no_such_option": 1}) for name, rows in LAYER_ROWS.items()),
 ]
 
@@ -464,7 +465,9 @@ def check_allocation(options: MethodOptions, situation: Situation, dtype: torch.
     linears = []
     for block, each in enumerate((ordinary, situation, ordinary)):
         weight = each.weight.to(dtype)
-        linear = Linear(weight, each.mask, torch.zeros_like(weight), dtype, f"model.layers.{block}.mlp.gate_proj")
+        linear = Linear(
+            weight, each.mask, torch.zeros_like(weight), dtype, f"model.layers.{block}.mlp.gate_proj", "gate"
+        )
         linears.append((linear.name, linear, each.statistics(dtype)))
     power = linears[1][2].second_moment.diagonal()
     # Sparsities are spread by the diagonal alone; what is wrong beside it is found by the method.
@@ -509,11 +512,11 @@ def walk() -> Callable[..., layer_pass.LayerPass]:
 @pytest.mark.parametrize("given", [("awq", {"bits": 4, "group_size": -1}), ("flattenquant", {})])
 def test_scales_of_damaged_statistics_name_the_layer(walk: Callable[..., layer_pass.LayerPass], given: Any) -> None:
     walked = walk(*given)
-    block = layers.blocks(walked.model)[0]
+    block = blocks(walked.model)[0]
     nan = everywhere(math.nan)
     statistics = {
         name: nan(statistics_of(torch.ones(2, linear.in_features)))
-        for name, linear in layers.replaceable_modules(block).items()
+        for name, linear in modules.replaceable_modules(block).items()
     }
     with pytest.raises(UserError, match=r"^model\.layers\.0\.self_attn\.q_proj: The statistics .* not finite"):
         layer_pass.fold_scales(walked, 0, block, statistics)
@@ -521,4 +524,4 @@ def test_scales_of_damaged_statistics_name_the_layer(walk: Callable[..., layer_p
 
 def test_an_unknown_linear_is_refused_with_the_nearest(walk: Callable[..., layer_pass.LayerPass]) -> None:
     with pytest.raises(UserError, match=r"no linear of this model is named 'q_projj'. Did you mean 'q_proj'\?"):
-        layer_pass.compress_layers(walk("magnitude", {"sparsity": 0.5, "linears": ["q_projj"]}))
+        layer_pass.compress_layers(walk("magnitude", {"sparsity": 0.5, "target_modules": ["q_projj"]}))

@@ -41,8 +41,8 @@ def test_signs_follow_the_seed():
 def test_the_method_is_a_rotation():
     found = method("rotate")
     assert found.contract == "rotation" and found.family == "quantize"
-    assert found.makes == {"rotated"} and found.needs(Options()) == frozenset()
-    assert {"factorized", "quantized", "compensated", "masked"} <= found.refuses.keys()
+    assert found.adds_traits == {"rotated"} and found.needs(Options()) == frozenset()
+    assert {"factorized", "quantized", "compensated", "masked"} <= found.incompatible_with.keys()
     assert torch.equal(rotation(96, Options(seed=3)), hadamard_like(96, 3))
     assert torch.equal(rotation(96, Options(seed=None)), hadamard_like(96))
     with pytest.raises(ValidationError):

@@ -2,30 +2,32 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pyarrow.parquet as parquet
 import pytest
 import torch
 from manifests import provenance
 from nodes import save_root, save_windows
+from recoveries import curve, interruption, losses
 from tiny import tiny_model, tiny_tokens
 from torch import nn
 
-from coppice.data.text import load_windows
+from coppice.data.windows import load_windows
 from coppice.errors import UserError
 from coppice.methods.decompose.curing import paper_link, select
 from coppice.methods.recover import heal
 from coppice.methods.registry import method
+from coppice.models.architectures.base import blocks
 from coppice.models.checkpoint import load_model, read_manifest, save_checkpoint
-from coppice.models.layers import (
+from coppice.models.modules import (
     CURLinear,
-    LowRankCorrectedLinear,
+    LowRankCorrectionLinear,
     LowRankLinear,
     QuantizedLinear,
     TensorTrainLinear,
-    blocks,
 )
-from coppice.recovery import stage as train
-from coppice.recovery import trainer
+from coppice.recovery import objective
+from coppice.recovery.schedule import batch_schedule
+from coppice.recovery.stage import Recovery
+from coppice.recovery.stage import recover as recover_node
 
 RECOVER = {"text": "a", "validation": "b", "tokens": 200, "length": 16, "batch_size": 4, "learning_rate": 1e-2}
 OPTIONS = heal.Options(**RECOVER)
@@ -33,7 +35,7 @@ TOKENS = tiny_tokens(4, 12)
 
 
 @torch.no_grad()
-def skeleton(linear: nn.Linear, rank: int = 6) -> CURLinear:
+def cur(linear: nn.Linear, rank: int = 6) -> CURLinear:
     rows, columns = select(linear.weight.double().abs(), rank)
     made = CURLinear(linear.in_features, linear.out_features, rank)
     made.rows.weight.copy_(linear.weight[rows])
@@ -46,12 +48,12 @@ def decomposed() -> nn.Module:
     """The dense root with rows, columns and links in the places of two linears of each block."""
     model = tiny_model()
     for block in blocks(model):
-        block.self_attn.q_proj = skeleton(block.self_attn.q_proj)
-        block.mlp.gate_proj = skeleton(block.mlp.gate_proj)
+        block.self_attn.q_proj = cur(block.self_attn.q_proj)
+        block.mlp.gate_proj = cur(block.mlp.gate_proj)
     return model
 
 
-def trained(model: nn.Module) -> set[str]:
+def trained_names(model: nn.Module) -> set[str]:
     return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
@@ -69,7 +71,7 @@ def step(model, teacher, options=OPTIONS, steps=5) -> list[float]:
 
 def test_registered():
     assert (method("heal").family, method("heal").contract) == ("recover", "training")
-    assert method("heal").refuses.keys() == {"smaller", "rotated"}
+    assert method("heal").incompatible_with.keys() == {"smaller", "rotated"}
 
 
 def test_links_alone_train_and_the_loss_falls():
@@ -79,7 +81,7 @@ def test_links_alone_train_and_the_loss_falls():
     losses = step(model, teacher)
     assert losses == sorted(losses, reverse=True)
     assert losses[-1] < 0.95 * losses[0]
-    after = heal.finish(model).state_dict()
+    after = heal.finish(model, OPTIONS).state_dict()
     links = {name for name in before if ".link." in name}
     assert len(links) == 6
     for name, tensor in after.items():
@@ -103,8 +105,8 @@ def test_loss_is_that_of_the_paper():
         for a, b in zip(ours.hidden_states[1:], theirs.hidden_states[1:], strict=True)
     ]
     expected = (0.1 * entropy + 0.9 * sum(distances) / 3) * predicts.sum()
-    found = heal.loss(model, TOKENS, labels, teacher, OPTIONS)
-    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+    actual = heal.loss(model, TOKENS, labels, teacher, OPTIONS)
+    assert actual.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_loss_at_its_ends():
@@ -112,18 +114,18 @@ def test_loss_at_its_ends():
     distance, entropy = (heal.Options(**RECOVER, cross_entropy=weight) for weight in (0, 1))
     assert heal.loss(teacher, TOKENS, TOKENS, tiny_model(), distance).item() == 0
     assert heal.loss(model, TOKENS, TOKENS, teacher, distance) > 0
-    likelihood = trainer.summed_loss(model, TOKENS, TOKENS, "float32")
+    likelihood = objective.summed_loss(model, TOKENS, TOKENS, "float32")
     assert heal.loss(model, TOKENS, TOKENS, teacher, entropy).item() == pytest.approx(likelihood.item(), rel=1e-6)
 
 
 def mixed() -> nn.Module:
-    """A skeleton, low-rank factors, a tensor train, and a low-rank path beside a plain linear."""
+    """A CUR decomposition, low-rank factors, a tensor train, and a plain linear with a low-rank correction."""
     model = tiny_model()
     first, second, _ = blocks(model)
-    first.self_attn.q_proj = skeleton(first.self_attn.q_proj)
+    first.self_attn.q_proj = cur(first.self_attn.q_proj)
     first.mlp.up_proj = LowRankLinear(32, 48, 4)
     second.mlp.up_proj = TensorTrainLinear((4, 8), (6, 8), (3,))
-    second.mlp.gate_proj = LowRankCorrectedLinear(second.mlp.gate_proj, 2)
+    second.mlp.gate_proj = LowRankCorrectionLinear(second.mlp.gate_proj, 2)
     return model
 
 
@@ -137,13 +139,13 @@ SIDES = {f"model.layers.0.self_attn.q_proj.{part}.weight" for part in ("rows", "
 @pytest.mark.parametrize(("parts", "healed"), [("links", LINK | OTHERS), ("factors", LINK | OTHERS | SIDES)])
 def test_factors_of_linears_without_a_link_train(parts, healed):
     model = heal.prepare(mixed(), heal.Options(**RECOVER, parts=parts))
-    assert trained(model) == healed
+    assert trained_names(model) == healed
 
 
 def test_bias_of_a_factorized_linear_stays():
     model = tiny_model("qwen2")
     blocks(model)[0].self_attn.q_proj = LowRankLinear(32, 32, 4, bias=True)
-    names = trained(heal.prepare(model, OPTIONS))
+    names = trained_names(heal.prepare(model, OPTIONS))
     assert names == {f"model.layers.0.self_attn.q_proj.{part}.weight" for part in ("first", "second")}
 
 
@@ -162,7 +164,7 @@ def test_nothing_to_heal():
     with pytest.raises(UserError, match="nothing to heal"):
         heal.prepare(tiny_model(), OPTIONS)
     model = tiny_model()
-    made = skeleton(blocks(model)[0].self_attn.q_proj)
+    made = cur(blocks(model)[0].self_attn.q_proj)
     made.link = QuantizedLinear(6, 6, 4, -1, True)
     blocks(model)[0].self_attn.q_proj = made
     with pytest.raises(UserError, match="before it is quantized"):
@@ -184,15 +186,16 @@ def place(tmp_path_factory) -> Path:
 
 
 def recover(place: Path, output: Path, **options):
-    given = {"name": "heal", "method": "heal", "options": RECOVER | options}
-    inputs = [place / name for name in ("cur", "dense", "tokens", "validation")]
-    state = output.with_name(f"{output.name}-state")
-    return train.recover("tiny/cur/heal", *inputs, given, (), 0, state, output, state_every=0.0)
-
-
-def losses(folder: Path) -> list[tuple]:
-    rows = parquet.read_table(folder / "curve.parquet").to_pylist()
-    return [tuple(value for key, value in row.items() if key != "seconds") for row in rows]
+    inputs = {"parent": place / "cur", **{name: place / name for name in ("dense", "tokens", "validation")}}
+    recovery = Recovery(
+        **inputs,
+        node="tiny/cur/heal",
+        step={"name": "heal", "method": "heal", "options": RECOVER | options},
+        state=output.with_name(f"{output.name}-state"),
+        state_every=0.0,
+        output=output,
+    )
+    return recover_node(recovery)
 
 
 @pytest.fixture(scope="module")
@@ -206,20 +209,20 @@ def test_stage_heals_the_links_alone(place, healed):
     parent, child = (load_model(folder).state_dict() for folder in (place / "cur", healed))
     for name, tensor in child.items():
         assert torch.equal(tensor, parent[name]) != (".link." in name)
-    rows = parquet.read_table(healed / "curve.parquet").to_pylist()
+    rows = curve(healed)
     assert rows[-1]["train_loss"] < rows[1]["train_loss"]
     assert read_manifest(healed).traits == ["factorized"]
-    dense = trainer.held_out_loss(load_model(place / "dense"), load_windows(place / "validation"), 4, "float32")
+    dense = objective.held_out_loss(load_model(place / "dense"), load_windows(place / "validation"), 4, "float32")
     assert rows[0]["dense_loss"] == pytest.approx(dense, rel=1e-5)
 
 
 def test_first_step_reports_the_loss_of_a_target(place, healed):
     windows = load_windows(place / "tokens")
-    order = trainer.batch_schedule((windows.documents >= 0).sum(axis=1), 4, 200, 0).order
-    batch = trainer.collate([trainer.WindowData(windows, order.flatten())[position] for position in range(4)])
+    order = batch_schedule((windows.documents >= 0).sum(axis=1), 4, 200, 0).order
+    batch = objective.collate([objective.WindowData(windows, order.flatten())[position] for position in range(4)])
     tokens, labels = batch["input_ids"], batch["labels"]
     total = heal.loss(load_model(place / "cur"), tokens, labels, load_model(place / "dense"), OPTIONS).item()
-    rows = parquet.read_table(healed / "curve.parquet").to_pylist()
+    rows = curve(healed)
     assert rows[1]["train_loss"] == pytest.approx(total / int((labels[:, 1:] >= 0).sum()), rel=1e-5)
 
 
@@ -230,18 +233,9 @@ def test_micro_batches_and_checkpoints_change_nothing(place, healed, tmp_path):
         torch.testing.assert_close(tensor, reference[name], rtol=1e-3, atol=1e-4)
 
 
-def test_interrupted_run_ends_as_if_undisturbed(place, healed, tmp_path, monkeypatch):
-    with monkeypatch.context() as patch:
-        observe = trainer.Journal.observe
-
-        def stop(journal, loss, targets):
-            if journal.progress.step == 2:
-                raise KeyboardInterrupt
-            observe(journal, loss, targets)
-
-        patch.setattr(trainer.Journal, "observe", stop)
-        with pytest.raises(KeyboardInterrupt):
-            recover(place, tmp_path / "node")
+def test_interrupted_run_ends_as_if_undisturbed(place, healed, tmp_path):
+    with interruption(after=2):
+        recover(place, tmp_path / "node")
     recover(place, tmp_path / "node")
     assert losses(tmp_path / "node") == losses(healed)
     assert read_manifest(tmp_path / "node").fingerprint == read_manifest(healed).fingerprint

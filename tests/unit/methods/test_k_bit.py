@@ -1,18 +1,20 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 import pytest
 import torch
 from pydantic import ValidationError
 
 from coppice.errors import UserError
-from coppice.methods.contracts import Linear
+from coppice.methods.contracts import Linear, Role
 from coppice.methods.quantize.k_bit import Options, Proxy, compress, plan, writers
 from coppice.methods.solvers.codebook import dequantize
+from coppice.models.architectures.base import architecture
 
-BLOCK = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"]
-BLOCK += ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
+PATHS = architecture("llama").linears
+BLOCK = list(PATHS.values())
 
 
 @dataclasses.dataclass
@@ -22,6 +24,7 @@ class FakeDecoder:
     names: list[str]
     weights: dict[str, torch.Tensor]
     head_dim: int = 2
+    paths: Mapping[Role, str] = dataclasses.field(default_factory=lambda: PATHS)
 
     def linear(self, name: str) -> Linear:
         return Linear(self.weights[name], name=name)
@@ -37,7 +40,7 @@ def decoder() -> FakeDecoder:
 
 
 def test_writers(decoder):
-    found = {name.removeprefix("model.layers."): writer for name, writer in writers(decoder.names).items()}
+    found = {name.removeprefix("model.layers."): writer for name, writer in writers(decoder.names, PATHS).items()}
     for name in ("q_proj", "k_proj", "v_proj"):
         assert found[f"0.self_attn.{name}"] is None
         assert found[f"1.self_attn.{name}"] == "model.layers.0.mlp.down_proj"
@@ -50,8 +53,8 @@ def test_writers(decoder):
 
 def test_writers_of_factors():
     names = [f"model.layers.0.mlp.{name}.{part}" for name in ("up_proj", "down_proj") for part in ("first", "second")]
-    assert list(writers(names).values()) == [None, names[0], names[1], names[2]]
-    assert writers(["model.layers.0.other"]) == {"model.layers.0.other": None}
+    assert list(writers(names, PATHS).values()) == [None, names[0], names[1], names[2]]
+    assert writers(["model.layers.0.other"], PATHS) == {"model.layers.0.other": None}
 
 
 def test_outliers_are_the_inputs_whose_writers_vary_most(decoder):

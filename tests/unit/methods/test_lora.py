@@ -2,15 +2,17 @@ from __future__ import annotations
 
 import pytest
 import torch
+from forms import quantized_linear
+from recoveries import train_by_hand
 from tiny import logits, tiny_model, tiny_tokens
 
 from coppice.methods.recover import lora
 from coppice.methods.registry import method
-from coppice.models.layers import (
-    LowRankCorrectedLinear,
+from coppice.models.architectures.base import blocks
+from coppice.models.modules import (
+    LowRankCorrectionLinear,
     LowRankLinear,
     QuantizedLinear,
-    blocks,
     describe_replacements,
     weight_matrices,
 )
@@ -19,25 +21,17 @@ OPTIONS = lora.Options(text="a", validation="b", tokens=1, rank=3, alpha=12)
 TOKENS = tiny_tokens(4, 12)
 
 
-def train(model, steps=3):
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2)
-    for _ in range(steps):
-        model(input_ids=TOKENS, labels=TOKENS).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-
 def quantized(linear):
     """A random symmetric 4-bit layer of the linear's shape."""
     codes = torch.randint(-8, 8, linear.weight.shape, dtype=torch.int32)
     scale = torch.full((len(codes), 1), 0.05)
     bias = linear.bias.detach() if linear.bias is not None else None
-    return QuantizedLinear.from_codes(codes, scale, torch.zeros_like(scale, dtype=torch.int32), 4, -1, True, bias)
+    return quantized_linear(codes, scale, torch.zeros_like(scale, dtype=torch.int32), 4, -1, True, bias)
 
 
 def test_registered():
     assert (method("lora").family, method("lora").contract) == ("recover", "training")
-    assert "compensated" in method("lora").refuses
+    assert "compensated" in method("lora").incompatible_with
 
 
 @pytest.mark.parametrize(
@@ -50,7 +44,7 @@ def test_registered():
     ],
 )
 def test_marks(parent, marks):
-    assert lora.marks(frozenset(parent), lora.Options(text="a", validation="a", tokens=1)) == marks
+    assert lora.traits(frozenset(parent), lora.Options(text="a", validation="a", tokens=1)) == marks
 
 
 @pytest.mark.parametrize("architecture", ["llama-gqa", "qwen2"])
@@ -64,7 +58,7 @@ def test_updates_alone_train_and_every_linear_of_the_blocks_has_one():
     model = lora.prepare(tiny_model(), OPTIONS)
     frozen = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    train(model)
+    train_by_hand(model, 3, weight_decay=0.01)
     assert len(trained) == 3 * 7 * 2
     assert all(".lora_" in name and name.startswith("model.layers.") for name in trained)
     assert all(torch.equal(parameter, frozen[name]) for name, parameter in model.named_parameters() if name in frozen)
@@ -74,10 +68,10 @@ def test_merged_model_computes_what_the_adapted_one_did_in_its_old_shape():
     model = tiny_model("qwen2")
     names = set(model.state_dict())
     lora.prepare(model, OPTIONS)
-    train(model)
+    train_by_hand(model, 3, weight_decay=0.01)
     with torch.no_grad():
         adapted = logits(model, TOKENS)
-    model = lora.finish(model)
+    model = lora.finish(model, OPTIONS)
     torch.testing.assert_close(logits(model, TOKENS), adapted, rtol=1e-5, atol=1e-5)
     assert set(model.state_dict()) == names
     assert describe_replacements(model) == {}
@@ -93,7 +87,7 @@ def test_update_is_scaled_by_alpha_over_rank():
     with torch.no_grad():
         adapted.lora_B["default"].weight.normal_()
         update = 4 * adapted.lora_B["default"].weight @ adapted.lora_A["default"].weight
-    lora.finish(model)
+    lora.finish(model, OPTIONS)
     torch.testing.assert_close(linear.weight - before, update, rtol=1e-4, atol=1e-5)
 
 
@@ -108,13 +102,13 @@ def test_update_stays_beside_masked_and_quantized_linears():
     grid_before = {name: value.clone() for name, value in attention.q_proj.state_dict().items()}
 
     lora.prepare(model, OPTIONS)
-    train(model)
+    train_by_hand(model, 3, weight_decay=0.01)
     adapted = logits(model, TOKENS)
-    lora.finish(model)
+    lora.finish(model, OPTIONS)
 
     torch.testing.assert_close(logits(model, TOKENS), adapted, rtol=1e-5, atol=1e-5)
     for composite in (feedforward.up_proj, attention.q_proj):
-        assert isinstance(composite, LowRankCorrectedLinear)
+        assert isinstance(composite, LowRankCorrectionLinear)
         assert composite.compensation.second.weight.any()
     assert torch.equal(feedforward.up_proj.base.weight, mask_before)
     assert feedforward.up_proj.base.masked
@@ -128,9 +122,9 @@ def test_factors_have_updates_and_take_them_in():
     blocks(model)[0].self_attn.o_proj = factors
     before = {name: value.clone() for name, value in factors.state_dict().items()}
     lora.prepare(model, OPTIONS)
-    train(model)
+    train_by_hand(model, 3, weight_decay=0.01)
     adapted = logits(model, TOKENS)
-    lora.finish(model)
+    lora.finish(model, OPTIONS)
     assert type(factors.first) is type(factors.second) is torch.nn.Linear
     assert not torch.equal(factors.first.weight, before["first.weight"])
     assert not torch.equal(factors.second.weight, before["second.weight"])
@@ -143,9 +137,9 @@ def test_quantized_factors_keep_their_grid():
     factors.first = quantized(factors.first)
     blocks(model)[0].self_attn.o_proj = factors
     lora.prepare(model, OPTIONS)
-    train(model)
-    lora.finish(model)
-    assert isinstance(factors.first, LowRankCorrectedLinear)
+    train_by_hand(model, 3, weight_decay=0.01)
+    lora.finish(model, OPTIONS)
+    assert isinstance(factors.first, LowRankCorrectionLinear)
     assert isinstance(factors.first.base, QuantizedLinear)
     assert len(weight_matrices(factors)) == 4
 

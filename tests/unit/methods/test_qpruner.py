@@ -292,6 +292,6 @@ def test_options_that_are_not_possible(given, sentence):
 
 def test_what_it_needs():
     found = method("qpruner")
-    assert found.module is qpruner and found.contract == "layer"
+    assert found.declaration is qpruner.METHOD and found.contract == "layer"
     assert found.needs(options(search="knapsack")) == {"moments"}
     assert found.needs(options(search="bayesian")) == found.needs(options()) == {"moments", "windows"}

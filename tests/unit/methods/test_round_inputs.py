@@ -4,7 +4,7 @@ import pytest
 from pydantic import ValidationError
 
 from coppice.methods.contracts import QuantizedActivations
-from coppice.methods.quantize.round_inputs import Options, compress
+from coppice.methods.quantize.activation_quant import Options, compress
 
 
 def test_says_how_inputs_are_rounded(linear):

@@ -3,11 +3,12 @@ from __future__ import annotations
 import pytest
 import torch
 from manifests import manifest
-from tiny import ARCHITECTURES, tiny_model, tiny_tokens
+from recoveries import half_masked, train_by_hand
+from tiny import ARCHITECTURES, tiny_model
 
 from coppice.methods.recover import scratch
 from coppice.methods.registry import method
-from coppice.models.layers import blocks
+from coppice.models.architectures.base import blocks
 from coppice.records.manifest import Manifest
 
 FIELDS = {"text": "a", "validation": "b", "tokens": 1000}
@@ -20,28 +21,10 @@ def prepared(seed=0, architecture="llama-gqa", model=None, **changes):
     return scratch.prepare(model.requires_grad_(False), OPTIONS)
 
 
-def masked(model):
-    """Half of two linears of the first block pruned."""
-    for linear in (blocks(model)[0].self_attn.q_proj, blocks(model)[0].mlp.down_proj):
-        with torch.no_grad():
-            linear.weight[:, ::2] = 0
-        linear.masked = True
-    return model
-
-
-def train(model, steps=3):
-    tokens = tiny_tokens(4, 12)
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-2, weight_decay=0.5)
-    for _ in range(steps):
-        model(input_ids=tokens, labels=tokens).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-
 def test_registered():
     found = method("scratch")
     assert (found.family, found.contract) == ("recover", "training")
-    assert found.refuses.keys() == {"quantized", "factorized", "compensated", "quantized-cache"}
+    assert found.incompatible_with.keys() == {"quantized", "factorized", "compensated", "quantized-cache"}
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -67,21 +50,21 @@ def test_a_seed_gives_its_weights_whatever_the_parents_were():
 
 
 def test_masks_hold_bit_for_bit_through_training_and_kept_weights_train():
-    model = prepared(model=masked(tiny_model()))
+    model = prepared(model=half_masked(tiny_model()))
     weights = [blocks(model)[0].self_attn.q_proj.weight, blocks(model)[0].mlp.down_proj.weight]
     before = [weight.detach().clone() for weight in weights]
-    train(model)
+    train_by_hand(model, 3)
     for weight, drawn in zip(weights, before, strict=True):
         assert not weight[:, ::2].view(torch.int32).any()
         assert drawn[:, 1::2].all()
         assert not (weight[:, 1::2] == drawn[:, 1::2]).any()
     assert blocks(model)[0].mlp.up_proj.weight.all()
-    assert scratch.finish(model) is model
+    assert scratch.finish(model, OPTIONS) is model
 
 
 def test_tied_embeddings_stay_tied():
     model = prepared(model=tiny_model(tie_word_embeddings=True))
-    train(model)
+    train_by_hand(model, 3)
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 

@@ -107,4 +107,6 @@ def test_influence_does_not_see_the_scale_of_the_residual_stream():
 def test_it_is_registered():
     registered = method("shortgpt")
     assert (registered.family, registered.contract) == ("prune", "structure")
-    assert registered.needs() == {"blocks"} and registered.makes == {"smaller"} and not registered.refuses
+    assert (
+        registered.needs() == {"blocks"} and registered.adds_traits == {"smaller"} and not registered.incompatible_with
+    )

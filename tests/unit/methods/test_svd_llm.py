@@ -55,7 +55,7 @@ def test_unfit_statistics(linear, statistics):
 def behind(linear, inputs):
     moment = inputs.T @ inputs / len(inputs)
     blank = torch.zeros(len(moment), dtype=moment.dtype)
-    return dataclasses.replace(linear, behind=LinearStatistics(moment, blank, blank, blank, len(inputs)))
+    return dataclasses.replace(linear, sequential=LinearStatistics(moment, blank, blank, blank, len(inputs)))
 
 
 @pytest.fixture
@@ -165,7 +165,7 @@ def test_update_of_what_nothing_reaches_is_refused(linear, statistics):
 
 
 def test_update_reads_the_inputs_behind_the_blocks():
-    assert Options(rank=6, update=True).needs == {"behind"}
+    assert Options(rank=6, update=True).needs == {"sequential_moments"}
     assert Options(rank=6).needs == frozenset()
-    with pytest.raises(ValidationError, match="'propagate' does both on the latter"):
-        Options(rank=6, update=True, propagate=True)
+    with pytest.raises(ValidationError, match="'sequential' does both on the latter"):
+        Options(rank=6, update=True, sequential=True)

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from coppice.errors import UserError
 from coppice.files import read_json, write_json
-from coppice.models import layers
+from coppice.models import modules
 from coppice.models.checkpoint import load_model, read_manifest
 from coppice.models.densify import export_dense
 from coppice.models.sources import import_root
@@ -47,7 +47,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     nodes["skeleton"] = make(base / "skeleton", root, "curing", [moments], rank=4)
     nodes["sites"] = make(base / "sites", root, "compactifai", keep=0.5, sites=3)
     nodes["flattened"] = make(base / "flattened", root, "flattenquant", [moments], bits=8)
-    nodes["inputs"] = make(base / "inputs", nodes["symmetric"], "round-inputs", bits=6)
+    nodes["inputs"] = make(base / "inputs", nodes["symmetric"], "activation-quant", bits=6)
     nodes["cache"] = make(base / "cache", nodes["inputs"], "gear", bits=4, group_size=4, buffer=4)
     nodes["rotated"] = make(base / "rotated", root, "rotate")
     return nodes
@@ -116,6 +116,22 @@ save_file(found, "logits.safetensors")
         assert not torch.allclose(ours, dense, atol=1e-3), node
 
 
+def test_the_carried_code_is_a_copy_of_the_files_that_the_node_needs(folders: dict[str, Path]) -> None:
+    sources = Path(modules.__file__).parent
+    needed = {
+        "factorized": {"low_rank"},
+        "factors-quantized": {"low_rank", "quantized"},
+        "compensated": {"low_rank_correction", "low_rank", "quantized"},
+        "flattened": {"flatten_quant"},
+    }
+    for node, forms in needed.items():
+        common = {"base", "finding", "activation_quantization", "kv_cache", "packing"}
+        carried = {path.stem: path for path in folders[node].glob("*.py") if path.stem != "modeling_coppice"}
+        assert carried.keys() == forms | common
+        assert all(path.read_bytes() == (sources / path.name).read_bytes() for path in carried.values())
+    assert not list(folders["symmetric"].glob("*.py"))
+
+
 @pytest.mark.parametrize(
     "node", ["masked", "symmetric", "asymmetric", "factorized", "compensated", "factors-quantized"]
 )
@@ -135,9 +151,9 @@ def test_the_accounting_counts_stored_bytes(folders: dict[str, Path]) -> None:
     assert masked.parameters.nonzero == root.parameters.total - root.parameters.decoder_linears // 2
     # q, k, v, o, gate, up and down of 3 blocks: 3 bits in whole words, a scale of 32 bits for 16 weights, biases apart.
     shapes = [
-        (m.out_features, m.in_features) for m in layers.weight_matrices(tiny_model("qwen2").model.layers[0]).values()
+        (m.out_features, m.in_features) for m in modules.weight_matrices(tiny_model("qwen2").model.layers[0]).values()
     ]
-    words = sum(rows * (layers.packed_words(columns, 3) + columns // 16) for rows, columns in shapes)
+    words = sum(rows * (modules.packed_words(columns, 3) + columns // 16) for rows, columns in shapes)
     biases = 32 + 16 + 16
     shape_tensors = 7 * 2 * 64
     assert symmetric.stored_bits.decoder_linears == 3 * (32 * (words + biases) + shape_tensors)
@@ -204,7 +220,10 @@ def test_a_dense_folder_becomes_a_root(dense: Path, tmp_path: Path) -> None:
         ("add", r"do not fit its config\.json: model\.extra is unexpected"),
         ("reshape", r"model\.norm\.weight has shape \(3,\) instead of \(32,\)"),
         ("nan", r"model\.norm\.weight in .* holds NaN or infinite values"),
-        ("architecture", r"Architecture 'gpt2' is not supported; supported are llama, mistral, qwen2, qwen3"),
+        (
+            "architecture",
+            r"Architecture 'gpt2' is not supported; supported are llama, mistral, olmo2, ",
+        ),
         ("quantized", r"is already quantized; a root must be dense"),
         ("vocabulary", r"tokenizer in .* has ids up to 60 but the model's vocabulary is 50"),
         ("tokenizer", r"has no tokenizer\.json"),

@@ -9,15 +9,16 @@ from torch.nn.functional import cross_entropy
 
 from coppice.errors import UserError
 from coppice.methods.contracts import Linear
-from coppice.models import layers
+from coppice.models import modules
+from coppice.models.architectures.base import blocks
 from coppice.models.decoder import WholeDecoder
 
 
 def decoder(model, tokens, kept=None) -> WholeDecoder:
     linears = {
         f"model.layers.{index}.{name}": module
-        for index, block in enumerate(layers.blocks(model))
-        for name, module in layers.weight_matrices(block).items()
+        for index, block in enumerate(blocks(model))
+        for name, module in modules.weight_matrices(block).items()
     }
     kept = torch.ones_like(tokens, dtype=torch.bool) if kept is None else kept
     return WholeDecoder(

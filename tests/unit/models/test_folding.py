@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import ARCHITECTURES, logits, tiny_model, tiny_tokens
+from tiny import ARCHITECTURES, NORMS_AFTER, logits, tiny_model, tiny_tokens
 
-from coppice.calibration.stage import embed, gather_block
-from coppice.models import folding, layers
+from coppice.calibration.moments import gather_block
+from coppice.calibration.walk import embed
+from coppice.models import folding, modules
+from coppice.models.architectures.base import blocks
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -16,14 +18,12 @@ def test_folded_scales_leave_the_logits_alone(architecture: str) -> None:
     tokens = tiny_tokens()
     before = logits(model, tokens)
     generator = torch.Generator().manual_seed(0)
-    for block in layers.blocks(model):
-        shared = folding.shared_inputs(block, folding.head_dim(model))
-        assert [entry.producer for entry in shared] == [
-            "input_layernorm",
-            "self_attn.v_proj",
-            "post_attention_layernorm",
-            "mlp.up_proj",
-        ]
+    for block in blocks(model):
+        shared = folding.scalable_inputs(model, block)
+        norms = ["input_layernorm", "post_attention_layernorm"]
+        linears = ["self_attn.v_proj", "mlp.up_proj"]
+        producers = [entry.producer for entry in shared]
+        assert sorted(producers) == sorted(linears if architecture in NORMS_AFTER else linears + norms)
         for entry in shared:
             scales = torch.rand(len(entry.index), generator=generator, dtype=torch.float64) + 0.5
             old = block.get_submodule(entry.consumers[0]).weight.clone()
@@ -33,8 +33,8 @@ def test_folded_scales_leave_the_logits_alone(architecture: str) -> None:
 
 
 def test_pooled_scales_are_the_same_for_what_one_output_makes() -> None:
-    block = layers.blocks(tiny_model("llama-gqa"))[0]
-    shared = folding.shared_inputs(block, 4)[1]
+    model = tiny_model("llama-gqa")
+    shared = folding.scalable_inputs(model, blocks(model)[0])[1]
     assert shared.consumers == ("self_attn.o_proj",) and len(shared.index) == 32
     scales = torch.rand(32, dtype=torch.float64) + 0.5
     pooled = shared.pooled(scales)
@@ -44,22 +44,23 @@ def test_pooled_scales_are_the_same_for_what_one_output_makes() -> None:
 
 
 def test_inputs_of_composites_are_left_out() -> None:
-    block = layers.blocks(tiny_model())[0]
-    block.mlp.down_proj = layers.LowRankLinear(48, 32, 4)
-    block.self_attn.v_proj = layers.QuantizedLinear(32, 16, 4, -1, True)
-    assert [entry.producer for entry in folding.shared_inputs(block, 4)] == ["post_attention_layernorm"]
+    model = tiny_model()
+    block = blocks(model)[0]
+    block.mlp.down_proj = modules.LowRankLinear(48, 32, 4)
+    block.self_attn.v_proj = modules.QuantizedLinear(32, 16, 4, -1, True)
+    assert [entry.producer for entry in folding.scalable_inputs(model, block)] == ["post_attention_layernorm"]
 
 
 def test_scaled_statistics_are_those_of_the_scaled_inputs() -> None:
     model, tokens = tiny_model(dtype=torch.float64), tiny_tokens()
-    block = layers.blocks(model)[0]
+    block = blocks(model)[0]
     kept = torch.ones_like(tokens, dtype=torch.bool)
     with torch.no_grad():
-        before, _, _ = gather_block(block, 0, embed(model, tokens, kept), "cpu")
-        shared = folding.shared_inputs(block, folding.head_dim(model))[2]
+        before, _, _ = gather_block(model, 0, embed(model, tokens, kept), "cpu")
+        shared = folding.scalable_inputs(model, block)[2]
         scales = torch.linspace(0.5, 2, 32)
         folding.fold(block, shared, scales)
-        after, _, _ = gather_block(block, 0, embed(model, tokens, kept), "cpu")
+        after, _, _ = gather_block(model, 0, embed(model, tokens, kept), "cpu")
     expected = folding.scaled(before["mlp.gate_proj"], scales)
     for field in ("second_moment", "mean", "absmean", "absmax"):
         torch.testing.assert_close(getattr(after["mlp.gate_proj"], field), getattr(expected, field))

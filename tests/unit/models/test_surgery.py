@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from tiny import ARCHITECTURES, exact_norms, logits, tiny_model, tiny_tokens
+from tiny import ARCHITECTURES, NORMS_ACROSS_HEADS, exact_norms, logits, tiny_model, tiny_tokens
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import (
@@ -18,6 +18,7 @@ from transformers import (
 
 from coppice.errors import UserError
 from coppice.methods.contracts import Removal, Structure
+from coppice.models.architectures.base import architecture_of
 from coppice.models.surgery import achieved, remove, structure
 
 TOKENS = tiny_tokens()
@@ -32,20 +33,39 @@ def parameters(model):
 
 
 def zeroed(model, removal):
-    """The dense model with what the removal takes switched off: columns of o and down, and whole blocks."""
+    """The dense model with what the removal takes switched off: columns of o and down, and whole blocks.
+
+    Norms across heads take the root mean square of the channels of the heads that stay.
+    """
     model = copy.deepcopy(model)
+    family = architecture_of(model)
     r = model.config.num_attention_heads // model.config.num_key_value_heads
     with torch.no_grad():
         for index, block in enumerate(model.model.layers):
             width = r * block.self_attn.head_dim
             for group in removal.kv_groups[index] if removal.kv_groups else ():
                 block.self_attn.o_proj.weight[:, group * width : (group + 1) * width] = 0
+            if family.norms.across_heads and removal.kv_groups:
+                for path, heads in zip(family.norms.across_heads, (r, 1), strict=True):
+                    restrict_norm(block.get_submodule(path), heads * block.self_attn.head_dim, removal.kv_groups[index])
             for neuron in removal.neurons[index] if removal.neurons else ():
                 block.mlp.down_proj.weight[:, neuron] = 0
             if index in removal.blocks:
                 block.self_attn.o_proj.weight.zero_()
                 block.mlp.down_proj.weight.zero_()
     return model
+
+
+def restrict_norm(norm, width, groups):
+    """Makes a norm take the mean square of the groups, each `width` channels, that are not among `groups`."""
+    kept = torch.ones(len(norm.weight), dtype=torch.bool)
+    for group in groups:
+        kept[group * width : (group + 1) * width] = False
+
+    def forward(x):
+        return norm.weight * x * torch.rsqrt(x[..., kept].pow(2).mean(-1, keepdim=True) + norm.variance_epsilon)
+
+    norm.forward = forward
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -146,6 +166,31 @@ def test_a_block_keeps_its_kind_of_attention():
     assert pruned.config.layer_types == ["full_attention", "sliding_attention"]
     assert pruned.config.max_window_layers == 1
     torch.testing.assert_close(logits(pruned, TOKENS), expected, rtol=0, atol=1e-10)
+
+
+def test_a_block_keeps_whether_it_has_rotary_embeddings(tmp_path):
+    model = tiny_model("smollm3", dtype=torch.float64, no_rope_layers=[1, 0, 1, 0], num_hidden_layers=4)
+    removal = Removal(blocks=(0, 3))
+    expected = logits(zeroed(model, removal), TOKENS)
+    pruned = remove(model, removal)
+    assert pruned.config.no_rope_layers == [0, 1] and len(pruned.config.layer_types) == 2
+    torch.testing.assert_close(logits(pruned, TOKENS), expected, rtol=0, atol=1e-10)
+    pruned.save_pretrained(tmp_path)
+    loaded = exact_norms(AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64))
+    assert torch.equal(logits(loaded, TOKENS), logits(pruned, TOKENS))
+
+
+@pytest.mark.parametrize("architecture", NORMS_ACROSS_HEADS)
+def test_norms_across_heads_lose_the_channels_of_removed_heads(architecture):
+    model = tiny_model(architecture)
+    r = model.config.num_attention_heads // model.config.num_key_value_heads
+    before = [block.self_attn.q_norm.weight.detach().clone() for block in model.model.layers]
+    pruned = remove(model, WIDTHS)
+    for block, weight, groups in zip(pruned.model.layers, before, WIDTHS.kv_groups, strict=True):
+        width = r * block.self_attn.head_dim
+        kept = torch.cat([part for group, part in enumerate(weight.split(width)) if group not in groups])
+        assert torch.equal(block.self_attn.q_norm.weight, kept)
+        assert len(block.self_attn.k_norm.weight) == block.self_attn.k_proj.out_features
 
 
 def test_mistral_keeps_its_window():

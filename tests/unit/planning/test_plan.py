@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,14 @@ from manifests import metrics, token_set
 from coppice.cli import main
 from coppice.errors import UserError
 from coppice.evaluation import roofline
+from coppice.hardware import DEVICES
 from coppice.planning import stage, times
-from coppice.planning.jobs import Job, jobs
+from coppice.planning.jobs import Job, JobGraph
 from coppice.planning.resources import LIBRARIES
 from coppice.planning.sizes import Size, node_sizes
 from coppice.planning.stage import plan
 from coppice.planning.text import lines
+from coppice.planning.work import SizedJob, sized_jobs
 from coppice.records.layout import ResultsLayout
 from coppice.study import tree
 from coppice.study.loading import load_study
@@ -77,7 +80,7 @@ def finish(results: Path, job: Job, seconds: float | None = None, memory: float 
 
 def test_every_job_once_with_what_it_reads() -> None:
     value = study()
-    found = jobs(value, sizes_of(value))
+    found = sized_jobs(JobGraph(value), sizes_of(value))
     # By hand: statistics of the dense model for wanda; windows for it, for two parts of the recovery, for the protocol.
     assert Counter(job.stage for job in found) == {
         **dict.fromkeys(("study", "root", "calibrate", "tables", "fit", "report", "track"), 1),
@@ -85,7 +88,8 @@ def test_every_job_once_with_what_it_reads() -> None:
     }
     assert len({job.output for job in found}) == len(found)
     by_output = {job.output: job for job in found}
-    assert all(read in by_output for job in found for read in job.after)
+    outputs = {output for job in found for output in job.outputs}
+    assert all(read in outputs for job in found for read in job.after)
     wanda = by_output["models/tiny/wanda-50/manifest.json"]
     assert set(wanda.after) == {
         "models/tiny/manifest.json",
@@ -106,7 +110,7 @@ def test_sizes_before_anything_is_made() -> None:
     # 4 bits, and in each group of 32 a scale of 16 bits and a zero point of 4.
     assert sizes["tiny/rtn-4"].linear_bytes == pytest.approx(tiny.linears * (4 + 20 / 32) / 8, rel=0.02)
     assert sizes["tiny/rtn-4"].how == "estimated"
-    few = study(steps={"rtn-4": {**GRID, "linears": ["q_proj"]}}, recipes=[["rtn-4"]], evaluations={}, laws={})
+    few = study(steps={"rtn-4": {**GRID, "target_modules": ["q_proj"]}}, recipes=[["rtn-4"]], evaluations={}, laws={})
     assert sizes_of(few)["tiny/rtn-4"] == tiny._replace(how="at most")
 
 
@@ -128,7 +132,7 @@ def test_a_model_of_the_hub_is_unknown(tmp_path: Path) -> None:
 
 def test_what_is_done_is_not_planned(tmp_path: Path) -> None:
     value = study()
-    found = {job.output: job for job in jobs(value, sizes_of(value))}
+    found = {job.output: job for job in sized_jobs(JobGraph(value), sizes_of(value))}
     before = plan(value, tmp_path, machine())
     finish(tmp_path, found["evaluations/tiny/quality/metrics.json"])
     finish(tmp_path, found["tokens/tiny/recovery.full/manifest.json"])
@@ -163,7 +167,7 @@ def test_line_through_benchmarks(points: list[tuple[float, float]], expected: tu
 def test_times_scale_from_benchmarks(tmp_path: Path) -> None:
     value = study()
     sizes = sizes_of(value)
-    found = jobs(value, sizes)
+    found = sized_jobs(JobGraph(value), sizes)
     job = next(job for job in found if job.stage == "recover")
     assert times.seconds_range(job, sizes, {}, None).low >= times.START_OF_MODELS / 2
     assert job.operations > 0
@@ -172,7 +176,7 @@ def test_times_scale_from_benchmarks(tmp_path: Path) -> None:
     low, high = times.seconds_range(job, sizes, records, None)
     assert (low, high) == pytest.approx((25 / times.SURE, 25 * times.SURE))
     # Ten times the tokens lie beyond what was measured: twice the range.
-    low, high = times.seconds_range(job._replace(operations=10 * job.operations), sizes, records, None)
+    low, high = times.seconds_range(replace(job, operations=10 * job.operations), sizes, records, None)
     assert (low, high) == pytest.approx((205 / times.SURE / 2, 205 * times.SURE * 2))
     # The benchmarks held twice what was expected of them.
     low, high = times.memory_range(job, sizes, records)
@@ -182,7 +186,7 @@ def test_times_scale_from_benchmarks(tmp_path: Path) -> None:
 def test_benchmarks_are_read_where_jobs_left_them(tmp_path: Path) -> None:
     value = study()
     sizes = sizes_of(value)
-    found = jobs(value, sizes)
+    found = sized_jobs(JobGraph(value), sizes)
     finish(tmp_path, next(job for job in found if job.name == "tiny/wanda-50"), 12.5, 400)
     finish(tmp_path, next(job for job in found if job.stage == "tokenize"), 0.4, "NA")
     records = times.benchmarks(found, sizes, tmp_path)
@@ -193,7 +197,7 @@ def test_benchmarks_are_read_where_jobs_left_them(tmp_path: Path) -> None:
 def test_a_gpu_is_faster_and_its_hours_are_counted() -> None:
     shape = roofline.Shape(4096, 11008, 32, 32, 32, 128, 32_000)
     size = Size(shape, 32, 6.7e9, 6.5e9, 13e9, 13.4e9, "measured")
-    rate = times.operations_per_second(size, roofline.DEVICES["H100-SXM"])
+    rate = times.operations_per_second(size, DEVICES["H100-SXM"])
     # By hand: long prompts are bound by the peak, of which a share is reached; attention takes some of it.
     assert rate == pytest.approx(times.EFFICIENCY * 989.5e12, rel=0.15)
     assert rate > 1000 * times.operations_per_second(size, None)
@@ -204,8 +208,8 @@ def test_a_gpu_is_faster_and_its_hours_are_counted() -> None:
 
 
 def test_jobs_side_by_side() -> None:
-    def job(name: str, *after: str, alone: bool = False, gpus: int = 1) -> Job:
-        return Job("recover", name, name, after, alone=alone, gpus=gpus)
+    def job(name: str, *after: str, alone: bool = False, gpus: int = 1) -> SizedJob:
+        return SizedJob("recover", name, (name,), {"inputs": after}, alone=alone, gpus=gpus)
 
     left = [job("a"), job("b"), job("c", "a"), job("d", "b", alone=True), job("e", "done before")]
     seconds = {"a": 3, "b": 1, "c": 2, "d": 4, "e": 1}
@@ -271,7 +275,7 @@ def test_what_processes_load_is_on_the_host_and_on_no_gpu() -> None:
         name: size._replace(parameters=8e9, linears=7e9, linear_bytes=14e9, stored=16e9)
         for name, size in sizes_of(value).items()
     }
-    recover = next(job for job in jobs(value, sizes) if job.stage == "recover")
+    recover = next(job for job in sized_jobs(JobGraph(value), sizes) if job.stage == "recover")
     assert recover.gpus == 8
     # 4 bytes a parameter in each of the eight processes.
     assert times.expected_memory(recover, sizes) > 8 * 4 * 8e9
@@ -287,7 +291,11 @@ def test_a_connectivity_is_expected_to_hold_three_models() -> None:
     }
     value = study(recipes=[{"product": [["wanda-50"], ["full"]], "seeds": [0, 1]}], evaluations=evaluations, laws={})
     sizes = sizes_of(value)
-    held = {job.kind: times.expected_memory(job, sizes) for job in jobs(value, sizes) if job.stage == "evaluate"}
+    held = {
+        job.kind: times.expected_memory(job, sizes)
+        for job in sized_jobs(JobGraph(value), sizes)
+        if job.stage == "evaluate"
+    }
     size = sizes["tiny/wanda-50/full@1"]
     assert held["basin"] - held["quality"] == pytest.approx(8 * size.parameters + size.stored, abs=1)
     assert held["quality"] > LIBRARIES["evaluate"]
@@ -296,7 +304,7 @@ def test_a_connectivity_is_expected_to_hold_three_models() -> None:
 def test_statistics_take_four_bytes_for_every_second_moment() -> None:
     value = study()
     sizes = sizes_of(value)
-    [calibrate] = [job for job in jobs(value, sizes) if job.stage == "calibrate"]
+    [calibrate] = [job for job in sized_jobs(JobGraph(value), sizes) if job.stage == "calibrate"]
     shape, layers = sizes["tiny"].shape, sizes["tiny"].layers
     # Four distinct inputs of a block: three as wide as the hidden states, one with all neurons; 4 bytes an entry.
     assert calibrate.disk == layers * 4 * (3 * shape.hidden**2 + shape.intermediate**2)
@@ -307,7 +315,7 @@ def test_gpus_without_a_name_say_nothing_of_times(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--gpus 1: which\?.*pass --device"):
         plan(value, tmp_path, machine(gpus=1))
     # Once every stage that runs on them was measured, a name is not needed.
-    found = jobs(value, sizes_of(value))
+    found = sized_jobs(JobGraph(value), sizes_of(value))
     for name in ("calibrate", "compress", "recover", "evaluate"):
         job = next(job for job in found if job.stage == name)
         finish(tmp_path, job, 10)
@@ -334,7 +342,8 @@ def test_the_command_prints_a_plan(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 def test_nothing_heavy_is_imported() -> None:
-    script = "import sys, coppice.plan.stage, coppice.needs, snakemake_logger_plugin_coppice; print(*sys.modules)"
+    modules = "coppice.planning.stage, coppice.planning.resources, snakemake_logger_plugin_coppice"
+    script = f"import sys, {modules}; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
     assert not {"torch", "transformers", "pyarrow", "pandas", "scipy"} & set(done.stdout.split())
 

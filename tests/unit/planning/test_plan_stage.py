@@ -12,9 +12,10 @@ from manifests import manifest, metrics, recovery, token_set
 
 from coppice.cli import main
 from coppice.planning import stage
-from coppice.planning.jobs import jobs
+from coppice.planning.jobs import JobGraph
 from coppice.planning.sizes import node_sizes
 from coppice.planning.text import lines
+from coppice.planning.work import sized_jobs
 from coppice.records.manifest import Manifest
 from coppice.study import tree
 from coppice.study.loading import load_study, write_effective
@@ -56,7 +57,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The results of the whole study, as the stages write what the plan reads of them."""
     study, results = load_study(described()), tmp_path_factory.mktemp("finished")
     uses, nodes = tree.token_uses(study), tree.nodes(study)
-    for job in jobs(study, node_sizes(study, Path("nowhere"))):
+    for job in sized_jobs(JobGraph(study), node_sizes(study, Path("nowhere"))):
         path = results / job.output
         path.parent.mkdir(parents=True, exist_ok=True)
         if job.stage in ("root", "compress", "recover"):
@@ -163,7 +164,7 @@ def test_another_seed_leaves_every_job(finished: Path) -> None:
             [f"{node}/quality" for node in ("tiny", "tiny/wanda-50", "tiny/wanda-50/full", "tiny/rtn-4")],
             {"evaluate": 4},
         ),
-        ({"laws": {"p2": {"law": "p2", "options": {"gain": 0.5}}}}, [], {}),
+        ({"laws": {"p2": {"law": "p2", "gain": 0.5}}}, [], {}),
     ],
     ids=["calibration", "evaluation", "law"],
 )
@@ -214,7 +215,9 @@ def test_benchmarks_are_of_the_work_that_there_was(finished: Path, tmp_path: Pat
     longer = load_study(described(steps=steps(full={"tokens": 50_000_000})))
 
     def work(study: Study) -> float:
-        return next(job for job in jobs(study, node_sizes(study, results)) if job.stage == "recover").operations
+        return next(
+            job for job in sized_jobs(JobGraph(study), node_sizes(study, results)) if job.stage == "recover"
+        ).operations
 
     [record] = stage.records_of_last_run(longer, results)["recover"]
     assert record.operations == work(load_study(described()))

@@ -18,7 +18,7 @@ from coppice.recovery import devices
 # Claims what it is told, says what it got and waits to be killed.
 CLAIMS = """
 import os, pathlib, sys, time
-from coppice import devices
+from coppice.recovery import devices
 devices.LOCKS = pathlib.Path(sys.argv[1])
 devices.claim(int(sys.argv[2]))
 print(os.environ["CUDA_VISIBLE_DEVICES"], flush=True)
@@ -99,13 +99,15 @@ def test_locks_in_a_folder_of_another_user_are_refused(monkeypatch: pytest.Monke
     monkeypatch.setattr(devices, "LOCKS", tmp_path)
     monkeypatch.setattr(os, "getuid", lambda: 12345)
     (tmp_path / "coppice-12345").mkdir()
-    with pytest.raises(UserError, match=f"{tmp_path}/coppice-12345 is another user's; its owner or an administrator"):
+    with pytest.raises(
+        UserError, match=f"{tmp_path}/coppice-12345 belongs to another user; its owner or an administrator"
+    ):
         devices.claim()
 
 
 def test_too_few_devices_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
-    with pytest.raises(UserError, match=r"asks for 2 GPUs \(gpus\), but this job sees 1; set gpus"):
+    with pytest.raises(UserError, match=r"requests 2 GPUs \(gpus\), but this job sees 1; set gpus"):
         devices.claim(2)
 
 
@@ -118,5 +120,5 @@ def test_what_the_workflow_tells_goes_before_what_the_step_says() -> None:
 
 def test_one_named_device_is_too_few_for_a_step_on_several() -> None:
     arguments = argparse.Namespace(stage="recover", device="cuda:1", step={"options": {"gpus": 2}})
-    with pytest.raises(UserError, match="--device cuda:1 is one, but the step asks for 2 GPUs; pass auto or cuda"):
+    with pytest.raises(UserError, match="--device cuda:1 is one, but the step requests 2 GPUs; pass auto or cuda"):
         claim_devices(arguments)

@@ -72,11 +72,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def environment() -> dict[str, str]:
-    tests = Path(__file__).resolve().parents[2]
-    return {**os.environ, "PYTHONPATH": f"{tests.parent / 'workflow'}{os.pathsep}{tests}", "OMP_NUM_THREADS": "1"}
-
-
 def command(arguments: dict) -> list[str]:
     """`coppice recover` in two processes."""
     words = ["--step", json.dumps(arguments["step"]), "--gpus", "2"]
@@ -92,7 +87,7 @@ def killed(place: Path) -> dict[str, Any]:
     arguments = job(place, "killed", "masked", "full", place / "out" / "killed", **LONG)
     log, state = place / "killed.log", Path(arguments["state"]) / "state.safetensors"
     with log.open("w") as file:
-        run = subprocess.Popen(command(arguments), stdout=file, stderr=file, env=environment())
+        run = subprocess.Popen(command(arguments), stdout=file, stderr=file, env=together.environment())
     try:
         limit = time.monotonic() + 300
         while not state.exists() and run.poll() is None and time.monotonic() < limit:
@@ -127,7 +122,9 @@ def ran(place: Path, killed: dict[str, Any]) -> Path:
     jobs["one"].append(job(place, "killed", "masked", "full", out / "undisturbed", **LONG))
     together.run(jobs["one"])
     (place / "jobs.json").write_text(json.dumps(jobs["two"]))
-    subprocess.run([sys.executable, together.__file__, str(place / "jobs.json")], env=environment(), check=True)
+    subprocess.run(
+        [sys.executable, together.__file__, str(place / "jobs.json")], env=together.environment(), check=True
+    )
     return out
 
 
@@ -171,13 +168,13 @@ def test_a_killed_process_ends_the_job_with_a_sentence(killed: dict[str, Any]) -
     assert killed["code"] == 1
     last = killed["log"].strip().splitlines()[-1]
     assert last.startswith("error: Process 2 of 2 was killed by SIGKILL")
-    assert last.endswith("run the same command again to go on from the last state.")
+    assert last.endswith("run the same command again to resume from the last state.")
     assert killed["seconds"] < 30
     assert not (killed["output"] / "manifest.json").exists()
     assert not any(Path(f"/proc/{rank}").exists() for rank in killed["ranks"])
 
 
 @pytest.mark.parametrize("count", ["one", "two"])
-def test_what_was_killed_goes_on_and_ends_as_if_undisturbed(ran: Path, count: str) -> None:
+def test_a_killed_run_resumes_and_ends_as_if_undisturbed(ran: Path, count: str) -> None:
     assert_alike(ran / "undisturbed", ran / f"resumed-{count}")
     assert not (ran / f"resumed-{count}-state").exists()

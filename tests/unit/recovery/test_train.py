@@ -2,31 +2,32 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import signal
-import time
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as parquet
 import pytest
 import torch
 from manifests import provenance, token_set
+from recoveries import curve, half_masked, interruption, kill_after_a_state, losses
 from safetensors.torch import load_file
 from tiny import VOCABULARY, tiny_model
 from tokenizers import Tokenizer, models
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-from coppice.data.text import Windows, load_windows, save_windows
+from coppice.data.windows import Windows, load_windows, save_windows
 from coppice.errors import UserError
 from coppice.files import sha256, write_json
 from coppice.methods.recover import full, lora
+from coppice.models.architectures.base import blocks
 from coppice.models.checkpoint import load_model, read_manifest, save_checkpoint
-from coppice.models.layers import LowRankCorrectedLinear, blocks
-from coppice.recovery import distributed, trainer
-from coppice.recovery import stage as train
+from coppice.models.modules import LowRankCorrectionLinear
+from coppice.recovery import distributed, objective, stage
+from coppice.recovery.journal import Journal
+from coppice.recovery.schedule import batch_schedule, learning_rate
+from coppice.recovery.trainer import RecoveryTrainer
 
 LENGTH = 16
 OPTIONS = {"text": "a", "validation": "b", "length": LENGTH, "tokens": 640, "batch_size": 4, "learning_rate": 1e-2}
@@ -69,21 +70,12 @@ def save_node(folder: Path, node: str, model, marks=(), dtype=torch.float32, den
     return folder
 
 
-def mask(model):
-    """Every second weight of every linear of the first block pruned."""
-    with torch.no_grad():
-        for linear in [blocks(model)[0].self_attn.q_proj, blocks(model)[0].mlp.down_proj]:
-            linear.weight[:, ::2] = 0
-            linear.masked = True
-    return model
-
-
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
     """A dense root, a masked child of it, and windows for both."""
     folder = tmp_path_factory.mktemp("place")
     save_node(folder / "dense", "dense", tiny_model(num_hidden_layers=2))
-    masked = mask(tiny_model(num_hidden_layers=2))
+    masked = half_masked(tiny_model(num_hidden_layers=2))
     save_node(folder / "masked", "dense/half", masked, ["masked"], dense=folder / "dense")
     tokenizer = sha256(folder / "dense" / "tokenizer.json")
     save_windows(windows(24, "recovery", tokenizer, 0), folder / "tokens")
@@ -93,28 +85,21 @@ def place(tmp_path_factory) -> Path:
 
 def recover(place: Path, output: Path, parent="masked", method="full", budgets=(), seed=0, every=1e9, **options):
     step = {"name": "grow", "method": method, "options": OPTIONS | options}
-    return train.recover(
-        f"dense/{parent}/grow",
-        place / parent,
-        place / "dense",
-        place / "tokens",
-        place / "validation",
-        step,
-        budgets,
-        seed,
-        output.parent / f"{output.name}-state",
-        output,
-        every,
+    return stage.recover(
+        stage.Recovery(
+            node=f"dense/{parent}/grow",
+            parent=place / parent,
+            dense=place / "dense",
+            tokens=place / "tokens",
+            validation=place / "validation",
+            step=step,
+            budgets=budgets,
+            seed=seed,
+            state=output.parent / f"{output.name}-state",
+            state_every=every,
+            output=output,
+        )
     )
-
-
-def curve(folder: Path) -> list[dict]:
-    return parquet.read_table(folder / "curve.parquet").to_pylist()
-
-
-def losses(folder: Path) -> list[tuple]:
-    """The curve without its clock."""
-    return [tuple(value for key, value in row.items() if key != "seconds") for row in curve(folder)]
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +135,7 @@ def test_dense_loss_is_the_root_s_on_the_same_windows(place, recovered):
 
 
 def test_last_loss_is_that_of_the_saved_model(place, recovered):
-    loss = trainer.held_out_loss(load_model(recovered), load_windows(place / "validation"), 3, "float32")
+    loss = objective.held_out_loss(load_model(recovered), load_windows(place / "validation"), 3, "float32")
     assert curve(recovered)[-1]["validation_loss"] == pytest.approx(loss, rel=1e-5)
 
 
@@ -206,11 +191,11 @@ def written_out(ragged):
     full.prepare(model, options)
     data = load_windows(ragged / "tokens")
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
-    order = trainer.batch_schedule((data.documents >= 0).sum(1), 4, 300, 0).order
+    order = batch_schedule((data.documents >= 0).sum(1), 4, 300, 0).order
     steps = []
     for step, indices in enumerate(order):
         for group in optimizer.param_groups:
-            group["lr"] = trainer.learning_rate(options, step, len(order))
+            group["lr"] = learning_rate(options, step, len(order))
         tokens, present = torch.from_numpy(data.tokens[indices]).long(), torch.from_numpy(data.documents[indices] >= 0)
         loss = model(input_ids=tokens, labels=tokens.where(present, -100)).loss
         loss.backward()
@@ -242,47 +227,22 @@ def test_killed_run_goes_on_and_ends_as_if_undisturbed(place, recovered, tmp_pat
         recover(place, reference, method="lora", budgets=(100, 128, 400, 10_000), **options)
     arguments = {"method": method, "budgets": (100, 128, 400, 10_000), "every": 0.0, **options}
 
-    child = os.fork()
-    if child == 0:
-        slow = trainer.StateFile.save
-
-        def save(*given):
-            slow(*given)
-            time.sleep(0.2)
-
-        trainer.StateFile.save = save
-        recover(place, tmp_path / "node", **arguments)
-        os._exit(0)
     state = tmp_path / "node-state" / "state.safetensors"
-    deadline = time.monotonic() + 60
-    while not state.exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    time.sleep(0.5)
-    os.kill(child, signal.SIGKILL)
-    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    kill_after_a_state(lambda: recover(place, tmp_path / "node", **arguments), state)
     assert not (tmp_path / "node" / "manifest.json").exists()
 
     capfd.readouterr()
     recover(place, tmp_path / "node", **arguments)
-    assert "Going on after step" in capfd.readouterr().out
+    assert "Resuming after step" in capfd.readouterr().out
     assert losses(tmp_path / "node") == losses(reference)
     assert read_manifest(tmp_path / "node").fingerprint == read_manifest(reference).fingerprint
     assert not state.parent.exists()
 
 
-def interrupted(place: Path, output: Path, monkeypatch, **options) -> Path:
+def interrupted(place: Path, output: Path, **options) -> Path:
     """The state of a run that stopped after its fourth step."""
-    with monkeypatch.context() as patch:
-        observe = trainer.Journal.observe
-
-        def stop(journal, loss, targets):
-            if journal.progress.step == 4:
-                raise KeyboardInterrupt
-            observe(journal, loss, targets)
-
-        patch.setattr(trainer.Journal, "observe", stop)
-        with pytest.raises(KeyboardInterrupt):
-            recover(place, output, every=0.0, **options)
+    with interruption(after=4):
+        recover(place, output, every=0.0, **options)
     return output.parent / f"{output.name}-state" / "state.safetensors"
 
 
@@ -296,7 +256,7 @@ def lawful(monkeypatch):
     def measure(journal, model):
         journal.add_row(2 + 3 / np.sqrt(max(journal.run.tokens(journal.progress.step), 1)))
 
-    monkeypatch.setattr(trainer.Journal, "measure", measure)
+    monkeypatch.setattr(Journal, "measure", measure)
 
 
 @pytest.fixture(scope="module")
@@ -324,7 +284,7 @@ def test_a_run_whose_rest_pays_too_little_ends_early(place, lawful, eight_steps,
 
 def test_an_interrupted_run_ends_early_where_an_undisturbed_one_does(place, lawful, eight_steps, tmp_path, monkeypatch):
     arguments = {"stop_gain": 0.02, **LADDER}
-    interrupted(place, tmp_path / "node", monkeypatch, **arguments)
+    interrupted(place, tmp_path / "node", **arguments)
     with monkeypatch.context() as patch:
         patch.setattr(
             "coppice.models.checkpoint.save_checkpoint", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt)
@@ -332,27 +292,27 @@ def test_an_interrupted_run_ends_early_where_an_undisturbed_one_does(place, lawf
         with pytest.raises(KeyboardInterrupt):
             recover(place, tmp_path / "node", **arguments)
     # The state after the stop says that nothing is left to train.
-    monkeypatch.setattr(trainer.RecoveryTrainer, "train", None)
+    monkeypatch.setattr(RecoveryTrainer, "train", None)
     manifest = recover(place, tmp_path / "node", **arguments)
     assert manifest.recovery.stopped_early
     assert manifest.fingerprint == eight_steps
 
 
-def test_state_of_another_run_is_refused_and_the_difference_named(place, tmp_path, monkeypatch):
-    state = interrupted(place, tmp_path / "node", monkeypatch)
+def test_state_of_another_run_is_refused_and_the_difference_named(place, tmp_path):
+    state = interrupted(place, tmp_path / "node")
     with pytest.raises(UserError, match=r"options.learning_rate \(was 0.01, is 0.02\).*remove .*state.safetensors"):
         recover(place, tmp_path / "node", learning_rate=2e-2)
-    with pytest.raises(UserError, match=r"by budgets \(was \[\], is \[64\]\), seed \(was 0, is 1\);"):
+    with pytest.raises(UserError, match=r"in budgets \(was \[\], is \[64\]\), seed \(was 0, is 1\);"):
         recover(place, tmp_path / "node", seed=1, budgets=(64,))
     assert state.exists()
     state.unlink()
     recover(place, tmp_path / "node", learning_rate=2e-2)
 
 
-def test_a_run_goes_on_on_another_number_of_gpus(place, tmp_path, monkeypatch, capfd):
-    interrupted(place, tmp_path / "node", monkeypatch, tokens=320)
+def test_a_run_resumes_on_another_number_of_gpus(place, tmp_path, capfd):
+    interrupted(place, tmp_path / "node", tokens=320)
     manifest = recover(place, tmp_path / "node", tokens=320, gpus=2)
-    assert "Going on after step" in capfd.readouterr().out
+    assert "Resuming after step" in capfd.readouterr().out
     assert manifest.requested["gpus"] == 2
 
 
@@ -361,7 +321,7 @@ def test_a_run_goes_on_on_another_number_of_gpus(place, tmp_path, monkeypatch, c
     [
         # The first failed with a sentence and the second was told to end; the second was killed and the first lost it.
         ((1, -signal.SIGTERM), "The state is broken."),
-        ((1, -signal.SIGKILL), "Process 2 of 2 was killed by SIGKILL, as happens where memory runs out; run the same"),
+        ((1, -signal.SIGKILL), "Process 2 of 2 was killed by SIGKILL, as happens when memory runs out; run the same"),
     ],
 )
 def test_of_several_processes_the_one_that_ended_the_others_is_named(tmp_path, codes, sentence):
@@ -371,7 +331,7 @@ def test_of_several_processes_the_one_that_ended_the_others_is_named(tmp_path, c
         if code > 0:
             file.write_text(json.dumps({"message": "The state is broken.", "timestamp": 5}))
         failures[rank] = ProcessFailure(local_rank=rank, pid=0, exitcode=code, error_file=str(file))
-    assert distributed._failure(ChildFailedError("recover", failures), 2).startswith(sentence)
+    assert distributed._failure_message(ChildFailedError("recover", failures), 2).startswith(sentence)
 
 
 def test_broken_state_is_named(place, tmp_path):
@@ -389,16 +349,16 @@ def test_run_killed_after_training_saves_without_training_again(place, tmp_path,
         )
         with pytest.raises(KeyboardInterrupt):
             recover(place, tmp_path / "node", budgets=(100, 128, 400, 10_000))
-    monkeypatch.setattr(trainer.RecoveryTrainer, "train", None)
+    monkeypatch.setattr(RecoveryTrainer, "train", None)
     assert recover(place, tmp_path / "node", budgets=(100, 128, 400, 10_000)).recovery.steps == 10
 
 
 def test_divergence_names_step_and_tokens_and_leaves_nothing(place, tmp_path, monkeypatch):
-    summed = trainer.summed_loss
+    summed = objective.summed_loss
     calls = iter(range(100))
     # The first two calls are the held-out loss before training: eight windows by fours.
     monkeypatch.setattr(
-        trainer, "summed_loss", lambda *given: summed(*given) * (float("nan") if next(calls) == 4 else 1)
+        objective, "summed_loss", lambda *given: summed(*given) * (float("nan") if next(calls) == 4 else 1)
     )
     with pytest.raises(UserError, match=r"the loss is nan at step 3 \(192 tokens\).*lower learning_rate \(0.01\)"):
         recover(place, tmp_path / "node", every=0.0)
@@ -411,11 +371,11 @@ def test_lora_over_a_masked_parent_leaves_its_weights_alone(place, tmp_path):
     assert manifest.traits == ["compensated", "masked"]
     model, parent = load_model(tmp_path / "node"), load_model(place / "masked")
     composite = blocks(model)[0].mlp.down_proj
-    assert isinstance(composite, LowRankCorrectedLinear)
+    assert isinstance(composite, LowRankCorrectionLinear)
     assert torch.equal(composite.base.weight, blocks(parent)[0].mlp.down_proj.weight)
     assert composite.compensation.second.weight.any()
     assert not torch.equal(blocks(model)[0].mlp.up_proj.weight, blocks(parent)[0].mlp.up_proj.weight)
-    loss = trainer.held_out_loss(model, load_windows(place / "validation"), 8, "float32")
+    loss = objective.held_out_loss(model, load_windows(place / "validation"), 8, "float32")
     assert curve(tmp_path / "node")[-1]["validation_loss"] == pytest.approx(loss, rel=1e-5)
 
 
@@ -497,48 +457,48 @@ def test_method_that_refuses_the_parent(place, tmp_path):
 def test_command_line(place, tmp_path):
     parser = argparse.ArgumentParser()
     parser.add_argument("--device", default="cpu")
-    train.add_arguments(parser)
+    stage.add_arguments(parser)
     step = {"name": "grow", "method": "full", "options": OPTIONS | {"tokens": 64}}
     words = ["--node", "dense/grow", "--step", json.dumps(step), "--budgets", "64,32", "--seed", "3"]
     words += ["--output", str(tmp_path / "node"), "--state", str(tmp_path / "state"), "--parent", str(place / "dense")]
     for name in ("dense", "tokens", "validation"):
         words += [f"--{name}", str(place / name)]
-    train.run(parser.parse_args(words))
+    stage.run(parser.parse_args(words))
     assert [row["budget"] for row in curve(tmp_path / "node")] == [False, True]
     assert read_manifest(tmp_path / "node").seed == 3
 
 
-class TestCourse:
+class TestBatchSchedule:
     sizes = np.array([10, 10, 10, 4, 10])
 
     def test_ends_with_the_step_that_reads_the_last_token(self):
-        path = trainer.batch_schedule(np.full(8, 10), 2, 61, 0)
+        path = batch_schedule(np.full(8, 10), 2, 61, 0)
         assert path.tokens.tolist() == [20, 40, 60, 80]
-        assert trainer.batch_schedule(np.full(8, 10), 2, 60, 0).steps == 3
+        assert batch_schedule(np.full(8, 10), 2, 60, 0).steps == 3
 
     def test_epochs_are_permutations_that_steps_reach_over(self):
-        visited = trainer.batch_schedule(self.sizes, 3, 130, 0).order.flatten()
+        visited = batch_schedule(self.sizes, 3, 130, 0).order.flatten()
         assert len(visited) == 15
         for epoch in visited.reshape(3, 5):
             assert sorted(epoch) == [0, 1, 2, 3, 4]
 
     def test_counts_tokens_without_padding(self):
-        path = trainer.batch_schedule(self.sizes, 5, 88, 0)
+        path = batch_schedule(self.sizes, 5, 88, 0)
         assert path.tokens.tolist() == [44, 88]
 
-    def test_short_course_begins_a_long_one(self):
-        long, short = (trainer.batch_schedule(self.sizes, 2, tokens, 7) for tokens in (400, 90))
+    def test_short_schedule_begins_a_long_one(self):
+        long, short = (batch_schedule(self.sizes, 2, tokens, 7) for tokens in (400, 90))
         assert np.array_equal(long.order[: short.steps], short.order)
-        assert not np.array_equal(trainer.batch_schedule(self.sizes, 2, 90, 8).order, short.order)
+        assert not np.array_equal(batch_schedule(self.sizes, 2, 90, 8).order, short.order)
 
     def test_a_step_of_more_windows_than_there_are(self):
-        assert trainer.batch_schedule(self.sizes, 12, 1, 0).order.shape == (1, 12)
+        assert batch_schedule(self.sizes, 12, 1, 0).order.shape == (1, 12)
 
 
 class TestLearningRate:
     def rates(self, **options):
         chosen = full.Options(**OPTIONS | options)
-        return [trainer.learning_rate(chosen, step, 8) for step in range(8)]
+        return [learning_rate(chosen, step, 8) for step in range(8)]
 
     def test_constant_after_warm_up(self):
         assert self.rates(warmup=4) == pytest.approx([0.0025, 0.005, 0.0075, *[0.01] * 5])
@@ -555,8 +515,11 @@ class TestLearningRate:
         assert rates[4] == pytest.approx(0.005)
         assert 0 < rates[7] < 0.0005
 
-    def test_warm_up_longer_than_the_run(self):
-        assert self.rates(warmup=100)[-1] == 0.01
+    @pytest.mark.parametrize("schedule", ["constant", "cosine"])
+    def test_warm_up_longer_than_the_run(self, schedule):
+        assert self.rates(warmup=100, schedule=schedule)[-1] == 0.01
+        # The scheduler asks for one more rate than there are steps.
+        learning_rate(full.Options(**OPTIONS | {"warmup": 100, "schedule": schedule}), 8, 8)
 
 
 @pytest.mark.parametrize(

@@ -1,46 +1,25 @@
 from __future__ import annotations
 
-import base64
 import json
 import math
 import re
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from fake_results import BUDGETS, fake_study, log, write_results
+from fake_results import BUDGETS, fake_study, log
 
-from coppice import report
+from coppice.records.layout import ResultsLayout
 from coppice.report import data as page
-from coppice.report import figures
-from coppice.report.item_scores import item_scores, packed
 from coppice.report.law_lines import law_lines
 from coppice.report.layer_records import layer_records
 from coppice.report.show import place_lines
+from coppice.report.stage import write_report
 from coppice.results import collection as tables
-from coppice.results.comparisons import Scores
 from coppice.results.reading import read_table
 
 RUN = "small/laco-25/full-1m"
-
-
-def made(folder: Path) -> Path:
-    write_results(folder)
-    tables.write_tables(fake_study(), folder, folder / "tables", partial=True)
-    return folder
-
-
-@pytest.fixture
-def results(tmp_path: Path) -> Path:
-    return made(tmp_path / "demo")
-
-
-@pytest.fixture(scope="module")
-def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Results that no test changes."""
-    return made(tmp_path_factory.mktemp("kept") / "demo")
 
 
 @pytest.fixture(scope="module")
@@ -50,17 +29,13 @@ def data(kept: Path) -> dict[str, Any]:
 
 def data_of(results: Path, study: Any = None) -> dict[str, Any]:
     """The data of the page as a browser reads them."""
-    report.write_report(study or fake_study(), results, results / "report")
+    write_report(study or fake_study(), results, results / "report")
     text = (results / "report/index.html").read_text(encoding="utf-8")
     return json.loads(re.search(r'<script type="application/json" id="study">(.*?)</script>', text, re.DOTALL)[1])
 
 
 def rows_of(results: Path, table: str) -> list[dict[str, Any]]:
     return read_table(results / "tables", table).to_pylist()
-
-
-def unpacked(text: str) -> np.ndarray:
-    return np.frombuffer(base64.b64decode(text), "<f4")
 
 
 def test_every_number_is_the_tables(kept: Path, data: dict[str, Any]) -> None:
@@ -109,7 +84,7 @@ def test_path_budget_and_command_of_a_node(data: dict[str, Any]) -> None:
 
 def test_the_command_of_a_node_is_what_show_prints(data: dict[str, Any]) -> None:
     command = next(node["command"] for node in data["nodes"] if node["node"] == RUN)
-    assert place_lines(Path("results/demo"), RUN, [RUN])[-1] == f"Make it anew: {command}"
+    assert place_lines(Path("results/demo"), RUN, [RUN])[-1] == f"Recompute:   {command}"
 
 
 def test_costs_are_sizes_too(kept: Path, data: dict[str, Any]) -> None:
@@ -145,51 +120,9 @@ def test_pairs_are_the_comparisons(kept: Path, data: dict[str, Any]) -> None:
         pair = pairs[row["node"], row["other"]]
         for name in ("difference", "low", "high", "p_adjusted"):
             assert pair[name] == pytest.approx(row[name], rel=1e-5)
-        assert (pair["items"], pair["distinguishable"]) == (row["n"], row["distinguishable"])
-
-
-def test_items_are_those_of_the_table(kept: Path, data: dict[str, Any]) -> None:
-    table = rows_of(kept, "items")
-    losses = data["items"]["quality/perplexity_stories"]
-    for node, text in losses["nodes"].items():
-        documents = sorted(
-            (row for row in table if row["node"] == node and row["correct"] is None), key=lambda row: row["item"]
-        )
-        expected = [-row["log_likelihood"] / row["length"] for row in documents]
-        assert unpacked(text).tolist() == pytest.approx(expected, rel=1e-6)
-        assert unpacked(losses["weights"]).tolist() == [row["length"] for row in documents]
-        mean = np.average(unpacked(text), weights=unpacked(losses["weights"]))
-        assert math.exp(mean) == pytest.approx(data["values"]["quality/perplexity_stories"][node][0], rel=1e-5)
-    answers = data["items"]["quality/biographies_acc"]
-    assert answers["count"] == 3
-    assert "weights" not in answers
-    assert unpacked(answers["nodes"]["small"]).tolist() == [1, 0, 1]
-    assert "items_left_out" not in data
-
-
-def test_nodes_measured_on_other_items_share_none() -> None:
-    def scores(names: str, values: list[float]) -> Scores:
-        return Scores(names.encode(), np.array(values), np.ones(len(values)))
-
-    found = packed({"a": scores("xyz", [1, 2, 3]), "b": scores("uv", [4, 5]), "c": scores("xyz", [6, 7, 8])}, "x_acc")
-    rows = {node: unpacked(text) for node, text in found["nodes"].items()}
-    assert found["count"] == 5
-    assert rows["a"].tolist()[:3] == [1, 2, 3]
-    assert rows["c"].tolist()[:3] == [6, 7, 8]
-    assert rows["b"].tolist()[3:] == [4, 5]
-    assert np.isnan(rows["a"][3:]).all()
-    assert np.isnan(rows["b"][:3]).all()
-
-
-def test_items_that_have_no_room_are_left_out_with_a_sentence(kept: Path) -> None:
-    items = read_table(kept / "tables", "items")
-    pairs = [("quality", "perplexity_stories"), ("quality", "biographies_acc")]
-    found, sentence = item_scores(items, pairs, most=500)
-    assert list(found) == ["quality/biographies_acc"]
-    assert sentence.startswith("The scores of single items are left out for quality/perplexity_stories,")
-    found, sentence = item_scores(items, pairs)
-    assert len(found) == 2
-    assert sentence == ""
+        assert (pair["items"], pair["distinguishable"], pair["flips"]) == (row["n"], row["distinguishable"], None)
+    for pair in data["pairs"]["quality/biographies_acc"]:
+        assert pair["flips"] == {"lost": 0, "gained": 0, "p": 1}
 
 
 def test_a_line_is_the_law_and_its_band_the_refits(kept: Path, data: dict[str, Any]) -> None:
@@ -253,7 +186,7 @@ def test_layers_are_the_manifests_records(results: Path) -> None:
             "model.layers.0.mlp.up_proj": {"unchanged": "No reason.", "bits": 8},
         },
     )
-    found = layer_records(rows_of(results, "nodes"), results / "models")
+    found = layer_records(rows_of(results, "nodes"), ResultsLayout(results))
     assert found["small/wanda-50"] == {
         "modules": ["layers.1.mlp.up_proj"],
         "columns": {"sparsity": [0.49], "weight error": [0.1]},
@@ -269,16 +202,13 @@ def test_layers_are_the_manifests_records(results: Path) -> None:
         "columns": {"bits": [4, 8], "error": [0.02, None]},
     }
     assert "small" not in found
-    figure = figures.layers_figure(found)
-    assert "small/laco-25/full-1m/gptq-4, block 1: error of the outputs 0.0200" in figure
-    assert "small/wanda-50, block 1: error of the weights 0.100" in figure
 
 
 def test_linears_keep_what_earlier_steps_made_of_them(results: Path) -> None:
     linear = "model.layers.0.mlp.up_proj"
     with_layers(results, "small/laco-25", layers={linear: {"sparsity": 0.5, "error": 0.3}})
     with_layers(results, f"{RUN}/gptq-4", layers={linear: {"bits": 4, "error": 0.02}})
-    found = layer_records(rows_of(results, "nodes"), results / "models")
+    found = layer_records(rows_of(results, "nodes"), ResultsLayout(results))
     assert found[RUN]["columns"] == {"sparsity": [0.5]}  # the error is that of the step, and training has changed it
     assert found[f"{RUN}/gptq-4"]["columns"] == {"sparsity": [0.5], "bits": [4], "error": [0.02]}
 
@@ -295,7 +225,7 @@ def test_what_is_no_number_becomes_null_and_no_tag_is_closed(results: Path) -> N
     assert [row["error"] for row in data["failures"] if row["node"] == "small/broken-9"] == ["</script><!-- no"]
 
 
-def test_passwords_of_addresses_are_blotted_out(results: Path) -> None:
+def test_passwords_of_addresses_are_masked(results: Path) -> None:
     text = "study: demo\ntracking: {uri: 'postgresql://coppice:secret@db.example/mlflow'}\n"
     (results / "study.yaml").write_text(text)
     assert data_of(results)["config"] == text.replace("secret", "...")
@@ -311,7 +241,7 @@ def test_failures_alone(tmp_path: Path) -> None:
     assert data["failures"] == [
         {"node": "small", "stage": "root", "error": "The folder is empty.", "log": "logs/root/small.log"}
     ]
-    for name in ("nodes", "qualities", "values", "alike", "pairs", "items", "layers", "recoveries", "laws", "versions"):
+    for name in ("nodes", "qualities", "values", "alike", "pairs", "layers", "recoveries", "laws", "versions"):
         assert not data[name]
 
 

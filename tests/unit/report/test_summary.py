@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from fake_results import fake_study, write_results
+from fake_results import fake_study
 
 from coppice.errors import UserError
 from coppice.records.fit import FitRecord
@@ -15,13 +15,6 @@ from coppice.report import summary
 from coppice.results import collection as tables
 
 ROOT = Path(__file__).parents[3]
-
-
-@pytest.fixture
-def results(tmp_path: Path) -> Path:
-    folder = write_results(tmp_path / "demo")
-    tables.write_tables(fake_study(), folder, folder / "tables", partial=True)
-    return folder
 
 
 def line_of(text: str, start: str) -> str:
@@ -35,7 +28,7 @@ def test_summary(results: Path) -> None:
     assert max(len(line) for line in text.splitlines()) <= 120
     assert text.isascii()
     assert "Study demo: 10 nodes, 2 failures" in text
-    # By hand: dense perplexity e^1.8, 1.96 * 5% to either side; 71% is what 1M tokens won back.
+    # By hand: dense perplexity e^1.8, 1.96 * 5% to either side; 1M tokens regained 71%.
     assert line_of(text, "small").split()[1:6] == ["1.96", "32.00", "6.05", "+-", "0.59"]
     assert line_of(text, "full-1m").split()[-1] == "71%"
     assert line_of(text, "wanda-50").startswith("  wanda-50")
@@ -46,10 +39,10 @@ def test_summary(results: Path) -> None:
     held_out = "Held out, later tokens: rmse 0.0120 [0.0100, 0.0200] nats per token, 0.40% of the loss."
     assert f"{held_out} Best of 2 forms." in text
     assert "small at rho 0.20: train on 1.4M tokens [900k, 2M]" in text
-    # Accuracies that are all equal are told from no other; losses that differ in every document are.
+    # Accuracies that are all equal do not differ significantly; losses that differ in every document do.
     assert line_of(text, "wanda-50").endswith("7.55 +- 0.74  0.749 +- 0.039 ~")
     assert "~" not in line_of(text, "small")
-    assert "46 pairs compared; Holm's adjustment within each of 3 measures." in " ".join(text.split())
+    assert "46 pairs compared, Holm-adjusted within each of 3 measures." in " ".join(text.split())
     assert "report/index.html" in text
     assert "make ui" in text
     # By hand: of the perplexities e^loss (1 + 0.35 i mod 0.8), none as small is below that of laco-25/full-1m/gptq-4.

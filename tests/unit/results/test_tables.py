@@ -19,6 +19,7 @@ from fake_results import AnyOptions, fake_study, log, write_results
 from manifests import token_set
 
 from coppice.errors import UserError
+from coppice.hardware import DEVICES
 from coppice.records.failure import SILENT
 from coppice.records.layout import ResultsLayout
 from coppice.results import collection as tables
@@ -118,7 +119,7 @@ def test_every_node_has_lower_bounds_of_its_times(results: Path) -> None:
     cache = bounds[bounds["metric"] == "kv_cache_bytes"].set_index("node")["value"]
     assert cache["small"] == 2 * 2 * 2 * 16 * (1024 + 128) * 4
     details = json.loads(bounds[bounds["device"] == "H200 (roofline)"]["details"].iloc[0])
-    assert details == {"batch": 1, "generate": 128, "prompt": 1024, "source": "vendor figure, as recalled"}
+    assert details == {"batch": 1, "generate": 128, "prompt": 1024, "source": DEVICES["H200"].source}
 
 
 def test_lower_bounds_are_those_that_the_study_asks_for(results: Path) -> None:
@@ -193,7 +194,7 @@ def test_a_missing_result_is_named(partial: Path) -> None:
     [
         ("models/small/wanda-50/manifest.json", b'{"node": ', "not valid JSON"),
         ("models/small/wanda-50/manifest.json", b"{}", "lacks 'node'"),
-        ("models/small/wanda-50/config.json", b"{}", "config.json lacks 'hidden_size'"),
+        ("models/small/wanda-50/config.json", b"{}", "config.json lacks 'model_type'"),
         ("evaluations/small/quality/metrics.json", b'{"metrics": []}', "lacks 'fingerprint'"),
         ("evaluations/small/quality/items.parquet", b"PAR1", "not a whole Parquet file"),
         ("models/small/laco-25/full-1m/curve.parquet", b"", "not a whole Parquet file"),

@@ -75,15 +75,15 @@ def test_products_leave_nulls_out_and_models_are_chosen():
 
 
 def test_marks_gather_along_the_path_and_outlive_recovery():
-    assert tree.marks(study(), "tiny/wanda-50/full-5k/rtn-4/eora-2") == {"masked", "quantized", "compensated"}
-    assert tree.marks(study(), "tiny") == frozenset()
+    assert tree.traits(study(), "tiny/wanda-50/full-5k/rtn-4/eora-2") == {"masked", "quantized", "compensated"}
+    assert tree.traits(study(), "tiny") == frozenset()
 
 
 def test_a_method_may_say_itself_which_marks_it_leaves():
     lora = method("lora")
     options = lora.options(text="a", validation="a", tokens=1)
-    assert lora.marks(frozenset({"masked"}), options) == {"masked", "compensated"}
-    assert lora.marks(frozenset({"smaller"}), options) == {"smaller"}
+    assert lora.traits(frozenset({"masked"}), options) == {"masked", "compensated"}
+    assert lora.traits(frozenset({"smaller"}), options) == {"smaller"}
 
 
 def test_a_step_that_its_parent_makes_impossible_is_refused():
@@ -101,7 +101,7 @@ def test_an_impossible_step_is_told_once_for_all_models_and_seeds():
 
 
 def test_the_same_step_twice_in_a_row_is_refused():
-    assert "the step 'wanda-50' stands twice in a row; write it once." in refusal("wanda-50", "wanda-50")
+    assert "the step 'wanda-50' appears twice in a row; write it once." in refusal("wanda-50", "wanda-50")
     assert len(tree.nodes(recipes(["wanda-50", "full-5k", "wanda-50"]))) == 4
 
 
@@ -134,7 +134,7 @@ def test_statistics_and_calibrations_of_steps():
 
 
 def test_a_method_without_moments_does_not_propagate():
-    steps = {**small_study()["steps"], "rtn-4": {"method": "rtn", "bits": 4, "propagate": True}}
+    steps = {**small_study()["steps"], "rtn-4": {"method": "rtn", "bits": 4, "sequential": True}}
     assert not tree.reads_windows(study(steps=steps).steps["rtn-4"])
 
 
@@ -142,7 +142,7 @@ def test_options_add_to_what_a_step_reads():
     steps = small_study()["steps"]
     refitted = {"method": "magnitude", "sparsity": 0.5, "refit": True}
     searched = {"method": "asvd", "keep": 0.5, "search": "strs"}
-    spread = {"method": "gptq", "bits": 4, "propagate": True, "allocation": {"by": "knapsack"}}
+    spread = {"method": "gptq", "bits": 4, "sequential": True, "allocation": {"by": "knapsack"}}
     found = study(steps={**steps, "magnitude-50": refitted, "asvd-50": searched, "gptq-mixed": spread})
     assert tree.kinds(found, "magnitude-50") == ["moments"]
     assert not tree.reads_windows(found.steps["magnitude-50"])

@@ -470,7 +470,7 @@ def test_a_study_is_followed_while_it_runs(results: Path, monkeypatch: pytest.Mo
     rows = [{"validation_loss": None, **row} for row in rows]
     header = json.dumps({"__metadata__": {"progress": json.dumps({"rows": rows}), "identity": "{}"}}).encode()
     state.write_bytes(struct.pack("<Q", len(header)) + header)
-    lines = ["Going on after step 5 (50,000 tokens).", "100,000 of 1,000,000 tokens: train loss 2.2000, 9 tokens/s"]
+    lines = ["Resuming after step 5 (50,000 tokens).", "100,000 of 1,000,000 tokens: train loss 2.2000, 9 tokens/s"]
     log(results, "recover", node, "\n".join(lines))
     seen: list[tuple[str, dict]] = []
 

@@ -1,7 +1,8 @@
 """Taylor importances of a decoder's units: what the loss would change by without them.
 
 LLM-Pruner: On the Structural Pruning of Large Language Models (arXiv 2305.11627), section 3.2, equations 3 to 5.
-Key/value groups and neurons, and which rows and columns belong to them, are those of `surgery`.
+Key/value groups and neurons, and which rows and columns of the linears belong to them, are those of `surgery`. Weights
+of norms across heads belong to no unit here.
 """
 
 from __future__ import annotations
@@ -9,26 +10,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from coppice.calibration.walk import windows_in_a_batch
 from coppice.errors import UserError
-from coppice.models.layers import blocks
+from coppice.models.architectures.base import UNITS, Role, architecture_of, blocks
 from coppice.models.surgery import structure
 
 IMPORTANCES = ("vector", "first", "second", "mixed")
-
-_UNITS = {
-    "self_attn.q_proj": ("kv_groups", 1),
-    "self_attn.k_proj": ("kv_groups", 1),
-    "self_attn.v_proj": ("kv_groups", 1),
-    "self_attn.o_proj": ("kv_groups", 0),
-    "mlp.gate_proj": ("neurons", 1),
-    "mlp.up_proj": ("neurons", 1),
-    "mlp.down_proj": ("neurons", 0),
-}
 
 
 @dataclass(frozen=True)
@@ -56,6 +50,15 @@ class _Moments:
     windows: int = 0
 
 
+def gather(
+    model: PreTrainedModel, tokens: Tensor, kept: Tensor, device: str, output: Path
+) -> dict[str, dict[str, str]]:
+    """Writes the Taylor scores of every unit."""
+    scores = unit_scores(model.to(device), tokens.to(device), kept.to(device), windows_in_a_batch(tokens))
+    save_file({name: score.cpu().contiguous() for name, score in scores.items()}, output / "gradients.safetensors")
+    return {}
+
+
 def unit_scores(model: PreTrainedModel, tokens: Tensor, attention_mask: Tensor, batch: int) -> dict[str, Tensor]:
     """Importance of each key/value group and neuron: `kv_groups.<importance>` [blocks, kv_groups] and
     `neurons.<importance>` [blocks, neurons], for each of `IMPORTANCES`, in float32 (float64 for a float64 model).
@@ -72,8 +75,8 @@ def unit_scores(model: PreTrainedModel, tokens: Tensor, attention_mask: Tensor, 
         vector |sum w g|    first sum |w g|    second sum w^2 a    mixed sum |w g - w^2 a / 2|
 
     and a unit's score is the sum over its rows and columns.
-    Memory beside the model and the activations of a batch: nothing lasting when all windows go in one batch, else g and
-    a of the blocks' linears, two float32 copies.
+    Memory besides the model and the activations of a batch: nothing lasting when all windows go in one batch, else g
+    and a of the blocks' linears, two float32 copies.
     Raises UserError when no window predicts a token, and when a linear's output, a window's loss or a gradient is not
     finite.
     """
@@ -85,7 +88,7 @@ def unit_scores(model: PreTrainedModel, tokens: Tensor, attention_mask: Tensor, 
     tokens, attention_mask, predicted = (
         tensor[used].to(model.device) for tensor in (tokens.long(), attention_mask, predicted)
     )
-    units, members = structure(model), _members(model)
+    family, units, members = architecture_of(model), structure(model), _members(model)
     dtype = torch.promote_types(model.dtype, torch.float32)
     scores = {
         f"{unit}.{importance}": torch.zeros(units.blocks, getattr(units, unit), dtype=dtype, device=model.device)
@@ -110,7 +113,7 @@ def unit_scores(model: PreTrainedModel, tokens: Tensor, attention_mask: Tensor, 
             if not torch.isfinite(losses).all():
                 raise UserError(
                     "The loss of a calibration window is not finite although every block's output is; check "
-                    "model.norm and lm_head, or calibrate in a wider dtype."
+                    f"{family.final_norm} and {family.head}, or calibrate in a wider dtype."
                 )
             # Windows do not see each other, so the gradient of the sum at window s is that of l_s alone.
             losses.sum().backward()
@@ -141,11 +144,18 @@ def fold(channels: Tensor, units: int) -> Tensor:
 
 
 def _members(model: PreTrainedModel) -> list[_Member]:
+    family = architecture_of(model)
     return [
-        _Member(f"model.layers.{index}.{name}", index, unit, reduced, block.get_submodule(name))
+        _Member(family.full_name(index, family.linears[role]), index, *_unit(role), linear)
         for index, block in enumerate(blocks(model))
-        for name, (unit, reduced) in _UNITS.items()
+        for role, linear in zip(UNITS, family.modules(block, tuple(UNITS)), strict=True)
     ]
+
+
+def _unit(role: Role) -> tuple[str, int]:
+    """The unit of a role's linear, and the dimension of its weight that the units do not index."""
+    unit, indexed = UNITS[role]
+    return unit, 1 - indexed
 
 
 def _no_moments(member: _Member, dtype: torch.dtype) -> _Moments:

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from coppice.models import layers
+from coppice.models import modules
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -21,7 +21,7 @@ def write_adapter(model: PreTrainedModel, folder: Path) -> dict[str, Path]:
 
     tensors, ranks = {}, {}
     for name, module in model.named_modules():
-        if isinstance(module, layers.LowRankCorrectedLinear):
+        if isinstance(module, modules.LowRankCorrectionLinear):
             prefix = f"base_model.model.{name}"
             tensors[f"{prefix}.lora_A.weight"] = module.compensation.first.weight.float().contiguous()
             tensors[f"{prefix}.lora_B.weight"] = module.compensation.second.weight.float().contiguous()

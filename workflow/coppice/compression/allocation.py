@@ -122,7 +122,7 @@ def allocate(
     else:
         entries = list(survey(linears, budget, rule))
     if not entries:
-        raise UserError("There is no linear to spread a budget over: let the option 'linears' name some.")
+        raise UserError("There is no linear to spread a budget over: let the option 'target_modules' name some.")
     if rule.by == "uniform":
         costs = [budget.uniform(entry.shape) for entry in entries]
         options_of = {entry.name: plain for entry in entries}

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from coppice.calibration import stage as calibrate
+from coppice.calibration import moments, reading
+from coppice.calibration import walk as activations
 from coppice.compression import allocation
-from coppice.data.text import Windows
+from coppice.data.windows import Windows
 from coppice.errors import UserError, did_you_mean, error_context
 from coppice.methods.contracts import Linear, LinearStatistics
 from coppice.methods.options import MethodOptions
 from coppice.methods.registry import Method
 from coppice.methods.solvers.loss import relative_error
-from coppice.models import folding, layers
+from coppice.models import folding, modules
+from coppice.models.architectures.base import architecture_of, blocks
 from coppice.models.checkpoint import computing_dtype, load_model
 from coppice.models.decoder import WholeDecoder
 from coppice.records.statistics import Statistics
@@ -36,7 +38,7 @@ def load_reference(directory: Path, model: PreTrainedModel, device: str) -> PreT
     own, before = (
         {
             name: (linear.out_features, linear.in_features)
-            for name, linear in layers.replaceable_modules(each.model.layers).items()
+            for name, linear in modules.replaceable_modules(blocks(each)).items()
         }
         for each in (model, reference)
     )
@@ -79,20 +81,22 @@ class LayerPass:
         A compensate method sees linears as the architecture names them; every other method each matrix, also the
         factors inside a composite.
         """
-        return layers.weight_matrices(block) if self.original is None else layers.replaceable_modules(block)
+        return modules.weight_matrices(block) if self.original is None else modules.replaceable_modules(block)
 
     def chosen(self, name: str) -> bool:
         """Whether the options let the method work on the linear of that name."""
-        return self.options.linears is None or bool(set(name.split(".")) & set(self.options.linears))
+        return self.options.target_modules is None or bool(set(name.split(".")) & set(self.options.target_modules))
 
     def linear(self, name: str, module: nn.Module, reference: nn.Module | None = None, **more: Any) -> Linear:
         """What the method sees of one linear."""
+        family = architecture_of(self.model)
         return Linear(
-            weight=layers.effective_weight(module).float(),
-            mask=layers.mask(module) if isinstance(module, nn.Linear) else None,
-            reference=None if reference is None else layers.effective_weight(reference).float(),
+            weight=modules.effective_weight(module).float(),
+            mask=modules.mask(module) if isinstance(module, nn.Linear) else None,
+            reference=None if reference is None else modules.effective_weight(reference).float(),
             storage=self.storage,
             name=name,
+            role=family.role(family.place(name)[1]),
             **more,
         )
 
@@ -101,23 +105,23 @@ class LayerPass:
         if "moments" not in self.inputs.sources:
             return {}
         directory, manifest = self.inputs.sources["moments"]
-        return calibrate.block_statistics(directory, index, manifest, self.device)
+        return reading.block_statistics(directory, index, manifest, self.device)
 
 
 class SequentialStatistics:
     """Moments gathered behind the blocks already compressed."""
 
     def __init__(self, model: PreTrainedModel, windows: Windows, device: str) -> None:
-        self.device = device
-        self.batches = calibrate.embed(model, *calibrate.as_tensors(windows))
+        self.model, self.device = model, device
+        self.batches = activations.embed(model, *activations.as_tensors(windows))
 
-    def before(self, index: int, block: nn.Module) -> dict[str, LinearStatistics]:
-        moments, aliases, _ = calibrate.gather_block(block, index, self.batches, self.device)
-        return {name: moments[first] for name, first in aliases.items()}
+    def before(self, index: int) -> dict[str, LinearStatistics]:
+        statistics, aliases, _ = moments.gather_block(self.model, index, self.batches, self.device)
+        return {name: statistics[first] for name, first in aliases.items()}
 
-    def after(self, index: int, block: nn.Module) -> None:
+    def after(self, index: int) -> None:
         for batch in self.batches:
-            batch.hidden = calibrate.run_block(block, index, batch, self.device)
+            batch.hidden = activations.run_block(self.model, index, batch, self.device)
 
 
 @torch.no_grad()
@@ -127,47 +131,48 @@ def compress_layers(walk: LayerPass) -> tuple[dict[str, Any], dict[str, Any]]:
     require_known_linears(walk)
     planned = plan(walk)
     options_of, allocation = allocated(walk)
-    behind = (
-        SequentialStatistics(walk.model, walk.inputs.windows, walk.device) if "behind" in walk.inputs.needs else None
-    )
+    behind = None
+    if "sequential_moments" in walk.inputs.needs:
+        behind = SequentialStatistics(walk.model, walk.inputs.windows, walk.device)
     record = {}
-    for index, block in enumerate(layers.blocks(walk.model)):
-        original = layers.blocks(walk.original)[index] if walk.original is not None else None
+    for index, block in enumerate(blocks(walk.model)):
+        original = blocks(walk.original)[index] if walk.original is not None else None
         for module in filter(None, (block, original)):
             module.to(walk.device)
         parents = walk.read(index)
-        followed = behind.before(index, block) if behind is not None else {}
+        followed = behind.before(index) if behind is not None else {}
         record |= compress_block(walk, index, block, original, parents, followed, planned, options_of)
         del parents, followed  # before the next block's come
         if behind is not None:
-            behind.after(index, block)
+            behind.after(index)
         for module in filter(None, (block, original)):
             module.to("cpu")
     return record, {**summary(record), **allocation}
 
 
 def require_known_linears(walk: LayerPass) -> None:
-    """Raises UserError for a name in the option `linears` that no linear has."""
-    if walk.options.linears is None:
+    """Raises UserError for a name in the option `target_modules` that no linear has."""
+    if walk.options.target_modules is None:
         return
-    known = {part for name in walk.linears(layers.blocks(walk.model)) for part in name.split(".")[1:]}
-    for name in walk.options.linears:
+    known = {part for name in walk.linears(blocks(walk.model)) for part in name.split(".")[1:]}
+    for name in walk.options.target_modules:
         if name not in known:
-            raise UserError(f"linears: no linear of this model is named {name!r}.{did_you_mean(name, known)}")
+            raise UserError(f"target_modules: no linear of this model is named {name!r}.{did_you_mean(name, known)}")
 
 
 def plan(walk: LayerPass) -> dict[str, Any]:
     """What the method decides from the whole model, by the linears' full names."""
-    if not hasattr(walk.used.module, "plan"):
+    decide = walk.used.layer.plan
+    if decide is None:
         return {}
     windows, sources = walk.inputs.windows, walk.inputs.sources
-    tokens, kept = (None, None) if windows is None else calibrate.as_tensors(windows)
+    tokens, kept = (None, None) if windows is None else activations.as_tensors(windows)
     kinds = {kind: read_all(source) for kind, source in sources.items() if kind != "moments"}
     for parameter in walk.model.parameters():
         parameter.requires_grad_(False)
     walk.model.to(walk.device)
     decoder = WholeDecoder(walk.model, every_linear(walk), walk.linear, walk.read, kinds, tokens, kept, walk.seed)
-    decided = walk.used.module.plan(decoder, walk.options)
+    decided = decide(decoder, walk.options)
     # The walk takes one block at a time to the device.
     walk.model.to("cpu")
     return decided
@@ -177,17 +182,18 @@ def allocated(walk: LayerPass) -> tuple[dict[str, MethodOptions], dict[str, Any]
     """The options of each linear where the budget is spread unevenly, by full name, and what that achieves."""
     if not Method.allocates(walk.options):
         return {}, {}
-    references = {} if walk.original is None else layers.replaceable_modules(walk.original.model)
+    references = {} if walk.original is None else modules.replaceable_modules(walk.original)
+    family = architecture_of(walk.model)
 
     def entries() -> Iterator[tuple[str, Linear, LinearStatistics]]:
         read = lru_cache(maxsize=1)(walk.read)
         for name, module in every_linear(walk).items():
-            _, _, index, inner = name.split(".", 3)
-            reference = references.get(name.removeprefix("model."))
+            index, path = family.place(name)
+            reference = references.get(name)
             # One linear at a time is on the device.
             for each in filter(None, (module, reference)):
                 each.to(walk.device)
-            yield name, walk.linear(name, module, reference), read(int(index))[inner]
+            yield name, walk.linear(name, module, reference), read(index)[path]
             for each in filter(None, (module, reference)):
                 each.to("cpu")
 
@@ -198,8 +204,8 @@ def allocated(walk: LayerPass) -> tuple[dict[str, MethodOptions], dict[str, Any]
 def every_linear(walk: LayerPass) -> dict[str, nn.Module]:
     """The linears that the method works on by full name, in the model's order."""
     return {
-        f"model.layers.{index}.{name}": module
-        for index, block in enumerate(layers.blocks(walk.model))
+        architecture_of(walk.model).full_name(index, name): module
+        for index, block in enumerate(blocks(walk.model))
         for name, module in walk.linears(block).items()
         if walk.chosen(name)
     }
@@ -220,21 +226,21 @@ def compress_block(
     parents, behind: the moments of the parent and those behind the compressed blocks, by the name within the block; the
     latter serve alone where the method propagates.
     """
-    propagates = getattr(walk.options, "propagate", False)
+    propagates = getattr(walk.options, "sequential", False)
     statistics = behind if propagates and behind else parents
     statistics, folded = fold_scales(walk, index, block, statistics)
-    before = layers.replaceable_modules(original) if original is not None else {}
+    before = modules.replaceable_modules(original) if original is not None else {}
     record = {}
     for name, module in walk.linears(block).items():
-        full = f"model.layers.{index}.{name}"
+        full = architecture_of(walk.model).full_name(index, name)
         if not walk.chosen(name):
             continue
-        more = {"plan": planned.get(full), "behind": None if propagates else behind.get(name)}
+        more = {"plan": planned.get(full), "sequential": None if propagates else behind.get(name)}
         linear = walk.linear(full, module, before.get(name), **more)
         with error_context(full):
-            replacement = walk.used.module.compress(linear, statistics.get(name), options_of.get(full, walk.options))
+            replacement = walk.used.layer.compress(linear, statistics.get(name), options_of.get(full, walk.options))
             replace(block, name, module, replacement, walk.storage)
-            new = layers.effective_weight(block.get_submodule(name)).float()
+            new = modules.effective_weight(block.get_submodule(name)).float()
             found = errors(new, linear, statistics.get(name))
         record[full] = {**folded.get(name, {}), **replacement.record, **found}
     return record
@@ -245,16 +251,18 @@ def fold_scales(
 ) -> tuple[dict[str, LinearStatistics], dict[str, dict[str, Any]]]:
     """Scales the inputs of the block's linears as the method asks; returns the statistics of the scaled inputs and, for
     each linear that was scaled, the record of it."""
-    if not hasattr(walk.used.module, "scales"):
+    scale = walk.used.layer.scales
+    if scale is None:
         return statistics, {}
     found, record = dict(statistics), {}
-    for shared in folding.shared_inputs(block, folding.head_dim(walk.model)):
+    full_name = partial(architecture_of(walk.model).full_name, index)
+    for shared in folding.scalable_inputs(walk.model, block):
         names = [name for name in shared.consumers if walk.chosen(name)]
         if len(names) < len(shared.consumers):
             continue
-        seen = [walk.linear(f"model.layers.{index}.{name}", block.get_submodule(name)) for name in names]
+        seen = [walk.linear(full_name(name), block.get_submodule(name)) for name in names]
         with error_context(seen[0].name):
-            scales = walk.used.module.scales(seen, found[names[0]], walk.options)
+            scales = scale(seen, found[names[0]], walk.options)
         if scales is None:
             continue
         scales = shared.pooled(scales.double())
@@ -283,7 +291,7 @@ def read_all(source: tuple[Path, Statistics]) -> dict[str, Tensor]:
     directory, read = source
     tensors: dict[str, Tensor] = {}
     for name in read.files:
-        tensors |= calibrate.read_statistics_file(directory, name, read)
+        tensors |= reading.read_statistics_file(directory, name, read)
     return tensors
 
 

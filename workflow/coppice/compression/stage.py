@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from coppice.calibration import stage as calibrate
-from coppice.data.text import check_tokenizer, load_windows
+from coppice.calibration.reading import read_statistics
+from coppice.data.tokenizer import check_tokenizer
+from coppice.data.windows import load_windows
 from coppice.errors import UserError
 from coppice.methods.contracts import FROM_WINDOWS
 from coppice.methods.options import MethodOptions
@@ -92,10 +93,10 @@ def compress(
     if used.family == "compensate":
         wanted |= {"reference"}
     # Moments, where there are any, also tell the output error of a method that does not need them.
-    readable = wanted | {"moments"} if used.contract == "layer" and "behind" not in needs else wanted
+    readable = wanted | {"moments"} if used.contract == "layer" and "sequential_moments" not in needs else wanted
     sources: dict[str, tuple[Path, Statistics]] = {}
     for directory in statistics:
-        read = calibrate.read_statistics(directory, parent_manifest.fingerprint)
+        read = read_statistics(directory, parent_manifest.fingerprint)
         if read.kind in readable:
             sources[read.kind] = (directory, read)
     given = {name for name, path in (("tokens", tokens), ("reference", reference)) if path is not None}
@@ -114,11 +115,11 @@ def compress(
         from coppice.models import rotation
 
         achieved = rotation.achieved(model, options)
-        model = rotation.rotate(model.to(device), used.module, options)
+        model = rotation.rotate(model.to(device), used.rotation.rotation, options)
     elif used.contract == "cache":
-        from coppice.models import kv_cache
+        from coppice.models.modules import kv_cache
 
-        achieved = used.module.cache(options)
+        achieved = used.cache.cache(options)
         kv_cache.install_cache(model, achieved)
     else:
         original = load_reference(reference, model, device) if "reference" in wanted else None
@@ -131,7 +132,7 @@ def compress(
         parent=parent_manifest.node,
         step=StepRecord(name=step["name"], method=used.name, family=used.family, options=step["options"]),
         seed=seed,
-        traits=sorted(used.marks(frozenset(parent_manifest.traits), options)),
+        traits=sorted(used.traits(frozenset(parent_manifest.traits), options)),
         source=parent_manifest.source,
         requested=options.model_dump(mode="json"),
         achieved=achieved,
@@ -149,10 +150,9 @@ def compress(
 
 def refuse_impossible(name: str, used: Method, traits: list[str]) -> None:
     """Raises UserError when the method cannot work on a parent with these traits."""
-    for trait in traits:
-        if trait in used.refuses:
-            reason = used.refuses[trait].removeprefix("because ").rstrip(".")
-            raise UserError(f"Step {name!r} ({used.name}) cannot work on a {trait} node, because {reason}.")
+    if problem := used.incompatibility(frozenset(traits)):
+        trait, reason = problem
+        raise UserError(f"Step {name!r} ({used.name}) cannot work on a {trait} node, because {reason}.")
 
 
 def require_inputs(name: str, used: Method, needs: frozenset[str], given: set[str]) -> None:
@@ -174,6 +174,6 @@ def change_structure(
     tensors: dict[str, Tensor] = {}
     for source in sources.values():
         tensors |= read_all(source)
-    removal = used.module.choose(surgery.structure(model), tensors, options)
+    removal = used.structure.choose(surgery.structure(model), tensors, options)
     achieved = {**removal.record, **surgery.achieved(model, removal)}
     return surgery.remove(model, removal), achieved

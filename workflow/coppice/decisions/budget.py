@@ -10,7 +10,10 @@ import numpy as np
 from coppice.decisions import Answer
 from coppice.decisions.fitted import Fitted, held_out, points_of, refused, rests_on
 from coppice.formatting import human_count, number
-from coppice.laws.fit import Fit, select
+from coppice.laws.engine.points import select
+from coppice.laws.engine.problem import Problem
+from coppice.laws.engine.search import Fit
+from coppice.laws.options import LawOptions
 from coppice.results.schemas import Row
 from coppice.uncertainty import percentile_interval
 
@@ -26,15 +29,31 @@ def tokens_to_buy(fitted: Fitted, nodes: Sequence[Row], node: str, gain: float |
     rows = points_of(fitted, nodes, node)
     if answer := refused(fitted, title):
         return answer
-    report, options = fitted.report, fitted.report.options
-    fixed, _ = fitted.law.form.reduce(fitted.points)
-    unknown = [name for name, entry in report.parameters.items() if not entry.identified and name not in fixed]
-    starts = np.empty((0, len(fitted.parameters)))
-    fit = Fit(fitted.parameters, fixed, tuple(unknown), report.converged, starts)
-    asked = options if gain is None else options | {"gain": gain}
-    advice, reasons = fitted.law.recommend(fit, fitted.samples, select(fitted.points, rows), fitted.scales, asked)
-    sentences = [entry["sentence"] for entry in advice] + reasons + [held_out(fitted.name, report)]
+    advice, reasons = fitted.law.recommend(
+        _restore_fit(fitted), fitted.samples, select(fitted.points, rows), fitted.scales, _options(fitted, gain)
+    )
+    sentences = [entry["sentence"] for entry in advice] + reasons + [held_out(fitted.name, fitted.report)]
     return {"title": title, "node": node, **rests_on(fitted), "tokens": advice, "sentences": sentences}
+
+
+def _restore_fit(fitted: Fitted) -> Fit:
+    """The optimum that fit.json describes, without its starts."""
+    form, parameters = fitted.law.require_form(), fitted.report.parameters
+    fixed, _ = form.reduce(fitted.points)
+    return Fit(
+        Problem(form, fitted.points, fixed),
+        fitted.parameters,
+        unidentified=tuple(name for name, entry in parameters.items() if not entry.identified and name not in fixed),
+        converged=fitted.report.converged,
+        starts=np.empty((0, len(parameters))),
+    )
+
+
+def _options(fitted: Fitted, gain: float | None) -> LawOptions:
+    """The options of a fit, with another `gain` if there is one; those that the law has no longer are left out."""
+    known = fitted.law.options.model_fields
+    options = {name: value for name, value in fitted.report.options.items() if name in known}
+    return fitted.law.options.model_validate(options if gain is None else options | {"gain": gain})
 
 
 def expected_loss(fitted: Fitted, nodes: Sequence[Row], node: str, tokens: float) -> Answer:
@@ -52,14 +71,13 @@ def expected_loss(fitted: Fitted, nodes: Sequence[Row], node: str, tokens: float
     low, high = (None, None)
     if len(drawn):
         low, high = predictive_interval(drawn[:, 0], fitted.noise)
-    measured = fitted.points["tokens"][rows] * scale
-    outside = not measured.min() <= tokens <= measured.max()
+    fewest, most = (float(end(fitted.points["tokens"][rows]) * scale) for end in (np.min, np.max))
+    outside = not fewest <= tokens <= most
     between = "" if low is None else f", 95% interval of a new measurement [{number(low, 4)}, {number(high, 4)}]"
     sentences = [f"{node} after {human_count(tokens)} tokens: loss {number(value[0], 4)} {unit}{between}."]
     if outside:
         sentences.append(
-            f"This is an extrapolation: {human_count(measured.min())} to {human_count(measured.max())} tokens were "
-            "measured."
+            f"This is an extrapolation: {human_count(fewest)} to {human_count(most)} tokens were measured."
         )
     if low is None:
         sentences.append("There is no interval, since the fit has no resamples of its runs.")

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from coppice import laws
-from coppice.decisions import Answer
+from coppice.decisions import Answer, Basis
 from coppice.errors import UserError, did_you_mean
 from coppice.formatting import join_words
-from coppice.laws.fit import Parameters, Points
+from coppice.laws import registry as laws
+from coppice.laws.engine.forms import Parameters
+from coppice.laws.engine.points import Points
 from coppice.records.fit import FitRecord
 from coppice.records.layout import ResultsLayout
 from coppice.results.schemas import Row
@@ -53,7 +53,7 @@ class Fitted:
 
     def predicted(self, points: Points) -> tuple[np.ndarray, np.ndarray]:
         """The law's values at `points`: [n], and with every sample of the parameters [k, n]."""
-        predict = self.law.form.predict
+        predict = self.law.require_form().predict
         count = len(points["run"])
         drawn = predict(self.samples, points)
         return np.broadcast_to(predict(self.parameters, points), count), np.broadcast_to(drawn, (len(drawn), count))
@@ -134,7 +134,7 @@ def refused(fitted: Fitted, title: str) -> Answer | None:
     return None if reason is None else {"title": title, "law": fitted.name, "refused": True, "sentences": [reason]}
 
 
-def rests_on(fitted: Fitted) -> dict[str, Any]:
+def rests_on(fitted: Fitted) -> Basis:
     errors = {test: error.model_dump(exclude_unset=True) for test, error in fitted.report.own_errors.items()}
     return {"law": fitted.name, "refused": False, "held_out": errors}
 

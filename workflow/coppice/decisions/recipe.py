@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from coppice.decisions import Answer
+from coppice.decisions.limits import Limit
 from coppice.errors import UserError, did_you_mean
 from coppice.formatting import human_count, join_first, join_words, number, with_interval
 from coppice.results.comparisons import Scores, node_scores
@@ -20,23 +21,21 @@ from coppice.results.schemas import Row
 from coppice.uncertainty import interval, resampled_sums
 
 DRAWS = 4000
-MEASURED = ("value", "stderr", "low", "high")
-COVERED = 0.95  # runners-up are told until so much of the probability is
-LATENCY = "decode_latency"
-_ROOFLINE = "(roofline)"
+_VALUE = ("value", "stderr", "low", "high")  # columns of a measurement in the table `metrics`
+COVERED = 0.95  # runners-up are listed until the probability of the best is covered so far
 
 
 # Which values, and how sure
 
 
-def chosen_metric(metrics: Sequence[Row], metric: str | None, evaluation: str | None) -> tuple[str, str]:
-    """The pair (evaluation, metric) that was asked for, or the one perplexity. Raises UserError where it is unclear."""
+def choose_metric(metrics: Sequence[Row], metric: str | None, evaluation: str | None) -> tuple[str, str]:
+    """The requested pair (evaluation, metric), or the one perplexity. Raises UserError where it is unclear."""
     pairs = {(row["evaluation"], row["metric"]) for row in metrics}
     names = {name for _, name in pairs}
     if metric is not None and metric not in names:
         raise UserError(f"--metric {metric}: the tables hold no such metric.{did_you_mean(metric, names)}")
-    if evaluation is not None and evaluation not in {found for found, _ in pairs}:
-        known = {found for found, _ in pairs}
+    known = {name for name, _ in pairs}
+    if evaluation is not None and evaluation not in known:
         raise UserError(f"--evaluation {evaluation}: it measured no metric.{did_you_mean(evaluation, known)}")
     fitting = sorted(
         pair
@@ -57,7 +56,7 @@ def chosen_metric(metrics: Sequence[Row], metric: str | None, evaluation: str | 
 
 
 def lower_is_better(metric: str, unit: str, prefer: str | None = None) -> bool:
-    """Whether less of a metric is better. Raises UserError where its name and unit do not tell, nor `prefer`."""
+    """Whether less of a metric is better. Raises UserError where neither its name, its unit nor `prefer` says."""
     if prefer is not None:
         return prefer == "lower"
     if metric.startswith(("perplexity_", "loss_")):
@@ -101,17 +100,17 @@ def compare(
     """The nodes that `pair` (evaluation, metric) measured, with joint draws of their values; the others are named."""
     values = {row["node"]: row for row in metrics if (row["evaluation"], row["metric"]) == pair}
     rows = [
-        node | {key: values[node["node"]][key] for key in MEASURED}
+        node | {key: values[node["node"]][key] for key in _VALUE}
         for node in nodes
         if node["node"] in values and _known(values[node["node"]]["value"])
     ]
-    measured = {row["node"] for row in rows}
+    with_value = {row["node"] for row in rows}
     link = np.exp if pair[1].startswith("perplexity_") else np.asarray
-    drawn = joint_draws(rows, scores_of(items, *pair), link, draws, seed)
-    return Compared(*pair, lower, rows, drawn, [row["node"] for row in nodes if row["node"] not in measured])
+    drawn = draw_jointly(rows, scores_of(items, *pair), link, draws, seed)
+    return Compared(*pair, lower, rows, drawn, [row["node"] for row in nodes if row["node"] not in with_value])
 
 
-def joint_draws(
+def draw_jointly(
     rows: Sequence[Row], scores: Mapping[str, Scores], link: Callable[[Any], Any], draws: int = DRAWS, seed: int = 0
 ) -> np.ndarray:
     """Draws of the values of `rows` (node, value, stderr): [draws, rows]; value = link(mean of the node's scores).
@@ -122,19 +121,20 @@ def joint_draws(
     """
     values = np.array([row["value"] for row in rows])
     spread = np.array([row["stderr"] if _known(row["stderr"]) else 0.0 for row in rows])
-    found = values + spread * np.random.default_rng(seed).standard_normal((draws, len(rows)))
+    drawn = values + spread * np.random.default_rng(seed).standard_normal((draws, len(rows)))
     groups: dict[bytes, list[int]] = {}
     for place, row in enumerate(rows):
         of_node = scores.get(row["node"])
-        gives = of_node is not None and math.isclose(link(of_node.mean), row["value"], rel_tol=1e-6)
-        if gives and len(of_node.values) > 1:
+        if of_node is None or len(of_node.values) < 2:
+            continue
+        if math.isclose(link(of_node.mean), row["value"], rel_tol=1e-6):
             groups.setdefault(of_node.items, []).append(place)
     for group, places in enumerate(groups.values()):
         shared = [scores[rows[place]["node"]] for place in places]
         columns = np.column_stack([*(each.values for each in shared), shared[0].weights])
         sums = resampled_sums(columns, draws, seed + 1 + group)
-        found[:, places] = link(sums[:, :-1] / sums[:, -1:])
-    return found
+        drawn[:, places] = link(sums[:, :-1] / sums[:, -1:])
+    return drawn
 
 
 def scores_of(items: pa.Table, evaluation: str, metric: str) -> dict[str, Scores]:
@@ -143,15 +143,15 @@ def scores_of(items: pa.Table, evaluation: str, metric: str) -> dict[str, Scores
     task = metric.partition("_")[2] if documents else metric.removesuffix("_acc").removesuffix("_exact_match")
     chosen = items.filter((pc.field("evaluation") == evaluation) & (pc.field("task") == task))
     owners = np.asarray(chosen["node"].to_pylist(), dtype=str)
-    wanted, protocols = ("loss", {task}) if documents else ("accuracy", set())
+    measure, protocols = ("loss", {task}) if documents else ("accuracy", set())
     # The table is sorted by node.
     ends = np.append(np.flatnonzero(owners[1:] != owners[:-1]) + 1, len(owners))
     starts = np.append(0, ends[:-1])
     return {
         node: scores
         for start, end in zip(starts.tolist(), ends.tolist(), strict=True)
-        for (node, *_, measure), scores in node_scores(chosen.slice(start, end - start), {evaluation: protocols})
-        if measure == wanted
+        for (node, *_, kind), scores in node_scores(chosen.slice(start, end - start), {evaluation: protocols})
+        if kind == measure
     }
 
 
@@ -159,97 +159,31 @@ def _known(value: float | None) -> bool:
     return value is not None and math.isfinite(value)
 
 
-# Limits
-
-
-@dataclass(frozen=True)
-class Limit:
-    """An upper bound on a number of each node; `values` has no entry, or None, where it is not known.
-
-    text: the bound in words; shown: a value with its unit.
-    """
-
-    text: str
-    most: float
-    values: dict[str, float | None]
-    shown: Callable[[float], str] = number
-
-    def admits(self, node: str) -> bool:
-        value = self.values.get(node)
-        return value is not None and value <= self.most
-
-
-def limits(
-    nodes: Sequence[Row],
-    costs: Sequence[Row],
-    max_bytes: float | None = None,
-    max_latency: float | None = None,
-    max_recovery_tokens: float | None = None,
-    device: str | None = None,
-    cost: str | None = None,
-) -> tuple[list[Limit], list[str]]:
-    """The limits that were asked for, and sentences on what they rest on."""
-    found, notes = [], []
-    if max_bytes is not None:
-        sizes = {row["node"]: row["stored_bytes"] for row in nodes}
-        found.append(Limit(f"at most {_bytes(max_bytes)}", max_bytes, sizes, _bytes))
-    if max_recovery_tokens is not None:
-        trained = {row["node"]: row["path_recovery_tokens"] for row in nodes}
-        text = f"at most {_recovery_tokens(max_recovery_tokens)} on the path"
-        found.append(Limit(text, max_recovery_tokens, trained, _recovery_tokens))
-    if max_latency is not None:
-        where, rows = latencies(costs, device, cost)
-        text = f"a {LATENCY} of at most {max_latency:g} s/token on {where}"
-        found.append(Limit(text, max_latency, {node: row["value"] for node, row in rows.items()}, _latency))
-        simulated = sorted(node for node, row in rows.items() if row["simulated"])
-        if where.endswith(_ROOFLINE):
-            notes.append(f"The latencies on {where} are predictions, not measurements.")
-        elif simulated:
-            notes.append(f"Their latency is that of a simulation: {join_words(simulated)}.")
-    return found, notes
-
-
-def _bytes(value: float) -> str:
-    return f"{value:,.0f} stored bytes"
-
-
-def _recovery_tokens(value: float) -> str:
-    return f"{human_count(value)} recovery tokens"
-
-
-def _latency(value: float) -> str:
-    return f"{number(value, 4)} s/token"
-
-
-def latencies(costs: Sequence[Row], device: str | None, cost: str | None) -> tuple[str, dict[str, Row]]:
-    """A device, and the rows of the decoding latency on it, by node. Raises UserError where the choice is unclear.
-
-    Without a device named it is the one that was measured on; predictions by a roofline are used when named.
-    """
-    rows = [
-        row for row in costs if row["metric"] == LATENCY and _known(row["value"]) and cost in (None, row["evaluation"])
-    ]
-    devices = sorted({row["device"] for row in rows})
-    if not devices:
-        of_cost = "" if cost is None else f" by {cost!r}"
-        raise UserError(f"--max-latency: no {LATENCY} was measured{of_cost}; add a cost evaluation to the study.")
-    if device is not None and device not in devices:
-        raise UserError(f"--device {device}: no {LATENCY} is known on it.{did_you_mean(device, devices)}")
-    fitting = [name for name in devices if (name == device if device else not name.endswith(_ROOFLINE))]
-    if len(fitting) != 1:
-        raise UserError(
-            f"--max-latency: choose by --device where it holds; latencies are known on: {'; '.join(devices)}."
-        )
-    rows = [row for row in rows if row["device"] == fitting[0]]
-    evaluations = sorted({row["evaluation"] for row in rows})
-    if len(evaluations) > 1:
-        raise UserError(
-            f"--max-latency: several evaluations measured {LATENCY} ({join_words(evaluations)}); choose by --cost."
-        )
-    return fitting[0], {row["node"]: row for row in rows}
-
-
 # Answers
+
+
+class ComparedNode(TypedDict):
+    """A node with its value, its interval, its size, and the probability that it is the best."""
+
+    node: str
+    value: float
+    stderr: float | None
+    low: float | None
+    high: float | None
+    stored_bytes: int
+    probability: float
+
+
+class RankedNode(ComparedNode):
+    """A node within the limits."""
+
+    path_recovery_tokens: int
+
+
+class SizeStep(ComparedNode):
+    """A node that no smaller one beats, and how many nodes are as small as it or smaller."""
+
+    compared: int
 
 
 def best_within(compared: Compared, bounds: Sequence[Limit]) -> Answer:
@@ -269,17 +203,16 @@ def best_within(compared: Compared, bounds: Sequence[Limit]) -> Answer:
     order = np.lexsort((trained, sizes, values))
     tied = int(np.sum(values == values[order[0]]))
     likeliest = order[np.argsort(-probabilities[order], kind="stable")]
-    told = int(np.searchsorted(np.cumsum(probabilities[likeliest]), COVERED - 1e-9)) + 1
-    shown = [place for place in order if place == order[0] or place in likeliest[:told]]
-    found = [
+    covering = int(np.searchsorted(np.cumsum(probabilities[likeliest]), COVERED - 1e-9)) + 1
+    listed = [place for place in order if place == order[0] or place in likeliest[:covering]]
+    nodes: list[RankedNode] = [
         {
-            **{key: compared.rows[within[place]][key] for key in ("node", *MEASURED, "stored_bytes")},
+            **_describe(compared.rows[within[place]], float(probabilities[place])),
             "path_recovery_tokens": compared.rows[within[place]]["path_recovery_tokens"],
-            "probability": float(probabilities[place]),
         }
-        for place in shown
+        for place in listed
     ]
-    best = found[0]
+    best = nodes[0]
     those = "1 node" if len(within) == 1 else f"{len(within)} nodes"
     words = f" with {join_words([bound.text for bound in bounds])}" if bounds else ""
     sentences = [
@@ -292,10 +225,10 @@ def best_within(compared: Compared, bounds: Sequence[Limit]) -> Answer:
         row["node"] for row in compared.rows if any(bound.values.get(row["node"]) is None for bound in bounds)
     )
     if unknown:
-        sentences.append(f"Not compared, since what the limits bound is not known of them: {join_first(unknown)}.")
+        sentences.append(f"Not compared, since what the limits bound is unknown for them: {join_first(unknown)}.")
     return {
         "title": f"Best {compared.metric} ({compared.evaluation})",
-        "nodes": found,
+        "nodes": nodes,
         "compared": len(within),
         "tied": tied,
         "unmeasured": compared.unmeasured,
@@ -311,25 +244,24 @@ def best_within(compared: Compared, bounds: Sequence[Limit]) -> Answer:
                     _megabytes(row),
                     human_count(row["path_recovery_tokens"]),
                 ]
-                for row in found
+                for row in nodes
             ),
         ],
     }
 
 
-def ladder(compared: Compared) -> Answer:
+def best_at_each_size(compared: Compared) -> Answer:
     """The nodes that no smaller one beats: each the best at or below its size, with the probability that it is so."""
     sizes = np.array([row["stored_bytes"] for row in compared.rows])
     sign = 1 if compared.lower else -1
-    steps = []
+    steps: list[SizeStep] = []
     for place in pareto_front([(row["stored_bytes"], sign * row["value"]) for row in compared.rows]):
         smaller = np.flatnonzero(sizes <= sizes[place])
         probabilities = probabilities_of_best(compared.draws[:, smaller], compared.lower)
         row = compared.rows[place]
         steps.append(
             {
-                **{key: row[key] for key in ("node", *MEASURED, "stored_bytes")},
-                "probability": float(probabilities[np.flatnonzero(smaller == place)[0]]),
+                **_describe(row, float(probabilities[np.flatnonzero(smaller == place)[0]])),
                 "compared": len(smaller),
             }
         )
@@ -361,11 +293,23 @@ def probabilities_of_best(draws: np.ndarray, lower: bool) -> np.ndarray:
     return (best / best.sum(axis=1, keepdims=True)).mean(axis=0)
 
 
-def _with_error(row: Row) -> str:
+def _describe(row: Row, probability: float) -> ComparedNode:
+    return {
+        "node": row["node"],
+        "value": row["value"],
+        "stderr": row["stderr"],
+        "low": row["low"],
+        "high": row["high"],
+        "stored_bytes": row["stored_bytes"],
+        "probability": probability,
+    }
+
+
+def _with_error(row: Mapping[str, Any]) -> str:
     return with_interval(row["value"], interval(row))
 
 
-def _megabytes(row: Row) -> str:
+def _megabytes(row: Mapping[str, Any]) -> str:
     return number(row["stored_bytes"] / 1e6)
 
 
@@ -376,8 +320,8 @@ def _nothing_within(compared: Compared, bounds: Sequence[Limit]) -> str:
     least = []
     for bound in bounds:
         known = [value for row in compared.rows if (value := bound.values.get(row["node"])) is not None]
-        least += [bound.shown(min(known))] if known else []
-    told = f": the least that one has is {join_words(least)}" if least else ""
+        least += [bound.format(min(known))] if known else []
+    nearest = f": the least that one has is {join_words(least)}" if least else ""
     alone = ", each limit taken alone" if len(least) > 1 else ""
     limited = join_words([bound.text for bound in bounds])
-    return f"No node whose {compared.metric} was measured has {limited}{told}{alone}. Raise a limit."
+    return f"No node whose {compared.metric} was measured has {limited}{nearest}{alone}. Raise a limit."

@@ -11,8 +11,15 @@ from pathlib import Path
 from coppice.decisions import Answer
 from coppice.decisions.budget import expected_loss, tokens_to_buy
 from coppice.decisions.fitted import held_out, law_of_recoveries, of_recoveries, read_fit, read_reports, refusal
+from coppice.decisions.limits import read_limits
 from coppice.decisions.next_run import next_runs
-from coppice.decisions.recipe import best_within, chosen_metric, compare, ladder, limits, lower_is_better
+from coppice.decisions.recipe import (
+    best_at_each_size,
+    best_within,
+    choose_metric,
+    compare,
+    lower_is_better,
+)
 from coppice.errors import UserError
 from coppice.formatting import format_table, wrapped
 from coppice.records.fit import FitRecord
@@ -24,20 +31,20 @@ from coppice.results.schemas import Row
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--results", required=True, type=Path, help="folder of the study's results")
-    add("--law", help="the fitted law of recoveries to ask, where there are several")
+    add("--law", help="the fitted law of recoveries to use, where there are several")
     add("--node", help="a pruned node, or a recovery of it: the tokens to buy for it, or its loss after --tokens")
     add("--gain", type=_positive, help="nats/token that one more doubling of the tokens must gain (default: the law's)")
     add("--tokens", type=_positive, help="recovery tokens, such as 1e9, at which a loss is predicted")
     add("--metric", help="the best node by this metric, within the limits below")
     add("--evaluation", help="the evaluation that measured it, where several did")
-    add("--prefer", choices=["lower", "higher"], help="which way the metric is better, where its name does not tell")
+    add("--prefer", choices=["lower", "higher"], help="which way the metric is better, where its name does not say")
     add("--max-bytes", type=_positive, help="limit of the stored bytes")
     add("--max-latency", type=_positive, help="limit of the decoding latency, s/token")
     add("--max-recovery-tokens", type=_positive, help="limit of the recovery tokens on a node's path")
     add("--device", help="device of the latency; one that ends in '(roofline)' is a prediction")
     add("--cost", help="the cost evaluation that measured the latency, where several did")
     add("--next", action="store_true", help="the runs that would shrink the uncertainty of a predicted loss most")
-    add("--top", type=int, default=5, help="how many next runs to tell (default: 5)")
+    add("--top", type=int, default=5, help="how many next runs to list (default: 5)")
     add("--json", action="store_true", help="print JSON")
 
 
@@ -47,57 +54,56 @@ def _positive(text: str) -> float:
     except ValueError:
         value = math.nan
     if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number above zero; write one such as 300000, 3e5 or 0.02")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above zero; write one such as 300000, 3e5 or 0.02")
     return value
 
 
 def run(arguments: argparse.Namespace) -> None:
-    found = answers(arguments)
+    given = answer_questions(arguments)
     if arguments.json:
-        print(json.dumps(found, indent=1, allow_nan=False))
+        print(json.dumps(given, indent=1, allow_nan=False))
         return
-    print("\n\n".join("\n".join(answer_lines(answer)) for answer in found))
+    print("\n\n".join("\n".join(answer_lines(answer)) for answer in given))
 
 
-def answers(arguments: argparse.Namespace) -> list[Answer]:
+def answer_questions(arguments: argparse.Namespace) -> list[Answer]:
     """The answers to what the command line asks; to everything where it asks nothing."""
-    asked, results = arguments, Path(arguments.results)
-    if asked.top < 1:
-        raise UserError(f"--top {asked.top} is no number of runs; pass 1 or more.")
-    if asked.node is None and (asked.tokens is not None or asked.gain is not None):
+    results = Path(arguments.results)
+    if arguments.top < 1:
+        raise UserError(f"--top {arguments.top} is not a number of runs; pass 1 or more.")
+    if arguments.node is None and (arguments.tokens is not None or arguments.gain is not None):
         raise UserError("--tokens and --gain are about one node; name it by --node.")
-    if asked.max_latency is None and (asked.device is not None or asked.cost is not None):
+    if arguments.max_latency is None and (arguments.device is not None or arguments.cost is not None):
         raise UserError("--device and --cost say where --max-latency holds; add it.")
-    tables = {
-        name: read_table(ResultsLayout(results).tables, name).to_pylist() for name in ("nodes", "metrics", "costs")
-    }
-    found = []
-    if asked.node is not None or asked.next:
-        fitted = law_of_recoveries(results, asked.law)
-        if asked.gain is not None or (asked.tokens is None and not asked.next):
-            found.append(tokens_to_buy(fitted, tables["nodes"], asked.node, asked.gain))
-        if asked.tokens is not None:
-            found.append(expected_loss(fitted, tables["nodes"], asked.node, asked.tokens))
-        if asked.next:
-            found.append(next_runs(fitted, tables["nodes"], asked.node, asked.tokens, asked.top))
-    bounds = (asked.max_bytes, asked.max_latency, asked.max_recovery_tokens)
-    if asked.metric is not None or any(bound is not None for bound in bounds):
-        found.append(_best(asked, results, tables))
-    return found or overview(results, tables) or [_nothing(results, tables["metrics"])]
+    folder = ResultsLayout(results).tables
+    tables = {name: read_table(folder, name).to_pylist() for name in ("nodes", "metrics", "costs")}
+    answers = []
+    if arguments.node is not None or arguments.next:
+        fitted = law_of_recoveries(results, arguments.law)
+        if arguments.gain is not None or (arguments.tokens is None and not arguments.next):
+            answers.append(tokens_to_buy(fitted, tables["nodes"], arguments.node, arguments.gain))
+        if arguments.tokens is not None:
+            answers.append(expected_loss(fitted, tables["nodes"], arguments.node, arguments.tokens))
+        if arguments.next:
+            answers.append(next_runs(fitted, tables["nodes"], arguments.node, arguments.tokens, arguments.top))
+    bounds = (arguments.max_bytes, arguments.max_latency, arguments.max_recovery_tokens)
+    if arguments.metric is not None or any(bound is not None for bound in bounds):
+        answers.append(_answer_best(arguments, results, tables))
+    return answers or overview(results, tables) or [_answer_nothing(results, tables["metrics"])]
 
 
-def _best(asked: argparse.Namespace, results: Path, tables: dict[str, list[Row]]) -> Answer:
-    pair = chosen_metric(tables["metrics"], asked.metric, asked.evaluation)
+def _answer_best(arguments: argparse.Namespace, results: Path, tables: dict[str, list[Row]]) -> Answer:
+    pair = choose_metric(tables["metrics"], arguments.metric, arguments.evaluation)
     unit = next(row["unit"] for row in tables["metrics"] if (row["evaluation"], row["metric"]) == pair)
-    lower = lower_is_better(pair[1], unit, asked.prefer)
-    bounds, notes = limits(
+    lower = lower_is_better(pair[1], unit, arguments.prefer)
+    bounds, notes = read_limits(
         tables["nodes"],
         tables["costs"],
-        asked.max_bytes,
-        asked.max_latency,
-        asked.max_recovery_tokens,
-        asked.device,
-        asked.cost,
+        arguments.max_bytes,
+        arguments.max_latency,
+        arguments.max_recovery_tokens,
+        arguments.device,
+        arguments.cost,
     )
     compared = compare(
         tables["nodes"], tables["metrics"], read_table(ResultsLayout(results).tables, "items"), pair, lower
@@ -106,10 +112,10 @@ def _best(asked: argparse.Namespace, results: Path, tables: dict[str, list[Row]]
     return answer | {"sentences": answer["sentences"] + notes}
 
 
-def _nothing(results: Path, metrics: Sequence[Row]) -> Answer:
+def _answer_nothing(results: Path, metrics: Sequence[Row]) -> Answer:
     """What there is to say where no law was fitted and no node has a perplexity."""
     names = sorted({row["metric"] for row in metrics})
-    measured = f" What was measured can be asked for by --metric: {', '.join(names)}." if names else ""
+    measured = f" Choose one of the metrics measured by --metric: {', '.join(names)}." if names else ""
     sentence = (
         f"No law was fitted in {results}/laws, and no node has a finite perplexity; add `laws`, or an evaluation that "
         f"measures perplexity, to the study, and run it.{measured}"
@@ -130,7 +136,7 @@ def overview(results: Path, tables: Mapping[str, Sequence[Row]], top: int = 3) -
     if perplexities:
         items = read_table(ResultsLayout(results).tables, "items")
         compared = (compare(tables["nodes"], tables["metrics"], items, pair, True) for pair in perplexities)
-        answers += [ladder(each) for each in compared if each.rows]
+        answers += [best_at_each_size(each) for each in compared if each.rows]
     for name, report in reports.items():
         if refusal(name, report) is None and of_recoveries(report):
             answers.append(next_runs(read_fit(results, name, report), tables["nodes"], top=top))
@@ -142,13 +148,15 @@ def advice(name: str, report: FitRecord) -> Answer:
     title, reason = f"Law {name}", refusal(name, report)
     if reason is not None:
         return {"title": title, "law": name, "refused": True, "recommendation": [], "sentences": [reason]}
-    sentences = [entry["sentence"] for entry in report.recommendation] or [f"Law {name} has nothing to recommend."]
+    recommended = [str(entry["sentence"]) for entry in report.recommendation] or [
+        f"Law {name} has nothing to recommend."
+    ]
     return {
         "title": title,
         "law": name,
         "refused": False,
         "recommendation": report.recommendation,
-        "sentences": [*sentences, held_out(name, report)],
+        "sentences": [*recommended, held_out(name, report)],
     }
 
 

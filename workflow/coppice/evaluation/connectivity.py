@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
-    from coppice.data.text import Windows
+    from coppice.data.windows import Windows
 
 REGIMES = {
     "I": "poorly connected",

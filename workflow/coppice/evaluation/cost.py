@@ -102,10 +102,10 @@ def now(model: PreTrainedModel) -> float:
 
 def is_simulated(model: PreTrainedModel) -> bool:
     """Whether some module computes with something else than what it stores, or only as if with few bits."""
-    from coppice.models.layers import PACKED
+    from coppice.models.modules import PackedForm
 
     return hasattr(model.model, "cache_settings") or any(
-        isinstance(module, PACKED) or hasattr(module, "rounded_inputs") for module in model.modules()
+        isinstance(module, PackedForm) or hasattr(module, "quantized_activations") for module in model.modules()
     )
 
 

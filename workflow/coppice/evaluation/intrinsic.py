@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from coppice import uncertainty
-from coppice.data.text import Windows
+from coppice.data.windows import Windows
 from coppice.errors import UserError
 from coppice.evaluation import intervals
 from coppice.evaluation.batching import sequences_at_once

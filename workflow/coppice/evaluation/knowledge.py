@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from coppice.data import biographies
-from coppice.data.text import beginning_token, load_tokenizer
+from coppice.data.tokenizer import beginning_token, load_tokenizer
 from coppice.evaluation import intervals
 from coppice.evaluation.batching import sequences_at_once
 from coppice.lazy import torch

@@ -17,7 +17,7 @@ h hidden and I intermediate size, n and n_kv heads, d their width, V vocabulary;
 
 The paper's own tool counts half the head's operations, takes h for I in the activation, and reads the cache once for
 each block of queries in fused attention, which kernels that find it on the chip again beat. Biases, the embedding's
-rows and the weights of norms are left out, which are small beside the linears.
+rows and the weights of norms are left out, which are small next to the linears.
 
 Integer peaks are taken only where weights and inputs are on uniform grids of 8 bits at most, those of 16-bit floats
 otherwise, for wider numbers too. What a format could do is no promise that this software does it: nodes with packed
@@ -30,65 +30,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from math import ceil, prod
+from math import ceil
 from typing import Any, NamedTuple
 
-TOOL = "figures of the roofline tool of arXiv 2402.16363"
-RECALLED = "vendor figure, as recalled"
-# The name in `compression.json` of what a model does with its keys and values.
-CACHE = "cache"
+from coppice.hardware import DEVICES, Device
+from coppice.methods.replacements import Place, Product, word_bytes
+from coppice.models.architectures.base import Shape, architecture, shape_of
+from coppice.records.compression import CACHE, Entries
+
 BITS = {"float32": 32, "bfloat16": 16, "float16": 16}
-
-
-class Device(NamedTuple):
-    """bandwidth of the memory in bytes/s; float16, int8: peak operations/s; source: where the figures are from."""
-
-    bandwidth: float
-    float16: float
-    int8: float
-    source: str = TOOL
-
-
-DEVICES = {
-    "H200": Device(4.8e12, 989.5e12, 1979e12, RECALLED),
-    "H100-SXM": Device(3072e9, 989.5e12, 1979e12),
-    "A100-80G": Device(2039e9, 312e12, 624e12),
-    "A100-40G": Device(1555e9, 312e12, 624e12),
-    "A6000": Device(768e9, 154.8e12, 309.7e12),
-    "L40": Device(864e9, 181e12, 362e12),
-    # 8 cores, 5.4 GHz, 32 operations a cycle; there is no figure for integers, so they gain bytes alone.
-    "i9-13900K": Device(89.6e9, 8 * 5.4e9 * 32, 8 * 5.4e9 * 32),
-}
-
-
-class Shape(NamedTuple):
-    """The sizes of a decoder with gated feed-forward layers."""
-
-    hidden: int
-    intermediate: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocabulary: int
-
-
-class Matrix(NamedTuple):
-    """A product with a stored matrix.
-
-    multiplications: for one vector; stored_bytes: of the weight, scales included; input_bits, output_bits: of a number
-    of the states that is read and written; integer: whether integer units can multiply; sparse: whether a kernel for
-    2:4 patterns does.
-    """
-
-    inputs: int
-    outputs: int
-    multiplications: int
-    stored_bytes: float
-    input_bits: float
-    output_bits: float
-    integer: bool = False
-    sparse: bool = False
 
 
 class Model(NamedTuple):
@@ -99,8 +49,8 @@ class Model(NamedTuple):
     """
 
     shape: Shape
-    linears: tuple[Matrix, ...]
-    head: tuple[Matrix, ...]
+    linears: tuple[Product, ...]
+    head: tuple[Product, ...]
     activation_bits: float
     kv_bits: float
     cache: Mapping[str, Any] | None = None
@@ -113,147 +63,55 @@ class Operation(NamedTuple):
     bytes: float
     integer: bool = False
     sparse: bool = False
-    count: int = 1
+    count: int = 1  # type: ignore[assignment]
 
 
 # Models
 
 
-def block_linears(shape: Shape) -> dict[str, tuple[int, int]]:
-    """(inputs, outputs) of the linears of a block by their names."""
-    queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    return {
-        "self_attn.q_proj": (shape.hidden, queries),
-        "self_attn.k_proj": (shape.hidden, keys),
-        "self_attn.v_proj": (shape.hidden, keys),
-        "self_attn.o_proj": (queries, shape.hidden),
-        "mlp.gate_proj": (shape.hidden, shape.intermediate),
-        "mlp.up_proj": (shape.hidden, shape.intermediate),
-        "mlp.down_proj": (shape.intermediate, shape.hidden),
-    }
-
-
 def uniform(shape: Shape, weight_bits: float = 16, activation_bits: float = 16, kv_bits: float = 16) -> Model:
     """A model whose weights, the head's too, states and cache have so many bits each."""
 
-    def matrix(name: str, inputs: int, outputs: int) -> Matrix:
+    def product(role: str, inputs: int, outputs: int) -> Product:
         weights = inputs * outputs
-        written = kv_bits if name in ("self_attn.k_proj", "self_attn.v_proj") else activation_bits
+        written = kv_bits if role in ("k", "v") else activation_bits
         integer = max(weight_bits, activation_bits) <= 8
-        return Matrix(inputs, outputs, weights, weights * weight_bits / 8, activation_bits, written, integer)
+        return Product(inputs, outputs, weights, weights * weight_bits / 8, activation_bits, written, integer)
 
-    block = [matrix(name, *sizes) for name, sizes in block_linears(shape).items()]
-    head = matrix("lm_head", shape.hidden, shape.vocabulary)
+    block = [product(role, *sizes) for role, sizes in shape.linears().items()]
+    head = product("head", shape.hidden, shape.vocabulary)
     return Model(shape, tuple(block) * shape.layers, (head,), activation_bits, kv_bits)
 
 
-def model_of_node(config: Mapping[str, Any], planned: Mapping[str, Mapping[str, Any]], sparse: bool = False) -> Model:
-    """The model of a checkpoint, from its config.json and its compression.json.
+def model_of_node(config: Mapping[str, Any], entries: Entries, sparse: bool = False) -> Model:
+    """The model of a checkpoint, from its config.json and the entries of its compression.json.
 
     sparse: whether masked matrices have a 2:4 pattern and a kernel that makes use of it; they then weigh half their
     weights and 2 bits for the place of each kept one, and are multiplied twice as fast. Zeros save nothing otherwise.
     """
-    shape = Shape(
-        hidden=config["hidden_size"],
-        intermediate=config["intermediate_size"],
-        layers=config["num_hidden_layers"],
-        heads=config["num_attention_heads"],
-        kv_heads=config["num_key_value_heads"],
-        head_dim=config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"],
-        vocabulary=config["vocab_size"],
-    )
+    family, shape = architecture(config["model_type"]), shape_of(config)
     bits = BITS[config.get("dtype", config.get("torch_dtype", "float32"))]
     linears = [
-        matrix
+        product
         for layer in range(shape.layers)
-        for name, sizes in block_linears(shape).items()
-        for matrix in matrices(planned, f"model.layers.{layer}.{name}", *sizes, bits, sparse)
+        for role, sizes in shape.linears().items()
+        for product in products(entries, family.full_name(layer, family.linears[role]), *sizes, bits, sparse)
     ]
-    head = matrices(planned, "lm_head", shape.hidden, shape.vocabulary, bits, sparse)
-    return Model(shape, tuple(linears), tuple(head), bits, bits, planned.get(CACHE))
+    head = products(entries, family.head, shape.hidden, shape.vocabulary, bits, sparse)
+    return Model(shape, tuple(linears), tuple(head), bits, bits, entries.get(CACHE))
 
 
-def matrices(
-    planned: Mapping[str, Mapping[str, Any]], name: str, inputs: int, outputs: int, bits: int, sparse: bool = False
-) -> list[Matrix]:
-    """The products that stand in the place of the linear `name`, by what compression.json plans there.
+def products(entries: Entries, name: str, inputs: int, outputs: int, bits: int, sparse: bool = False) -> list[Product]:
+    """The products that take the place of the linear `name`, by its entry in compression.json.
 
-    bits: of a stored floating number. The modules are those of `layers`; factors are products of their own, and may be
-    packed in their turn.
+    bits: of a stored floating number. Factors are products of their own, and may be packed in their turn.
     """
-    entry = planned.get(name, {"type": "Linear"})
-
-    def part(suffix: str, inputs: int, outputs: int) -> list[Matrix]:
-        return matrices(planned, f"{name}.{suffix}", inputs, outputs, bits, sparse)
-
-    match entry["type"]:
-        case "Compensated":
-            return [*part("base", inputs, outputs), *part("compensation", inputs, outputs)]
-        case "LowRank":
-            return [*part("first", inputs, entry["rank"]), *part("second", entry["rank"], outputs)]
-        case "Skeleton":
-            rank = entry["rank"]
-            return [*part("rows", inputs, rank), *part("link", rank, rank), *part("columns", rank, outputs)]
-        case "TensorTrain":
-            return [tensor_train(entry, part, inputs, outputs, bits)]
-    input_bits = min(bits, entry.get("rounded_inputs", {"bits": bits})["bits"])
-    if entry["type"] == "Flattened":
-        inputs, input_bits = entry["expanded"], entry["bits"]
-    halved = sparse and entry["type"] == "Masked"
-    return [
-        Matrix(
-            inputs,
-            outputs,
-            inputs * outputs,
-            inputs * outputs * (bits / 2 + 1) / 8 if halved else stored_bytes(entry, inputs, outputs, bits),
-            input_bits,
-            bits,
-            integer=entry["type"] in ("Quantized", "Flattened") and max(entry["bits"], input_bits) <= 8,
-            sparse=halved,
-        )
-    ]
-
-
-def tensor_train(entry: Mapping[str, Any], part: Any, inputs: int, outputs: int, bits: int) -> Matrix:
-    """The sites of a tensor train as one product: multiplied site after site, or put together where that is less."""
-    ends = (1, *entry["bonds"], 1)
-    product, stored = 0, 0.0
-    for k, (i, o) in enumerate(zip(entry["in_shape"], entry["out_shape"], strict=True)):
-        vectors = prod(entry["in_shape"][:k]) * prod(entry["out_shape"][k + 1 :])
-        for site in part(f"sites.{k}", i * ends[k + 1], ends[k] * o):
-            stored += site.stored_bytes
-            product += vectors * site.multiplications
-    return Matrix(inputs, outputs, min(product, inputs * outputs), stored, bits, bits)
-
-
-def stored_bytes(entry: Mapping[str, Any], inputs: int, outputs: int, bits: int) -> float:
-    """What the weight [outputs, inputs] of one module takes, as `layers` stores it: codes, scales and zero points."""
-    number = bits / 8
-    match entry["type"]:
-        case "Quantized":
-            groups = 1 if entry["group_size"] == -1 else inputs // entry["group_size"]
-            zeros = 0 if entry["symmetric"] else word_bytes(outputs, entry["bits"]) * groups
-            return outputs * (word_bytes(inputs, entry["bits"]) + groups * number) + zeros
-        case "Coded":
-            rows, columns = (inputs, outputs) if entry["transposed"] else (outputs, inputs)
-            kept = entry["outliers"]
-            codes = rows * (columns - kept)
-            table = 4 * 2 ** entry["bits"]
-            scales = ceil(codes / entry["block"]) * number
-            return word_bytes(codes, entry["bits"]) + table + scales + kept * (rows * number + 4)
-        case "Flattened":
-            return outputs * word_bytes(inputs, entry["bits"]) + 8 * inputs + 2 * number
-    return inputs * outputs * number
-
-
-def word_bytes(count: int, bits: int) -> int:
-    """Bytes of the int32 words that hold `count` codes."""
-    return 4 * ceil(count * bits / 32)
+    return Place(entries, name, inputs, outputs, bits, sparse).products()
 
 
 def weight_bytes(model: Model) -> float:
     """Bytes of all products: those of the blocks and the head."""
-    return sum(matrix.stored_bytes for matrix in (*model.linears, *model.head))
+    return sum(product.stored_bytes for product in (*model.linears, *model.head))
 
 
 def kv_cache_bytes(model: Model, batch: int, prompt: int, decoded: int = 0) -> float:
@@ -304,11 +162,12 @@ def decode(model: Model, batch: int, prompt: int, decoded: int = 0, fused: bool 
 
 def generation(model: Model, batch: int, prompt: int, generate: int, fused: bool = True) -> list[Operation]:
     """The operations of a prefill and of the decoding of so many tokens after it."""
-    found = prefill(model, batch, prompt, fused)
-    found += [operation._replace(count=generate * operation.count) for operation in _dense_operations(model, batch, 1)]
+    operations = prefill(model, batch, prompt, fused)
+    step = _dense_operations(model, batch, 1)
+    operations += [operation._replace(count=generate * operation.count) for operation in step]
     for decoded in range(generate):
-        found += _attention(model, batch, 1, prompt, decoded, fused)
-    return found
+        operations += _attention(model, batch, 1, prompt, decoded, fused)
+    return operations
 
 
 def _dense_operations(model: Model, batch: int, tokens: int) -> list[Operation]:
@@ -316,17 +175,18 @@ def _dense_operations(model: Model, batch: int, tokens: int) -> list[Operation]:
     shape, number = model.shape, model.activation_bits / 8
     states, gates = batch * tokens * shape.hidden, batch * tokens * shape.intermediate
     return [
-        *(_product(matrix, batch * tokens) for matrix in model.linears),
-        *(_product(matrix, batch) for matrix in model.head),
+        *(_operation(product, batch * tokens) for product in model.linears),
+        *(_operation(product, batch) for product in model.head),
         Operation(7 * states, 2 * states * number, count=2 * shape.layers + 1),
         Operation(states, 2 * states * number, count=2 * shape.layers),
         Operation(2 * gates, 3 * gates * number, count=shape.layers),
     ]
 
 
-def _product(matrix: Matrix, vectors: int) -> Operation:
-    states = vectors * (matrix.inputs * matrix.input_bits + matrix.outputs * matrix.output_bits) / 8
-    return Operation(2 * matrix.multiplications * vectors, matrix.stored_bytes + states, matrix.integer, matrix.sparse)
+def _operation(product: Product, vectors: int) -> Operation:
+    states = vectors * (product.inputs * product.input_bits + product.outputs * product.output_bits) / 8
+    stored = product.stored_bytes + states
+    return Operation(2 * product.multiplications * vectors, stored, product.integer, product.sparse)
 
 
 def _attention(model: Model, batch: int, tokens: int, prompt: int, decoded: int, fused: bool) -> list[Operation]:
@@ -370,7 +230,7 @@ def efficiency(measured: float, predicted: float) -> float:
 # Rows of the table `costs`
 
 
-def fitted(prompt: int, generate: int, context: int) -> tuple[int, int]:
+def fit_to_context(prompt: int, generate: int, context: int) -> tuple[int, int]:
     """Prompt and generated tokens; shortened in proportion where they exceed the model's context."""
     if prompt + generate <= context:
         return prompt, generate
@@ -382,14 +242,14 @@ def rows(
     node: str, model: Model, context: int, *, devices: Iterable[str], batch: int, prompt: int, generate: int
 ) -> list[dict[str, Any]]:
     """Latencies of a node on each device, and the bytes of its cache once all tokens are written."""
-    prompt, generate = fitted(prompt, generate, context)
+    prompt, generate = fit_to_context(prompt, generate, context)
     settings = {"batch": batch, "prompt": prompt, "generate": generate}
     passes = {
         "prefill_latency": (prefill(model, batch, prompt), "s"),
         "decode_latency": (decode(model, batch, prompt), "s/token"),
         "generation_latency": (generation(model, batch, prompt, generate), "s"),
     }
-    found = [
+    latencies = [
         {
             "node": node,
             "device": f"{name} (roofline)",
@@ -410,4 +270,4 @@ def rows(
         "simulated": True,
         "details": json.dumps(settings, sort_keys=True),
     }
-    return [*found, cache]
+    return [*latencies, cache]

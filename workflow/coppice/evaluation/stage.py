@@ -21,7 +21,7 @@ from coppice.records.metrics import Item, Metric, Metrics
 
 if TYPE_CHECKING:
     from coppice.data.biographies import World
-    from coppice.data.text import Windows
+    from coppice.data.windows import Windows
     from coppice.records.manifest import Manifest
 
 Rows = list[dict[str, Any]]
@@ -203,14 +203,15 @@ def protocol_windows(
     model_directory: Path, evaluation: Mapping[str, Any], tokens: Mapping[str, Path]
 ) -> dict[str, Windows]:
     """The windows of each protocol of perplexity. Raises UserError where they are missing or another tokenizer's."""
-    from coppice.data import text
+    from coppice.data.tokenizer import check_tokenizer
+    from coppice.data.windows import load_windows
 
     protocols = {}
     for protocol in evaluation.get("perplexity") or {}:
         if protocol not in tokens:
             raise UserError(f"The protocol {protocol!r} has no windows; give them with `--tokens {protocol}=DIR`.")
-        protocols[protocol] = text.load_windows(tokens[protocol])
-        text.check_tokenizer(model_directory, protocols[protocol])
+        protocols[protocol] = load_windows(tokens[protocol])
+        check_tokenizer(model_directory, protocols[protocol])
     return protocols
 
 
@@ -224,9 +225,10 @@ def measure_cost(
     """Latency, throughput and memory: metrics, no items, no windows."""
     from coppice.evaluation import cost
     from coppice.models import checkpoint
+    from coppice.models.architectures.base import architecture
 
     # The libraries' own memory is no part of the model's, so they are imported before the baseline is taken.
-    checkpoint.architecture(read_json(storage.ensure_local(model_directory / "config.json"))["model_type"])
+    architecture(read_json(storage.ensure_local(model_directory / "config.json"))["model_type"]).classes()
     baseline = cost.resident_bytes()
     model = checkpoint.load_model(model_directory, device)
     metrics = cost.measure(
@@ -243,7 +245,7 @@ def built_in_world(evaluation: Mapping[str, Any], windows: Any) -> World:
 
     Raises UserError where neither names one, or protocols are about several.
     """
-    from coppice.data import text
+    from coppice.data import sources
 
     named = evaluation.get("world")
     candidates: list[Windows] = list(windows)
@@ -255,7 +257,7 @@ def built_in_world(evaluation: Mapping[str, Any], windows: Any) -> World:
             f"The evaluation asks about the built-in world, but {reason}; give it a `world`, as in "
             "`world: {builtin: biographies, people: 1200}`."
         )
-    return text.world(next(iter(worlds.values())))
+    return sources.world(next(iter(worlds.values())))
 
 
 def refuse_infinite(node: str, metrics: Rows, items: Rows) -> None:

@@ -76,7 +76,7 @@ def difference(ours: Tensor, theirs: Tensor) -> Difference:
 
 
 def tolerance(rounded: bool, dtype: torch.dtype) -> Tolerance:
-    """What an export may differ by; rounded: whether its reader multiplies by weights rounded to `dtype` anew."""
+    """What an export may differ by; rounded: whether its reader multiplies by weights rounded to `dtype` again."""
     return ROUNDED[dtype] if rounded else SAME_NUMBERS
 
 

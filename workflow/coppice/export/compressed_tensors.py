@@ -13,7 +13,9 @@ import torch
 
 from coppice.export.node import Node, Written, save_for_others
 from coppice.files import read_json, write_json
-from coppice.models import layers
+from coppice.methods.replacements import LowRankCorrection
+from coppice.models import modules
+from coppice.models.architectures.base import blocks
 from coppice.models.checkpoint import load_model
 from coppice.models.stock_formats import quantization_grids, stock_loaders_read
 
@@ -28,17 +30,16 @@ VLLM_BITS = {4, 8}
 
 def reason_against(node: Node) -> str | None:
     """Why the node has no such form, and what to do instead."""
-    others = {entry["type"] for entry in node.planned.values()} - {"Quantized", "Masked"}
-    if "Compensated" in others:
-        return "it has updates beside its linears; export it to peft, which keeps a packed base beside the adapter"
+    others = {form for form in node.forms.values() if not (form.pack_quantized or form.keeps_linear)}
+    if LowRankCorrection in others:
+        return "its linears have low-rank corrections; export it to peft, which keeps a packed base with the adapter"
     if others:
-        return (
-            f"the format holds integer grids alone and the node holds {', '.join(sorted(others))}; export it to dense"
-        )
-    if not node.of("Quantized"):
-        zeros = "its zeros are stored as numbers, and compressed-tensors 0.20 compresses no sparse weights any more"
-        return f"{zeros if node.planned else 'none of its linears is quantized'}; export it to dense"
-    if not stock_loaders_read(quantization_grids(node.planned)):
+        names = ", ".join(sorted(form.__name__ for form in others))
+        return f"the format holds integer grids alone and the node holds {names}; export it to dense"
+    if not packed(node):
+        zeros = "its zeros are stored as numbers, and compressed-tensors 0.20 no longer compresses sparse weights"
+        return f"{zeros if node.entries else 'none of its linears is quantized'}; export it to dense"
+    if not stock_loaders_read(quantization_grids(node.entries)):
         return "transformers 5.23 reads zero points on one grid only and the node has several; export it to dense"
     return None
 
@@ -46,10 +47,15 @@ def reason_against(node: Node) -> str | None:
 def write(node: Node, folder: Path) -> Written:
     model = load_model(node.folder, dtype=node.dtype)
     save_packed(model, node, folder)
-    beyond = {node.planned[name]["bits"] for name in node.of("Quantized")} - VLLM_BITS
+    beyond = {node.entries[name]["bits"] for name in packed(node)} - VLLM_BITS
     note = f"vLLM's kernels take 4 or 8 bits, not {', '.join(map(str, sorted(beyond)))}; transformers reads the export."
     # Readers put a weight together in the type of its scales.
     return Written(rounded=True, notes=(note,) if beyond else ())
+
+
+def packed(node: Node) -> list[str]:
+    """The linears that are stored as packed integers, by name."""
+    return [name for name, form in node.forms.items() if form.pack_quantized]
 
 
 def save_packed(model: PreTrainedModel, node: Node, folder: Path, dequantize: bool = False) -> None:
@@ -58,13 +64,13 @@ def save_packed(model: PreTrainedModel, node: Node, folder: Path, dequantize: bo
     dequantize: whether transformers is to put the weights together as it loads them, which it has to for zero points,
     and for whoever attaches something to the linears. Other programs pass over that key.
     """
-    for linear in layers.weight_matrices(layers.blocks(model)).values():
-        linear.masked = False
-    planned = layers.describe_replacements(model)
-    grids = quantization_grids(planned)
+    linears = modules.weight_matrices(blocks(model))
+    for linear in linears.values():
+        modules.set_masked(linear, False)
+    entries = modules.describe_replacements(model)
+    grids = quantization_grids(entries)
     save_for_others(model, node, folder)
-    every_linear = len(planned) == len(layers.weight_matrices(layers.blocks(model)))
-    described = quantization_config(grids, every_linear)
+    described = quantization_config(grids, every_linear=len(entries) == len(linears))
     if dequantize or not all(symmetric for _, _, symmetric in grids):
         described["dequantize"] = True
     config = read_json(folder / "config.json")
@@ -72,7 +78,7 @@ def save_packed(model: PreTrainedModel, node: Node, folder: Path, dequantize: bo
 
 
 def quantization_config(grids: dict[tuple[int, int, bool], list[str]], every_linear: bool) -> dict[str, Any]:
-    """The library's description of grids (see `checkpoint.quantization_grids`).
+    """The library's description of grids (see `stock_formats.quantization_grids`).
 
     every_linear: whether all linears of the blocks are on a grid, so that a single one names them all.
     """

@@ -24,7 +24,7 @@ def reason_against(node: Node) -> str | None:
 
 def write(node: Node, folder: Path) -> Written:
     export_dense(node.folder, folder)
-    return Written(rounded=any(entry["type"] != "Masked" for entry in node.planned.values()))
+    return Written(rounded=not all(form.keeps_linear for form in node.forms.values()))
 
 
 def load(folder: Path) -> PreTrainedModel:

@@ -20,9 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from coppice.export import gguf_tokenizer
+from coppice.export import gguf_tokenizer, gguf_vocabulary
 from coppice.export.node import Node, Written
-from coppice.models import layers
+from coppice.models import modules
+from coppice.models.architectures.base import architecture, architecture_of, blocks, head_dim
 from coppice.models.checkpoint import TOKENIZER_FILES, load_model
 from coppice.models.densify import densify
 
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
 HOLDER = "GGUF"
 READER = "transformers"
 FILE = "model.gguf"
-ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 BLOCK = 32
 FLOATS = {
     torch.float32: ("F32", "ALL_F32"),
@@ -57,14 +57,19 @@ def reason_against(node: Node) -> str | None:
     if importlib.util.find_spec("gguf") is None:
         return "the package gguf is not installed; pip install 'coppice[gguf]'"
     config = node.config
+    holder = architecture(config["model_type"]).gguf
+    if holder is None:
+        return f"transformers reads no {config['model_type']} from GGUF, so that nothing could be checked; {CONVERTER}"
     rope = config.get("rope_parameters", {}).get("rope_type", "default")
     if rope != "default":
         return f"rotary embeddings of type {rope} are not written here; {CONVERTER}"
-    if config["model_type"] == "llama" and (config.get("attention_bias") or config.get("mlp_bias")):
-        return f"transformers reads no biases of a llama from GGUF, so that nothing could be checked; {CONVERTER}"
-    if config["model_type"] == "mistral" and config["hidden_size"] % config["num_attention_heads"]:
-        return f"transformers reads it from GGUF as a llama, which cannot be {config['hidden_size']} wide with " + (
-            f"{config['num_attention_heads']} heads, so that nothing could be checked; {CONVERTER}"
+    name, width, heads = holder.name, config["hidden_size"], config["num_attention_heads"]
+    unchecked = f"so that nothing could be checked; {CONVERTER}"
+    if not holder.reads_biases and (config.get("attention_bias") or config.get("mlp_bias")):
+        return f"transformers reads no biases of a {name} from GGUF, {unchecked}"
+    if holder.heads_divide and width % heads:
+        return (
+            f"transformers reads it from GGUF as a {name}, which cannot be {width} wide with {heads} heads, {unchecked}"
         )
     window = config.get("sliding_window")
     if window is not None and window < config["max_position_embeddings"]:
@@ -78,13 +83,13 @@ def write(node: Node, folder: Path) -> Written:
     vocabulary, notes = gguf_tokenizer.read(node.folder, node.config["vocab_size"])
     model = load_model(node.folder, dtype=torch.float32)
     packed = packed_linears(model)
-    replaced = {name for name, entry in node.planned.items() if entry["type"] != "Masked"}
+    replaced = {name for name, form in node.forms.items() if not form.keeps_linear}
     densify(model)
-    writer = gguf.GGUFWriter(folder / FILE, ARCHITECTURES[node.config["model_type"]])
+    writer = gguf.GGUFWriter(folder / FILE, architecture(node.config["model_type"]).gguf.name)
     kinds = {stored.kind for stored in packed.values()}
     common = f"MOSTLY_{max(kinds)}" if kinds else FLOATS[node.dtype][1]
     write_metadata(writer, model.config, node.name, gguf.LlamaFileType[common])
-    gguf_tokenizer.write(writer, vocabulary)
+    gguf_vocabulary.write(writer, vocabulary)
     for name, stored in stored_tensors(model, packed, FLOATS[node.dtype][0]):
         writer.add_tensor(name, stored.data, raw_dtype=gguf.GGMLQuantizationType[stored.kind])
     writer.write_header_to_file()
@@ -114,9 +119,9 @@ def write_metadata(writer: GGUFWriter, config: Any, name: str, file_type: int) -
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(head_size(config))
-    writer.add_value_length(head_size(config))
-    writer.add_rope_dimension_count(head_size(config))
+    writer.add_key_length(head_dim(config))
+    writer.add_value_length(head_dim(config))
+    writer.add_rope_dimension_count(head_dim(config))
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
 
@@ -127,11 +132,6 @@ def written_name(name: str) -> str:
     return "coppice" if any(family in name.lower() for family in NAMED_FAMILIES) else f"coppice {name}"
 
 
-def head_size(config: Any) -> int:
-    """Columns of a head; qwen2 names them only where they are not hidden_size / heads."""
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
-
 def stored_tensors(model: PreTrainedModel, packed: dict[str, Stored], kind: str) -> Iterator[tuple[str, Stored]]:
     """Every tensor of a dense model under its name in GGUF; vectors in float32, as ggml wants them.
 
@@ -139,23 +139,25 @@ def stored_tensors(model: PreTrainedModel, packed: dict[str, Stored], kind: str)
     """
     import gguf
 
-    config = model.config
-    architecture = ARCHITECTURES[config.model_type]
-    member = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    config, family = model.config, architecture_of(model)
+    member = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == family.gguf.name)
     names = gguf.get_tensor_name_map(member, config.num_hidden_layers)
-    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    heads = {}
+    if family.gguf.adjacent_rotary:
+        for index in range(config.num_hidden_layers):
+            heads[family.full_name(index, family.linears["q"])] = config.num_attention_heads
+            heads[family.full_name(index, family.linears["k"])] = config.num_key_value_heads
     for full_name, tensor in model.state_dict().items():
         name, _, suffix = full_name.rpartition(".")
-        if full_name == "lm_head.weight" and config.tie_word_embeddings:
+        if full_name == family.head_weight and config.tie_word_embeddings:
             continue
         if suffix == "weight" and name in packed:
             stored = packed[name]
         else:
             used = kind if tensor.ndim > 1 else "F32"
             stored = Stored(gguf.quants.quantize(tensor.float().numpy(), gguf.GGMLQuantizationType[used]), used)
-        turned = heads.get(name.rpartition(".")[2]) if architecture == "llama" else None
-        if turned is not None:
-            stored = stored._replace(data=stored.data[neighbours(len(stored.data), turned)])
+        if name in heads:
+            stored = stored._replace(data=stored.data[neighbours(len(stored.data), heads[name])])
         yield f"{names.get_name(name)}.{suffix}", stored
 
 
@@ -166,14 +168,14 @@ def neighbours(rows: int, heads: int) -> np.ndarray:
 
 def packed_linears(model: PreTrainedModel) -> dict[str, Stored]:
     """The weights that blocks hold without rounding, by the name of their linear."""
-    found = {}
-    for index, block in enumerate(layers.blocks(model)):
-        for name, linear in layers.replaceable_modules(block).items():
-            if isinstance(linear, layers.QuantizedLinear):
+    packed = {}
+    for index, block in enumerate(blocks(model)):
+        for name, linear in modules.replaceable_modules(block).items():
+            if isinstance(linear, modules.QuantizedLinear):
                 stored = in_blocks(linear.weight, linear.weight_scale)
                 if stored is not None:
-                    found[f"model.layers.{index}.{name}"] = stored
-    return found
+                    packed[architecture_of(model).full_name(index, name)] = stored
+    return packed
 
 
 @torch.no_grad()

@@ -16,48 +16,24 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from itertools import pairwise, permutations
+from collections.abc import Iterable
+from itertools import permutations
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 from unicodedata import normalize
 
-from coppice.data.text import load_tokenizer, optional_json
+from coppice.data.tokenizer import load_tokenizer, optional_json
 from coppice.errors import UserError
+from coppice.export.gguf_vocabulary import BYTES, FAMILIES, SPACE, SPECIAL, Vocabulary, read_back, tokenize
 
 if TYPE_CHECKING:
-    from gguf import GGUFWriter
     from tokenizers import Tokenizer
 
-SPECIAL = ("bos", "eos", "unk", "pad")
-SPACE = "▁"
-BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 CONVERTER = "export it to dense and convert that with convert_hf_to_gguf.py of llama.cpp"
 
-WHOLE = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
-WORDS = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
-DIGITS = {"type": "Digits", "individual_digits": True}
-LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
-REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-
-
-def isolated(pattern: str) -> dict[str, Any]:
-    """A step that cuts every match out."""
-    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
-
-
-# Steps of the pre-tokenizer, and whether a piece that is a token stays whole, under the name that has llama.cpp do so
-# (src/llama-vocab.cpp). Names whose pattern only comes near their tokenizer's there, such as tekken, are left out.
-FAMILIES: dict[str, tuple[list[dict[str, Any]], bool]] = {
-    "gpt-2": ([WORDS], False),
-    "smollm": ([DIGITS, WORDS], False),
-    "qwen2": ([isolated(LETTERS + r"\p{N}" + REST), WHOLE], False),
-    "llama-bpe": ([isolated(LETTERS + r"\p{N}{1,3}" + REST), WHOLE], True),
-    "smaug-bpe": ([isolated(LETTERS + r"\p{N}{1,3}" + REST), WHOLE], False),
-}
 # Normalizer and pre-tokenizer of the second kind, and whether a space is put before each stretch of text.
 REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
-SPACES = (
+SPACES: tuple[tuple[list[dict[str, Any]], list[dict[str, Any]], bool], ...] = (
     ([{"type": "Prepend", "prepend": SPACE}, REPLACE], [], True),
     ([REPLACE], [], False),
     ([], [{"type": "Metaspace", "replacement": SPACE, "prepend_scheme": "never", "split": False}], False),
@@ -76,7 +52,7 @@ CONTROLS = {
     "<|plamo:file_separator|>",
 }  # fmt: skip
 COMPOSED = "llama.cpp does not bring text to the form NFC, as the node's tokenizer does: pass it text in that form."
-# What the check tokenizes, beside every special token within words.
+# What the check tokenizes, next to every special token within words.
 SAMPLES = (
     "Hello, world! It's the dog's; they'LL say we've 3 cats.",
     "0 12 345 6789 1234567890 3.14e-10 ½ ² Ⅷ ٣٤",
@@ -86,23 +62,6 @@ SAMPLES = (
     "😀👩\u200d👩\u200d👧 e\u0323\u030a zͤ \U0001f1e9\U0001f1ea \ufffd \U0010fffd",
     "def f(x): return {'a': [1, 2]}  # ---- ==== //// .... \\n <|x|> <0x41> ▁▁",
 )
-
-
-class Vocabulary(NamedTuple):
-    """What the file says of the tokenizer. tokens, types: one for each row of the model's embedding; ids, adds: of the
-    special tokens, and whether a text gets them, by short name; merges are there for `gpt2`, scores and prefix (whether
-    a space is put before each stretch of text) for `llama`."""
-
-    model: str
-    pre: str
-    tokens: list[str]
-    types: list[int]
-    ids: dict[str, int]
-    adds: dict[str, bool]
-    template: str | None
-    merges: list[str] | None = None
-    scores: list[float] | None = None
-    prefix: bool | None = None
 
 
 def read(folder: Path, size: int) -> tuple[Vocabulary | None, tuple[str, ...]]:
@@ -115,7 +74,7 @@ def read(folder: Path, size: int) -> tuple[Vocabulary | None, tuple[str, ...]]:
     definition = json.loads(tokenizer.to_str())
     ids, model = special_ids(folder, tokenizer, size), definition["model"]
     known = tokenizer.get_vocab(with_added_tokens=True)
-    tokens, types = listed(definition, known, size)
+    tokens, types = token_list(definition, known, size)
     reason = (
         reason_against_model(model)
         or reason_against_list(known, tokens)
@@ -130,18 +89,20 @@ def read(folder: Path, size: int) -> tuple[Vocabulary | None, tuple[str, ...]]:
     )
     if reason is not None:
         return None, (unwritten(reason),)
-    adds = {name: bool(affix) for name, affix in zip(("bos", "eos"), added_around(tokenizer), strict=True)}
+    before, after = added_around(tokenizer) or ([], [])
+    adds = {"bos": bool(before), "eos": bool(after)}
     common = (tokens, types, ids, adds, chat_template(folder))
     if model["byte_fallback"]:
         scores, prefix = scores_of(model, tokens), spaces(definition)
         return Vocabulary("llama", "default", *common, scores=scores, prefix=prefix), ()
     notes = () if definition["normalizer"] is None else (COMPOSED,)
-    return Vocabulary("gpt2", family(definition), *common, merges=written_merges(model)), notes
+    # Where the family is None, there is a reason against the tokenizer.
+    return Vocabulary("gpt2", family(definition) or "", *common, merges=written_merges(model)), notes
 
 
 def unwritten(reason: str) -> str:
     return (
-        f"The file holds no tokenizer, because {reason}. Programs are to pass tokens, of the tokenizer.json beside it; "
+        f"The file holds no tokenizer, because {reason}. Programs must pass tokens, of the tokenizer.json next to it; "
         "llama-server gives embeddings alone without a tokenizer."
     )
 
@@ -268,7 +229,7 @@ def reason_against_ends(ids: dict[str, int], affixes: tuple[list[int], list[int]
     """affixes: ids that the post-processor puts before and after a text."""
     if "eos" not in ids:
         return "it names no token for the end of a text, and llama.cpp would take one of its own choice for it"
-    known = ([[], [ids.get("bos")]], [[], [ids["eos"]]])
+    known: tuple[list[list[int | None]], ...] = ([[], [ids.get("bos")]], [[], [ids["eos"]]])
     if affixes is None or any(affix not in choices for affix, choices in zip(affixes, known, strict=True)):
         return f"its post-processor adds more than the token for the beginning and the one for the end; {CONVERTER}"
     return None
@@ -299,7 +260,7 @@ def special_ids(folder: Path, tokenizer: Tokenizer, size: int) -> dict[str, int]
     return found
 
 
-def listed(definition: dict[str, Any], vocabulary: dict[str, int], size: int) -> tuple[list[str], list[int]]:
+def token_list(definition: dict[str, Any], vocabulary: dict[str, int], size: int) -> tuple[list[str], list[int]]:
     """The texts of `size` tokens and their types; ids without a token are of the type `UNUSED`."""
     from gguf import TokenType
 
@@ -340,28 +301,6 @@ def chat_template(folder: Path) -> str | None:
     return found
 
 
-def write(writer: GGUFWriter, vocabulary: Vocabulary | None) -> None:
-    """Under the names that llama.cpp reads; None says that there is no tokenizer."""
-    if vocabulary is None:
-        writer.add_tokenizer_model("none")
-        return
-    writer.add_tokenizer_model(vocabulary.model)
-    writer.add_tokenizer_pre(vocabulary.pre)
-    writer.add_token_list(vocabulary.tokens)
-    writer.add_token_types(vocabulary.types)
-    if vocabulary.merges is not None:
-        writer.add_token_merges(vocabulary.merges)
-    if vocabulary.scores is not None:
-        writer.add_token_scores(vocabulary.scores)
-        writer.add_add_space_prefix(vocabulary.prefix)
-    for name, index in vocabulary.ids.items():
-        getattr(writer, f"add_{name}_token_id")(index)
-    writer.add_add_bos_token(vocabulary.adds["bos"])
-    writer.add_add_eos_token(vocabulary.adds["eos"])
-    if vocabulary.template is not None:
-        writer.add_chat_template(vocabulary.template)
-
-
 def check(path: Path, vocabulary: Vocabulary, folder: Path) -> None:
     """Reads the file's tokenizer back and compares it: its fields, and the tokens of `SAMPLES` by llama.cpp's rules.
 
@@ -377,108 +316,6 @@ def check(path: Path, vocabulary: Vocabulary, folder: Path) -> None:
     texts = [*SAMPLES, *(f"a {content} b{content}{content}7" for content in special)]
     if isinstance(tokenizer.normalizer, normalizers.NFC):
         texts = [normalize("NFC", text) for text in texts]
-    for text, tokens in zip(texts, tokenized(found, texts), strict=True):
+    for text, tokens in zip(texts, tokenize(found, texts), strict=True):
         if tokens != tokenizer.encode(text).ids:
             raise UserError(f"The tokenizer of {path.name} gives other tokens than the node's for {text!r}.")
-
-
-def read_back(path: Path) -> Vocabulary:
-    """The vocabulary that a GGUF file holds."""
-    from gguf import GGUFReader, Keys
-
-    fields, keys = GGUFReader(path).fields, Keys.Tokenizer
-
-    def value(key: str) -> Any:
-        return fields[key].contents() if key in fields else None
-
-    ids = {
-        name: value(key)
-        for name, key in zip(SPECIAL, (keys.BOS_ID, keys.EOS_ID, keys.UNK_ID, keys.PAD_ID), strict=True)
-    }
-    return Vocabulary(
-        model=value(keys.MODEL),
-        pre=value(keys.PRE),
-        tokens=value(keys.LIST),
-        types=value(keys.TOKEN_TYPE),
-        ids={name: index for name, index in ids.items() if index is not None},
-        adds={"bos": value(keys.ADD_BOS), "eos": value(keys.ADD_EOS)},
-        template=value(keys.CHAT_TEMPLATE),
-        merges=value(keys.MERGES),
-        scores=value(keys.SCORES),
-        prefix=value(keys.ADD_PREFIX),
-    )
-
-
-def tokenized(vocabulary: Vocabulary, texts: Iterable[str]) -> Iterator[list[int]]:
-    """The tokens of each text by the rules of llama.cpp, special ones in it included."""
-    from gguf import TokenType
-
-    found = (TokenType.CONTROL, TokenType.USER_DEFINED, TokenType.UNKNOWN)
-    pairs = enumerate(zip(vocabulary.tokens, vocabulary.types, strict=True))
-    special = {token: index for index, (token, kind) in pairs if kind in found}
-    stretch = by_score(vocabulary) if vocabulary.model == "llama" else by_rank(vocabulary)
-    begin, end = ([vocabulary.ids[name]] if vocabulary.adds[name] else [] for name in ("bos", "eos"))
-    for text in texts:
-        parts = [[part] if isinstance(part, int) else stretch(part) for part in cut(text, special)]
-        yield [*begin, *(token for part in parts for token in part), *end]
-
-
-def cut(text: str, special: dict[str, int]) -> list[str | int]:
-    """A text in stretches, with the ids of the special tokens in it; longer ones are found first."""
-    parts: list[str | int] = [text]
-    for content in sorted((content for content in special if content in text), key=len, reverse=True):
-        cuts = ([part] if isinstance(part, int) else part.split(content) for part in parts)
-        parts = [piece for pieces in cuts for piece in separated(pieces, special[content]) if piece != ""]
-    return parts
-
-
-def separated(pieces: list[Any], between: int) -> Iterator[Any]:
-    """The pieces with a token between each two."""
-    yield pieces[0]
-    for piece in pieces[1:]:
-        yield between
-        yield piece
-
-
-def by_rank(vocabulary: Vocabulary) -> Callable[[str], list[int]]:
-    """How a `gpt2` tokenizes a stretch of text: by its merges, in the pieces of its family's pre-tokenizer."""
-    from tokenizers import Tokenizer
-
-    pieces, whole = FAMILIES[vocabulary.pre]
-    definition = {
-        "version": "1.0",
-        "added_tokens": [],
-        "pre_tokenizer": {
-            "type": "Sequence",
-            "pretokenizers": [step | {"trim_offsets": False} if step in (WORDS, WHOLE) else step for step in pieces],
-        },
-        "model": {
-            "type": "BPE",
-            "vocab": {token: index for index, token in enumerate(vocabulary.tokens)},
-            "merges": [merge.split(" ") for merge in vocabulary.merges],
-            "ignore_merges": whole,
-        },
-    }
-    tokenizer = Tokenizer.from_str(json.dumps(definition))
-    return lambda text: tokenizer.encode(text).ids
-
-
-def by_score(vocabulary: Vocabulary) -> Callable[[str], list[int]]:
-    """How a `llama` does: the leftmost neighbours whose union has the best score become one, till none are a token."""
-    index = {token: place for place, token in enumerate(vocabulary.tokens)}
-
-    def tokens(text: str) -> list[int]:
-        parts = list(((" " if vocabulary.prefix else "") + text).replace(" ", SPACE))
-        while unions := [
-            (-vocabulary.scores[index[one + other]], place)
-            for place, (one, other) in enumerate(pairwise(parts))
-            if one + other in index
-        ]:
-            _, place = min(unions)
-            parts[place : place + 2] = [parts[place] + parts[place + 1]]
-        return [token for part in parts for token in ([index[part]] if part in index else bytes_of(part))]
-
-    def bytes_of(character: str) -> list[int]:
-        return [index[BYTES[byte]] for byte in character.encode()]
-
-    return tokens

@@ -10,7 +10,9 @@ import torch
 
 from coppice import storage
 from coppice.files import read_json
+from coppice.methods.replacements import Replacement, form_of
 from coppice.models.checkpoint import read_manifest, save_checkpoint, stored_dtype
+from coppice.records.compression import Entries, linear_entries, read_compression
 from coppice.records.manifest import Manifest, Provenance
 
 if TYPE_CHECKING:
@@ -19,12 +21,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Node:
-    """A checkpoint's folder and what stands in it: config.json, compression.json and manifest.json."""
+    """A checkpoint's folder with its manifest, its config and, from compression.json, the entries of its linears."""
 
     folder: Path
     manifest: Manifest
     config: dict[str, Any]
-    planned: dict[str, dict[str, Any]]
+    entries: Entries
 
     @property
     def name(self) -> str:
@@ -35,24 +37,25 @@ class Node:
         """In which its floating tensors are stored."""
         return stored_dtype(self.folder)
 
-    def of(self, kind: str) -> list[str]:
-        """The modules of a type of `coppice.layers`, by name."""
-        return [name for name, entry in self.planned.items() if entry["type"] == kind]
+    @property
+    def forms(self) -> dict[str, type[Replacement]]:
+        """What takes the place of each linear, by its name."""
+        return {name: form_of(entry) for name, entry in self.entries.items()}
 
 
 class Written(NamedTuple):
-    """rounded: whether the export's reader multiplies by weights that were rounded to the stored type anew, where the
-    node multiplies by what they stand for; notes: sentences that the user is to read."""
+    """rounded: whether the export's reader multiplies by weights that were rounded to the stored type again, where the
+    node multiplies by what they stand for; notes: sentences for the user."""
 
     rounded: bool
     notes: tuple[str, ...] = ()
 
 
 def read_node(folder: Path) -> Node:
-    """Raises UserError when the folder is no checkpoint."""
+    """Raises UserError when the folder is not a checkpoint."""
     manifest = read_manifest(folder)
-    config, planned = (read_json(storage.ensure_local(folder / name)) for name in ("config.json", "compression.json"))
-    return Node(folder, manifest, config, planned)
+    config = read_json(storage.ensure_local(folder / "config.json"))
+    return Node(folder, manifest, config, linear_entries(read_compression(folder)))
 
 
 def save_for_others(model: PreTrainedModel, node: Node, folder: Path) -> None:

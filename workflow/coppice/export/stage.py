@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tolerance",
         type=float,
         metavar="NATS",
-        help="largest difference of log-probabilities (default: 0.001; 1 where weights are rounded to bfloat16 anew)",
+        help="largest difference of log-probabilities (default: 0.001; 1 where weights are rounded to bfloat16 again)",
     )
 
 
@@ -64,9 +64,9 @@ def source_folder(node: str | None, results: Path | None, model: Path | None) ->
     if model is not None and node is None and results is None:
         return model
     if model is None and node is not None and results is not None:
-        from coppice.report.show import made_node
+        from coppice.report.show import complete_node
 
-        return ResultsLayout(results).checkpoint(made_node(results, node))
+        return ResultsLayout(results).checkpoint(complete_node(results, node))
     raise UserError("Pass a node's name and --results, or --model with the folder of a checkpoint, and not both.")
 
 

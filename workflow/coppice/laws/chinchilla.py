@@ -7,7 +7,7 @@ al., Chinchilla Scaling: A Replication Attempt (arXiv 2404.10102), for the fit o
 
 N: parameters; D: tokens trained on from random weights; L: loss in nats per token; E: the loss that no size and no
 number of tokens removes. What is minimised is the SUM over points of Huber's loss, delta = 1e-3, of the residuals
-ln L' - ln L, over the logarithms of A, B and E. A mean in the place of the sum is so small that a search with usual
+ln L' - ln L, over the logarithms of A, B and E. A mean instead of the sum is so small that a search with the usual
 tolerances ends where it began: the replication's explanation of the published parameters.
 """
 
@@ -21,29 +21,20 @@ import numpy as np
 from pydantic import Field
 
 from coppice.formatting import human_count, join_words, number
-from coppice.laws import Huber, Law, Residuals
-from coppice.laws.fit import (
-    Fit,
-    Form,
-    Objective,
-    Parameter,
-    Parameters,
-    Points,
-    drawn_interval,
-    is_single,
-    points_of,
-    powers_of_a_thousand,
-    without,
-)
-from coppice.laws.held_out import largest, later_tokens, leave_one_out
-from coppice.laws.recoveries import CURVES, RecoveryOptions, recoveries
+from coppice.laws.contracts import Advice, Law, Source, Tables
+from coppice.laws.engine.forms import Form, Objective, Parameter, Parameters, Reduction, without
+from coppice.laws.engine.held_out import HoldOut, largest, later_tokens, leave_one_out
+from coppice.laws.engine.inference import sample_interval
+from coppice.laws.engine.points import Points, is_single, points_from, powers_of_a_thousand
+from coppice.laws.engine.search import Fit
+from coppice.laws.options import Huber, Residuals
+from coppice.laws.points.recoveries import CURVES, RecoveryOptions, join_recoveries
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    import pandas as pd
 
-SOURCE = {
+SOURCE: Source = {
     "title": "Chinchilla Scaling: A Replication Attempt",
     "arxiv": "2404.10102",
     "equation": "L = E + A / N^alpha + B / D^beta",
@@ -112,12 +103,12 @@ _ONE_TOKEN_COUNT = (
     "There is one number of tokens, so B and beta are not identified: {stands} stands for the term of D as well."
 )
 _ONE_RATIO = (
-    "All runs have one ratio of tokens to parameters, so what N does cannot be told from what D does: the term of D is "
+    "All runs have one ratio of tokens to parameters, so the effects of N and D cannot be separated: the term of D is "
     "left out and the term of N stands for both."
 )
 
 
-def reduce(points: Points) -> tuple[dict[str, float], list[str]]:
+def reduce(points: Points) -> Reduction:
     """The nested form that one size, one number of tokens, or one ratio of the two leaves, and why."""
     one_size, one_count, one_ratio = _design(points)
     fixed: dict[str, float] = {}
@@ -144,7 +135,7 @@ def _design(points: Points) -> tuple[bool, bool, bool]:
 FORM = Form(PARAMETERS, predict, reduce, objective=Objective("logarithmic", HUBER), slopes=slopes)
 
 
-def _reduce_without_irreducible_loss(points: Points) -> tuple[dict[str, float], list[str]]:
+def _reduce_without_irreducible_loss(points: Points) -> Reduction:
     """As `reduce`, save that a term which does not vary takes the part of the constant."""
     one_size, one_count, one_ratio = _design(points)
     fixed: dict[str, float] = {"alpha": 0.0} if one_size else {}
@@ -158,7 +149,7 @@ def _tied(parameters: Parameters, points: Points) -> np.ndarray:
     return predict(parameters | {"beta": parameters["alpha"]}, points)
 
 
-def _reduce_tied(points: Points) -> tuple[dict[str, float], list[str]]:
+def _reduce_tied(points: Points) -> Reduction:
     one_size, one_count, one_ratio = _design(points)
     fixed = ({"A": 0.0} if one_size else {}) | ({"B": 0.0} if one_count or one_ratio else {})
     return fixed | ({"alpha": 1.0} if one_size and one_count else {}), []
@@ -170,20 +161,20 @@ RIVALS = {
     "one_exponent": replace(without(FORM, "beta"), predict=_tied, reduce=_reduce_tied),
 }
 
-HELD_OUT = {
+HELD_OUT: dict[str, HoldOut] = {
     "larger_model": partial(largest, column="parameters", name="size"),
     "each_size": partial(leave_one_out, column="parameters", name="size"),
     "later_tokens": later_tokens,
 }
 
 
-def points(tables: dict[str, pd.DataFrame], options: dict[str, Any]) -> Points:
+def points(tables: Tables, options: Options) -> Points:
     """One row a validation loss, after its first tokens, of a run that trained random weights.
 
     A run is a node that `recoveries` chooses. `parameters` [n] are all of the node's, embeddings included, and `tokens`
     [n] those that the run had seen; not yet in units.
     """
-    return points_of(recoveries(tables, options), COLUMNS)
+    return points_from(join_recoveries(tables, options), COLUMNS)
 
 
 scales = partial(powers_of_a_thousand, names=("parameters", "tokens"))
@@ -203,21 +194,19 @@ def compute_optimal(parameters: Parameters, compute: Any) -> tuple[Any, Any]:
     return size, compute / (6 * size)
 
 
-def recommend(
-    fit: Fit, samples: Parameters, points: Points, scales: dict[str, float], options: dict[str, Any]
-) -> tuple[list[dict[str, Any]], list[str]]:
-    """The size and the tokens of least loss for options["compute"] operations, with their intervals over `samples`."""
-    compute = options["compute"]
+def recommend(fit: Fit, samples: Parameters, points: Points, scales: dict[str, float], options: Options) -> Advice:
+    """The size and the tokens of least loss for options.compute operations, with their intervals over `samples`."""
+    compute = options.compute
     if compute is None:
         return [], []
-    lost = [name for name in ("A", "B", "alpha", "beta") if name in fit.unidentified or name in fit.fixed]
+    lost: list[str] = [name for name in ("A", "B", "alpha", "beta") if name in fit.unidentified or name in fit.fixed]
     if lost:
         return [], [f"No compute-optimal size is recommended, since the points do not identify {join_words(lost)}."]
     in_units = compute / (scales["parameters"] * scales["tokens"])
     entry: dict[str, Any] = {"compute": compute}
-    found, drawn = _optimum(fit.parameters, in_units, scales), _optimum(samples, in_units, scales)
-    for name, value in found.items():
-        low, high = drawn_interval(drawn[name])
+    optimum, drawn = _optimum(fit.parameters, in_units, scales), _optimum(samples, in_units, scales)
+    for name, value in optimum.items():
+        low, high = sample_interval(drawn[name])
         entry |= {name: float(value), f"{name}_low": low, f"{name}_high": high}
     entry["note"] = _range_note(entry, points, scales)
     return [entry | {"sentence": _sentence(entry)}], []

@@ -5,8 +5,8 @@ Source: Compression Laws for Large Language Models (arXiv 2504.04342, first vers
     L = L0^alpha (1 + r)^beta (1 + 1 / (D + 1))^gamma
 
 L0: loss of the dense model on the same text; r: part of the parameters removed; D: recovery tokens. The form is as
-others cite it; the paper may print another. Nor is its unit of D known: here D is in millions of tokens, which matters,
-since 1 is added to it. Losses in nats per token.
+others cite it, and the paper may print another. Its unit of D is unknown too: here D is in millions of tokens, which
+matters, since 1 is added to it. Losses in nats per token.
 
 The logarithm of the form is linear in its exponents, so that with logarithmic residuals the fit is ordinary least
 squares of ln L on ln L0, ln(1 + r) and ln(1 + 1 / (D + 1)), without a constant.
@@ -20,10 +20,13 @@ from typing import Literal
 import numpy as np
 from pydantic import Field
 
-from coppice.laws import Law, Residuals, p2
-from coppice.laws.fit import Form, Objective, Parameter, Parameters, Points, is_single, without
-from coppice.laws.held_out import highest_of_each, largest, later_tokens
-from coppice.laws.recoveries import RecoveryOptions
+from coppice.laws import p2
+from coppice.laws.contracts import Law
+from coppice.laws.engine.forms import Form, Objective, Parameter, Parameters, Reduction, without
+from coppice.laws.engine.held_out import highest_of_each, largest, later_tokens
+from coppice.laws.engine.points import Points, is_single
+from coppice.laws.options import Residuals
+from coppice.laws.points.recoveries import RecoveryOptions
 
 MILLION = 1e6
 
@@ -48,14 +51,14 @@ def predict(parameters: Parameters, points: Points) -> np.ndarray:
     )
 
 
-def reduce(points: Points) -> tuple[dict[str, float], list[str]]:
+def reduce(points: Points) -> Reduction:
     """Of the factors that are the same for all points one stands for their product; the others have exponent 0."""
     same = [name for name, what in _constant(points).items() if what]
     notes = [f"There is one {_WHAT[name]}, so {name} is not identified: it is fixed at 0." for name in same[1:]]
     if same:
         notes.insert(
             0,
-            f"There is one {_WHAT[same[0]]}, so {same[0]} tells the size of a constant factor and not how the loss "
+            f"There is one {_WHAT[same[0]]}, so {same[0]} is the size of a constant factor, not how the loss "
             f"changes with the {_WHAT[same[0]]}.",
         )
     return dict.fromkeys(same[1:], 0.0), notes

@@ -17,19 +17,22 @@ as much as those that hold all. All parameters count in N, embeddings too.
 
 from __future__ import annotations
 
-import json
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from pydantic import Field
 
 from coppice.formatting import join_words
-from coppice.laws import Law, LawOptions
-from coppice.laws.fit import Fit, Form, Parameter, Parameters, Points, drawn_interval, is_single
-from coppice.laws.held_out import largest, leave_one_out, lowest_of_each
+from coppice.laws.contracts import Advice, Law, Tables
+from coppice.laws.engine.forms import Form, Parameter, Parameters, Reduction
+from coppice.laws.engine.held_out import HoldOut, largest, leave_one_out, lowest_of_each
+from coppice.laws.engine.inference import sample_interval
+from coppice.laws.engine.points import Points, is_single
+from coppice.laws.engine.search import Fit
+from coppice.laws.options import LawOptions
+from coppice.laws.points.quality import LOW_BIT_COMPUTE, METRICS, join_quality, list_steps, parent, step_options, traits
 from coppice.laws.precision import retained
-from coppice.laws.quality import METRICS, measured, path
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -42,7 +45,6 @@ NEGLIGIBLE = 0.95  # of the dense model's bits: what still counts as no change
 HALF = 0.5  # the paper's "more than a factor of two"
 
 DENSE = "dense"
-_INPUT_TRAITS = frozenset({"quantized-activations", "quantized-cache"})
 
 COLUMNS = {
     "run": str,
@@ -64,7 +66,7 @@ class Options(LawOptions):
     """What the law of knowledge is fitted to."""
 
     evaluation: str | None = Field(
-        default=None, description="The evaluation that measured; may be left out where one alone asked for knowledge."
+        default=None, description="The evaluation that measured; may be left out where one alone measured knowledge."
     )
     nodes: list[str] | None = Field(
         default=None,
@@ -112,8 +114,8 @@ def knowledge(parameters: Parameters, points: Points) -> np.ndarray:
     return points["world"] * predict(parameters, points)
 
 
-def reduce(points: Points) -> tuple[dict[str, float], list[str]]:
-    """One precision leaves the damage untold, one size p, and nodes that hold all of their world R; the sentences."""
+def reduce(points: Points) -> Reduction:
+    """What one precision, one size, or nodes that hold all of their world do not identify, and the sentences."""
     fixed: dict[str, float] = {}
     notes = []
     if is_single(points["bits"]):
@@ -154,7 +156,7 @@ def _by_size_alone(parameters: Parameters, points: Points) -> np.ndarray:
     return predict(parameters | {"c": 0.0, "p": 0.0, "gamma": 1.0}, points)
 
 
-def _reduce_capacity_by_bits(points: Points) -> tuple[dict[str, float], list[str]]:
+def _reduce_capacity_by_bits(points: Points) -> Reduction:
     return ({"gamma": 0.05} if is_single(points["bits"]) else {}), []
 
 
@@ -170,38 +172,41 @@ RIVALS = {
 }
 
 
-HELD_OUT = {
+HELD_OUT: dict[str, HoldOut] = {
     "another_model": partial(leave_one_out, column="run", name="model"),
     "larger_model": partial(largest, column="parameters", name="size"),
     "fewer_bits": partial(lowest_of_each, column="bits", name="precision", by="run"),
 }
 
 
-def points(tables: dict[str, pd.DataFrame], options: dict[str, Any]) -> Points:
+def points(tables: Tables, options: Options) -> Points:
     """One row a node whose knowledge was measured.
 
     knowledge [n]: K, bits, which is negative for a node that does worse than chance; world [n]: K_max; share [n] =
     K / K_max, 0 for such a node, since what it could hold is not less than nothing; bits [n]: stored per weight of the
-    blocks' linears, scales and zero points included; width [n]: what the quantization was asked for, bits, 0 for a
+    blocks' linears, scales and zero points included; width [n]: the bits requested of the quantization, 0 for a
     dense model. A run is a model: its nodes share their training. Without a measurement of knowledge there is no row.
     """
     if METRIC not in set(tables["metrics"]["metric"]):
         return {name: np.empty(0, kind) for name, kind in COLUMNS.items()}
     nodes = tables["nodes"].set_index("node", drop=False)
-    found, most = (measured(tables, options | {"metric": name}) for name in (METRIC, f"{METRIC}_max"))
-    found = found.merge(most[["node", "value"]].rename(columns={"value": "most"}), on="node").sort_values("node")
-    if options["nodes"] is None:
-        found = found[np.array([_is_stored_shorter(nodes, node) for node in found["node"]], bool)]
-    parameters, stored = (found[name].to_numpy(dtype=float) for name in ("parameters", "stored_bits"))
-    held, world = found["value"].to_numpy(dtype=float) * parameters, found["most"].to_numpy(dtype=float) * parameters
+    measured, most = (
+        join_quality(tables, options.evaluation, name, options.nodes) for name in (METRIC, f"{METRIC}_max")
+    )
+    limits = most[["node", "value"]].rename(columns={"value": "most"})
+    measured = measured.merge(limits, on="node").sort_values("node")
+    if options.nodes is None:
+        measured = measured[np.array([_is_stored_shorter(nodes, node) for node in measured["node"]], bool)]
+    parameters, stored = (measured[name].to_numpy(dtype=float) for name in ("parameters", "stored_bits"))
+    held, world = (measured[name].to_numpy(dtype=float) * parameters for name in ("value", "most"))
     return {
-        "run": found["model"].to_numpy(dtype=str),
-        "node": found["node"].to_numpy(dtype=str),
-        "method": np.array([_method(nodes, node) for node in found["node"]], str),
-        "width": np.array([_width(nodes, node) for node in found["node"]], float),
+        "run": measured["model"].to_numpy(dtype=str),
+        "node": measured["node"].to_numpy(dtype=str),
+        "method": np.array([_method(nodes, node) for node in measured["node"]], str),
+        "width": np.array([_width(nodes, node) for node in measured["node"]], float),
         "parameters": parameters,
         "stored_bits": stored,
-        "bits": (found["linear_bits"] / found["linear_parameters"]).to_numpy(dtype=float),
+        "bits": (measured["linear_bits"] / measured["linear_parameters"]).to_numpy(dtype=float),
         "knowledge": held,
         "world": world,
         "share": np.maximum(held, 0) / world,
@@ -212,18 +217,18 @@ def points(tables: dict[str, pd.DataFrame], options: dict[str, Any]) -> Points:
 
 def _is_stored_shorter(nodes: pd.DataFrame, node: str) -> bool:
     """Whether it is dense, or made by quantizing weights and nothing else."""
-    weights_alone = not set(nodes.at[node, "traits"]) & _INPUT_TRAITS
-    return weights_alone and all(nodes.at[step, "family"] == "quantize" for step in path(nodes, node))
+    weights_alone = not traits(nodes, node) & LOW_BIT_COMPUTE
+    return weights_alone and all(nodes.at[step, "family"] == "quantize" for step in list_steps(nodes, node))
 
 
 def _method(nodes: pd.DataFrame, node: str) -> str:
-    return nodes.at[node, "method"] if path(nodes, node) else DENSE
+    return DENSE if parent(nodes, node) is None else str(nodes.at[node, "method"])
 
 
 def _width(nodes: pd.DataFrame, node: str) -> float:
-    """The bits that the node's step was asked for; 0 for a dense model, and for a step that has no such number."""
-    asked = json.loads(nodes.at[node, "options"]).get("bits") if path(nodes, node) else None
-    return float(asked) if isinstance(asked, int) else 0.0
+    """The bits requested of the node's step; 0 for a dense model, and for a step that has no such number."""
+    bits = step_options(nodes, node).get("bits")
+    return float(bits) if isinstance(bits, int) else 0.0
 
 
 # What the points say by themselves
@@ -236,27 +241,27 @@ def notes(points: Points) -> list[str]:
 
 def _limits(points: Points) -> list[str]:
     by_bit, by_parameter = points["bits_per_stored_bit"], points["bits_per_parameter"]
-    found = []
+    notes = []
     if np.any(by_bit > 1):
         worst = int(np.argmax(by_bit))
-        found.append(
+        notes.append(
             f"{points['node'][worst]} seems to hold {by_bit[worst]:.3g} bits of knowledge for each bit that it stores, "
             "which is impossible: its knowledge, or its stored bits, are measured wrong."
         )
     worse = points["knowledge"] < 0
     if worse.any():
-        found.append(
+        notes.append(
             f"{worse.sum()} of {len(worse)} nodes do worse than one who knows nothing would: they count as holding "
             "nothing."
         )
     above = by_parameter > RULE
     if above.any():
         most = int(np.argmax(by_parameter))
-        found.append(
+        notes.append(
             f"{above.sum()} of {len(above)} nodes hold more than {RULE:g} bits a parameter, the most that the paper "
             f"expects after 1000 exposures, {points['node'][most]} the most ({by_parameter[most]:.3g})."
         )
-    return found
+    return notes
 
 
 def _finding(points: Points, width: int) -> list[str]:
@@ -294,29 +299,27 @@ def _dense(points: Points) -> np.ndarray:
 # Advice
 
 
-def recommend(
-    fit: Fit, samples: Parameters, points: Points, scales: dict[str, float], options: dict[str, Any]
-) -> tuple[list[dict[str, Any]], list[str]]:
-    """For each dense model the stored bits per weight at which it keeps options["keep"] of its knowledge.
+def recommend(fit: Fit, samples: Parameters, points: Points, scales: dict[str, float], options: Options) -> Advice:
+    """For each dense model the stored bits per weight at which it keeps options.keep of its knowledge.
 
     From K(b) = keep K(dense): delta(b) = delta(dense) - ln keep, so b = -gamma ln(delta(b) / (c (K_max / N)^p)).
     """
-    missing = [name for name in ("c", "p", "gamma") if name in fit.fixed or name in fit.unidentified]
+    missing: list[str] = [name for name in ("c", "p", "gamma") if name in fit.fixed or name in fit.unidentified]
     if missing:
         return [], [f"No precision is recommended, since the points do not identify {join_words(missing)}."]
     dense = {name: column[_dense(points)] for name, column in points.items()}
-    bits = _bits_to_keep(fit.parameters, dense, options["keep"])
-    drawn = _bits_to_keep(samples, dense, options["keep"])
+    bits = _bits_to_keep(fit.parameters, dense, options.keep)
+    drawn = _bits_to_keep(samples, dense, options.keep)
     entries = []
     for row, model in enumerate(dense["run"]):
-        low, high = drawn_interval(drawn[:, row])
+        low, high = sample_interval(drawn[:, row])
         between = "" if low is None else f" ({low:.2f} to {high:.2f})"
         entries.append(
             {
-                "sentence": f"{model} keeps {options['keep']:.0%} of its knowledge at {bits[row]:.2f}{between} stored "
+                "sentence": f"{model} keeps {options.keep:.0%} of its knowledge at {bits[row]:.2f}{between} stored "
                 "bits per weight of its linears.",
                 "model": str(model),
-                "keep": options["keep"],
+                "keep": options.keep,
                 "bits": float(bits[row]),
                 "low": low,
                 "high": high,

@@ -5,7 +5,7 @@ Source: P2 Law: Scaling Law for Post-Training After Model Pruning (arXiv 2411.10
     L(N0, D, rho, L0) = L0 + rho^-gamma N0^-delta (N_C / N0^alpha + D_C / D^beta + E)
 
 N0: parameters of the dense model; D: recovery tokens; rho: part of the parameters removed; L0: loss of the dense model
-on the same text; L: loss after D tokens. Losses in nats per token, N0 and D in the units recorded beside the fit.
+on the same text; L: loss after D tokens. Losses in nats per token, N0 and D in the units recorded with the fit.
 N_C, alpha and E enter only through N_C / N0^alpha + E, one number a size, so that they need three sizes.
 """
 
@@ -19,25 +19,17 @@ import numpy as np
 from pydantic import Field
 
 from coppice.formatting import human_count
-from coppice.laws import Law
-from coppice.laws.fit import (
-    Fit,
-    Form,
-    Parameter,
-    Parameters,
-    Points,
-    is_single,
-    points_of,
-    powers_of_a_thousand,
-    without,
-)
-from coppice.laws.held_out import highest_of_each, largest, later_tokens
-from coppice.laws.recoveries import CURVES, RecoveryOptions, recoveries
+from coppice.laws.contracts import Advice, Law, Source, Tables
+from coppice.laws.engine.forms import Form, Parameter, Parameters, Reduction, without
+from coppice.laws.engine.held_out import HoldOut, highest_of_each, largest, later_tokens
+from coppice.laws.engine.points import Points, is_single, points_from, powers_of_a_thousand
+from coppice.laws.engine.search import Fit
+from coppice.laws.points.recoveries import CURVES, RecoveryOptions, join_recoveries
 
 if TYPE_CHECKING:
     import pandas as pd
 
-SOURCE = {
+SOURCE: Source = {
     "title": "P2 Law: Scaling Law for Post-Training After Model Pruning",
     "arxiv": "2411.10272",
     "equation": "L = L0 + rho^-gamma N0^-delta (N_C / N0^alpha + D_C / D^beta + E)",
@@ -102,7 +94,7 @@ def _factor(parameters: Parameters, points: Points) -> np.ndarray:
     return points["rho"] ** -parameters["gamma"] * points["dense_parameters"] ** -parameters["delta"]
 
 
-def reduce(points: Points) -> tuple[dict[str, float], list[str]]:
+def reduce(points: Points) -> Reduction:
     """The nested form that one pruning rate, or one dense size, leaves: what is fixed at which value, and why.
 
     With one rho its factor is absorbed by D_C, E and N_C: gamma = 0. With one N0 its factor is absorbed by D_C and E,
@@ -144,7 +136,7 @@ def _pruned_size(points: Points) -> np.ndarray:
     return (1 - points["rho"]) * points["dense_parameters"]
 
 
-def _reduce_chinchilla(points: Points) -> tuple[dict[str, float], list[str]]:
+def _reduce_chinchilla(points: Points) -> Reduction:
     return ({"A": 0.0, "alpha": 1.0} if is_single(_pruned_size(points)) else {}), []
 
 
@@ -158,22 +150,22 @@ RIVALS = {
     ),
 }
 
-HELD_OUT = {
+HELD_OUT: dict[str, HoldOut] = {
     "later_tokens": later_tokens,
     "larger_model": partial(largest, column="dense_parameters", name="dense size"),
     "higher_ratio": partial(highest_of_each, column="rho", name="pruning rate", by="model"),
 }
 
 
-def points(tables: dict[str, pd.DataFrame], options: dict[str, Any]) -> Points:
+def points(tables: Tables, options: Options) -> Points:
     """The points of the law: the losses of `recoveries` whose parent lost parameters (rho > 0).
 
     dense_parameters and tokens are numbers of parameters and tokens, not yet in units.
     """
-    rows = recoveries(tables, options)
-    rows["rho"] = _removed(rows) if options["ratio"] == "rho_linears" else rows[f"parent.{options['ratio']}"]
+    rows = join_recoveries(tables, options)
+    rows["rho"] = _removed(rows) if options.ratio == "rho_linears" else rows[f"parent.{options.ratio}"]
     rows["dense_parameters"] = rows["dense.parameters"]
-    return points_of(rows[rows["rho"] > 0], COLUMNS)
+    return points_from(rows[rows["rho"] > 0], COLUMNS)
 
 
 def _removed(rows: pd.DataFrame) -> pd.Series:
@@ -196,10 +188,8 @@ def notes(points: Points) -> list[str]:
     ]
 
 
-def recommend(
-    fit: Fit, samples: Parameters, points: Points, scales: dict[str, float], options: dict[str, Any]
-) -> tuple[list[dict[str, Any]], list[str]]:
-    """For each model and rho the tokens D past which another doubling gains less than options["gain"] nats per token.
+def recommend(fit: Fit, samples: Parameters, points: Points, scales: dict[str, float], options: Options) -> Advice:
+    """For each model and rho the tokens D past which another doubling gains less than options.gain nats per token.
 
     gain(D) = rho^-gamma N0^-delta D_C D^-beta (1 - 2^-beta), so D = (gain(1) / gain)^(1 / beta). `samples` are
     bootstrap parameters [k, 1], k = 0 for no interval. A number beyond what a float holds is None.
@@ -212,8 +202,8 @@ def recommend(
         np.column_stack([model, points["rho"]]), axis=0, return_index=True, return_inverse=True
     )
     where = {name: column[first] for name, column in points.items()}
-    tokens = tokens_for_gain(fit.parameters, where, options["gain"]) * scales["tokens"]
-    drawn = tokens_for_gain(samples, where, options["gain"]) * scales["tokens"]
+    tokens = tokens_for_gain(fit.parameters, where, options.gain) * scales["tokens"]
+    drawn = tokens_for_gain(samples, where, options.gain) * scales["tokens"]
     # Interpolation between two infinite draws would be no number.
     low, high = (
         np.quantile(drawn, [0.025, 0.975], axis=0, method="nearest") if len(drawn) else np.full((2, len(cases)), np.nan)
@@ -224,7 +214,7 @@ def recommend(
             "model": str(where["model"][row]),
             "dense_parameters": float(where["dense_parameters"][row] * scales["dense_parameters"]),
             "rho": float(where["rho"][row]),
-            "gain": options["gain"],
+            "gain": options.gain,
             "tokens": _finite(tokens[row]),
             "low": _finite(low[row]),
             "high": _finite(high[row]),

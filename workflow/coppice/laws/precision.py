@@ -8,7 +8,7 @@ Source: Kumar et al., Scaling Laws for Precision (arXiv 2411.04330):
 
 N: parameters; D: tokens of pretraining; P_w, P_a, P_kv: bits of weights, activations and the cache of keys and values
 in training; P_post: bits of a weight after post-training quantization. A study quantizes models that are trained
-already, so its tables tell delta_PTQ alone, and that is the law's form: the loss of a quantized node less that of its
+already, so its tables show delta_PTQ alone, and that is the law's form: the loss of a quantized node less that of its
 dense root. FORM_TRAINING is the whole law, for points of models that were trained at several precisions.
 """
 
@@ -21,15 +21,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from pydantic import Field, PositiveFloat
 
-from coppice.laws import Law, chinchilla
-from coppice.laws.fit import Form, Parameter, Parameters, Points, is_single, powers_of_a_thousand, without
-from coppice.laws.held_out import leave_one_out, lowest_of_each
-from coppice.laws.quality import METRICS, QualityOptions, matches, measured
+from coppice.laws import chinchilla
+from coppice.laws.contracts import Law, Source, Tables
+from coppice.laws.engine.forms import Form, Parameter, Parameters, Reduction, without
+from coppice.laws.engine.held_out import HoldOut, leave_one_out, lowest_of_each
+from coppice.laws.engine.points import Points, is_single, powers_of_a_thousand
+from coppice.laws.points.quality import LOW_BIT_COMPUTE, METRICS, QualityOptions, join_quality, matches
 
 if TYPE_CHECKING:
-    import pandas as pd
+    pass
 
-SOURCE = {
+SOURCE: Source = {
     "title": "Scaling Laws for Precision",
     "arxiv": "2411.04330",
     "equation": "L(quantized) - L(dense) = C_T D^gamma_D / N^gamma_N e^(-P_post / gamma_post)",
@@ -45,13 +47,11 @@ COLUMNS = {
     "degradation": float,
 }
 
-# In the place of an unknown number of pretraining tokens, which points may not lack.
+# Stands in for an unknown number of pretraining tokens, since every point must have one.
 _UNKNOWN_TOKENS = 1.0
 
 # What else could have changed the loss, or where bits are not those of the weights.
-_OTHER_TRAITS = frozenset(
-    {"masked", "factorized", "smaller", "compensated", "quantized-activations", "quantized-cache"}
-)
+_OTHER_TRAITS = frozenset({"masked", "factorized", "smaller", "compensated"}) | LOW_BIT_COMPUTE
 
 
 class Options(QualityOptions):
@@ -91,7 +91,7 @@ def degradation(parameters: Parameters, points: Points, bits: np.ndarray) -> np.
     )
 
 
-def reduce(points: Points) -> tuple[dict[str, float], list[str]]:
+def reduce(points: Points) -> Reduction:
     """The nested form that one size, one bit width, or unknown or dependent pretraining tokens leave, and why."""
     fixed, notes = {}, []
     if is_single(points["parameters"]):
@@ -119,8 +119,8 @@ def _why_without_tokens(points: Points) -> str | None:
         )
     if _follows(tokens, points["parameters"]):
         return (
-            "The pretraining tokens are a power of the size in all models, so gamma_D cannot be told from gamma_N: it "
-            "is fixed at 0 and gamma_N stands for both."
+            "The pretraining tokens are a power of the size in all models, so gamma_D and gamma_N cannot be separated: "
+            "gamma_D is fixed at 0 and gamma_N stands for both."
         )
     return None
 
@@ -136,8 +136,8 @@ def _follows(values: np.ndarray, other: np.ndarray, gap: float = 0.05) -> bool:
 FORM = Form(PARAMETERS, predict, reduce, target="degradation")
 
 
-def _reduce_without_size(points: Points) -> tuple[dict[str, float], list[str]]:
-    """As `reduce`, save that tokens which follow the size tell what the size would."""
+def _reduce_without_size(points: Points) -> Reduction:
+    """As `reduce`, save that tokens which follow the size stand in for it."""
     fixed = {name: value for name, value in reduce(points)[0].items() if name not in ("gamma_D", "gamma_N")}
     return fixed | ({"gamma_D": 0.0} if is_single(points["tokens"]) else {}), []
 
@@ -149,14 +149,14 @@ RIVALS = {
     "bits_alone": without(without(FORM, "gamma_D"), "gamma_N"),
 }
 
-HELD_OUT = {
+HELD_OUT: dict[str, HoldOut] = {
     "another_model": partial(leave_one_out, column="model", name="model"),
     "fewer_bits": partial(lowest_of_each, column="bits", name="bit width", by="model"),
 }
 
 
-def points(tables: dict[str, pd.DataFrame], options: dict[str, Any]) -> Points:
-    """One row a node that options["method"] quantized and that nothing else changed.
+def points(tables: Tables, options: Options) -> Points:
+    """One row a node that options.method quantized and that nothing else changed.
 
     A node that was also pruned, factorized, made smaller, compensated or trained, or that computes with few bits of
     activations or cache, is no point. `bits` [n] are those stored for a weight of the blocks' linears, scales and zero
@@ -165,15 +165,15 @@ def points(tables: dict[str, pd.DataFrame], options: dict[str, Any]) -> Points:
     `degradation` [n] is the node's loss less the dense root's in the same measurement, in nats per token, which noise
     can take below zero; not a number where the root was not measured.
     """
-    found = measured(tables, options | {"nodes": None})
-    losses = found.set_index("node")["value"]
-    quantized = found[
+    measured = join_quality(tables, options.evaluation, options.metric, None)
+    losses = measured.set_index("node")["value"]
+    quantized = measured[
         [
-            row.method == options["method"] and matches(row.node, options["nodes"]) and _is_quantized_alone(row)
-            for row in found.itertuples()
+            row.method == options.method and matches(str(row.node), options.nodes) and _is_quantized_alone(row)
+            for row in measured.itertuples()
         ]
     ].sort_values("node")
-    known = options["pretraining_tokens"]
+    known = options.pretraining_tokens
     models = quantized["model"]
     tokens = models.map(known) if set(models) <= set(known) else [_UNKNOWN_TOKENS] * len(models)
     return {
@@ -232,7 +232,7 @@ def predict_training(parameters: Parameters, points: Points) -> np.ndarray:
     ) + degradation(parameters, points, points["post_bits"])
 
 
-def reduce_training(points: Points) -> tuple[dict[str, float], list[str]]:
+def reduce_training(points: Points) -> Reduction:
     """The nested form that one precision of a kind of tensor leaves, and why."""
     fixed, notes = {}, []
     for name, column in PRECISIONS.items():

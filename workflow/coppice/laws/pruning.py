@@ -12,21 +12,24 @@ level of chance: it falls to 0 at r = 1, where an accuracy does not.
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from pydantic import Field
 
 from coppice.formatting import join_words, number
-from coppice.laws import Law
-from coppice.laws.fit import Fit, Form, Parameter, Parameters, Points, drawn_interval, is_single
-from coppice.laws.held_out import highest_of_each, leave_one_out
-from coppice.laws.quality import METRICS, QualityOptions, choice, matches, measured, path
+from coppice.laws.contracts import Advice, Law, Tables
+from coppice.laws.engine.forms import Form, Parameter, Parameters, Reduction
+from coppice.laws.engine.held_out import highest_of_each, leave_one_out
+from coppice.laws.engine.inference import sample_interval
+from coppice.laws.engine.points import Points, is_single
+from coppice.laws.engine.search import Fit
+from coppice.laws.points.quality import METRICS, QualityOptions, choose_metric, join_quality, list_steps, matches
 
 if TYPE_CHECKING:
-    import pandas as pd
+    pass
 
-# Metrics whose score is 1 / loss: `measured` gives the loss of a perplexity.
+# Metrics whose score is 1 / loss: `join_quality` gives the loss of a perplexity.
 _LOSSES = ("perplexity_", "loss_")
 
 
@@ -65,7 +68,7 @@ def predict(parameters: Parameters, points: Points) -> np.ndarray:
     return points["dense_score"] * parameters["P0"] * (1 - points["ratio"]) ** parameters["alpha"]
 
 
-def reduce(points: Points) -> tuple[dict[str, float], list[str]]:
+def reduce(points: Points) -> Reduction:
     """With one ratio P0 absorbs (1 - r)^alpha, so that P0 = 1, the value at which r = 0 gives the dense score."""
     if not is_single(points["ratio"]):
         return {}, []
@@ -103,53 +106,51 @@ RIVALS = {
 }
 
 
-def points(tables: dict[str, pd.DataFrame], options: dict[str, Any]) -> Points:
-    """One row a measured node that lost parameters: all of its steps prune, or options["nodes"] names it.
+def points(tables: Tables, options: Options) -> Points:
+    """One row a measured node that lost parameters: all of its steps prune, or options.nodes names it.
 
     A run is a dense model and a method at several ratios. The score of the dense model is NaN where it was not
-    measured. Raises UserError as `measured` does.
+    measured. Raises UserError as `join_quality` does.
     """
     nodes = tables["nodes"].set_index("node")
     # The dense models are read too, whatever the patterns are.
-    found = measured(tables, options | {"nodes": None}, options["kind"])
-    _, metric = choice(tables["metrics"], options, options["kind"])
-    found["score"] = 1 / found["value"] if metric.startswith(_LOSSES) else found["value"]
-    scores = found.set_index("node")["score"]
-    steps = {node: path(nodes, node) for node in found["node"]}
-    methods = {node: "+".join(nodes.loc[steps[node], "method"]) for node in found["node"]}
+    measured = join_quality(tables, options.evaluation, options.metric, None, options.kind)
+    _, metric = choose_metric(tables["metrics"], options.evaluation, options.metric, options.kind)
+    measured["score"] = 1 / measured["value"] if metric.startswith(_LOSSES) else measured["value"]
+    scores = measured.set_index("node")["score"]
+    steps = {node: list_steps(nodes, node) for node in measured["node"]}
+    methods = {node: "+".join(nodes.loc[steps[node], "method"]) for node in measured["node"]}
 
     def chosen(node: str) -> bool:
-        pruned = options["nodes"] is not None or set(nodes.loc[steps[node], "family"]) == {"prune"}
-        return pruned and matches(node, options["nodes"]) and options["method"] in (None, methods[node])
+        pruned = options.nodes is not None or set(nodes.loc[steps[node], "family"]) == {"prune"}
+        return pruned and matches(node, options.nodes) and options.method in (None, methods[node])
 
-    kept = np.array([bool(steps[node]) and chosen(node) for node in found["node"]], bool)
-    rows = found[kept & (found[options["ratio"]] > 0).to_numpy()]
+    kept = np.array([bool(steps[node]) and chosen(node) for node in measured["node"]], bool)
+    rows = measured[kept & (measured[options.ratio] > 0).to_numpy()]
     method = [methods[node] for node in rows["node"]]
     return {
         "run": np.array([f"{model} {name}" for model, name in zip(rows["model"], method, strict=True)], str),
         "model": rows["model"].to_numpy(dtype=str),
         "method": np.array(method, str),
-        "ratio": rows[options["ratio"]].to_numpy(dtype=float),
+        "ratio": rows[options.ratio].to_numpy(dtype=float),
         "dense_score": scores.reindex(rows["model"]).to_numpy(dtype=float),
         "score": rows["score"].to_numpy(dtype=float),
     }
 
 
-def recommend(
-    fit: Fit, samples: Parameters, points: Points, scales: dict[str, float], options: dict[str, Any]
-) -> tuple[list[dict[str, Any]], list[str]]:
-    """The ratio that leaves the part options["keep"] of the dense score: r = 1 - (keep / P0)^(1 / alpha).
+def recommend(fit: Fit, samples: Parameters, points: Points, scales: dict[str, float], options: Options) -> Advice:
+    """The ratio that leaves the part options.keep of the dense score: r = 1 - (keep / P0)^(1 / alpha).
 
     `samples` are bootstrap parameters [k, 1], k = 0 for no interval.
     """
-    keep = options["keep"]
+    keep = options.keep
     if fit.unidentified:
         return [], [f"No ratio is recommended, since the points do not identify {join_words(fit.unidentified)}."]
     if fit.parameters["alpha"] <= 0 or fit.parameters["P0"] <= keep:
         return [], [f"No ratio is recommended, since the fitted score does not fall to {keep:g} of the dense one."]
     ratio = float(_ratio_that_keeps(fit.parameters, keep))
     drawn = _ratio_that_keeps(samples, keep)
-    low, high = drawn_interval(drawn)
+    low, high = sample_interval(drawn)
     smallest, largest = float(points["ratio"].min()), float(points["ratio"].max())
     between = "" if low is None else f" [{number(low)}, {number(high)}]"
     note = "" if smallest <= ratio <= largest else " This lies outside the ratios measured, so it is an extrapolation."

@@ -12,19 +12,22 @@ the tokens of the recovery, and a_D and b_D say how fast a recovery is, not how 
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from coppice.laws import Law, chinchilla
-from coppice.laws.fit import Form, Parameter, Parameters, Points, is_single, points_of, powers_of_a_thousand
-from coppice.laws.held_out import highest_of_each, largest, later_tokens
-from coppice.laws.recoveries import CURVES, RecoveryOptions, recoveries
+from coppice.laws import chinchilla
+from coppice.laws.contracts import Law, Source, Tables
+from coppice.laws.engine.forms import Form, Parameter, Parameters, Reduction
+from coppice.laws.engine.held_out import HoldOut, highest_of_each, largest, later_tokens
+from coppice.laws.engine.points import Points, is_single, points_from, powers_of_a_thousand
+from coppice.laws.points.quality import LOW_BIT_COMPUTE
+from coppice.laws.points.recoveries import CURVES, RecoveryOptions, join_recoveries
 
 if TYPE_CHECKING:
-    import pandas as pd
+    pass
 
-SOURCE = {
+SOURCE: Source = {
     "title": "Scaling Laws for Sparsely-Connected Foundation Models",
     "arxiv": "2309.08520",
     "equation": "L = (a_S (1 - S)^b_S + c_S) N^-b_N + (a_D / D)^b_D + c",
@@ -33,9 +36,7 @@ SOURCE = {
 COLUMNS = {"run": str, "model": str, "parameters": float, "sparsity": float, "tokens": float, "loss": float}
 
 # What else could have changed the loss, or makes stored parameters no count of connections.
-_OTHER_TRAITS = frozenset(
-    {"factorized", "smaller", "quantized", "compensated", "quantized-activations", "quantized-cache"}
-)
+_OTHER_TRAITS = frozenset({"factorized", "smaller", "quantized", "compensated"}) | LOW_BIT_COMPUTE
 
 
 class Options(RecoveryOptions):
@@ -66,7 +67,7 @@ def predict(parameters: Parameters, points: Points) -> np.ndarray:
     )
 
 
-def reduce(points: Points) -> tuple[dict[str, float], list[str]]:
+def reduce(points: Points) -> Reduction:
     """The nested form that one sparsity, one dense size, one non-zero size, or one number of tokens leaves, and why."""
     fixed: dict[str, float] = {}
     notes = []
@@ -76,8 +77,8 @@ def reduce(points: Points) -> tuple[dict[str, float], list[str]]:
     elif is_single(_dense_parameters(points)):
         fixed |= {"a_S": 0.0, "b_S": 1.0}
         notes.append(
-            "There is one dense size, whose non-zero part alone varies, so what zeros cost cannot be told from what "
-            "size does: a_S is fixed at 0 and the term of N stands for both."
+            "There is one dense size, whose non-zero part alone varies, so the effects of zeros and of size "
+            "cannot be separated: a_S is fixed at 0 and the term of N stands for both."
         )
     if is_single(points["parameters"]):
         fixed |= {"b_N": 1.0, "c_S": 0.0}
@@ -119,29 +120,29 @@ def _higher_sparsity(points: Points) -> np.ndarray | str:
     return highest_of_each(points | {"emptiness": emptiness}, "emptiness", "sparsity level", "model")
 
 
-HELD_OUT = {
+HELD_OUT: dict[str, HoldOut] = {
     "larger_model": _larger_model,
     "higher_sparsity": _higher_sparsity,
     "later_tokens": later_tokens,
 }
 
 
-def points(tables: dict[str, pd.DataFrame], options: dict[str, Any]) -> Points:
+def points(tables: Tables, options: Options) -> Points:
     """One row a validation loss of a recovery of a model with zeros among its weights, or of a dense one (S = 0).
 
     A run is a node that `recoveries` chooses, whose parent is a dense root or masked, and which is not quantized,
     factorized, compensated or smaller. `sparsity` [n] is rho_nonzero, the part of ALL parameters that is zero,
     embeddings included, and `parameters` [n] the rest, so that N / (1 - S) is the dense size; not yet in units.
     """
-    found = recoveries(tables, options)
+    rows = join_recoveries(tables, options)
     chosen = [
         (parent == model or "masked" in before) and not _OTHER_TRAITS & set(after)
         for parent, model, before, after in zip(
-            found["parent"], found["model"], found["parent.traits"], found["traits"], strict=True
+            rows["parent"], rows["model"], rows["parent.traits"], rows["traits"], strict=True
         )
     ]
-    found = found[np.array(chosen, bool)]
-    return points_of(found.assign(parameters=found["nonzero_parameters"], sparsity=found["rho_nonzero"]), COLUMNS)
+    rows = rows[np.array(chosen, bool)]
+    return points_from(rows.assign(parameters=rows["nonzero_parameters"], sparsity=rows["rho_nonzero"]), COLUMNS)
 
 
 LAW = Law(

@@ -11,37 +11,34 @@ once for each task, with its metric. Logarithmic residuals make the fit ordinary
 
 from __future__ import annotations
 
-import json
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 from pydantic import Field
 
-from coppice.errors import UserError
-from coppice.laws import Law, Residuals
-from coppice.laws.fit import (
-    Form,
-    Objective,
-    Parameter,
-    Parameters,
-    Points,
-    is_single,
-    powers_of_a_thousand,
-    select,
-    without,
+from coppice.laws.contracts import Law, Tables
+from coppice.laws.engine.forms import Form, Objective, Parameter, Parameters, Reduction, without
+from coppice.laws.engine.held_out import largest
+from coppice.laws.engine.points import Points, is_single, powers_of_a_thousand, select
+from coppice.laws.options import Residuals
+from coppice.laws.points.multiple_choice import ITEMS, chance_accuracy
+from coppice.laws.points.quality import (
+    LOW_BIT_COMPUTE,
+    METRICS,
+    QualityOptions,
+    choose_metric,
+    join_quality,
+    list_steps,
+    step_options,
+    traits,
 )
-from coppice.laws.held_out import largest
-from coppice.laws.quality import METRICS, QualityOptions, choice, measured, path
 
 if TYPE_CHECKING:
     import pandas as pd
 
 # Where no size is known: log2 of it is 1, so that the factor of C_b is 1 under any exponent.
 _UNKNOWN_SIZE = 2.0
-
-# Nodes that compute with rounded inputs or a rounded cache lose accuracy of which the law knows nothing.
-_OTHER_TRAITS = {"quantized-activations", "quantized-cache"}
 
 
 class Options(QualityOptions):
@@ -94,7 +91,7 @@ def predict(parameters: Parameters, points: Points) -> np.ndarray:
     )
 
 
-def reduce(points: Points) -> tuple[dict[str, float], list[str]]:
+def reduce(points: Points) -> Reduction:
     """A factor that is the same for all points is absorbed by A: its exponent is 0."""
     fixed, notes = {}, []
     for exponent, (column, what) in _FACTORS.items():
@@ -117,31 +114,31 @@ FORM = Form(PARAMETERS, predict, reduce, target="negative_log_accuracy", objecti
 RIVALS = {"without_group": without(FORM, "delta"), "without_size": without(FORM, "alpha")}
 
 
-def points(tables: dict[str, pd.DataFrame], options: dict[str, Any]) -> Points:
+def points(tables: Tables, options: Options) -> Points:
     """One row a measured node whose steps quantize weights, with bits and groups, or prepare for it, and nothing else.
 
     A run is a node. -ln Acc_adj is NaN where the accuracy is not above chance, or is 1; a size is NaN where `Options`
-    leaves the node out for it. Raises UserError as `measured` does, and where the accuracy of chance is not known.
+    leaves the node out for it. Raises UserError as `join_quality` does, and where the accuracy of chance is not known.
     """
     nodes = tables["nodes"].set_index("node")
-    found = measured(tables, options, "accuracy")
-    found["step"] = [_weight_step(nodes, node) for node in found["node"]]
-    rows = found[found["step"].notna()]
+    measured = join_quality(tables, options.evaluation, options.metric, options.nodes, "accuracy")
+    measured["step"] = [_weight_step(nodes, node) for node in measured["node"]]
+    rows = measured[measured["step"].notna()]
     steps = nodes.loc[rows["step"].tolist()]
-    asked = [json.loads(text) for text in steps["options"]]
-    groups = [options["row"] if each["group_size"] == -1 else each["group_size"] for each in asked]
+    chosen = [step_options(nodes, step) for step in rows["step"]]
+    groups = [options.row if each["group_size"] == -1 else each["group_size"] for each in chosen]
     points = {
         "run": rows["node"].to_numpy(dtype=str),
         "model": rows["model"].to_numpy(dtype=str),
         "method": steps["method"].to_numpy(dtype=str),
         "parameters": rows["parameters"].to_numpy(dtype=float),
-        "bits": np.array([each["bits"] for each in asked], float),
-        "calibration_size": _calibration_sizes(steps["calibration"], options["calibration_sizes"]),
+        "bits": np.array([each["bits"] for each in chosen], float),
+        "calibration_size": _calibration_sizes(steps["calibration"], options.calibration_sizes),
         "group_size": np.array(groups, float),
         "negative_log_accuracy": negative_log_accuracy(rows["value"].to_numpy(dtype=float), _chance(tables, options)),
     }
-    of_method = np.array([options["method"] in (None, name) for name in points["method"]], bool)
-    return select(points, of_method & (points["bits"] >= options["fewest_bits"]))
+    of_method = np.array([options.method in (None, name) for name in points["method"]], bool)
+    return select(points, of_method & (points["bits"] >= options.fewest_bits))
 
 
 def negative_log_accuracy(accuracy: np.ndarray, chance: float) -> np.ndarray:
@@ -152,11 +149,11 @@ def negative_log_accuracy(accuracy: np.ndarray, chance: float) -> np.ndarray:
 
 def _weight_step(nodes: pd.DataFrame, node: str) -> str | None:
     """The last step of the node's path that quantized weights by bits and groups; None where the law says nothing."""
-    steps = path(nodes, node)
-    if set(nodes.loc[steps, "family"]) != {"quantize"} or _OTHER_TRAITS & set(nodes.at[node, "traits"]):
+    steps = list_steps(nodes, node)
+    if set(nodes.loc[steps, "family"]) != {"quantize"} or LOW_BIT_COMPUTE & traits(nodes, node):
         return None
-    found = [step for step in steps if {"bits", "group_size"} <= json.loads(nodes.at[step, "options"]).keys()]
-    return found[-1] if found else None
+    quantized = [step for step in steps if {"bits", "group_size"} <= step_options(nodes, step).keys()]
+    return quantized[-1] if quantized else None
 
 
 def _calibration_sizes(calibrations: pd.Series, sizes: dict[str, float]) -> np.ndarray:
@@ -166,22 +163,15 @@ def _calibration_sizes(calibrations: pd.Series, sizes: dict[str, float]) -> np.n
     return np.array([sizes.get(name, np.nan) for name in calibrations], float)
 
 
-def _chance(tables: dict[str, pd.DataFrame], options: dict[str, Any]) -> float:
+def _chance(tables: Tables, options: Options) -> float:
     """The accuracy of guessing: the option, or the mean over the items of the task of 1 / number of choices."""
-    if options["chance"] is not None:
-        return options["chance"]
-    evaluation, metric = choice(tables["metrics"], options, "accuracy")
+    if options.chance is not None:
+        return options.chance
+    evaluation, metric = choose_metric(tables["metrics"], options.evaluation, options.metric, "accuracy")
     items = tables["items"]
     tasks = items.loc[items["evaluation"] == evaluation, "task"].unique()
     task = max((task for task in tasks if metric.startswith(f"{task}_")), key=len, default=None)
-    if task is None:
-        raise UserError(
-            f"The tables hold no items of the metric {metric!r}, so its accuracy of guessing is not known: give it as "
-            "the law's option `chance`."
-        )
-    of_task = items[(items["evaluation"] == evaluation) & (items["task"] == task)]
-    choices = of_task.groupby("item")["choice"].max() + 1
-    return float(np.mean(1 / choices))
+    return chance_accuracy(items, evaluation, task or metric.removesuffix("_acc"))
 
 
 LAW = Law(
@@ -211,7 +201,7 @@ LAW = Law(
     needs={
         "nodes": ("node", "parent", "model", "method", "family", "options", "traits", "calibration", "parameters"),
         "metrics": METRICS,
-        "items": ("evaluation", "task", "item", "choice"),
+        "items": ITEMS,
     },
     points_are="they are the accuracies, above chance and below 1, of nodes whose weights were quantized by bits and "
     "groups, and that were neither pruned nor recovered.",

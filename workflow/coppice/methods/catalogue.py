@@ -33,8 +33,8 @@ def catalogue() -> dict[str, dict]:
             "source": asdict(method.source),
             "options": method.options.model_json_schema(),
             "needs": sorted(method.needs()),
-            "makes": sorted(method.makes),
-            "refuses": dict(method.refuses),
+            "adds_traits": sorted(method.adds_traits),
+            "incompatible_with": dict(method.incompatible_with),
         }
         for name, method in methods().items()
     }

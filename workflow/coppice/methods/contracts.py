@@ -1,51 +1,57 @@
-"""The contracts of methods, and the registry that finds them.
+"""What methods see and return: linears with their statistics, a whole decoder, replacements and removals.
 
-A method is a module (one file under `methods/<family>/`, or one named by another package's entry point
-`coppice.methods`). Its name is its file's name with dashes. It defines
-
-- `SOURCE`: a `Source`, the paper it follows;
-- `Options(MethodOptions)`: its options, validated when the study is loaded;
-- `NEEDS`: what it reads besides the parent, empty when it needs nothing: statistics gathered on the parent ("moments",
-  "blocks", "gradients"), moments gathered behind the blocks already compressed ("behind"), or the calibration windows
-  themselves ("windows"); options whose `needs` names more add to it;
-- `MAKES`: the marks that it leaves on a node ("masked", "factorized", "quantized", "compensated", "smaller",
-  "rotated", "quantized-inputs", "quantized-cache"); where they depend on the parent's or on the options, a function
-  `marks(parent, options) -> marks` beside it says how;
-- `REFUSES`: for each mark of the parent that it cannot work on, the reason as half a sentence;
-
-and the functions of one of these contracts:
-
-- layer method: `compress(linear: Linear, statistics: LinearStatistics | None, options) -> Replacement`, pure, one
-  linear at a time, in the dtype and on the device of `linear.weight`. Two functions may stand beside it:
-  `plan(decoder: Decoder, options) -> dict[name, Any]` decides from the whole model before the walk, and what it returns
-  for a linear reaches `compress` as `linear.plan`;
-  `scales(linears: list[Linear], statistics: LinearStatistics, options) -> Tensor | None` gives factors s [n] for an
-  input that several linears share: their columns are multiplied by s, and whatever makes the input is divided by it,
-  before any of them is compressed;
-- structure method: `choose(structure: Structure, statistics: dict[str, Tensor], options) -> Removal`;
-- rotation: `rotation(width: int, options) -> Tensor`, an orthogonal [width, width] for a space of that width;
-- cache method: `cache(options) -> dict`, how keys and values are kept, as `kv_cache` reads it;
-- training method: `prepare(model, options) -> model` and `finish(model) -> model`; a function
-  `loss(model, tokens, labels, teacher, options) -> Tensor` beside them takes the place of the cross entropy, with the
-  dense root as teacher; a function `tokens(options, parent) -> int` says, from the parent's manifest, on how many
-  tokens to train in the place of `options.tokens`. Under `gpus` the parameters are made anew when the model is divided,
-  without hooks that `prepare` put on them; zeros of masked linears are kept there by the trainer.
+How a method declares itself is in `methods.declaration`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from coppice.methods.replacements import (
+    CUR,
+    Codebook,
+    FlattenQuant,
+    LowRank,
+    LowRankCorrection,
+    Masked,
+    Quantized,
+    QuantizedActivations,
+    Replacement,
+    TensorTrain,
+    Unchanged,
+)
+
+__all__ = [
+    "CUR",
+    "Codebook",
+    "Decoder",
+    "FlattenQuant",
+    "Linear",
+    "LinearStatistics",
+    "LowRank",
+    "LowRankCorrection",
+    "Masked",
+    "Quantized",
+    "QuantizedActivations",
+    "Removal",
+    "Replacement",
+    "Source",
+    "Structure",
+    "TensorTrain",
+    "Unchanged",
+]
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
 
+Role = Literal["q", "k", "v", "o", "gate", "up", "down"]
 KINDS = ("moments", "blocks", "gradients")
-# What a step can read besides kinds of statistics, both made from the calibration windows.
-FROM_WINDOWS = frozenset({"behind", "windows"})
+# What a step can read besides kinds of statistics of its parent: both come from the calibration windows.
+FROM_WINDOWS = frozenset({"sequential_moments", "windows"})
 
 
 @dataclass(frozen=True)
@@ -83,8 +89,9 @@ class Linear:
     is not masked: a method keeps what is pruned at zero. reference: [m, n] what the layer computed before it was
     compressed; given to compensate methods only. storage: the type in which the checkpoint stores the layer's floating
     point numbers, None for the weight's own: codes are computed against scales as they will be read back. name: in
-    full, as `model.layers.0.mlp.up_proj`. plan: what the method's `plan` returned for it. behind: its statistics behind
-    the blocks already compressed, for a method that NEEDS them beside the parent's "moments".
+    full, as `model.layers.0.mlp.up_proj`. role: what it does in its block, None for a factor of a linear. plan: what
+    the method's `plan` returned for it. sequential: its statistics gathered after the blocks already compressed, for a
+    method that needs them as well as the parent's "moments".
     """
 
     weight: Tensor
@@ -92,18 +99,21 @@ class Linear:
     reference: Tensor | None = None
     storage: torch.dtype | None = None
     name: str = ""
+    role: Role | None = None
     plan: Any = None
-    behind: LinearStatistics | None = None
+    sequential: LinearStatistics | None = None
 
 
 class Decoder(Protocol):
     """A whole decoder and the calibration windows, as the `plan` of a method sees them.
 
     Linears are named in full and come in the model's order, those that the options leave out not among them. Losses are
-    means over predicted tokens, in nats, in the dtype of the model, and can be differentiated.
+    means over predicted tokens, in nats, in the dtype of the model, and can be differentiated. paths: how the names of
+    linears end by their roles, before the names of their factors.
     """
 
     names: list[str]
+    paths: Mapping[Role, str]
     windows: int
     head_dim: int
     seed: int
@@ -111,10 +121,10 @@ class Decoder(Protocol):
     def linear(self, name: str) -> Linear: ...
 
     def statistics(self, name: str) -> LinearStatistics:
-        """The parent's moments; for a method that NEEDS them."""
+        """The parent's moments; for a method that needs them."""
 
     def gathered(self, kind: str) -> dict[str, Tensor]:
-        """The tensors of another kind of statistics; for a method that NEEDS it."""
+        """The tensors of another kind of statistics; for a method that needs it."""
 
     def logits(self, window: int, outputs: Callable[[str, Tensor], Tensor] | None = None) -> Tensor:
         """[t - 1, vocabulary] of a window. outputs(name, y) -> what takes the place of the output y [t, m]."""
@@ -129,125 +139,6 @@ class Decoder(Protocol):
 
     def gradients(self, batch: int = 1) -> Iterator[dict[str, Tensor]]:
         """For each `batch` consecutive windows, the gradient of their mean loss by each linear's weight [m, n]."""
-
-
-@dataclass(frozen=True)
-class Replacement:
-    """What a layer method puts in a linear's place, and the record of how (numbers that go into the manifest)."""
-
-    record: dict[str, Any] = field(default_factory=dict, kw_only=True)
-
-
-@dataclass(frozen=True)
-class Unchanged(Replacement):
-    """The linear stays as it is; record["unchanged"] is a sentence that says why."""
-
-
-@dataclass(frozen=True)
-class Masked(Replacement):
-    """weight: [m, n] with exact zeros where mask ([m, n] bool, True = kept) is False."""
-
-    weight: Tensor
-    mask: Tensor
-
-
-@dataclass(frozen=True)
-class Codebook(Replacement):
-    """w = absmax[block] table[code], over the weights of the inputs that are not outliers, row after row in blocks.
-
-    codes: [m, n - p] int32 in 0 .. 2^bits - 1; table: [2^bits] values in [-1, 1]; absmax: one for each `block`
-    consecutive codes of the flattened matrix (the last block may be shorter); outliers: [p] int64 inputs, in increasing
-    order, whose columns `outlier_weight` [m, p] are stored as they are. transposed: what is described is W^T.
-    """
-
-    codes: Tensor
-    table: Tensor
-    absmax: Tensor
-    block: int
-    bits: int
-    outliers: Tensor | None = None
-    outlier_weight: Tensor | None = None
-    transposed: bool = False
-
-
-@dataclass(frozen=True)
-class LowRank(Replacement):
-    """y = second (first x): first [k, n], second [m, k]. The bias stays on the output."""
-
-    first: Tensor | Codebook
-    second: Tensor | Codebook
-
-
-@dataclass(frozen=True)
-class CUR(Replacement):
-    """y = columns (link (rows x)): rows [r, n] and columns [m, r] of the weight, link [r, r]."""
-
-    rows: Tensor
-    link: Tensor
-    columns: Tensor
-
-
-@dataclass(frozen=True)
-class TensorTrain(Replacement):
-    """A matrix product operator of K sites: cores[k] is [bond k-1, o_k, i_k, bond k], the outer bonds are 1.
-
-    w[(o_1 .. o_K), (i_1 .. i_K)] = cores[0][0, o_1, i_1, :] cores[1][:, o_2, i_2, :] .. cores[K-1][:, o_K, i_K, 0].
-    """
-
-    cores: tuple[Tensor, ...]
-
-
-@dataclass(frozen=True)
-class Quantized(Replacement):
-    """w[i, j] = scale[i, g] * (codes[i, j] - zero_point[i, g]) with g = group_index[j].
-
-    codes: [m, n] int32; symmetric: -2^(bits-1) .. 2^(bits-1)-1 with zero_point 0; asymmetric: 0 .. 2^bits-1.
-    scale, zero_point: [m, groups] (zero_point int32); group_index: [n] int32, j // group_size unless activation order
-    with dynamic groups permuted it.
-    """
-
-    codes: Tensor
-    scale: Tensor
-    zero_point: Tensor
-    group_index: Tensor
-    bits: int
-    group_size: int
-    symmetric: bool
-
-
-@dataclass(frozen=True)
-class FlattenQuant(Replacement):
-    """Weights and inputs on one symmetric grid each for the whole tensor, their large channels split into pieces.
-
-    Expanded column c comes from input source[c] (int64 [n']), of which it sees piece piece[c] = 0, 1, ..:
-    clip(|x| - piece T, 0, T) with the sign of x, the last piece of an input without its upper bound; piece -1 sees x
-    whole. w[i, j] = scale * sum of codes[i, c] over the columns of a piece. codes: [m, n'] int32 in -(2^(bits-1) - 1)
-    .. 2^(bits-1) - 1; scale: [1]; threshold T. Inputs are rounded to T / (2^(bits-1) - 1) and saturate at T.
-    """
-
-    codes: Tensor
-    scale: Tensor
-    source: Tensor
-    piece: Tensor
-    threshold: float
-    bits: int
-
-
-@dataclass(frozen=True)
-class QuantizedActivations(Replacement):
-    """The linear stays; its inputs are rounded token by token to `bits` (`layers.round_tokens`)."""
-
-    bits: int
-    symmetric: bool
-    clip: float
-
-
-@dataclass(frozen=True)
-class LowRankCorrection(Replacement):
-    """Added to what the layer computes: y += second (first x): first [r, n], second [m, r]."""
-
-    first: Tensor
-    second: Tensor
 
 
 @dataclass(frozen=True)

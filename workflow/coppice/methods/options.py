@@ -18,31 +18,31 @@ class MethodOptions(BaseModel):
 
     @property
     def needs(self) -> frozenset[str]:
-        """What these options read besides the method's NEEDS."""
+        """What these options read besides the method's `needs`."""
         return frozenset()
 
 
 class LayerOptions(MethodOptions):
     """Options that every layer method has."""
 
-    linears: list[str] | None = Field(
+    target_modules: list[str] | None = Field(
         default=None,
         description="Only the linears with one of these names, as in [q_proj, k_proj]; the others stay as they are. "
         "All of them when left out.",
     )
 
-    propagate: bool = Field(
+    sequential: bool = Field(
         default=False,
         description="Gather statistics block by block behind the blocks already compressed, instead of reading the "
         "parent's.",
     )
 
-    @field_validator("linears")
+    @field_validator("target_modules")
     @classmethod
-    def _names_some(cls, linears: list[str] | None) -> list[str] | None:
-        if linears is not None and not linears:
+    def _names_some(cls, target_modules: list[str] | None) -> list[str] | None:
+        if target_modules is not None and not target_modules:
             raise ValueError("an empty list names no linear: name some, or leave it out for all of them")
-        return linears
+        return target_modules
 
 
 class Allocation(BaseModel):
@@ -134,53 +134,62 @@ _LEVELS: dict[str, Callable[[float], str | None]] = {
 
 
 class RecoverOptions(MethodOptions):
-    """Options that every training method of the family recover has. Tokens, not steps, are the axis of training."""
+    """Options of every training method of the family recover. Training is counted in tokens, not in steps."""
 
-    text: str = Field(description="The text (by name) whose role recovery is trained on.")
-    validation: str = Field(description="The text (by name) whose role validation gives the held-out loss.")
-    tokens: int = Field(ge=1, description="Tokens to train on; the last step is taken whole.")
-    length: int = Field(default=512, ge=2, description="Tokens in a window, of training and of validation.")
-    pack: bool = Field(
-        default=True, description="Fill windows with several documents; false gives each its own, cut or padded."
+    text: str = Field(description="Name of the text to train on; its documents of the role recovery are read.")
+    validation: str = Field(
+        description="Name of the text of the held-out loss; its documents of the role validation are read."
     )
-    validation_windows: int = Field(default=64, ge=1, description="Windows that the held-out loss is measured on.")
-    batch_size: int = Field(default=32, ge=1, description="Windows a step.")
+    tokens: int = Field(ge=1, description="Tokens to train on, rounded up to whole steps.")
+    length: int = Field(default=512, ge=2, description="Tokens in a window, for training and for the held-out loss.")
+    pack: bool = Field(
+        default=True, description="Pack several documents into a window; false: one window per document, cut or padded."
+    )
+    validation_windows: int = Field(default=64, ge=1, description="Number of windows of the held-out loss.")
+    batch_size: int = Field(default=32, ge=1, description="Windows per step.")
     micro_batch_size: int | None = Field(
         default=None,
         ge=1,
-        description="Windows on the device at once, where a step does not fit; a divisor of batch_size.",
+        description="Windows per forward pass on a device (gradient accumulation), where batch_size does not fit in "
+        "its memory; a divisor of batch_size.",
     )
     gpus: int = Field(
         default=1,
         ge=1,
         description="GPUs of one machine that train together: the model and the windows of a step are divided among "
-        "them, and the result is the same up to rounding. batch_size is a multiple of gpus times micro_batch_size.",
+        "them, and the result is the same up to rounding. batch_size must be a multiple of gpus times "
+        "micro_batch_size.",
     )
-    learning_rate: float = Field(default=1e-4, gt=0, description="After warm-up.")
+    learning_rate: float = Field(default=1e-4, gt=0, description="Peak learning rate.")
     schedule: Literal["constant", "cosine"] = Field(
         default="constant",
-        description="Learning rate after warm-up. Under `constant` the loss at a budget of the ladder does not depend "
-        "on how long the run goes on after it; `cosine` falls to zero at the last step.",
+        description="Learning-rate schedule after warm-up. With `constant`, the loss at a budget of the ladder does "
+        "not depend on how long the run continues; `cosine` decays to zero at the last step.",
     )
     warmup: float = Field(
-        default=10, ge=0, description="Linear warm-up: below 1 a share of the steps, otherwise a number of steps."
+        default=10, ge=0, description="Linear warm-up: a fraction of the steps if below 1, otherwise a number of steps."
     )
-    betas: tuple[float, float] = Field(default=(0.9, 0.95), description="AdamW's decay rates of the two moments.")
-    weight_decay: float = Field(default=0.0, ge=0, description="AdamW's decay of matrices; vectors have none.")
-    gradient_clip: float = Field(default=1.0, ge=0, description="Largest norm of the gradient; 0 leaves it alone.")
+    betas: tuple[float, float] = Field(
+        default=(0.9, 0.95), description="Decay rates of AdamW's first and second moments."
+    )
+    weight_decay: float = Field(
+        default=0.0, ge=0, description="Weight decay of matrices; vectors (biases, norms) have none."
+    )
+    gradient_clip: float = Field(default=1.0, ge=0, description="Maximum gradient norm; 0 disables clipping.")
     gradient_checkpointing: bool = Field(
-        default=False, description="Compute activations twice instead of keeping them: less memory, a third more time."
+        default=False, description="Recompute activations in the backward pass: less memory, about a third more time."
     )
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto",
-        description="Of the products; weights are trained in float32. `auto`: bfloat16 where the GPU has it.",
+        description="Autocast dtype; master weights are float32. `auto`: bfloat16 where the GPU supports it, otherwise "
+        "float32.",
     )
     stop_gain: float | None = Field(
         default=None,
         gt=0,
-        description="Nats per token: stop at a budget of the study's ladder where the power law of the held-out losses "
-        "so far says that the rest of the tokens gains at most this. It takes five budgets or more to tell. Null: "
-        "train to the end.",
+        description="Early stopping, in nats per token: stop at a budget of the study's ladder where the power law "
+        "fitted to the held-out losses so far predicts that the remaining tokens gain at most this. Needs five budgets "
+        "or more. Null: train to the end.",
     )
 
     @model_validator(mode="after")
@@ -204,10 +213,10 @@ class RecoverOptions(MethodOptions):
         return self
 
     @model_validator(mode="after")
-    def _losses_that_tell_the_end(self) -> RecoverOptions:
+    def _stop_gain_needs_a_constant_rate(self) -> RecoverOptions:
         if self.stop_gain is not None and self.schedule == "cosine":
             raise ValueError(
-                "stop_gain is set with the schedule 'cosine', along which losses say nothing about the end, where the "
-                "learning rate has fallen; take the schedule 'constant', or leave stop_gain out."
+                "stop_gain is set with the schedule 'cosine', whose losses do not predict the loss at the end, after "
+                "the learning rate has decayed; use the schedule 'constant', or leave stop_gain out."
             )
         return self

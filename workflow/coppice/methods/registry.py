@@ -1,4 +1,8 @@
-"""The registry of methods: the package's own, and those of other packages by entry point."""
+"""The registry of methods: the package's own, and those of other packages by the entry point `coppice.methods`.
+
+A method is one file under `methods/<family>/`; its name is the file's name with dashes. It declares itself as `METHOD`
+(see `methods.declaration`). The module of an entry point has `METHOD` too, and `FAMILY`.
+"""
 
 from __future__ import annotations
 
@@ -8,142 +12,201 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import ValidationError
 
 from coppice.errors import UserError, did_you_mean
-
-if TYPE_CHECKING:
-    pass
-
 from coppice.methods.contracts import Source
+from coppice.methods.declaration import (
+    CacheMethod,
+    Declaration,
+    LayerMethod,
+    Resources,
+    RotationMethod,
+    StructureMethod,
+    TrainingMethod,
+)
 from coppice.methods.options import MethodOptions
 
 FAMILIES = ("prune", "decompose", "quantize", "compensate", "recover")
 
 
-# The function that tells each contract.
-CONTRACTS = {
-    "layer": "compress",
-    "structure": "choose",
-    "rotation": "rotation",
-    "cache": "cache",
-    "training": "prepare",
-}
-
-
 @dataclass(frozen=True)
 class Method:
-    """A registered method: its module and what the registry reads off it."""
+    """A registered method: its name, its family, its declaration and the file that it is in."""
 
     name: str
     family: str
-    module: ModuleType
+    declaration: Declaration
+    file: Path
 
     @property
     def contract(self) -> str:
-        """layer, structure, rotation, cache or training: which functions the module defines."""
-        for contract, function in CONTRACTS.items():
-            if hasattr(self.module, function):
-                return contract
-        raise TypeError(f"Method {self.name!r} ({self.file}) defines none of {', '.join(CONTRACTS.values())}.")
+        """layer, structure, rotation, cache or training."""
+        return self.declaration.contract
 
     @property
-    def file(self) -> Path:
-        return Path(self.module.__file__)
+    def layer(self) -> LayerMethod:
+        """The declaration of a layer method."""
+        assert isinstance(self.declaration, LayerMethod)
+        return self.declaration
+
+    @property
+    def structure(self) -> StructureMethod:
+        """The declaration of a structure method."""
+        assert isinstance(self.declaration, StructureMethod)
+        return self.declaration
+
+    @property
+    def rotation(self) -> RotationMethod:
+        """The declaration of a rotation method."""
+        assert isinstance(self.declaration, RotationMethod)
+        return self.declaration
+
+    @property
+    def cache(self) -> CacheMethod:
+        """The declaration of a cache method."""
+        assert isinstance(self.declaration, CacheMethod)
+        return self.declaration
+
+    @property
+    def training(self) -> TrainingMethod:
+        """The declaration of a training method."""
+        assert isinstance(self.declaration, TrainingMethod)
+        return self.declaration
 
     @property
     def files(self) -> list[Path]:
-        """The method's file and those of the solvers that it rests on: with one of them changed, nodes are outdated."""
+        """The method's file and those of the solvers that it rests on: when one changes, its nodes are outdated."""
         return [self.file, *solver_files(self.file)]
 
     @property
     def source(self) -> Source:
-        return self.module.SOURCE
+        return self.declaration.source
 
     @property
     def options(self) -> type[MethodOptions]:
-        return self.module.Options
+        return self.declaration.options
 
     @property
-    def makes(self) -> frozenset[str]:
-        return self.module.MAKES
+    def adds_traits(self) -> frozenset[str]:
+        return self.declaration.adds_traits
 
     @property
-    def refuses(self) -> Mapping[str, str]:
-        return self.module.REFUSES
+    def incompatible_with(self) -> Mapping[str, str]:
+        return self.declaration.incompatible_with
+
+    @property
+    def resources(self) -> Resources:
+        return self.declaration.resources
 
     def needs(self, options: MethodOptions | None = None) -> frozenset[str]:
         """What the method reads besides the parent, under these options (None: at least)."""
         if options is None:
-            return self.module.NEEDS
-        found = self.module.NEEDS | options.needs
-        if getattr(options, "propagate", False) and "moments" in found:
+            return self.declaration.needs
+        needs = self.declaration.needs | options.needs
+        if getattr(options, "sequential", False) and "moments" in needs:
+            sequential = needs | {"sequential_moments"}
             # What is allocated or planned for the whole model is read from the parent.
-            behind = found | {"behind"}
-            return behind if self.allocates(options) or hasattr(self.module, "plan") else behind - {"moments"}
-        return found
+            whole = self.allocates(options) or self.layer.plan is not None
+            return sequential if whole else sequential - {"moments"}
+        return needs
 
     @staticmethod
     def allocates(options: MethodOptions) -> bool:
-        """Whether a budget is spread unevenly over the linears."""
+        """Whether a target is spread unevenly over the linears."""
         return getattr(options, "allocation", None) is not None and options.allocation.by != "uniform"
 
-    def marks(self, parent: frozenset[str], options: MethodOptions) -> frozenset[str]:
-        """The marks of a node that this method makes: the parent's and MAKES, or what the module's `marks` says."""
-        own = getattr(self.module, "marks", None)
-        return frozenset(own(parent, options)) if own else parent | self.makes
+    def traits(self, parent: frozenset[str], options: MethodOptions) -> frozenset[str]:
+        """The traits of a node that this method makes of a parent with these traits."""
+        if self.declaration.traits is not None:
+            return frozenset(self.declaration.traits(parent, options))
+        return parent | self.adds_traits
+
+    def incompatibility(self, traits: frozenset[str]) -> tuple[str, str] | None:
+        """(trait, reason) of the first trait of a parent that the method cannot work on; None when it can."""
+        for trait in sorted(traits & self.incompatible_with.keys()):
+            return trait, self.incompatible_with[trait]
+        return None
 
     def validated(self, options: Mapping[str, Any]) -> MethodOptions:
         """The options, checked. Raises UserError with every problem in one sentence."""
         try:
             return self.options.model_validate(options)
         except ValidationError as error:
-            found = [f"{'.'.join(map(str, each['loc'])) or 'options'}: {each['msg']}" for each in error.errors()]
-            raise UserError(f"The options of method {self.name!r} are not valid: {'; '.join(found)}.") from None
+            problems = [f"{'.'.join(map(str, each['loc'])) or 'options'}: {each['msg']}" for each in error.errors()]
+            raise UserError(f"The options of method {self.name!r} are not valid: {'; '.join(problems)}.") from None
 
 
 @cache
 def solver_files(file: Path) -> list[Path]:
     """The files under `methods/solvers` that a file imports, and those that they import, sorted."""
-    found: set[Path] = set()
+    files: set[Path] = set()
     waiting = [file]
     while waiting:
         text = waiting.pop().read_text(encoding="utf-8")
         for name in re.findall(r"^\s*from coppice\.methods\.solvers\.(\w+) import", text, re.MULTILINE):
             solver = Path(__file__).parent / "solvers" / f"{name}.py"
-            if solver not in found:
-                found.add(solver)
+            if solver not in files:
+                files.add(solver)
                 waiting.append(solver)
-    return sorted(found)
+    return sorted(files)
 
 
 @cache
 def methods() -> dict[str, Method]:
     """Every registered method by name: the package's own, then those of other packages.
 
-    Raises UserError when two methods share a name.
+    Raises UserError when two methods share a name, or a plug-in's declaration is not one.
     """
-    found: dict[str, Method] = {}
+    registered: dict[str, Method] = {}
     for family in FAMILIES:
         package = import_module(f"coppice.methods.{family}")
         for entry in pkgutil.iter_modules(package.__path__):
             module = import_module(f"{package.__name__}.{entry.name}")
-            _register(found, Method(entry.name.replace("_", "-"), family, module))
+            _register(registered, declared(entry.name.replace("_", "-"), family, module))
     for entry_point in entry_points(group="coppice.methods"):
+        _register(registered, _plug_in(entry_point))
+    return registered
+
+
+def declared(name: str, family: Any, module: ModuleType) -> Method:
+    """The method that a module declares. Raises UserError, naming it, when the module declares none."""
+    file = Path(module.__file__ or "")
+    if family not in FAMILIES:
+        raise UserError(f"Method {name!r} ({file}): FAMILY is {family!r}; it must be one of {', '.join(FAMILIES)}.")
+    declaration = getattr(module, "METHOD", None)
+    if not isinstance(declaration, Declaration):
+        wrong = "is missing" if declaration is None else f"is {declaration!r}"
+        raise UserError(
+            f"Method {name!r} ({file}): METHOD {wrong}; declare the method as METHOD = LayerMethod(...), or as another "
+            "contract of coppice.methods.declaration."
+        )
+    if (declaration.contract == "training") != (family == "recover") and family != "compensate":
+        raise UserError(
+            f"Method {name!r} ({file}): a {type(declaration).__name__} cannot be of the family {family!r}; training "
+            "methods are of the family 'recover', and no others are."
+        )
+    return Method(name, family, declaration, file)
+
+
+def _plug_in(entry_point: EntryPoint) -> Method:
+    """The method of another package. Raises UserError, naming it and its module, for a broken contract."""
+    try:
         module = entry_point.load()
-        _register(found, Method(entry_point.name, module.FAMILY, module))
-    return found
+    except (TypeError, ImportError, AttributeError) as error:
+        raise UserError(f"Method {entry_point.name!r} ({entry_point.value}) cannot be registered: {error}.") from error
+    return declared(entry_point.name, getattr(module, "FAMILY", None), module)
 
 
-def _register(found: dict[str, Method], method: Method) -> None:
-    if method.name in found:
-        raise UserError(f"Two methods are named {method.name!r}: {found[method.name].file} and {method.file}.")
-    found[method.name] = method
+def _register(registered: dict[str, Method], method: Method) -> None:
+    if method.name in registered:
+        raise UserError(f"Two methods are named {method.name!r}: {registered[method.name].file} and {method.file}.")
+    registered[method.name] = method
 
 
 def method(name: str) -> Method:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from coppice.files import FileEntry
-from coppice.models import layers
+from coppice.models import modules
+from coppice.models.architectures.base import architecture_of, blocks
 from coppice.records.manifest import DenseParameters, Parameters, Sizes, StoredBits
 
 if TYPE_CHECKING:
@@ -30,18 +31,19 @@ def sizes(
     """
     linear_weights = linear_zeros = 0
     linear_prefixes = []
-    for name, module in model.model.layers.named_modules():
+    prefix = f"{architecture_of(model).blocks}."
+    for name, module in blocks(model).named_modules():
         if isinstance(module, torch.nn.Linear):
             count = module.in_features * module.out_features
             linear_weights += count
             linear_zeros += int((module.weight == 0).sum())
-            linear_prefixes.append(f"model.layers.{name}.")
-    packed = {name: module for name, module in model.named_modules() if isinstance(module, layers.PACKED)}
+            linear_prefixes.append(f"{prefix}{name}.")
+    packed = {name: module for name, module in model.named_modules() if isinstance(module, modules.PackedForm)}
     packed_weights = sum(module.in_features * module.out_features for module in packed.values())
     # Of a packed linear, all but the bias stands for its weights.
     packed_tensors = {f"{name}.{buffer}" for name, module in packed.items() for buffer, _ in module.named_buffers()}
     total = packed_weights + sum(tensor.numel() for name, tensor in state.items() if name not in packed_tensors)
-    in_blocks = total - sum(tensor.numel() for name, tensor in state.items() if not name.startswith("model.layers."))
+    in_blocks = total - sum(tensor.numel() for name, tensor in state.items() if not name.startswith(prefix))
     bytes_of = {name: tensor.numel() * tensor.element_size() for name, tensor in state.items()}
     linear_bytes = sum(size for name, size in bytes_of.items() if name.startswith(tuple(linear_prefixes)))
     nonzero, stored_bits = total - linear_zeros, 8 * sum(bytes_of.values())

@@ -4,13 +4,12 @@ A folder holds `config.json`, `model*.safetensors`, the tokenizer's files, `comp
 replaced module) and `manifest.json`, written last. A folder without a manifest, or whose files differ from it, is
 refused.
 
-Stock loaders read dense, masked, shorter, narrower and integer-quantized nodes. A node with factors carries, as
-`modeling_coppice.py`, a copy of `layers.py` and a model class, for loaders that are told to trust it.
+Stock loaders read dense, masked, shorter, narrower and integer-quantized nodes. Any other node carries a model class,
+`modeling_coppice.py`, and copies of the modules that it is made of, for loaders that are told to trust it.
 """
 
 from __future__ import annotations
 
-import importlib
 import importlib.metadata
 import platform
 import shutil
@@ -26,32 +25,21 @@ from torch import Tensor
 from coppice import __version__, storage
 from coppice.errors import UserError
 from coppice.files import atomic_directory, describe_files, fingerprint, read_json, write_json
-from coppice.models import layers
-from coppice.records.manifest import DenseParameters, Manifest, Provenance
+from coppice.models import modules
+from coppice.models.modules.kv_cache import install_cache
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
 from coppice.models.accounting import is_weights, peak_memory, sizes
-from coppice.models.stock_formats import CACHE, write_config
+from coppice.models.architectures.base import architecture, architecture_of
+from coppice.models.stock_formats import write_config
+from coppice.records.compression import CACHE, FILE, Entries, linear_entries, read_compression
+from coppice.records.manifest import DenseParameters, Manifest, Provenance
 
-ARCHITECTURES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 PACKAGES = ("torch", "transformers", "safetensors")
-
-
-def architecture(model_type: str) -> tuple[type[PretrainedConfig], type[PreTrainedModel]]:
-    """The config and model classes of a supported architecture. Raises UserError for any other."""
-    if model_type not in ARCHITECTURES:
-        supported = ", ".join(sorted(ARCHITECTURES))
-        raise UserError(f"Architecture {model_type!r} is not supported; supported are {supported}.")
-    name = ARCHITECTURES[model_type]
-    package = f"transformers.models.{model_type}"
-    # The submodules are imported rather than transformers' Auto classes, which cost a second more at every start.
-    config = importlib.import_module(f"{package}.configuration_{model_type}")
-    modeling = importlib.import_module(f"{package}.modeling_{model_type}")
-    return getattr(config, f"{name}Config"), getattr(modeling, f"{name}ForCausalLM")
 
 
 def read_manifest(directory: Path) -> Manifest:
@@ -84,26 +72,28 @@ def load_model(directory: Path, device: str = "cpu", dtype: torch.dtype | None =
     manifest = read_manifest(directory)
     verify_files(directory, manifest)
     config = read_json(directory / "config.json")
-    model = build_model(directory, config, read_json(directory / "compression.json"))
+    model = build_model(directory, config, read_compression(directory))
     load_weights(model, directory, dtype or computing_dtype(directory, device))
     return model.to(device)
 
 
-def build_model(directory: Path, config: dict[str, Any], planned: dict[str, dict[str, Any]]) -> PreTrainedModel:
-    """The model that a config and a plan describe, without values (on the meta device, but for rotary tables)."""
-    config_class, model_class = architecture(config.get("model_type", "none"))
+def build_model(directory: Path, config: dict[str, Any], entries: Entries) -> PreTrainedModel:
+    """The model that a config and the entries of compression.json describe, without values.
+
+    It is on the meta device, but for rotary tables.
+    """
+    family = architecture(config.get("model_type", "none"))
+    config_class, model_class = family.classes()
     # What tells other loaders how to read this folder is no part of the model.
     foreign = ("quantization_config", "auto_map", "compression")
     settings = config_class.from_dict({key: value for key, value in config.items() if key not in foreign})
     settings.name_or_path = str(directory)
     with torch.device("meta"):
         model = model_class(settings)
-    model.model.rotary_emb = type(model.model.rotary_emb)(config=settings)
-    layers.install(model, {name: entry for name, entry in planned.items() if name != CACHE})
-    if CACHE in planned:
-        from coppice.models.kv_cache import install_cache
-
-        install_cache(model, {key: value for key, value in planned[CACHE].items() if key != "type"})
+    model.set_submodule(family.rotary, type(model.get_submodule(family.rotary))(config=settings))
+    modules.install(model, linear_entries(entries))
+    if CACHE in entries:
+        install_cache(model, {key: value for key, value in entries[CACHE].items() if key != "type"})
     return model.eval()
 
 
@@ -112,16 +102,16 @@ def load_weights(model: PreTrainedModel, directory: Path, dtype: torch.dtype | N
 
     Raises UserError that names missing or unexpected keys, wrong shapes, or a broken file.
     """
-    tied = model.config.tie_word_embeddings
+    tied, head = model.config.tie_word_embeddings, architecture_of(model).head_weight
     expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
     if tied:
-        expected.pop("lm_head.weight")
+        expected.pop(head)
     state: dict[str, Tensor] = {}
     for path in weight_files(directory):
         for name, tensor in read_tensors(path).items():
             state[name] = tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
     if tied:
-        state.pop("lm_head.weight", None)
+        state.pop(head, None)
     problems = [f"{name} is missing" for name in expected.keys() - state.keys()]
     problems += [f"{name} is unexpected" for name in state.keys() - expected.keys()]
     problems += [
@@ -176,18 +166,18 @@ def save_checkpoint(
         travels: whether the files go to the store, where one is named; those of an export do not.
     """
     with atomic_directory(directory) as temporary:
-        planned = layers.describe_replacements(model)
+        entries: dict[str, Any] = modules.describe_replacements(model)
         if hasattr(model.model, "cache_settings"):
-            planned[CACHE] = {"type": "Cache", **model.model.cache_settings}
-        tied = model.config.tie_word_embeddings
+            entries[CACHE] = {"type": "Cache", **model.model.cache_settings}
+        tied, head = model.config.tie_word_embeddings, architecture_of(model).head_weight
         state = {
             name: (tensor.to(dtype) if tensor.is_floating_point() else tensor).cpu().contiguous()
             for name, tensor in model.state_dict().items()
-            if not (tied and name == "lm_head.weight")
+            if not (tied and name == head)
         }
         save_torch_state_dict(state, temporary, metadata={"format": "pt"})
-        write_config(model, planned, dtype, temporary)
-        write_json(temporary / "compression.json", planned)
+        write_config(model, entries, dtype, temporary)
+        write_json(temporary / FILE, entries)
         for name in TOKENIZER_FILES:
             if (Path(tokenizer) / name).exists():
                 shutil.copyfile(Path(tokenizer) / name, temporary / name)

@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 
 from coppice.errors import UserError
 from coppice.methods.contracts import Linear, LinearStatistics
-from coppice.models import folding
+from coppice.models.architectures.base import architecture_of, head_dim
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -45,7 +45,7 @@ class WholeDecoder:
         self.model, self.modules, self.seed = model, dict(linears), seed
         self.names = list(linears)
         self.windows = 0 if tokens is None else len(tokens)
-        self.head_dim = folding.head_dim(model)
+        self.head_dim, self.paths = head_dim(model.config), architecture_of(model).linears
         self._as_linear, self._gathered, self._tokens, self._kept = as_linear, gathered, tokens, kept
         # Names come block by block: the last one read serves all of its linears.
         self._read = lru_cache(maxsize=1)(read)
@@ -54,8 +54,8 @@ class WholeDecoder:
         return self._as_linear(name, self.modules[name])
 
     def statistics(self, name: str) -> LinearStatistics:
-        _, _, index, inner = name.split(".", 3)
-        return self._read(int(index))[inner]
+        index, path = architecture_of(self.model).place(name)
+        return self._read(index)[path]
 
     def gathered(self, kind: str) -> dict[str, Tensor]:
         return self._gathered[kind]

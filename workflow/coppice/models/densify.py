@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from coppice.errors import UserError
-from coppice.models import layers
+from coppice.models import modules
+from coppice.models.architectures.base import blocks
 from coppice.records.manifest import Manifest, Provenance
-from coppice.records.renamed import TRAITS, rename_values
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,10 +34,9 @@ def export_dense(directory: Path, output: Path) -> None:
 
 def refuse_rounding(manifest: Manifest, holder: str) -> None:
     """Raises UserError for a node that rounds more than its weights; holder: the form that cannot say so."""
-    traits = rename_values(manifest.traits, TRAITS)
     rounded = {"quantized-activations": "the inputs of its linears", "quantized-cache": "its keys and values"}
     for trait, what in rounded.items():
-        if trait in traits:
+        if trait in manifest.traits:
             raise UserError(
                 f"The node {manifest.node!r} rounds {what} while it runs, which {holder} cannot hold; "
                 "export the node from before that step."
@@ -46,13 +45,13 @@ def refuse_rounding(manifest: Manifest, holder: str) -> None:
 
 @torch.no_grad()
 def densify(model: PreTrainedModel) -> None:
-    """Puts an ordinary linear in the place of every composite and quantized one."""
-    for block in layers.blocks(model):
-        for name, module in layers.replaceable_modules(block).items():
+    """Puts an ordinary linear in the place of every stored form."""
+    for block in blocks(model):
+        for name, module in modules.replaceable_modules(block).items():
             if type(module) is torch.nn.Linear:
-                module.masked = False
+                modules.set_masked(module, False)
                 continue
-            weight = layers.effective_weight(module)
+            weight = modules.effective_weight(module)
             dense = torch.nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
             dense.weight = torch.nn.Parameter(weight)
             if module.bias is not None:

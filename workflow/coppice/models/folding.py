@@ -1,9 +1,9 @@
 """Scaling the inputs of linears without changing what a decoder computes.
 
-An input that a norm or another linear makes can be multiplied by anything that its maker is divided by. For Llama,
-Mistral, Qwen2 and Qwen3, in each block: the norm before attention makes the input of q, k and v; v that of o, once for
-all query heads of a key/value head; the norm before the MLP that of gate and up; up that of down, as the product with
-the gate is taken element by element.
+An input that a norm or another linear produces can be multiplied by anything that its producer is divided by. In each
+block: the norm before attention produces the input of q, k and v; v that of o, once for all query heads of a key/value
+head; the norm before the MLP that of gate and up; up that of down, as the product with the gate is taken element by
+element. Where an architecture has no such norm, the inputs of its readers stay as they are.
 """
 
 from __future__ import annotations
@@ -15,31 +15,20 @@ import torch
 from torch import Tensor, nn
 
 from coppice.methods.contracts import LinearStatistics
+from coppice.models.architectures.base import SharedInput, architecture_of, head_dim
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_MADE_BY = (
-    ("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
-    ("self_attn.v_proj", ("self_attn.o_proj",)),
-    ("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
-    ("mlp.up_proj", ("mlp.down_proj",)),
-)
-
 
 @dataclass(frozen=True)
-class SharedInput:
-    """consumers: names within the block of the linears that share an input; producer: of the module that makes it.
+class ScalableInput(SharedInput):
+    """An input of a block's linears that can be scaled; index: [n] which of the producer's outputs each input is."""
 
-    index: [n] which of the producer's outputs makes each input.
-    """
-
-    producer: str
-    consumers: tuple[str, ...]
     index: Tensor
 
     def pooled(self, scales: Tensor) -> Tensor:
-        """s [n] as the producer can follow it: the geometric mean over the inputs that one of its outputs makes.
+        """s [n] as the producer can follow it: the geometric mean over the inputs that are one of its outputs.
 
         Summed on the processor, where the order of the sums is fixed.
         """
@@ -49,49 +38,46 @@ class SharedInput:
         return torch.exp(sums.index_add(0, self.index, logarithms) / counts)[self.index].to(scales.device)
 
 
-def head_dim(model: PreTrainedModel) -> int:
-    """The width of an attention head."""
-    config = model.config
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+def scalable_inputs(model: PreTrainedModel, block: nn.Module) -> list[ScalableInput]:
+    """The inputs of a block that can be scaled, without those whose producer or consumers are not plain linears."""
+    inputs = []
+    for shared in architecture_of(model).scalable_inputs():
+        producer = block.get_submodule(shared.producer)
+        weight = dict(producer.named_parameters(recurse=False)).get("weight")
+        consumers = [block.get_submodule(name) for name in shared.consumers]
+        plain = [module for module in consumers if type(module) is nn.Linear]
+        if weight is None or not (type(producer) is nn.Linear or weight.ndim == 1):
+            continue
+        if len(plain) == len(consumers):
+            index = _index(len(weight), plain[0].in_features, head_dim(model.config))
+            inputs.append(ScalableInput(shared.producer, shared.consumers, index))
+    return inputs
 
 
-def shared_inputs(block: nn.Module, head_dim: int) -> list[SharedInput]:
-    """The inputs of a block that can be scaled; those whose maker or consumers are no plain linears are left out."""
-    found = []
-    for producer, consumers in _MADE_BY:
-        maker, takers = block.get_submodule(producer), [block.get_submodule(name) for name in consumers]
-        plain = all(type(module) is nn.Linear for module in takers) and (
-            type(maker) is nn.Linear or (not isinstance(maker, nn.Linear) and maker.weight.ndim == 1)
-        )
-        if plain:
-            found.append(SharedInput(producer, consumers, _index(len(maker.weight), takers[0].in_features, head_dim)))
-    return found
-
-
-def _index(made: int, taken: int, head_dim: int) -> Tensor:
-    """[taken] the output that makes each input: the same one, or that of the key/value head that is repeated."""
-    if made == taken:
-        return torch.arange(taken)
-    heads = torch.arange(made // head_dim).repeat_interleave(taken // made)
+def _index(outputs: int, inputs: int, head_dim: int) -> Tensor:
+    """[inputs] the output that each input is: the same one, or that of the key/value head that is repeated."""
+    if outputs == inputs:
+        return torch.arange(inputs)
+    heads = torch.arange(outputs // head_dim).repeat_interleave(inputs // outputs)
     return (heads[:, None] * head_dim + torch.arange(head_dim)).flatten()
 
 
 @torch.no_grad()
-def fold(block: nn.Module, shared: SharedInput, scales: Tensor) -> None:
-    """Divides what makes the input by s [n] and multiplies the columns of what takes it, in place.
+def fold(block: nn.Module, shared: ScalableInput, scales: Tensor) -> None:
+    """Divides the producer's outputs by s [n] and multiplies the consumers' columns by it, in place.
 
-    s is constant over the inputs that one output makes (see `SharedInput.pooled`).
+    s is constant over the inputs that are one output (see `ScalableInput.pooled`).
     """
-    producer = block.get_submodule(shared.producer)
-    made = torch.ones(len(producer.weight), dtype=torch.float64)
-    made[shared.index] = scales.double().cpu()
-    made = made.to(producer.weight.device)
-    rows = made if producer.weight.ndim == 1 else made[:, None]
-    producer.weight.copy_(producer.weight.double() / rows)
-    if getattr(producer, "bias", None) is not None:
-        producer.bias.copy_(producer.bias.double() / made)
+    producer = dict(block.get_submodule(shared.producer).named_parameters())
+    weight, bias = producer["weight"], producer.get("bias")
+    divisors = torch.ones(len(weight), dtype=torch.float64)
+    divisors[shared.index] = scales.double().cpu()
+    divisors = divisors.to(weight.device)
+    weight.copy_(weight.double() / (divisors if weight.ndim == 1 else divisors[:, None]))
+    if bias is not None:
+        bias.copy_(bias.double() / divisors)
     for name in shared.consumers:
-        weight = block.get_submodule(name).weight
+        weight = block.get_parameter(f"{name}.weight")
         weight.copy_(weight.double() * scales.to(weight.device, torch.float64))
 
 

@@ -2,49 +2,62 @@
 
 from __future__ import annotations
 
+import inspect
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers.dynamic_module_utils import get_relative_import_files
 
 from coppice.files import write_json
-from coppice.models import layers
+from coppice.methods.replacements import form_of
+from coppice.models import modules
+from coppice.models.modules.kv_cache import install_cache
+from coppice.records.compression import CACHE, Entries, Entry, linear_entries
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-
-# The name in `compression.json` of what a model does with its keys and values.
-CACHE = "cache"
 # The fields of a linear on a uniform integer grid in `compression.json`.
 GRID_KEYS = {"type", "bits", "group_size", "symmetric"}
+CARRIED = "modeling_coppice"
 
 
-def write_config(model: PreTrainedModel, planned: dict[str, Any], dtype: torch.dtype, directory: Path) -> None:
-    """config.json, with what a stock loader needs to know of packed or factorized linears."""
+def write_config(model: PreTrainedModel, entries: Entries, dtype: torch.dtype, directory: Path) -> None:
+    """config.json, with what a stock loader needs to know of packed or factorized linears.
+
+    entries: of compression.json.
+    """
     config = model.config
     config.dtype = dtype
     config.architectures = [type(model).__name__]
     written = config.to_dict()
     written["dtype"] = str(dtype).removeprefix("torch.")
-    if any(entry["type"] != "Masked" or "rounded_inputs" in entry for entry in planned.values()):
-        grids = quantization_grids(planned)
-        if all(entry.keys() == GRID_KEYS for entry in planned.values()) and stock_loaders_read(grids):
+    linears = linear_entries(entries)
+    if CACHE in entries or not all(is_ordinary(entry) for entry in linears.values()):
+        grids = quantization_grids(linears)
+        if all(entry.keys() == GRID_KEYS for entry in entries.values()) and stock_loaders_read(grids):
             written["quantization_config"] = _compressed_tensors(grids)
         else:
-            written["compression"] = planned
-            written["auto_map"] = {"AutoModelForCausalLM": "modeling_coppice.CompressedForCausalLM"}
-            (directory / "modeling_coppice.py").write_text(_carried_code(type(model).__name__), encoding="utf-8")
+            written["compression"] = entries
+            written["auto_map"] = {"AutoModelForCausalLM": f"{CARRIED}.CompressedForCausalLM"}
+            carry_code(type(model).__name__, linears, directory)
     write_json(directory / "config.json", {k: v for k, v in written.items() if k != "_name_or_path"})
     if model.generation_config is not None:
         model.generation_config.save_pretrained(directory)
 
 
-def quantization_grids(planned: dict[str, Any]) -> dict[tuple[int, int, bool], list[str]]:
-    """(bits, group_size, symmetric) -> the modules on that grid."""
+def is_ordinary(entry: Entry) -> bool:
+    """Whether a linear stays one whose weight and inputs are ordinary numbers, masked or not."""
+    return form_of(entry).keeps_linear and "quantized_activations" not in entry
+
+
+def quantization_grids(entries: Entries) -> dict[tuple[int, int, bool], list[str]]:
+    """(bits, group_size, symmetric) -> the linears that are stored packed on that grid, by name."""
     grids: dict[tuple[int, int, bool], list[str]] = {}
-    for name, entry in planned.items():
-        if entry["type"] == "Quantized":
+    for name, entry in entries.items():
+        if form_of(entry).pack_quantized:
             grids.setdefault((entry["bits"], entry["group_size"], entry["symmetric"]), []).append(name)
     return grids
 
@@ -75,32 +88,36 @@ def _compressed_tensors(grids: dict[tuple[int, int, bool], list[str]]) -> dict[s
     }
 
 
-def _carried_code(model_class: str) -> str:
-    """`layers.py`, `kv_cache.py` and a class that installs what a checkpoint holds, for loaders without Coppice."""
-    directory = Path(layers.__file__).parent
-    cache = (directory / "kv_cache.py").read_text(encoding="utf-8")
-    # One file cannot begin twice: what the second has at its head, the first has imported.
-    for line in ("from __future__ import annotations\n", "from coppice.models.layers import pack, unpack\n"):
-        cache = cache.replace(line, "", 1)
-    return (
-        Path(layers.__file__).read_text(encoding="utf-8")
-        + "\n\n"
-        + cache
-        + f'''
+def carry_code(model_class: str, entries: Entries, directory: Path) -> None:
+    """Writes what loaders without Coppice need to build the model: a class that installs what config.json names, and
+    copies of the files of `coppice.models.modules` that it imports.
 
-from transformers import {model_class} as DenseForCausalLM  # noqa: E402
+    entries: those of linears in compression.json.
+    """
+    kinds = sorted({entry["type"] for entry in entries.values() if not form_of(entry).keeps_linear})
+    # By file and name. Importing a form registers it.
+    imported = [(inspect.getfile(modules.FORMS[kind]), modules.FORMS[kind].__name__) for kind in kinds]
+    imported += [(inspect.getfile(each), each.__name__) for each in (modules.install, install_cache)]
+    for file in {file for used, _ in imported for file in (used, *get_relative_import_files(used))}:
+        shutil.copyfile(file, directory / Path(file).name)
+    imports = "\n".join(f"from .{Path(file).stem} import {name}" for file, name in sorted(imported))
+    code = f'''"""The dense architecture with compressed linears and caches; written by Coppice."""
+
+from transformers import {model_class} as DenseForCausalLM
+
+{imports}
 
 
 class CompressedForCausalLM(DenseForCausalLM):
     """The dense architecture with what config.json names under `compression`: modules in place of its linears, and how
     it keeps keys and values."""
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config):
         super().__init__(config)
-        planned = dict(config.compression)
-        cache = planned.pop("{CACHE}", None)
-        install(self, planned)
+        entries = dict(config.compression)
+        cache = entries.pop("{CACHE}", None)
+        install(self, entries)
         if cache is not None:
             install_cache(self, {{key: value for key, value in cache.items() if key != "type"}})
 '''
-    )
+    (directory / f"{CARRIED}.py").write_text(code, encoding="utf-8")

@@ -1,9 +1,10 @@
 """Structural removal of key/value groups, neurons and blocks, so that stock classes load what is left.
 
-For Llama, Mistral, Qwen2 and Qwen3. d = hidden_size, h = head_dim, r = query heads for each key/value head.
-Key/value group g is key/value head g with its query heads g r .. g r + r - 1 (`repeat_kv` repeats each key/value head
-r times in a row): rows g h .. (g + 1) h of k and v, rows g r h .. (g + 1) r h of q with their biases, and the same
-columns of o. q_norm and k_norm of Qwen3 act within a head and stay. Neuron c: row c of gate and up, column c of down.
+d = hidden_size, h = head_dim, r = query heads for each key/value head. Key/value group g is key/value head g with its
+query heads g r .. g r + r - 1 (`repeat_kv` repeats each key/value head r times in a row): rows g h .. (g + 1) h of k
+and v, rows g r h .. (g + 1) r h of q with their biases, and the same columns of o. Norms of queries and keys that act
+within a head stay. Norms across heads lose the channels of the removed heads, and then take the root mean square of
+those that stay. Neuron c: row c of gate and up, column c of down.
 """
 
 from __future__ import annotations
@@ -13,14 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, MistralConfig, MistralForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from coppice.errors import UserError
 from coppice.methods.contracts import Removal, Structure
-from coppice.models.layers import blocks
-
-# Fields of a Llama's configuration that a Mistral's does not have.
-_LLAMA_ONLY = ("model_type", "architectures", "attention_bias", "mlp_bias", "pretraining_tp")
+from coppice.models.architectures.base import Architecture, Substitute, architecture, architecture_of, blocks, head_dim
 
 
 def structure(model: PreTrainedModel) -> Structure:
@@ -33,22 +31,22 @@ def remove(model: PreTrainedModel, removal: Removal) -> PreTrainedModel:
     """Removes the units from the model in place and returns it, with its configuration as stock classes need it.
 
     Indices, and the entries of `kv_groups` and `neurons`, count the blocks of the model as it comes in.
-    A Llama whose remaining heads do not divide hidden_size, which LlamaConfig refuses, comes back as a Mistral without
-    a window: the same computation on the same weights.
+    A model whose remaining heads do not divide hidden_size comes back as its architecture's substitute, where there is
+    one: the same computation on the same weights.
     Raises ValueError when the removal does not fit the model or leaves blocks of different widths, and UserError when a
-    Llama with biases would have to come back as a Mistral, which has none.
+    model with biases would have to come back as a substitute that has none.
     """
     units = structure(model)
     _check(removal, units)
     kv_groups, neurons = _per_block(removal.kv_groups), _per_block(removal.neurons)
-    becomes_mistral = kv_groups > 0 and _refused_by_llama(model, units.kv_groups - kv_groups)
+    substitute = _substitute(model, units.kv_groups - kv_groups) if kv_groups else None
     if kv_groups:
         _remove_kv_groups(model, removal.kv_groups)
     if neurons:
         _remove_neurons(model, removal.neurons)
     if removal.blocks:
         _remove_blocks(model, removal.blocks)
-    return _as_mistral(model) if becomes_mistral else model
+    return model if substitute is None else _substituted(model, substitute)
 
 
 def achieved(model: PreTrainedModel, removal: Removal) -> dict[str, Any]:
@@ -70,9 +68,9 @@ def achieved(model: PreTrainedModel, removal: Removal) -> dict[str, Any]:
         if index in removal.blocks:
             continue
         if removed["kv_groups"]:
-            parameters += removed["kv_groups"] * _kv_group_parameters(block.self_attn)
+            parameters += removed["kv_groups"] * _kv_group_parameters(model, block)
         if removed["neurons"]:
-            parameters += removed["neurons"] * _neuron_parameters(block.mlp)
+            parameters += removed["neurons"] * _neuron_parameters(architecture_of(model), block)
     return {
         "units": {
             kind: {"removed": number, "of": getattr(units, kind), "share": number / getattr(units, kind)}
@@ -86,16 +84,23 @@ def achieved(model: PreTrainedModel, removal: Removal) -> dict[str, Any]:
     }
 
 
-def _kv_group_parameters(attention: nn.Module) -> int:
-    """2 d h (1 + r), and h for each of its heads whose projection has a bias."""
-    h, r = attention.head_dim, attention.num_key_value_groups
-    rows = _row_parameters(attention.k_proj) + _row_parameters(attention.v_proj)
-    return h * rows + r * h * (_row_parameters(attention.q_proj) + attention.o_proj.out_features)
+def _kv_group_parameters(model: PreTrainedModel, block: nn.Module) -> int:
+    """2 d h (1 + r), and h for each of its heads whose projection has a bias or a norm across heads."""
+    family, h, r = architecture_of(model), head_dim(model.config), _queries_per_group(model)
+    q, k, v, o = family.modules(block, ("q", "k", "v", "o"))
+    norms = h * (1 + r) if family.norms.across_heads else 0
+    return h * (_row_parameters(k) + _row_parameters(v)) + r * h * (_row_parameters(q) + o.out_features) + norms
 
 
-def _neuron_parameters(mlp: nn.Module) -> int:
+def _neuron_parameters(family: Architecture, block: nn.Module) -> int:
     """3 d, and one for each of gate and up that has a bias."""
-    return _row_parameters(mlp.gate_proj) + _row_parameters(mlp.up_proj) + mlp.down_proj.out_features
+    gate, up, down = family.modules(block, ("gate", "up", "down"))
+    return _row_parameters(gate) + _row_parameters(up) + down.out_features
+
+
+def _queries_per_group(model: PreTrainedModel) -> int:
+    """r."""
+    return model.config.num_attention_heads // model.config.num_key_value_heads
 
 
 def _row_parameters(linear: nn.Linear) -> int:
@@ -134,15 +139,18 @@ def _check_indices(what: str, indices: Sequence[int], count: int) -> None:
 
 
 def _remove_kv_groups(model: PreTrainedModel, removed: Sequence[Sequence[int]]) -> None:
+    family, h, r = architecture_of(model), head_dim(model.config), _queries_per_group(model)
     for block, groups in zip(blocks(model), removed, strict=True):
-        attention = block.self_attn
-        h, r = attention.head_dim, attention.num_key_value_groups
-        kept = _kept(attention.k_proj.out_features // h, groups, attention.k_proj.weight.device)
-        key_value, query = _channels(kept, h), _channels(kept, r * h)
-        _keep_rows(attention.k_proj, key_value)
-        _keep_rows(attention.v_proj, key_value)
-        _keep_rows(attention.q_proj, query)
-        _keep_columns(attention.o_proj, query)
+        q, k, v, o = family.modules(block, ("q", "k", "v", "o"))
+        kept = _kept(k.out_features // h, groups, k.weight.device)
+        keys, queries = _channels(kept, h), _channels(kept, r * h)
+        _keep_rows(k, keys)
+        _keep_rows(v, keys)
+        _keep_rows(q, queries)
+        _keep_columns(o, queries)
+        if (norms := family.norms.across_heads) is not None:
+            _keep_weights(block.get_submodule(norms.query), queries)
+            _keep_weights(block.get_submodule(norms.key), keys)
     # Stock classes would otherwise take d / num_attention_heads for it.
     model.config.head_dim = h
     model.config.num_key_value_heads = len(kept)
@@ -150,28 +158,32 @@ def _remove_kv_groups(model: PreTrainedModel, removed: Sequence[Sequence[int]]) 
 
 
 def _remove_neurons(model: PreTrainedModel, removed: Sequence[Sequence[int]]) -> None:
+    family = architecture_of(model)
     for block, neurons in zip(blocks(model), removed, strict=True):
-        mlp = block.mlp
-        kept = _kept(mlp.down_proj.in_features, neurons, mlp.down_proj.weight.device)
-        _keep_rows(mlp.gate_proj, kept)
-        _keep_rows(mlp.up_proj, kept)
-        _keep_columns(mlp.down_proj, kept)
+        gate, up, down = family.modules(block, ("gate", "up", "down"))
+        kept = _kept(down.in_features, neurons, down.weight.device)
+        _keep_rows(gate, kept)
+        _keep_rows(up, kept)
+        _keep_columns(down, kept)
+        mlp: Any = block.get_submodule(family.mlp)
         mlp.intermediate_size = len(kept)
     model.config.intermediate_size = len(kept)
 
 
 def _remove_blocks(model: PreTrainedModel, removed: Sequence[int]) -> None:
-    config = model.config
+    config, family = model.config, architecture_of(model)
     kept = [index for index in range(config.num_hidden_layers) if index not in removed]
-    model.model.layers = nn.ModuleList(blocks(model)[index] for index in kept)
+    model.set_submodule(family.blocks, nn.ModuleList(blocks(model)[index] for index in kept))
     # The cache finds a block's keys and values by this number.
     for index, block in enumerate(blocks(model)):
-        block.self_attn.layer_idx = index
+        attention: Any = block.get_submodule(family.attention)
+        attention.layer_idx = index
     config.num_hidden_layers = len(kept)
-    if getattr(config, "layer_types", None) is not None:
-        config.layer_types = [config.layer_types[index] for index in kept]
-    if hasattr(config, "max_window_layers"):
-        config.max_window_layers = sum(index < config.max_window_layers for index in kept)
+    for name in family.per_block:
+        if (entries := getattr(config, name, None)) is not None:
+            setattr(config, name, [entries[index] for index in kept])
+    for name in family.leading_blocks:
+        setattr(config, name, sum(index < getattr(config, name) for index in kept))
 
 
 def _kept(count: int, removed: Sequence[int], device: torch.device) -> Tensor:
@@ -182,6 +194,10 @@ def _kept(count: int, removed: Sequence[int], device: torch.device) -> Tensor:
 def _channels(units: Tensor, width: int) -> Tensor:
     """[u] units -> [u width] the channels u width .. u width + width - 1 of each."""
     return (units[:, None] * width + torch.arange(width, device=units.device)).flatten()
+
+
+def _keep_weights(norm: nn.Module, channels: Tensor) -> None:
+    norm.weight = _selected(norm.get_parameter("weight"), 0, channels)
 
 
 def _keep_rows(linear: nn.Linear, rows: Tensor) -> None:
@@ -196,35 +212,38 @@ def _keep_columns(linear: nn.Linear, columns: Tensor) -> None:
     linear.in_features = len(columns)
 
 
-def _selected(parameter: nn.Parameter, dimension: int, indices: Tensor) -> nn.Parameter:
+def _selected(parameter: Tensor, dimension: int, indices: Tensor) -> nn.Parameter:
     return nn.Parameter(parameter.detach().index_select(dimension, indices), requires_grad=parameter.requires_grad)
 
 
-def _refused_by_llama(model: PreTrainedModel, kv_groups: int) -> bool:
-    """Whether LlamaConfig refuses that many key/value groups: it wants hidden_size % num_attention_heads == 0."""
-    config = model.config
-    heads = kv_groups * (config.num_attention_heads // config.num_key_value_heads)
-    if not isinstance(config, LlamaConfig) or config.hidden_size % heads == 0:
-        return False
-    if config.attention_bias or config.mlp_bias:
+def _substitute(model: PreTrainedModel, kv_groups: int) -> Substitute | None:
+    """What a model with so many key/value groups comes back as; None where it stays what it is."""
+    config, substitute = model.config, architecture_of(model).substitute
+    heads = kv_groups * _queries_per_group(model)
+    if substitute is None or config.hidden_size % heads == 0:
+        return None
+    if any(getattr(config, name) for name in substitute.biases):
         raise UserError(
-            f"{heads} attention heads would be left, but a Llama with biases can only be saved with a number of heads "
-            f"that divides its hidden_size of {config.hidden_size}; choose a kv_ratio that leaves such a number."
+            f"{heads} attention heads would be left, but a {config.model_type} model with biases can only be saved "
+            f"with a number of heads that divides its hidden_size of {config.hidden_size}; choose a kv_ratio that "
+            "leaves such a number."
         )
-    return True
+    return substitute
 
 
-def _as_mistral(model: PreTrainedModel) -> MistralForCausalLM:
-    fields = {name: value for name, value in model.config.to_dict().items() if name not in _LLAMA_ONLY}
-    config = MistralConfig(**fields | {"sliding_window": None})
+def _substituted(model: PreTrainedModel, substitute: Substitute) -> PreTrainedModel:
+    config_class, model_class = architecture(substitute.model_type).classes()
+    fields = {name: value for name, value in model.config.to_dict().items() if name not in substitute.dropped}
+    config = config_class(**fields | dict(substitute.changed))
     config._attn_implementation = model.config._attn_implementation
     with torch.device("meta"):
-        mistral = MistralForCausalLM(config)
-    # The modules themselves move, so that what is marked on them, and what is tied between them, stays.
+        new = model_class(config)
+    # The modules themselves move, so that what is set on them, and what is tied between them, stays.
     for name, module in list(model.named_modules()):
         own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
         if own:
-            mistral.set_submodule(name, module)
-    mistral.model.rotary_emb.config = config
-    mistral.generation_config = model.generation_config
-    return mistral.train(model.training)
+            new.set_submodule(name, module)
+    rotary: Any = new.get_submodule(architecture_of(new).rotary)
+    rotary.config = config
+    new.generation_config = model.generation_config
+    return new.train(model.training)

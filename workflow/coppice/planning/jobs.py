@@ -1,193 +1,374 @@
-"""The jobs of a study, what each reads, and how many operations it takes.
+"""The job graph of a study: the one list of jobs that Snakemake's rules and `coppice plan` both read.
 
-For P parameters, T tokens and a linear [m, n],
-
-    recovery      6 P T, 2 D T more for a teacher of D parameters, and 2 P T for each held-out loss
-    evaluation    2 P T
-    calibration   2 P T, twice that for second moments, four times for gradients
-    compression   20 m n min(m, n) of every linear where a method solves for it, otherwise 20 m n; and the calibration
-                  again where it is gathered behind the compressed blocks
+A job is what one command does: its outputs, what it reads, the options that its command is given. It follows from the
+study alone; nothing is read from disk. Paths are relative to the study's results folder.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from math import inf
+from os.path import relpath
+from pathlib import Path
+from typing import Any
 
-from coppice.evaluation import roofline
-from coppice.planning import resources
-from coppice.planning.sizes import Size
+from coppice.errors import UserError
+from coppice.files import fingerprint, sha256
+from coppice.laws import registry as laws
+from coppice.methods.registry import Method
+from coppice.models.sources import dense_files, locate
+from coppice.records.layout import TABLES, ResultsLayout
 from coppice.records.node_name import NodeName
 from coppice.study import tree
-from coppice.study.schema import Study
+from coppice.study.schema import FileText, HubModel, Study
 
-RUN_ON_GPUS = ("calibrate", "compress", "recover", "evaluate")
-STAGES = ("study", "root", "tokenize", *RUN_ON_GPUS, "tables", "fit", "report", "track")
-USUAL_WINDOWS = 256  # of a protocol that reads its whole text
-USUAL_QUESTIONS, QUESTION_TOKENS = 1000, 4 * 32  # of a task, over its choices
+LAYOUT = ResultsLayout(Path())
+RUNS_MODELS = ("calibrate", "compress", "recover", "evaluate")
+STAGES = ("study", "root", "tokenize", *RUNS_MODELS, "tables", "fit", "report", "track")
+# What a fit writes next to fit.json: the report and the tracker read all of it.
+FIT_FILES = ("fit.json", "points.parquet", "samples.parquet", "fit.svg")
+REPORT_FILES = ("index.html", "frontier.svg", "curves.svg", "layers.svg")
 
 
-class Job(NamedTuple):
+@dataclass(frozen=True)
+class Job:
     """A job of the workflow.
 
-    name: as its log and benchmark are named; output: its file in the results; after: outputs that it reads; model: the
-    node that it loads, or None; kind: which of the stage's jobs are alike; options: as `needs` reads them; operations:
-    None where the model's size is unknown; disk: bytes that it leaves; alone: whether it takes the whole machine; gpus:
-    how many it asks for where there are any.
+    name: as its log and benchmark are named. outputs: the first is the one that says that the job is done. inputs:
+    outputs of other jobs, by the name that the rule gives them. files: what it reads outside the results. sources:
+    source files of the package on which its result rests. model: the node whose weights it loads, or None. kind: which
+    of the stage's jobs are alike. parameters: what its command is given, by the option's name. options: as
+    `planning.resources` reads them. gpus: how many it asks for where there are any. alone: it takes the whole machine.
     """
 
     stage: str
     name: str
-    output: str
-    after: tuple[str, ...] = ()
+    outputs: tuple[str, ...]
+    inputs: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    files: tuple[str, ...] = ()
+    sources: tuple[Path, ...] = ()
     model: str | None = None
     kind: str = ""
-    options: Mapping[str, Any] = {}
-    operations: float | None = 0.0
-    disk: float = 0.0
-    alone: bool = False
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
     gpus: int = 0
+    alone: bool = False
+
+    @property
+    def output(self) -> str:
+        return self.outputs[0]
+
+    @property
+    def after(self) -> tuple[str, ...]:
+        """All outputs of other jobs that it reads."""
+        return tuple(path for paths in self.inputs.values() for path in paths)
+
+    @property
+    def source_files(self) -> list[str]:
+        """The sources relative to the working directory, so that a project that moves as a whole stays done."""
+        return [relpath(file) for file in self.sources]
+
+    @property
+    def source_hash(self) -> str:
+        """Of the content of its source files and of the files that it reads outside the results."""
+        return fingerprint({file: sha256(Path(file)) for file in (*self.source_files, *self.files)})
 
 
-def jobs(study: Study, sizes: Mapping[str, Size | None]) -> list[Job]:
-    """Every job of the target `all`, those that others read before them."""
-    found = [Job("study", "study", "study.yaml")]
-    uses = tree.token_uses(study)
-    nodes = tree.nodes(study)
-    for model in study.models:
-        operations = 0.0 if sizes[model] else None
-        found.append(
-            Job("root", model, checkpoint(model), model=model, operations=operations, disk=stored(sizes[model]))
+class JobGraph:
+    """The jobs of a study, each built once it is asked for, and all of them in an order in which they can run."""
+
+    def __init__(self, study: Study) -> None:
+        self.study = study
+        self.nodes = tree.nodes(study)
+        self.uses = tree.token_uses(study)
+        self._named: dict[tuple[str, ...], Job] = {}
+
+    @cached_property
+    def jobs(self) -> list[Job]:
+        """Every job of the target `all`; what a job reads comes before it."""
+        nodes = [self.node(name) for name in self.nodes]
+        evaluations = [self.evaluation(node, name) for node, name in self.measured]
+        leaves = [*nodes, *evaluations]
+        read = {path for job in leaves for path in job.after}
+        statistics = [job for job in self._statistics() if job.output in read]
+        read |= {path for job in statistics for path in job.after}
+        tokens = [job for job in self._tokens() if job.output in read]
+        roots = [job for job in nodes if job.stage == "root"]
+        made = [job for job in nodes if job.stage != "root"]
+        fits = [self.fit(law) for law in self.study.laws]
+        # Statistics of a node come after the node, and before what is made from it.
+        placed = sorted([*statistics, *made], key=_depth)
+        gather = [self.tables, *fits, self.report, self.track]
+        return [self.effective_study, *roots, *tokens, *placed, *evaluations, *gather]
+
+    @cached_property
+    def measured(self) -> list[tuple[str, str]]:
+        """(node, evaluation) of every measurement."""
+        return [(node, name) for node in self.nodes for name in tree.evaluations(self.study, node)]
+
+    @cached_property
+    def checkpoints(self) -> tuple[str, ...]:
+        return tuple(str(LAYOUT.manifest(node)) for node in self.nodes)
+
+    @cached_property
+    def metrics(self) -> tuple[str, ...]:
+        return tuple(str(LAYOUT.metrics(node, evaluation)) for node, evaluation in self.measured)
+
+    @cached_property
+    def token_sets(self) -> tuple[str, ...]:
+        """The token sets that the nodes are calibrated, trained and measured on."""
+        sets: set[str] = set()
+        for name, node in self.nodes.items():
+            if node.step and tree.trains(self.study, node.step):
+                sets |= {_tokens(node.model, f"{use}.{node.step}") for use in ("recovery", "validation")}
+            elif node.step and (calibration := tree.calibration(self.study, node.step)):
+                sets.add(_tokens(node.model, f"calibration.{calibration}"))
+            for evaluation in tree.evaluations(self.study, name):
+                sets |= set(self._protocol_tokens(name, evaluation))
+        return tuple(sorted(sets))
+
+    @cached_property
+    def fits(self) -> tuple[str, ...]:
+        return tuple(path for law in self.study.laws for path in _fit_files(law))
+
+    @property
+    def effective_study(self) -> Job:
+        """The study after defaults, as YAML."""
+        return Job("study", "study", (str(LAYOUT.study),))
+
+    def named(self, **wildcards: str) -> Job:
+        """The job by the wildcards of its output in the rules. Raises UserError for a node that is not the study's."""
+        key = tuple(wildcards.values())
+        if key not in self._named:
+            self._named[key] = self._by_wildcards(wildcards)
+        return self._named[key]
+
+    def _by_wildcards(self, wildcards: Mapping[str, str]) -> Job:
+        match wildcards:
+            case {"parent": parent, "part": part}:
+                return self.node(f"{parent}/{part}")
+            case {"node": node, "calibration": calibration, "kind": kind}:
+                return self.calibration(node, calibration, kind)
+            case {"node": node, "evaluation": evaluation}:
+                return self.evaluation(node, evaluation)
+            case {"model": model, "use": use}:
+                return self.tokenization(model, use)
+            case {"law": law}:
+                return self.fit(law)
+        return self.node(wildcards["model"])
+
+    def node(self, name: str) -> Job:
+        """The job that makes a node. Raises UserError for a name that is not a node of the study."""
+        if name not in self.nodes:
+            raise UserError(f"{name} is not a node of the study {self.study.study}; `coppice study` prints its tree.")
+        node = self.nodes[name]
+        if node.step is None:
+            return self._root(node.model)
+        return self._recovery(node) if tree.trains(self.study, node.step) else self._compression(node)
+
+    def _root(self, model: str) -> Job:
+        source = self.study.models[model]
+        local = () if isinstance(source, HubModel) else map(relpath, dense_files(locate(source.model_dump())))
+        return Job(
+            "root",
+            model,
+            (str(LAYOUT.manifest(model)),),
+            files=tuple(local),
+            model=model,
+            parameters={"source": source.model_dump_json(), "seed": self.study.seed},
         )
-    asked: dict[str, Job] = {}
 
-    def windows(model: str, use: str) -> str:
-        """The output of a tokenization, which is noted as asked for."""
-        output = f"tokens/{model}/{use}/manifest.json"
-        asked[output] = Job(
-            "tokenize", f"{model}/{use}", output, (checkpoint(model),), disk=8 * use_tokens(uses[use]), kind=use
+    def tokenization(self, model: str, use: str) -> Job:
+        """The job that cuts a token set. Raises KeyError for a use that the study does not have."""
+        body = self.uses[use]
+        text = self.study.texts[body.text]
+        return Job(
+            "tokenize",
+            f"{model}/{use}",
+            (_tokens(model, use),),
+            {"model": (str(LAYOUT.manifest(model)),)},
+            files=(text.path,) if isinstance(text, FileText) else (),
+            kind=use,
+            parameters={
+                "text": text.model_dump_json(exclude_none=True),
+                "role": body.role,
+                "windows": body.windows or 0,
+                "length": body.length,
+                "packing": [] if body.pack else ["--no-pack"],
+                "seed": self.study.seed,
+            },
         )
-        return output
 
-    made = [job for node in nodes.values() if node.step for job in node_jobs(study, node, sizes, uses, windows)]
-    made += [
-        evaluation_job(study, name, evaluation, sizes, uses, windows)
-        for name in nodes
-        for evaluation in tree.evaluations(study, name)
-    ]
-    found += [*asked.values(), *{job.output: job for job in made}.values()]
-    leaves = tuple(job.output for job in found)
-    found.append(Job("tables", "tables", "tables/nodes.parquet", leaves))
-    fits = [Job("fit", law, f"laws/{law}/fit.json", ("tables/nodes.parquet",)) for law in study.laws]
-    read = ("tables/nodes.parquet", *(job.output for job in fits))
-    found += [*fits, Job("report", "report", "report/index.html", read)]
-    # Weights that are mirrored are stored twice.
-    mirrored = sum(map(stored, sizes.values())) if study.tracking.weights == "all" else 0.0
-    return [*found, Job("track", "track", "tracking/runs.json", (*read, "report/index.html"), disk=mirrored)]
+    def calibration(self, node: str, calibration: str, kind: str) -> Job:
+        """The job that gathers one kind of statistics of a node."""
+        body = self.study.calibrations[calibration]
+        name = f"{node}/{calibration}/{kind}"
+        return Job(
+            "calibrate",
+            name,
+            (str(LAYOUT.statistics(node, calibration, kind)),),
+            {
+                "model": (str(LAYOUT.manifest(node)),),
+                "tokens": (_tokens(NodeName(node).model, f"calibration.{calibration}"),),
+            },
+            model=node,
+            kind=kind,
+            options={"kind": kind, "windows": body.windows, "length": body.length},
+            gpus=1,
+        )
+
+    def _compression(self, node: tree.Node) -> Job:
+        step, method = self.study.steps[node.step], tree.method_of(self.study, node.step)
+        calibration = tree.calibration(self.study, node.step)
+        kinds = tree.kinds(self.study, node.step)
+        windows = tree.reads_windows(step)
+        reference = tree.reference(self.study, node.parent) if method.family == "compensate" else None
+        return Job(
+            "compress",
+            node.name,
+            (str(LAYOUT.manifest(node.name)),),
+            {
+                "parent": (str(LAYOUT.manifest(node.parent)),),
+                "statistics": tuple(str(LAYOUT.statistics(node.parent, calibration, kind)) for kind in kinds),
+                "tokens": (_tokens(node.model, f"calibration.{calibration}"),) if windows else (),
+                "reference": (str(LAYOUT.manifest(reference)),) if reference else (),
+            },
+            sources=tuple(method.files),
+            model=node.parent,
+            kind=step.method,
+            parameters={"step": self._step(node, method), "seed": node.seed},
+            options={**step.options.model_dump(mode="json"), "resources": method.resources, "kinds": kinds},
+            gpus=1,
+        )
+
+    def _recovery(self, node: tree.Node) -> Job:
+        step, method = self.study.steps[node.step], tree.method_of(self.study, node.step)
+        # A method that says itself how many tokens it trains on may train on more.
+        most = inf if method.training.tokens else step.options.tokens
+        return Job(
+            "recover",
+            node.name,
+            (str(LAYOUT.manifest(node.name)),),
+            {
+                "parent": (str(LAYOUT.manifest(node.parent)),),
+                "dense": (str(LAYOUT.manifest(node.model)),),
+                "tokens": (_tokens(node.model, f"recovery.{node.step}"),),
+                "validation": (_tokens(node.model, f"validation.{node.step}"),),
+            },
+            sources=tuple(method.files),
+            model=node.parent,
+            kind=step.method,
+            parameters={
+                "step": self._step(node, method),
+                "seed": node.seed,
+                "budgets": [budget for budget in sorted(set(self.study.budgets)) if budget <= most],
+            },
+            options={**step.options.model_dump(mode="json"), "resources": method.resources, "kinds": []},
+            gpus=step.options.gpus,
+        )
+
+    def _step(self, node: tree.Node, method: Method) -> str:
+        """The step as its command takes it. On how many GPUs it runs changes nothing of the node."""
+        options = self.study.steps[node.step].options.model_dump(mode="json", exclude={"gpus"})
+        return json.dumps({"name": node.step, "method": method.name, "options": options})
+
+    def evaluation(self, node: str, evaluation: str) -> Job:
+        """The job that measures a node. Raises KeyError for an evaluation that the study does not have."""
+        body = self.study.evaluations[evaluation]
+        inputs = {"model": (str(LAYOUT.manifest(node)),), "tokens": self._protocol_tokens(node, evaluation)}
+        if body.kind == "connectivity":
+            inputs["other"] = (str(LAYOUT.manifest(NodeName(node).with_study_seed)),)
+        lengths = [protocol.length for protocol in tree.protocols(body).values()]
+        return Job(
+            "evaluate",
+            f"{node}/{evaluation}",
+            (str(LAYOUT.metrics(node, evaluation)),),
+            inputs,
+            model=node,
+            kind=evaluation,
+            parameters={
+                "evaluation": json.dumps(tree.evaluation_options(self.study, evaluation)),
+                "protocols": tuple(tree.protocols(body)),
+            },
+            options={"kind": body.kind, **({"length": max(lengths)} if lengths else {})},
+            gpus=1,
+            alone=body.kind == "cost",
+        )
+
+    def _protocol_tokens(self, node: str, evaluation: str) -> tuple[str, ...]:
+        """The token sets of an evaluation, in the order of its protocols."""
+        model = NodeName(node).model
+        protocols = tree.protocols(self.study.evaluations[evaluation])
+        return tuple(_tokens(model, f"evaluation.{evaluation}.{protocol}") for protocol in protocols)
+
+    @property
+    def tables(self) -> Job:
+        inputs = {"results": (*self.checkpoints, *self.metrics, *self.token_sets), "study": (str(LAYOUT.study),)}
+        return Job("tables", "tables", tuple(str(LAYOUT.table(name)) for name in TABLES), inputs)
+
+    def fit(self, law: str) -> Job:
+        """The job that fits a law. Raises KeyError for a law that the study does not have."""
+        body = self.study.laws[law]
+        return Job(
+            "fit",
+            law,
+            _fit_files(law),
+            {"tables": self.tables.outputs},
+            files=(body.options.file,) if body.options.file else (),
+            sources=tuple(laws.source_files(body.law)),
+            parameters={"law": body.law, "options": body.options.model_dump_json()},
+        )
+
+    @property
+    def report(self) -> Job:
+        inputs = {
+            "nodes": self.checkpoints,
+            "tables": self.tables.outputs,
+            "laws": self.fits,
+            "study": (str(LAYOUT.study),),
+        }
+        return Job("report", "report", tuple(str(LAYOUT.report / name) for name in REPORT_FILES), inputs)
+
+    @property
+    def track(self) -> Job:
+        inputs = {
+            "results": (*self.checkpoints, *self.metrics, *self.token_sets),
+            "tables": self.tables.outputs,
+            "laws": self.fits,
+            "report": (str(LAYOUT.page),),
+            "study": (str(LAYOUT.study),),
+        }
+        return Job("track", "track", (str(LAYOUT.tracking),), inputs)
+
+    def _statistics(self) -> Iterator[Job]:
+        """The statistics that the steps of the nodes read, each once."""
+        parents: dict[str, Job] = {}
+        for node in self.nodes.values():
+            if node.step and not tree.trains(self.study, node.step):
+                calibration = tree.calibration(self.study, node.step)
+                for kind in tree.kinds(self.study, node.step):
+                    job = self.calibration(node.parent, calibration, kind)
+                    parents.setdefault(job.output, job)
+        yield from parents.values()
+
+    def _tokens(self) -> Iterator[Job]:
+        for model in self.study.models:
+            for use in self.uses:
+                yield self.tokenization(model, use)
 
 
-def checkpoint(node: str) -> str:
-    return f"models/{node}/manifest.json"
+def _tokens(model: str, use: str) -> str:
+    return str(LAYOUT.tokens(model, use))
 
 
-def stored(size: Size | None) -> float:
-    return size.stored if size else 0.0
+def _fit_files(law: str) -> tuple[str, ...]:
+    return tuple(str(LAYOUT.law(law) / file) for file in FIT_FILES)
 
 
-def use_tokens(use: tree.TokenUse) -> int:
-    return (use.windows or USUAL_WINDOWS) * use.length
-
-
-def node_jobs(study: Study, node: tree.Node, sizes: Mapping[str, Size | None], uses: Any, windows: Any) -> list[Job]:
-    """What makes a node from its parent: its statistics, and the step itself."""
-    step, method = study.steps[node.step], tree.method_of(study, node.step)
-    size, options = sizes[node.parent], {**step.options.model_dump(), "method": step.method}
-    shared = {"model": node.parent, "kind": step.method, "options": options, "disk": stored(sizes[node.name])}
-    parent = checkpoint(node.parent)
-    if method.contract == "training":
-        after = [windows(node.model, f"{role}.{node.step}") for role in ("recovery", "validation")]
-        dense = sizes[node.model]
-        held_out = use_tokens(uses[f"validation.{node.step}"]) * (2 + len(study.budgets))
-        taught = 2 * dense.parameters if dense and hasattr(method.module, "loss") else 0
-        operations = size and size.parameters * (6 * options["tokens"] + 2 * held_out) + taught * options["tokens"]
-        after += [parent, checkpoint(node.model)]
-        gpus = {"operations": operations, "gpus": options["gpus"]}
-        return [Job("recover", node.name, checkpoint(node.name), tuple(after), **shared, **gpus)]
-    calibration = tree.calibration(study, node.step)
-    made, after = [], [parent]
-    body = uses[f"calibration.{calibration}"] if calibration else None
-    if method.family == "compensate":
-        after.append(checkpoint(tree.reference(study, node.parent)))
-    for kind in tree.kinds(study, node.step):
-        read = windows(node.model, f"calibration.{calibration}")
-        made.append(statistics_job(node.parent, calibration, kind, size, body, (parent, read)))
-        after.append(made[-1].output)
-    tokens = 0
-    if tree.reads_windows(step):
-        after.append(windows(node.model, f"calibration.{calibration}"))
-        tokens = use_tokens(body)
-    solves = bool(tree.needs(step)) or method.family == "decompose"
-    operations = size and solving(size, solves) + 4 * size.parameters * tokens
-    compress = Job("compress", node.name, checkpoint(node.name), tuple(after), **shared, operations=operations, gpus=1)
-    return [*made, compress]
-
-
-def solving(size: Size, solves: bool) -> float:
-    """Operations of a method on all linears."""
-    sides = roofline.block_linears(size.shape).values()
-    return 20 * size.layers * sum(m * n * (min(m, n) if solves else 1) for m, n in sides)
-
-
-def statistics_job(
-    node: str, calibration: str, kind: str, size: Size | None, use: tree.TokenUse, after: tuple[str, ...]
-) -> Job:
-    passes = {"moments": 4, "blocks": 2, "gradients": 8}[kind]
-    name = f"{node}/{calibration}/{kind}"
-    return Job(
-        "calibrate",
-        name,
-        f"statistics/{name}/manifest.json",
-        after,
-        node,
-        kind,
-        {"kind": kind, "windows": use.windows or USUAL_WINDOWS, "length": use.length},
-        size and passes * size.parameters * use_tokens(use),
-        resources.moments_bytes(widths_of(size)) if size and kind == "moments" else 0.0,
-        gpus=1,
-    )
-
-
-def widths_of(size: Size) -> resources.Widths:
-    return resources.Widths(size.shape.hidden, size.shape.intermediate, size.layers, size.shape.vocabulary)
-
-
-def evaluation_job(
-    study: Study, node: str, evaluation: str, sizes: Mapping[str, Size | None], uses: Any, windows: Any
-) -> Job:
-    body, size = study.evaluations[evaluation], sizes[node]
-    after = [checkpoint(node)]
-    tokens, alone = 0, body.kind == "cost"
-    lengths = [protocol.length for protocol in tree.protocols(body).values()]
-    for protocol in tree.protocols(body):
-        after.append(windows(NodeName(node).model, f"evaluation.{evaluation}.{protocol}"))
-        tokens += use_tokens(uses[f"evaluation.{evaluation}.{protocol}"])
-    if body.kind == "quality":
-        tokens += len(body.tasks) * (body.limit or USUAL_QUESTIONS) * QUESTION_TOKENS
-        tokens += USUAL_QUESTIONS * QUESTION_TOKENS if body.knowledge else 0
-    elif alone:
-        tokens = body.batch * (body.prompt + body.generate) * (body.repeats + body.warmup)
-    else:
-        tokens *= body.points
-        after.append(checkpoint(NodeName(node).with_study_seed))
-    return Job(
-        "evaluate",
-        f"{node}/{evaluation}",
-        f"evaluations/{node}/{evaluation}/metrics.json",
-        tuple(after),
-        node,
-        evaluation,
-        {"kind": body.kind, "length": max(lengths, default=QUESTION_TOKENS)},
-        size and 2 * size.parameters * tokens,
-        alone=alone,
-        gpus=1,
-    )
+def _depth(job: Job) -> tuple[int, bool]:
+    """Nodes in the order of their depth; the statistics of a node after it and before its children."""
+    node = job.model or ""
+    return NodeName(node).depth, job.stage != "calibrate"

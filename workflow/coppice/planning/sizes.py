@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from coppice import storage
 from coppice.evaluation import roofline
 from coppice.files import read_json
+from coppice.models.architectures.base import UNITS, Shape, Unit, shape_of
 from coppice.records.manifest import Manifest
 from coppice.study import tree
 from coppice.study.schema import SHIPPED, LocalModel, ShippedModel, Study
@@ -22,7 +23,7 @@ class Size(NamedTuple):
     linears: parameters in the blocks' linears; linear_bytes: stored bytes of them; layers: blocks.
     """
 
-    shape: roofline.Shape
+    shape: Shape
     layers: int
     parameters: float
     linears: float
@@ -76,7 +77,7 @@ def size_of_source(source: Any) -> Size | None:
         folder = Path(cached).parent
     config = read_json(folder / "config.json")
     shape, bits = shape_of(config), number_bits(config)
-    weights = sum(inputs * outputs for inputs, outputs in roofline.block_linears(shape).values()) * shape.layers
+    weights = sum(inputs * outputs for inputs, outputs in shape.linears().values()) * shape.layers
     if files := list(folder.glob("*.safetensors")):
         parameters = sum(map(numbers_in, files))
         stored = sum(path.stat().st_size for path in files)
@@ -94,11 +95,6 @@ def numbers_in(path: Path) -> int:
     return sum(prod(entry["shape"]) for name, entry in described.items() if name != "__metadata__")
 
 
-def shape_of(config: Mapping[str, Any]) -> roofline.Shape:
-    """The shape that a config.json tells."""
-    return roofline.model_of_node(config, {}).shape
-
-
 def number_bits(config: Mapping[str, Any]) -> int:
     """Bits of a stored floating number."""
     return roofline.BITS[config.get("dtype") or config.get("torch_dtype") or "float32"]
@@ -111,7 +107,7 @@ def child_size(study: Study, parent: Size, step: str) -> Size:
     # Of a floating number: what is no linear of a block is never packed.
     bits = 8 * (parent.stored - parent.linear_bytes) / (parent.parameters - parent.linears)
     layers, how = parent.layers, "estimated"
-    if options.get("linears") or options.get("exclude"):
+    if options.get("target_modules") or options.get("exclude"):
         return parent._replace(how="at most")
     if method.contract == "structure":
         layers, share = kept_structure(parent, options)
@@ -119,7 +115,7 @@ def child_size(study: Study, parent: Size, step: str) -> Size:
     elif method.family == "decompose" and options.get("keep") is not None:
         linears, stored = linears * options["keep"], stored * options["keep"]
     elif method.family in ("decompose", "compensate") and options.get("rank") is not None:
-        factors = options["rank"] * sum(map(sum, roofline.block_linears(parent.shape).values())) * layers
+        factors = options["rank"] * sum(map(sum, parent.shape.linears().values())) * layers
         added = factors if method.family == "compensate" else min(factors, linears) - linears
         linears, stored = linears + added, stored + added * bits / 8
     elif method.family == "quantize" and method.contract == "layer" and isinstance(options.get("bits"), int):
@@ -144,9 +140,10 @@ def kept_structure(parent: Size, options: Mapping[str, Any]) -> tuple[int, float
         removed = options.get("blocks")
         removed = int((options.get("ratio") or 0) * parent.layers) if removed is None else removed
         return parent.layers - removed, 1 - removed / parent.layers
-    sides = roofline.block_linears(parent.shape)
-    neurons = sum(m * n for name, (n, m) in sides.items() if name.startswith("mlp"))
-    heads = sum(m * n for m, n in sides.values()) - neurons
+    sizes: dict[Unit, int] = {"kv_groups": 0, "neurons": 0}
+    for role, (inputs, outputs) in parent.shape.linears().items():
+        sizes[UNITS[role][0]] += inputs * outputs
+    heads, neurons = sizes["kv_groups"], sizes["neurons"]
     of_heads = options["ratio"] if options["kv_ratio"] is None else options["kv_ratio"]
     # Whole groups are removed, rounded down.
     of_heads = int(parent.shape.kv_heads * of_heads) / parent.shape.kv_heads

@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from coppice.errors import UserError, did_you_mean
-from coppice.evaluation import roofline
 from coppice.formatting import join_words
-from coppice.planning.jobs import RUN_ON_GPUS, STAGES, Job, checkpoint, jobs
+from coppice.hardware import DEVICES, GPU_MEMORY
+from coppice.planning.jobs import LAYOUT, RUNS_MODELS, STAGES, Job, JobGraph
 from coppice.planning.sizes import Size, child_size, node_sizes, size_of_source
 from coppice.planning.text import GIGABYTE, between, gigabytes, lines
 from coppice.planning.times import Range, Record, benchmarks, gpu_memory, makespan, memory_range, seconds_range
+from coppice.planning.work import SizedJob, sized_jobs
 from coppice.records.layout import ResultsLayout
 from coppice.records.manifest import Manifest
 from coppice.records.metrics import Metrics
@@ -29,8 +30,6 @@ from coppice.study import tree
 from coppice.study.loading import effective, load_study, read_yaml
 from coppice.study.schema import HubModel, Study
 
-# Memory of the devices that the roofline knows and that are GPUs, in bytes: the vendors' figures.
-GPU_MEMORY = {"H200": 141e9, "H100-SXM": 80e9, "A100-80G": 80e9, "A100-40G": 40e9, "A6000": 48e9, "L40": 48e9}
 # Stages that gather what all the others made.
 GATHER = ("tables", "fit", "report", "track")
 
@@ -44,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpus", type=int, help="GPUs that jobs take turns on (default: 1 if --device is a GPU, or 0)")
     parser.add_argument("--memory", type=float, metavar="GB", help="memory for all jobs (default: this machine's)")
     parser.add_argument("--disk", type=float, metavar="GB", help="space for the results (default: what is free)")
-    parser.add_argument("--device", help=f"what computes, as the roofline knows it: {', '.join(roofline.DEVICES)}")
+    parser.add_argument("--device", help=f"what computes, as the roofline knows it: {', '.join(DEVICES)}")
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
 
 
@@ -65,10 +64,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 def refuse(arguments: argparse.Namespace, results: Path) -> None:
     """Raises UserError for an option that means nothing."""
-    if arguments.device is not None and arguments.device not in roofline.DEVICES:
-        raise UserError(
-            f"--device: there is no {arguments.device!r}.{did_you_mean(arguments.device, roofline.DEVICES)}"
-        )
+    if arguments.device is not None and arguments.device not in DEVICES:
+        raise UserError(f"--device: there is no {arguments.device!r}.{did_you_mean(arguments.device, DEVICES)}")
     for name, least in (("cores", 1), ("gpus", 0)):
         value = getattr(arguments, name)
         if value is not None and value < least:
@@ -102,20 +99,20 @@ def plan(study: Study, results: Path, machine: Mapping[str, Any]) -> dict[str, A
     Raises UserError where GPUs are to run jobs whose times depend on which they are, and none is named.
     """
     sizes = node_sizes(study, results)
-    found = jobs(study, sizes)
-    changed = changes(study, found, results)
-    open_outputs = to_make(found, results, changed)
+    graph = JobGraph(study)
+    changed = changes(study, graph.jobs, results)
+    open_outputs = to_make(graph.jobs, results, changed)
     sizes = sizes_to_come(study, sizes, open_outputs)
-    found = jobs(study, sizes)
+    found = sized_jobs(graph, sizes)
     left = [job for job in found if job.output in open_outputs]
     records = records_of_last_run(study, results)
-    unmeasured = {job.stage for job in left} & set(RUN_ON_GPUS) - records.keys()
+    unmeasured = {job.stage for job in left} & set(RUNS_MODELS) - records.keys()
     if machine["gpus"] and not machine["device"] and unmeasured:
         raise UserError(
             f"--gpus {machine['gpus']}: which? Nothing of this study was measured yet, so that the times depend on it; "
             f"pass --device with one of {', '.join(GPU_MEMORY)}, the nearest to yours."
         )
-    device = roofline.DEVICES[machine["device"]] if machine["device"] else None
+    device = DEVICES[machine["device"]] if machine["device"] else None
     seconds = {job.output: seconds_range(job, sizes, records, device) for job in left}
     memory = {job.output: memory_range(job, sizes, records) for job in left}
     stages = [
@@ -217,7 +214,7 @@ def sizes_to_come(study: Study, sizes: Mapping[str, Size | None], left: set[str]
     """The sizes, where those of nodes that are made again are what they would be if the nodes were not there."""
     found = dict(sizes)
     for name, node in tree.nodes(study).items():
-        if checkpoint(name) not in left:
+        if str(LAYOUT.manifest(name)) not in left:
             continue
         if node.parent is None:
             found[name] = size_of_source(study.models[name])
@@ -237,7 +234,7 @@ def records_of_last_run(study: Study, results: Path) -> dict[str, list[Record]]:
         with suppress(UserError):
             last = load_study(results / "study.yaml")
     sizes = node_sizes(last, results)
-    found = jobs(last, sizes)
+    found = sized_jobs(JobGraph(last), sizes)
     older = changes(last, found, results)
     return benchmarks([job for job in found if job.output not in older], sizes, results)
 
@@ -265,7 +262,7 @@ def counts(stages: list[Mapping[str, Any]], stage: str) -> dict[str, int]:
 
 def stage_row(
     stage: str,
-    found: list[Job],
+    found: list[SizedJob],
     seconds: Mapping[str, Range | None],
     memory: Mapping[str, Range | None],
     records: Mapping[str, list[Record]],
@@ -292,11 +289,11 @@ def stage_row(
 
 def node_row(study: Study, name: str, size: Size | None, results: Path, left: set[str]) -> dict[str, Any]:
     """A node; `changed` where it is there and is made again. left: the outputs that are to be made."""
-    asked = [f"evaluations/{name}/{evaluation}/metrics.json" for evaluation in tree.evaluations(study, name)]
+    asked = [str(LAYOUT.metrics(name, evaluation)) for evaluation in tree.evaluations(study, name)]
     return {
         "node": name,
-        "done": checkpoint(name) not in left,
-        "changed": checkpoint(name) in left and (results / checkpoint(name)).exists(),
+        "done": str(LAYOUT.manifest(name)) not in left,
+        "changed": str(LAYOUT.manifest(name)) in left and (results / str(LAYOUT.manifest(name))).exists(),
         "parameters": size and round(size.parameters),
         "stored_bytes": size and round(size.stored),
         "size": size.how if size else "unknown",
@@ -308,7 +305,7 @@ def node_row(study: Study, name: str, size: Size | None, results: Path, left: se
 # What will not fit
 
 
-def memory_problems(left: list[Job], memory: Mapping[str, Range | None], machine: Mapping[str, Any]) -> list[str]:
+def memory_problems(left: list[SizedJob], memory: Mapping[str, Range | None], machine: Mapping[str, Any]) -> list[str]:
     """A sentence where jobs hold more than the machine has: one alone, or those that run at once."""
     known = sorted(((memory[job.output], job) for job in left if memory[job.output]), key=lambda pair: pair[0])
     room = gigabytes(machine["memory"])
@@ -332,7 +329,7 @@ def memory_problems(left: list[Job], memory: Mapping[str, Range | None], machine
     return []
 
 
-def gpu_problems(left: list[Job], sizes: Mapping[str, Size | None], machine: Mapping[str, Any]) -> list[str]:
+def gpu_problems(left: list[SizedJob], sizes: Mapping[str, Size | None], machine: Mapping[str, Any]) -> list[str]:
     """Sentences where jobs ask for more GPUs than there are, or for more than one of them holds."""
     sentences = []
     asked = max(left, key=lambda job: job.gpus, default=None)

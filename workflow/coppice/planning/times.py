@@ -17,13 +17,16 @@ from statistics import fmean, median, quantiles
 from typing import Any, NamedTuple
 
 from coppice.evaluation import roofline
+from coppice.hardware import Device
 from coppice.planning import resources
-from coppice.planning.jobs import RUN_ON_GPUS, Job
+from coppice.planning.jobs import RUNS_MODELS
 from coppice.planning.sizes import Size
+from coppice.planning.work import SizedJob
+from coppice.records.layout import ResultsLayout
 from coppice.records.node_name import NodeName
 
 # One thread of a CPU as these jobs use it: what the demo's recoveries reached, operations/s and bytes/s.
-THREAD = roofline.Device(bandwidth=1e10, float16=1.5e10, int8=1.5e10, source="measured on the demo")
+THREAD = Device(bandwidth=1e10, float16=1.5e10, int8=1.5e10, source="measured on the demo")
 EFFICIENCY = 0.35  # share of a GPU's roofline that training and evaluation usually reach
 START = {"study": 1.0, "tokenize": 1.0, "tables": 3.0, "fit": 13.0, "report": 3.0, "track": 12.0}
 START_OF_MODELS = 11.0  # seconds until torch, transformers and a small model are loaded
@@ -45,12 +48,27 @@ class Record(NamedTuple):
     expected: float
 
 
-def benchmarks(found: list[Job], sizes: Mapping[str, Size | None], results: Path) -> dict[str, list[Record]]:
+class EstimatedCounts(NamedTuple):
+    """Parameters of a model; its blocks are taken to hold nothing but linears."""
+
+    total: float
+    blocks: float
+    decoder_linears: float
+
+
+class EstimatedSize(NamedTuple):
+    """What a manifest would say of a node's size."""
+
+    parameters: EstimatedCounts
+    dense: EstimatedCounts
+    stored_bytes: float
+
+
+def benchmarks(found: list[SizedJob], sizes: Mapping[str, Size | None], results: Path) -> dict[str, list[Record]]:
     """The benchmarks of the jobs by stage; of a job that ran twice, the last."""
     records: dict[str, list[Record]] = {}
     for job in found:
-        folder = results / "benchmarks"
-        path = folder / f"{job.stage}.jsonl" if job.name == job.stage else folder / job.stage / f"{job.name}.jsonl"
+        path = ResultsLayout(results).benchmark(job.stage, job.name)
         if not path.exists() or job.operations is None:
             continue
         rows = path.read_text(encoding="utf-8").splitlines()
@@ -65,7 +83,7 @@ def benchmarks(found: list[Job], sizes: Mapping[str, Size | None], results: Path
     return records
 
 
-def alike(job: Job, records: Mapping[str, list[Record]]) -> list[Record]:
+def alike(job: SizedJob, records: Mapping[str, list[Record]]) -> list[Record]:
     """The benchmarks that tell most about a job: three of its own kind, or all of the stage."""
     stage = records.get(job.stage, [])
     own = [record for record in stage if record.kind == job.kind]
@@ -86,7 +104,7 @@ def line(records: list[Record]) -> tuple[float, float]:
 
 
 def seconds_range(
-    job: Job, sizes: Mapping[str, Size | None], records: Mapping[str, list[Record]], device: roofline.Device | None
+    job: SizedJob, sizes: Mapping[str, Size | None], records: Mapping[str, list[Record]], device: Device | None
 ) -> Range | None:
     """Seconds of a job; None where its model's size is unknown."""
     if job.operations is None:
@@ -110,31 +128,31 @@ def seconds_range(
     return Range(seconds * low / (2 if far else 1), seconds * high * (2 if far else 1))
 
 
-def operations_per_second(size: Size, device: roofline.Device | None) -> float:
+def operations_per_second(size: Size, device: Device | None) -> float:
     """What a device does of a model's operations on 16 sequences of 512 tokens: its roofline, times the efficiency."""
     used = device or THREAD
     seconds = roofline.latency(roofline.prefill(roofline.uniform(size.shape), 16, 512), used)
     return 2 * size.parameters * 16 * 512 / seconds * (EFFICIENCY if device else 1)
 
 
-def expected_memory(job: Job, sizes: Mapping[str, Size | None]) -> float:
+def expected_memory(job: SizedJob, sizes: Mapping[str, Size | None]) -> float:
     """Bytes by `needs`; of a stage that loads no model, its libraries'."""
     if job.model is None or sizes[job.model] is None:
         return resources.LIBRARIES[job.stage]
-    return resources.expected_bytes(job.stage, likely_manifest(job.model, sizes), job.options)
+    return resources.expected_bytes(job.stage, likely_size(job.model, sizes), job.options)
 
 
-def likely_manifest(node: str, sizes: Mapping[str, Size | None]) -> dict[str, Any]:
-    """What `needs` reads of a node's manifest, by its size."""
+def likely_size(node: str, sizes: Mapping[str, Size | None]) -> EstimatedSize:
+    """What `planning.resources` reads of a node's manifest, by its size."""
     size, dense = sizes[node], sizes[NodeName(node).model]
-    return {
-        "parameters": {"total": size.parameters, "decoder_linears": size.linears},
-        "dense": {"total": dense.parameters, "blocks": dense.linears},
-        "stored_bytes": size.stored,
-    }
+    return EstimatedSize(
+        EstimatedCounts(size.parameters, size.linears, size.linears),
+        EstimatedCounts(dense.parameters, dense.linears, dense.linears),
+        size.stored,
+    )
 
 
-def memory_range(job: Job, sizes: Mapping[str, Size | None], records: Mapping[str, list[Record]]) -> Range | None:
+def memory_range(job: SizedJob, sizes: Mapping[str, Size | None], records: Mapping[str, list[Record]]) -> Range | None:
     """Bytes that a job holds at most; None where its model's size is unknown."""
     if job.operations is None:
         return None
@@ -145,14 +163,14 @@ def memory_range(job: Job, sizes: Mapping[str, Size | None], records: Mapping[st
     return Range(expected * min(ratios) / 1.1, expected * max(ratios) * 1.1)
 
 
-def gpu_memory(job: Job, sizes: Mapping[str, Size | None]) -> float:
+def gpu_memory(job: SizedJob, sizes: Mapping[str, Size | None]) -> float:
     """Bytes that a job holds on each of its GPUs at most, were all in float32; 0 where its model's size is unknown."""
-    if job.operations is None or job.stage not in RUN_ON_GPUS:
+    if job.operations is None or job.stage not in RUNS_MODELS:
         return 0.0
-    return resources.device_bytes(job.stage, likely_manifest(job.model, sizes), job.options) / max(job.gpus, 1)
+    return resources.device_bytes(job.stage, likely_size(job.model, sizes), job.options) / max(job.gpus, 1)
 
 
-def makespan(left: list[Job], seconds: Mapping[str, float], machine: Mapping[str, Any]) -> float:
+def makespan(left: list[SizedJob], seconds: Mapping[str, float], machine: Mapping[str, Any]) -> float:
     """Seconds until the last job ends, where each begins as soon as what it reads is there and a core, or GPU, is free.
 
     A job that takes the whole machine waits for all the others that have begun.

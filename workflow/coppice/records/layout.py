@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+TABLES = ("nodes", "metrics", "items", "curves", "costs", "comparisons", "signals", "failures")
+
 
 @dataclass(frozen=True)
 class ResultsLayout:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -16,8 +16,3 @@ COLUMNS = {"marks": "traits", "asked": "requested"}  # of the table of nodes
 def rename_keys(mapping: Mapping[str, T], names: Mapping[str, str]) -> dict[str, T]:
     """The mapping under the names of this version, in the same order."""
     return {names.get(key, key): value for key, value in mapping.items()}
-
-
-def rename_values(values: Iterable[str], names: Mapping[str, str]) -> list[str]:
-    """The values under the names of this version."""
-    return [names.get(value, value) for value in values]

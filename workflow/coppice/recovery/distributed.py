@@ -1,22 +1,22 @@
-"""One recovery on several GPUs: a process for each, the model divided among them (FSDP2), one step's windows too.
+"""One recovery on several GPUs: a process for each; the model and the windows of a step are divided among them (FSDP2).
 
 `coppice recover` of a step with `gpus: n` claims n devices and starts itself n times (`launch`, torch's elastic agent,
-as torchrun does). Processes talk through nccl on GPUs and through gloo on CPUs. What is computed does not depend on n:
+as torchrun does). Processes communicate through nccl on GPUs and through gloo on CPUs. The result does not depend on n:
 the order of windows, the windows of a step and the learning rate are those of one process; micro-batches go round the
-processes, and a gradient is the sum over all of them by all targets of the step. Dropout alone draws other numbers, as
-it is a function of seed, step and process. Sums in another order differ in their last digits.
+processes, and a gradient is the sum over all of them, divided by all targets of the step. Only dropout draws other
+numbers, as it is a function of seed, step and process. Sums in another order differ in their last digits.
 
-Every block of the decoder is a unit of FSDP2, and what lies around the blocks (embeddings, last norm, head) another: a
-process keeps 1/n of its parameters, gradients and moments, and puts a unit together only while it computes it. Buffers,
-packed integers among them, are whole on every process. A teacher is divided as its student is.
+Every block of the decoder is a unit of FSDP2, and what lies around the blocks (embeddings, last norm, head) is another.
+A process keeps 1/n of the parameters, gradients and optimizer state, and gathers a unit only while it computes it.
+Buffers, packed integers among them, are whole on every process. A teacher is divided as its student is.
 
 Bytes on a GPU, for P parameters of which T train, E around the blocks, on n GPUs: (4 P + 12 T) / n for float32 weights,
-gradients and moments, T / n more for masks, 4 P' / n for a teacher of P' parameters, 8 E for the outer unit put
-together with its gradient, the same for a block or two, packed integers whole, and the activations of a micro-batch. In
-the memory of the host every process holds the whole model in float32 while it loads it, the first again at the end.
+gradients and moments, T / n more for masks, 4 P' / n for a teacher of P' parameters, 8 E for the outer unit gathered
+with its gradient, the same for a block or two, packed integers whole, and the activations of a micro-batch. In the
+host's memory every process holds the whole model in float32 while it loads it, the first again at the end.
 
-The first process alone prints and writes. A state holds whole tensors, so that a run goes on under another n. When a
-process dies, the agent ends the others, and the command ends with the sentence of the one that failed first.
+Only the first process prints and writes. A state holds whole tensors, so that a run can be resumed under another n.
+When a process dies, the agent ends the others, and the command ends with the message of the one that failed first.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ from coppice.errors import UserError
 from coppice.lazy import torch
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 PATIENCE = 10  # seconds that processes have to end when one of them has failed
 
@@ -42,7 +43,7 @@ PATIENCE = 10  # seconds that processes have to end when one of them has failed
 def launch(words: Sequence[str], processes: int) -> None:
     """Runs `coppice` with these words in that many processes on this machine, until all have ended.
 
-    Raises UserError with the sentence of the process that failed first, KeyboardInterrupt when interrupted.
+    Raises UserError with the message of the process that failed first, KeyboardInterrupt when interrupted.
     """
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -64,58 +65,58 @@ def launch(words: Sequence[str], processes: int) -> None:
         try:
             elastic_launch(config, sys.executable)("-m", "coppice", *words)
         except ChildFailedError as error:
-            raise UserError(_failure(error, processes)) from None
+            raise UserError(_failure_message(error, processes)) from None
         except SignalException as error:
             if error.sigval == signal.SIGINT:
                 raise KeyboardInterrupt from None
-            raise UserError(f"Stopped by {error.sigval.name}; run the same command again to go on.") from None
+            raise UserError(f"Stopped by {error.sigval.name}; run the same command again to resume.") from None
 
 
-def _failure(error: Exception, processes: int) -> str:
-    """What ended the processes. Where one was killed, others lost it; where one failed, others were told to end."""
+def _failure_message(error: ChildFailedError, processes: int) -> str:
+    """What ended the processes: one that was killed, before those that lost it, before those that the agent ended."""
 
-    def late(rank: int) -> tuple[bool, bool, int]:
+    def order(rank: int) -> tuple[bool, bool, int]:
         failure = error.failures[rank]
         return failure.exitcode == -signal.SIGTERM, failure.exitcode >= 0, failure.timestamp
 
-    rank = min(error.failures, key=late)
+    rank = min(error.failures, key=order)
     failure = error.failures[rank]
     which = f"Process {rank + 1} of {processes}"
     if failure.exitcode < 0:
         return (
-            f"{which} was killed by {failure.signal_name()}, as happens where memory runs out; run the same command "
-            "again to go on from the last state."
+            f"{which} was killed by {failure.signal_name()}, as happens when memory runs out; run the same command "
+            "again to resume from the last state."
         )
     if os.path.isfile(failure.error_file):
         return failure.message
-    return f"{which} ended with exit code {failure.exitcode} and without a sentence; its last words stand above."
+    return f"{which} ended with exit code {failure.exitcode} and without a message; its last output is above."
 
 
-def launched() -> bool:
+def is_launched() -> bool:
     """Whether this process is one of several that train one model."""
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
-def own_device(device: str) -> str:
-    """That of this process among the devices of its machine; `device` is the one asked of all of them."""
+def local_device(device: str) -> str:
+    """That of this process among the devices of its machine; `device` is the one requested for all of them."""
     return f"{device}:{os.environ['LOCAL_RANK']}" if device == "cuda" else device
 
 
 def report(sentence: str) -> None:
-    """Leaves a launched process's sentence to the process that launched it."""
+    """Passes a launched process's error message to the process that launched it."""
     with open(os.environ["TORCHELASTIC_ERROR_FILE"], "w", encoding="utf-8") as file:
         json.dump({"message": sentence, "timestamp": int(time.time())}, file)
 
 
 def join(device: str) -> None:
-    """Makes this launched process one of its group; all but the first fall silent, and none outlives its launcher."""
-    from torch.multiprocessing import _prctl_pr_set_pdeathsig as die_with_parent
+    """Makes this launched process one of its group; only the first prints, and none outlives its launcher."""
+    from torch.multiprocessing import _prctl_pr_set_pdeathsig as die_with_parent  # type: ignore[attr-defined]
 
     die_with_parent(signal.SIGKILL)
-    chosen = torch.device(device)
-    if chosen.type == "cuda":
-        torch.cuda.set_device(chosen)
-        torch.distributed.init_process_group("nccl", device_id=chosen)
+    own_device = torch.device(device)
+    if own_device.type == "cuda":
+        torch.cuda.set_device(own_device)
+        torch.distributed.init_process_group("nccl", device_id=own_device)
     else:
         torch.distributed.init_process_group("gloo")
     if rank():
@@ -123,79 +124,64 @@ def join(device: str) -> None:
 
 
 def leave() -> None:
-    """Ends this process's part in its group, where there is one."""
+    """Leaves this process's group, if it is in one."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
 def rank() -> int:
-    """Of this process: 0 for the first and for one that is alone."""
+    """Of this process: 0 for the first and for a single one."""
     return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
 
 
-def count() -> int:
+def world_size() -> int:
     """How many processes train the model."""
     return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
 
 
-def wait() -> None:
-    """Until all processes are here."""
-    if count() > 1:
+def barrier() -> None:
+    """Waits until all processes have reached it."""
+    if world_size() > 1:
         torch.distributed.barrier()
 
 
-def summed(values: Sequence[float], device: torch.device) -> list[float]:
+def sum_over_processes(values: Sequence[float], device: torch.device) -> list[float]:
     """Each value summed over the processes, in float64."""
-    if count() == 1:
+    if world_size() == 1:
         return list(values)
     total = torch.tensor(values, dtype=torch.float64, device=device)
     torch.distributed.all_reduce(total)
     return total.tolist()
 
 
-def agreed(decision: bool, device: torch.device) -> bool:
-    """What the first process decides: clocks differ."""
-    if count() == 1:
+def broadcast_decision(decision: bool, device: torch.device) -> bool:
+    """The decision of the first process, in all of them: their clocks differ."""
+    if world_size() == 1:
         return decision
-    said = torch.tensor([decision], dtype=torch.uint8, device=device)
-    torch.distributed.broadcast(said, 0)
-    return bool(said.item())
+    message = torch.tensor([decision], dtype=torch.uint8, device=device)
+    torch.distributed.broadcast(message, 0)
+    return bool(message.item())
 
 
 def shard(model: nn.Module, device: str, precision: str) -> None:
-    """Divides a model that lies on the CPU among the processes, in place; nothing changes for one that is alone.
+    """Divides a model that lies on the CPU among the processes, in place; nothing changes for a single process.
 
-    In bfloat16 the units of the blocks are put together in that type: their products are computed in it anyway, and
+    In bfloat16 the units of the blocks are gathered in that type: their products are computed in it anyway, and
     autocast would keep a copy of each for the backward pass. Gradients are added up in float32.
     """
-    if count() == 1:
+    if world_size() == 1:
         return
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    from coppice.models.layers import blocks
+    from coppice.models.architectures.base import blocks
 
-    mesh = init_device_mesh(torch.device(device).type, (count(),))
-    narrow = torch.bfloat16 if precision == "bfloat16" else None
-    policy = MixedPrecisionPolicy(param_dtype=narrow, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    mesh = init_device_mesh(torch.device(device).type, (world_size(),))
+    parameter_dtype = torch.bfloat16 if precision == "bfloat16" else None
+    policy = MixedPrecisionPolicy(param_dtype=parameter_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in blocks(model):
         fully_shard(block, mesh=mesh, mp_policy=policy)
     # Resharded as the blocks are: between steps every parameter is a share.
     fully_shard(model, mesh=mesh, reshard_after_forward=True)
     # Tells Trainer that the model owns its placement and the reduction of its gradients.
-    model._is_distributed_loading_by_transformers = True
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """A divided tensor put together, on every process; another as it is."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-def share(tensor: Tensor, of: Tensor) -> Tensor:
-    """A whole tensor, the same on every process, divided as `of` is and on its device."""
-    tensor = tensor.to(of.device)
-    if not hasattr(of, "full_tensor"):
-        return tensor
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(tensor, of.device_mesh, of.placements, src_data_rank=None)
+    model._is_distributed_loading_by_transformers = True  # type: ignore[assignment]

@@ -1,4 +1,4 @@
-"""What the page's script draws: a study's tables, laws and records as JSON."""
+"""The data of the page's script: a study's tables, laws and records as JSON."""
 
 from __future__ import annotations
 
@@ -12,21 +12,20 @@ from typing import Any
 from coppice import __version__
 from coppice.decisions.recipe import lower_is_better
 from coppice.errors import UserError
-from coppice.formatting import command_anew
+from coppice.formatting import reproduce_command
 from coppice.records.layout import ResultsLayout
-from coppice.report.item_scores import item_scores
 from coppice.report.law_lines import Line
+from coppice.report.law_sections import verdict
 from coppice.report.layer_records import layer_records
-from coppice.report.sections import lead, verdict
-from coppice.report.summary import names_of, perplexities, scores
-from coppice.results.reading import read_table
+from coppice.report.sections import lead
+from coppice.report.view import perplexities, scores
 from coppice.results.schemas import Row
 from coppice.study.schema import Study
 from coppice.uncertainty import interval
 
 _DIGITS = 6  # significant ones of every number on the page
 
-# Sizes of a node that its row tells: column of the page's nodes -> title, unit.
+# Sizes of a node in its row: column of the page's nodes -> title, unit.
 _SIZES = {
     "stored_mb": ("stored size", "MB"),
     "bits_per_weight": ("bits per weight", ""),
@@ -35,7 +34,7 @@ _SIZES = {
 }
 _IN_NODES = {"stored_bytes", "bits_per_weight", "bits_per_linear_weight", "parameters"}  # costs that these repeat
 
-# Titles of metrics as people say them: the end or the whole of a metric's name -> title; a task's name follows a comma.
+# Readable titles: the end or the whole of a metric's name -> title; a task's name follows a comma.
 _OF_TASKS = {
     "_choice_probability": "probability of the right choice",
     "_log_probability": "log probability of the right choice",
@@ -51,27 +50,24 @@ _TITLES = {
     "barrier_loss": "loss barrier",
 }
 
-# The metric that a measure of comparisons is about, and which way metrics are better whose names do not tell.
+# The metric of each measure of comparisons, and the better direction by unit of metrics whose names do not imply it.
 _METRIC_OF = {"accuracy": "{}_acc", "loss": "perplexity_{}", "log_probability": "{}_log_probability"}
 _BETTER = {"squared error": "lower", "probability": "higher", "nats": "higher", "tokens/s": "higher"}
 
 
 def page_data(
     study: Study,
-    results: Path,
+    layout: ResultsLayout,
     tables: Mapping[str, list[Row]],
     fits: Mapping[str, dict[str, Any]],
     lines: Mapping[str, Mapping[str, Line]],
 ) -> dict[str, Any]:
     """All that the page shows, as plain values without NaN.
 
-    tables: rows by table, without items, which are read here; fits: what each law's fit.json holds; lines: of each law
-    its line along each run.
+    tables: rows by table; fits: the content of each law's fit.json; lines: of each law its line along each run.
     """
     rows, metrics, costs = tables["nodes"], tables["metrics"], tables["costs"]
     measured = _ordered(metrics)
-    of_items = perplexities(metrics) + scores(metrics) + names_of(metrics, suffix="_exact_match")
-    items, left_out = item_scores(read_table(ResultsLayout(results).tables, "items"), of_items)
     data = {
         "study": study.study,
         "lead": lead(study, tables),
@@ -87,13 +83,11 @@ def page_data(
         },
         "alike": _alike(tables["comparisons"]),
         "pairs": _pairs(tables["comparisons"]),
-        "items": items,
-        **({"items_left_out": left_out} if left_out else {}),
-        "layers": layer_records(rows, ResultsLayout(results).models),
+        "layers": layer_records(rows, layout),
         "recoveries": _recoveries(rows, tables["curves"]),
         "laws": {name: _law(fits[name], runs) for name, runs in lines.items()},
         "failures": [{name: row[name] for name in ("node", "stage", "error", "log")} for row in tables["failures"]],
-        "config": _without_passwords(ResultsLayout(results).study.read_text(encoding="utf-8")),
+        "config": _without_passwords(layout.study.read_text(encoding="utf-8")),
         "reproduce": [
             f"cp results/{study.study}/study.yaml study.yaml",
             "snakemake --cores all --configfile study.yaml",
@@ -104,17 +98,17 @@ def page_data(
 
 
 def as_json(data: dict[str, Any]) -> str:
-    """JSON that may stand in an HTML page's script: nothing in it closes a tag."""
+    """JSON for an HTML page's script element: nothing in it closes a tag."""
     return json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
 
 
 def _without_passwords(text: str) -> str:
-    """The text with the password of every address blotted out: a page is passed on."""
+    """The text with the password of every address masked, because pages are shared."""
     return re.sub(r"(://[^/\s:@]*):[^/\s@]+@", r"\1:...@", text)
 
 
 def _plain(value: Any) -> Any:
-    """The value with its floats rounded, and with None for what is no number."""
+    """The value with its floats rounded, and with None for NaN and infinity."""
     if isinstance(value, dict):
         return {name: _plain(each) for name, each in value.items()}
     if isinstance(value, list | tuple):
@@ -149,17 +143,17 @@ def _node(study: Study, row: Row, by_name: dict[str, Row]) -> dict[str, Any]:
             {**{name: step[name] for name in ("step", "method", "family")}, "options": json.loads(step["options"])}
             for step in path
         ],
-        "command": command_anew(Path("results") / study.study, row["node"]),
+        "command": reproduce_command(Path("results") / study.study, row["node"]),
     }
 
 
 def _versions(rows: list[Row]) -> dict[str, str]:
-    """What made the nodes: each software with all its versions."""
-    found: dict[str, set[str]] = {}
+    """The software that computed the nodes, with all its versions."""
+    versions: dict[str, set[str]] = {}
     for row in rows:
         for name, version in json.loads(row["versions"]).items():
-            found.setdefault(name, set()).add(version)
-    return {name: ", ".join(sorted(versions)) for name, versions in sorted(found.items())}
+            versions.setdefault(name, set()).add(version)
+    return {name: ", ".join(sorted(each)) for name, each in sorted(versions.items())}
 
 
 # Qualities and sizes
@@ -169,10 +163,10 @@ def _ordered(metrics: list[Row]) -> dict[str, list[Row]]:
     """The rows of each quality by `<evaluation>/<metric>`: perplexities first, then accuracies, then the others."""
     first = perplexities(metrics) + scores(metrics)
     rest = sorted({(row["evaluation"], row["metric"]) for row in metrics} - set(first))
-    found: dict[str, list[Row]] = {f"{evaluation}/{metric}": [] for evaluation, metric in first + rest}
+    by_quality: dict[str, list[Row]] = {f"{evaluation}/{metric}": [] for evaluation, metric in first + rest}
     for row in metrics:
-        found[f"{row['evaluation']}/{row['metric']}"].append(row)
-    return found
+        by_quality[f"{row['evaluation']}/{row['metric']}"].append(row)
+    return by_quality
 
 
 def _quality(row: Row, measured: Mapping[str, list[Row]]) -> dict[str, Any]:
@@ -192,7 +186,7 @@ def _quality(row: Row, measured: Mapping[str, list[Row]]) -> dict[str, Any]:
 
 
 def _title(metric: str) -> str:
-    """A metric's name as people say it: 'accuracy, biographies'."""
+    """A metric's readable name: 'accuracy, biographies'."""
     for start in ("perplexity", "loss"):
         if metric.startswith(f"{start}_"):
             return f"{start}, {metric.removeprefix(f'{start}_')}"
@@ -203,7 +197,7 @@ def _title(metric: str) -> str:
 
 
 def _better(metric: str, unit: str) -> str | None:
-    """Which way a metric is better; None where neither its name nor its unit tells."""
+    """The better direction of a metric; None where neither its name nor its unit implies it."""
     try:
         return "lower" if lower_is_better(metric, unit) else "higher"
     except UserError:
@@ -251,17 +245,17 @@ def _cost_title(row: Row, several: bool) -> str:
 
 
 def _cost_values(costs: list[Row]) -> dict[str, dict[str, list[float | None]]]:
-    """Of each cost that the nodes' rows do not tell: the value, and the value less and plus half its spread.
+    """Of each cost that is not in the nodes' rows: the value, and the value minus and plus half its spread.
 
-    A spread is the interquartile range of the repeats; the ends are no 95% interval.
+    A spread is the interquartile range of the repeats; the ends are not a 95% interval.
     """
-    found: dict[str, dict[str, list[float | None]]] = {}
+    values: dict[str, dict[str, list[float | None]]] = {}
     for row in costs:
         if row["metric"] not in _IN_NODES:
             value, spread = row["value"], row["spread"]
             ends = [None, None] if spread is None or value is None else [value - spread / 2, value + spread / 2]
-            found.setdefault(_cost_id(row), {})[row["node"]] = [value, *ends]
-    return found
+            values.setdefault(_cost_id(row), {})[row["node"]] = [value, *ends]
+    return values
 
 
 # Pairs of nodes
@@ -272,28 +266,35 @@ def _quality_of(row: Row) -> str:
 
 
 def _alike(comparisons: list[Row]) -> dict[str, list[list[Any]]]:
-    """Neighbours in rank that are not told apart: [node, the next better one, adjusted p] of each quality."""
-    found: dict[str, list[list[Any]]] = {}
+    """Neighbours in rank that do not differ significantly: [node, the next better one, adjusted p] of each quality."""
+    alike: dict[str, list[list[Any]]] = {}
     for row in comparisons:
         if row["relation"] == "next" and not row["distinguishable"]:
-            found.setdefault(_quality_of(row), []).append([row["node"], row["other"], row["p_adjusted"]])
-    return found
+            alike.setdefault(_quality_of(row), []).append([row["node"], row["other"], row["p_adjusted"]])
+    return alike
 
 
 def _pairs(comparisons: list[Row]) -> dict[str, list[dict[str, Any]]]:
     """Every comparison once, by quality."""
-    found: dict[str, dict[tuple[str, str], dict[str, Any]]] = {}
+    by_quality: dict[str, dict[tuple[str, str], dict[str, Any]]] = {}
     for row in comparisons:
         pair = {
             "a": row["node"],
             "b": row["other"],
             "p": row["p_value"],
             "items": row["n"],
-            "test": "paired bootstrap",
             **{name: row[name] for name in ("difference", "low", "high", "p_adjusted", "distinguishable", "unit")},
+            "flips": _flips(row),
         }
-        found.setdefault(_quality_of(row), {})[row["node"], row["other"]] = pair
-    return {name: list(pairs.values()) for name, pairs in found.items()}
+        by_quality.setdefault(_quality_of(row), {})[row["node"], row["other"]] = pair
+    return {name: list(pairs.values()) for name, pairs in by_quality.items()}
+
+
+def _flips(row: Row) -> dict[str, float] | None:
+    """How many answers only the other node has right (lost) and only the node (gained), and McNemar's p."""
+    if row["right_to_wrong"] is None:
+        return None
+    return {"lost": row["right_to_wrong"], "gained": row["wrong_to_right"], "p": row["mcnemar_p"]}
 
 
 # Recoveries and laws

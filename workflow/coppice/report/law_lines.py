@@ -1,4 +1,4 @@
-"""A fitted law's loss along the study's recovery runs: its curve, its band, and what it says beyond the points."""
+"""A fitted law's loss along the study's recovery runs: its curve, its band, and its extrapolation."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from coppice import laws
-from coppice.laws.fit import Form, Parameters, Points, columns
+from coppice.laws import registry as laws
+from coppice.laws.engine.forms import Form, Parameters, parameter_columns
+from coppice.laws.engine.points import Points
 
 _WITHIN, _BEYOND = 45, 16  # tokens at which a line is drawn: among the points fitted, and after the last of them
 _FURTHEST = 4  # times the tokens of the last point fitted
@@ -29,8 +30,8 @@ class Line:
 
 
 def law_lines(fit: dict[str, Any], folder: Path, nodes: set[str]) -> dict[str, Line]:
-    """The line of each of the `nodes` whose recovery the law in `folder` was fitted to; none of a law that says no loss
-    by tokens, or that could not be fitted."""
+    """The line of each of the `nodes` whose recovery the law in `folder` was fitted to; empty for a law that does not
+    predict a loss by tokens, or that could not be fitted."""
     law = laws.load(fit["law"])
     values = {name: entry["value"] for name, entry in fit["parameters"].items()}
     path = folder / "points.parquet"
@@ -53,7 +54,7 @@ def _samples(form: Form, path: Path) -> Parameters | None:
     table = pq.read_table(path)
     if not len(table):
         return None
-    return columns(form, np.column_stack([table[name].to_numpy() for name in form.parameters]))
+    return parameter_columns(form, np.column_stack([table[name].to_numpy() for name in form.parameters]))
 
 
 def _line(

@@ -1,17 +1,17 @@
-"""What the steps of a node's path made of each layer: rank, sparsity, bits, error, units kept."""
+"""What each layer of a node is after the steps of its path: rank, sparsity, bits, error, units kept."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
+from coppice.records.layout import ResultsLayout
 from coppice.records.manifest import Manifest
 from coppice.results.schemas import Row
 
 Picture = dict[str, dict[str, float]]  # module -> title of a column -> value
 
-# Of a linear's record: what stays true of it after later steps, and the error of the step itself.
+# Of a linear's record: what remains true after later steps, and the error of the step itself.
 _LASTING = {
     "rank": "rank",
     "bond": "bond dimension",
@@ -25,15 +25,15 @@ _OF_LINEARS = _LASTING | _ERRORS
 _OF_BLOCKS = ("blocks kept", "key/value groups kept", "neurons kept", "block influence")
 
 
-def layer_records(rows: Iterable[Row], models: Path) -> dict[str, dict[str, Any]]:
+def layer_records(rows: Iterable[Row], layout: ResultsLayout) -> dict[str, dict[str, Any]]:
     """Of each node whose path compressed layers: {"modules": names, "columns": {title: a number or None of each}}.
 
-    rows: of the table nodes; models: the folder of the checkpoints. A step that works on linears gives each a row, that
-    keeps what earlier steps made of it, errors aside; a step that removes units of the model gives each block a row.
+    rows: of the table nodes. A step on linears gives each of them a row, which keeps the results of earlier steps
+    except their errors. A step that removes units of the model gives each block a row.
     """
     pictures: dict[str, Picture] = {}
     for row in sorted(rows, key=lambda row: row["depth"]):
-        manifest = Manifest.read(models / row["node"] / "manifest.json")
+        manifest = Manifest.read(layout.manifest(row["node"]))
         pictures[row["node"]] = _picture(manifest, pictures.get(row["parent"], {}))
     return {node: _columns(picture) for node, picture in pictures.items() if any(picture.values())}
 
@@ -42,7 +42,7 @@ def _picture(manifest: Manifest, parent: Picture) -> Picture:
     """The picture of a node from its manifest and the picture of its parent."""
     if "units" in manifest.achieved:
         return _blocks(manifest.achieved)
-    own = {name.removeprefix("model."): _named(record) for name, record in manifest.layers.items()}
+    own = {name.removeprefix("model."): _columns_of_record(record) for name, record in manifest.layers.items()}
     before = {
         name: {title: row[title] for title in row if title not in _ERRORS.values()} for name, row in parent.items()
     }
@@ -51,17 +51,17 @@ def _picture(manifest: Manifest, parent: Picture) -> Picture:
     return before | {name: before.get(name, {}) | row for name, row in own.items()}
 
 
-def _named(record: dict[str, Any]) -> dict[str, float]:
+def _columns_of_record(record: dict[str, Any]) -> dict[str, float]:
     return {title: record[name] for name, title in _OF_LINEARS.items() if record.get(name) is not None}
 
 
 def _blocks(achieved: dict[str, Any]) -> Picture:
-    """What a removal of units left of each block of the parent."""
+    """What a removal of units kept of each block of the parent."""
     units, gone = achieved["units"], achieved.get("removed_blocks", [])
     influence = achieved.get("block_influence")
     picture: Picture = {}
     for index in range(units["blocks"]["of"]):
-        row = {"blocks kept": int(index not in gone)} if gone else {}
+        row: dict[str, float] = {"blocks kept": int(index not in gone)} if gone else {}
         for kind, title in (("kv_groups", "key/value groups kept"), ("neurons", "neurons kept")):
             if units[kind]["removed"]:
                 row[title] = 0 if index in gone else units[kind]["of"] - units[kind]["removed"]
@@ -73,8 +73,8 @@ def _blocks(achieved: dict[str, Any]) -> Picture:
 
 def _columns(picture: Picture) -> dict[str, Any]:
     titles = [*_OF_LINEARS.values(), *_OF_BLOCKS]
-    found = {title for row in picture.values() for title in row}
+    present = {title for row in picture.values() for title in row}
     return {
         "modules": list(picture),
-        "columns": {title: [row.get(title) for row in picture.values()] for title in titles if title in found},
+        "columns": {title: [row.get(title) for row in picture.values()] for title in titles if title in present},
     }

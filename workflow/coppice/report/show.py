@@ -1,4 +1,4 @@
-"""`coppice show`: one node's story in a terminal, from its manifest, its measurements and the tables, if any."""
+"""`coppice show`: a node's lineage, sizes and metrics in a terminal, from its manifest, evaluations and tables."""
 
 from __future__ import annotations
 
@@ -12,27 +12,26 @@ from coppice import storage
 from coppice.errors import UserError, did_you_mean
 from coppice.formatting import (
     INTERVALS,
-    command_anew,
     format_table,
     human_count,
     join_first,
     join_words,
     number,
+    reproduce_command,
     wrapped,
 )
 from coppice.records.layout import ResultsLayout
 from coppice.records.manifest import Manifest
 from coppice.records.metrics import Metrics
 from coppice.records.node_name import NodeName
-from coppice.report.summary import measured
+from coppice.report.view import format_metric
 from coppice.results.failures import FailedJob, failed_jobs, final_error
 from coppice.results.measurements import Measurements, rows_of
 from coppice.results.nodes import curve_rows, recovery_losses
 from coppice.results.reading import read_table
 from coppice.results.schemas import Row
 
-# Of a layer's record: what is asked of it is told by the step's options; strings and flags have no middle.
-ASKED = "_asked"
+REQUESTED = ("_requested", "_asked")  # of a layer's record: what the step's options say; the older suffix is _asked
 HIGHER_IS_WORSE = ("error", "weight_error", "truncation_error")
 POINTS = 6  # of a recovery's curve
 LOG_LINES = 8
@@ -49,24 +48,22 @@ def run(arguments: argparse.Namespace) -> None:
     print(show(arguments.results, arguments.node))
 
 
-def show(results: Path, asked: str) -> str:
-    """The story of a node as plain text of at most 120 columns. Raises UserError where no node is so named."""
+def show(results: Path, pattern: str) -> str:
+    """A node as plain text of at most 120 columns. Raises UserError where no node or several match the pattern."""
     results = Path(results)
     if not results.is_dir():
-        raise UserError(f"{results} is no folder; name the folder of a study's results with --results.")
-    made, missing = ResultsLayout(results).nodes, list(failed_jobs(ResultsLayout(results)))
-    name = named(asked.strip("/"), known_nodes(made, missing))
-    lines = [name, *failure_lines([(stage, log) for node, stage, log in missing if node == name])]
-    if name in made:
-        manifests = {node: Manifest.read(ResultsLayout(results).manifest(node)) for node in NodeName(name).lineage}
-        beside = [
-            name,
-            *dict.fromkeys(node for node in (NodeName(name).parent, NodeName(name).model) if node not in (None, name)),
-        ]
+        raise UserError(f"{results} is not a folder; give the folder of a study's results with --results.")
+    layout = ResultsLayout(results)
+    complete, missing = layout.nodes, list(failed_jobs(layout))
+    name = NodeName(match_node(pattern.strip("/"), known_nodes(complete, missing)))
+    lines = [str(name), *failure_lines([(stage, log) for node, stage, log in missing if node == name])]
+    if name in complete:
+        manifests = {node: Manifest.read(layout.manifest(node)) for node in name.lineage}
+        columns = [name, *dict.fromkeys(node for node in (name.parent, name.model) if node not in (None, name))]
         sections = (
             recipe_lines(manifests),
-            size_lines(manifests, beside),
-            quality_lines(results, beside),
+            size_lines(manifests, columns),
+            quality_lines(results, columns),
             comparison_lines(results, name),
             recovery_lines(results, name, manifests[name]),
             layer_lines(manifests[name]),
@@ -74,58 +71,59 @@ def show(results: Path, asked: str) -> str:
         )
         for section in filter(None, sections):
             lines += ["", *section]
-    lines += ["", *place_lines(results, name, made)]
+    lines += ["", *place_lines(results, name, complete)]
     return "\n".join(line.rstrip() for line in lines)
 
 
 # Names
 
 
-def known_nodes(made: list[str], missing: list[FailedJob]) -> list[str]:
-    """The nodes that have a checkpoint or a log of a job that left nothing."""
-    return sorted({*made, *(node for node, _, _ in missing)})
+def known_nodes(complete: list[str], missing: list[FailedJob]) -> list[str]:
+    """The nodes that have a checkpoint, or the log of a job without output."""
+    return sorted({*complete, *(node for node, _, _ in missing)})
 
 
-def made_node(results: Path, asked: str) -> str:
-    """The node that is meant (see `named`). Raises UserError where it has no checkpoint, with what failed."""
-    made, missing = ResultsLayout(results).nodes, list(failed_jobs(ResultsLayout(results)))
-    name = named(asked.strip("/"), known_nodes(made, missing))
-    if name in made:
+def complete_node(results: Path, pattern: str) -> str:
+    """The node that matches (see `match_node`). Raises UserError where it has no checkpoint, with what failed."""
+    layout = ResultsLayout(results)
+    complete, missing = layout.nodes, list(failed_jobs(layout))
+    name = match_node(pattern.strip("/"), known_nodes(complete, missing))
+    if name in complete:
         return name
     failed = [f"{stage} ({final_error(log)}), by {log}" for node, stage, log in missing if node == name]
-    raise UserError(f"The node {name!r} was not made: {join_words(failed)}. Run the study again once that is mended.")
+    raise UserError(f"The node {name!r} has no checkpoint: {join_words(failed)}. Fix that and run the study again.")
 
 
-def named(asked: str, known: list[str]) -> str:
-    """The node that is meant: of that name, or the only one whose name ends so, or else begins so.
+def match_node(pattern: str, known: list[str]) -> str:
+    """The node of that name, or else the only one whose name ends in the pattern, or else begins with it.
 
-    Raises UserError with those that it may be.
+    Raises UserError with the candidates.
     """
     if not known:
-        raise UserError("There is no node yet; run the study, or name another folder with --results.")
-    if asked in known:
-        return asked
-    for found in (
-        [name for name in known if name.endswith(f"/{asked}")],
-        [name for name in known if name.startswith(asked)],
+        raise UserError("There is no node yet; run the study, or give another folder with --results.")
+    if pattern in known:
+        return pattern
+    for candidates in (
+        [name for name in known if name.endswith(f"/{pattern}")],
+        [name for name in known if name.startswith(pattern)],
     ):
-        if len(found) == 1:
-            return found[0]
-        if found:
-            raise UserError(f"{asked!r} may be {join_first(found)}; write more of its name.")
-    close = did_you_mean(asked, known)
+        if len(candidates) == 1:
+            return candidates[0]
+        if candidates:
+            raise UserError(f"{pattern!r} matches {join_first(candidates)}; give more of the name.")
+    close = did_you_mean(pattern, known)
     hint = close if "Did you mean" in close else f" Known: {join_first(known)}."
-    raise UserError(f"There is no node {asked!r}.{hint}")
+    raise UserError(f"There is no node {pattern!r}.{hint}")
 
 
 # Sections
 
 
 def failure_lines(missing: list[tuple[str, Path]]) -> list[str]:
-    """What failed or is under way, and the last lines of its log."""
+    """Jobs that failed or are running, and the last lines of their logs."""
     lines: list[str] = []
     for stage, log in missing:
-        lines += ["", *wrapped(f"NOT THERE: {stage} ({final_error(log)}), by {log}:")]
+        lines += ["", *wrapped(f"MISSING: {stage} ({final_error(log)}), by {log}:")]
         text = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
         for line in text[-LOG_LINES:]:
             lines += wrapped(line, "  ")
@@ -143,44 +141,52 @@ def recipe_lines(manifests: dict[str, Manifest]) -> list[str]:
             )
             lines += wrapped(f"{name}: dense ({source})", "  ")
             continue
-        options = ", ".join(f"{key} {said(value)}" for key, value in step.options.items() if value is not None)
+        options = ", ".join(
+            f"{key} {format_setting(value)}" for key, value in step.options.items() if value is not None
+        )
         seed = f", seed {manifest.seed}"
         own = NodeName(name).last_part
         lines += wrapped(f"{own}: {step.family} by {step.method} ({options or 'no options'}{seed})", "  ")
     return lines
 
 
-def said(value: Any) -> str:
-    """A setting as words."""
+def format_options(options: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {format_setting(value)}" for key, value in options.items() if value is not None)
+
+
+def format_setting(value: Any) -> str:
+    """The value of an option in words."""
     if isinstance(value, bool) or value is None:
         return {True: "yes", False: "no", None: "none"}[value]
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{key} {said(entry)}" for key, entry in value.items() if entry is not None) + "}"
+        return (
+            "{" + ", ".join(f"{key} {format_setting(entry)}" for key, entry in value.items() if entry is not None) + "}"
+        )
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def size_lines(manifests: dict[str, Manifest], beside: list[str]) -> list[str]:
-    """What the node weighs, beside its parent and its dense model."""
-    shown = [manifests[name] for name in beside]
+def size_lines(manifests: dict[str, Manifest], nodes: list[str]) -> list[str]:
+    """The sizes of the node, its parent and its dense model."""
+    shown = [manifests[name] for name in nodes]
     rows = {
         "parameters": [human_count(entry.parameters.total) for entry in shown],
-        "of them not zero": [human_count(entry.parameters.nonzero) for entry in shown],
-        "removed of all": [f"{entry.rho:.1%}" for entry in shown],
+        "of which nonzero": [human_count(entry.parameters.nonzero) for entry in shown],
+        "removed": [f"{entry.rho:.1%}" for entry in shown],
         "stored MB": [number(entry.stored_bytes / 1e6) for entry in shown],
-        "bits a weight of the dense model": [f"{entry.bits_per_weight:.2f}" for entry in shown],
-        "bits a weight of the dense model's linears": [f"{entry.bits_per_linear_weight:.2f}" for entry in shown],
+        "bits per weight": [f"{entry.bits_per_weight:.2f}" for entry in shown],
+        "bits per weight of the linears": [f"{entry.bits_per_linear_weight:.2f}" for entry in shown],
     }
-    return format_table([["Size", *titles(beside)], *([title, *cells] for title, cells in rows.items())])
+    return format_table([["Size", *titles(nodes)], *([title, *cells] for title, cells in rows.items())])
 
 
-def titles(beside: list[str]) -> list[str]:
-    """Of the columns: the node itself, its parent, its dense model."""
+def titles(nodes: list[str]) -> list[str]:
+    """The titles of the columns: the node, its parent, its dense model."""
     names = ["this node", "its parent", "dense"]
-    return names[: len(beside)] if len(beside) != 2 else ["this node", "dense"]
+    return names[: len(nodes)] if len(nodes) != 2 else ["this node", "dense"]
 
 
 def metrics_of(results: Path, node: str) -> dict[tuple[str, str], Row]:
-    """What was measured of a node, by evaluation and metric."""
+    """The metrics of a node, by evaluation and metric."""
     rows = [row for path in evaluations_of(results, node) for row in _measurements(node, path).metrics]
     return {(row["evaluation"], row["metric"]): row for row in rows}
 
@@ -194,59 +200,59 @@ def _measurements(node: str, folder: Path) -> Measurements:
     return rows_of(Metrics.read(folder / "metrics.json"), node, folder.name)
 
 
-def quality_lines(results: Path, beside: list[str]) -> list[str]:
-    """Each metric with its interval, beside that of the parent and of the dense model."""
-    found = [metrics_of(results, name) for name in beside]
-    if not found[0]:
+def quality_lines(results: Path, nodes: list[str]) -> list[str]:
+    """Each metric with its interval, of the node, its parent and its dense model."""
+    metrics = [metrics_of(results, name) for name in nodes]
+    if not metrics[0]:
         return []
-    table = [["Quality", *titles(beside), "unit"]]
-    for key, row in found[0].items():
-        cells = [measured(each.get(key)) or "-" for each in found]
+    table = [["Quality", *titles(nodes), "unit"]]
+    for key, row in metrics[0].items():
+        cells = [format_metric(each.get(key)) or "-" for each in metrics]
         table.append([f"{row['metric'].replace('_', ' ')} ({row['evaluation']})", *cells, row["unit"]])
-    return [*format_table(table), INTERVALS, "- was not measured."]
+    return [*format_table(table), INTERVALS, "-: not measured."]
 
 
 def comparison_lines(results: Path, name: str) -> list[str]:
-    """The paired tests against the parent and the dense model; nothing before there are tables."""
+    """The paired tests against the parent and the dense model; empty before there are tables."""
     layout = ResultsLayout(results)
     if not layout.table("comparisons").exists():
         return []
     rows = [
         row
         for row in read_table(layout.tables, "comparisons").to_pylist()
-        # The dense model may be the parent: its tests are told once.
+        # The dense model may be the parent, whose tests are printed once.
         if row["node"] == name and row["relation"] == ("dense" if row["other"] == NodeName(name).model else "parent")
     ]
     title = (
-        "Paired tests (bootstrap of the items): the interval and the first p are of the pair alone; the second p is "
-        "adjusted for all pairs of the measure by Holm's method, and is what tells two nodes apart."
+        "Paired tests (bootstrap of the items): intervals and raw p-values are per pair; the Holm-adjusted p decides "
+        "significance."
     )
     lines = wrapped(title) if rows else []
     for row in rows:
         pairs = "1 pair" if row["family"] == 1 else f"{row['family']} pairs"
-        apart = "told apart" if row["distinguishable"] else "not told apart"
+        verdict = "significantly different" if row["distinguishable"] else "not significantly different"
         against = {"parent": "its parent", "dense": "the dense model"}[row["relation"]]
         flips = (
-            f"; {row['right_to_wrong']} right ones became wrong, {row['wrong_to_right']} wrong ones right"
+            f"; {row['right_to_wrong']} right answers became wrong, {row['wrong_to_right']} wrong ones right"
             if row["right_to_wrong"] is not None
             else ""
         )
         lines += wrapped(
-            f"{row['measure'].replace('_', ' ')} of {row['task']} less that of {against}: {number(row['difference'])} "
+            f"{row['measure'].replace('_', ' ')} of {row['task']} minus that of {against}: {number(row['difference'])} "
             f"[{number(row['low'])}, {number(row['high'])}] {row['unit']} over {row['n']} items, "
-            f"{chance(row['p_value'])}, adjusted for {pairs} {chance(row['p_adjusted'])}: {apart}{flips}.",
+            f"{p_value(row['p_value'])}, adjusted for {pairs} {p_value(row['p_adjusted'])}: {verdict}{flips}.",
             "  ",
         )
     return lines
 
 
-def chance(p: float) -> str:
-    """A p value; how far below a thousandth it lies, the interval's shape does not tell."""
+def p_value(p: float) -> str:
+    """A p-value; below a thousandth only the bound, since the bootstrap does not resolve smaller ones."""
     return "p < 0.001" if p < 1e-3 else f"p {number(p, 2)}"
 
 
 def recovery_lines(results: Path, name: str, manifest: Manifest) -> list[str]:
-    """Tokens, what they won back, and the held-out loss along them."""
+    """Tokens, the recovered share of the loss, and the held-out loss along them."""
     curve = storage.ensure_local(ResultsLayout(results).curve(name))
     recovery = manifest.recovery
     if recovery is None or not curve.exists():
@@ -254,43 +260,43 @@ def recovery_lines(results: Path, name: str, manifest: Manifest) -> list[str]:
     rows = [row for row in curve_rows(name, curve) if row["split"] == "validation"]
     losses = recovery_losses(rows)
     share = losses["recovered_share"]
-    won = "" if share is None else f", {share:.0%} of the loss that compression cost won back"
-    early = ", ended early" if recovery.stopped_early else ""
+    regained = "" if share is None else f", {share:.0%} of the loss increase regained"
+    early = ", stopped early" if recovery.stopped_early else ""
     text = (
-        f"Recovery: {human_count(recovery.tokens)} tokens ({recovery.epochs:.2g} times through them) in "
-        f"{recovery.steps} steps{early}, {number(recovery.seconds)} s{won}."
+        f"Recovery: {human_count(recovery.tokens)} tokens ({recovery.epochs:.2g} epochs) in "
+        f"{recovery.steps} steps{early}, {number(recovery.seconds)} s{regained}."
     )
-    kept = rows[:: -(-len(rows) // POINTS)]
-    kept = kept if kept[-1] is rows[-1] else [*kept, rows[-1]]
+    shown = rows[:: -(-len(rows) // POINTS)]
+    shown = shown if shown[-1] is rows[-1] else [*shown, rows[-1]]
     table = [
-        ["  tokens", *(human_count(row["tokens"]) for row in kept), "dense"],
-        ["  held-out loss, nats/token", *(number(row["loss"], 4) for row in kept), number(losses["dense_loss"], 4)],
+        ["  tokens", *(human_count(row["tokens"]) for row in shown), "dense"],
+        ["  held-out loss, nats/token", *(number(row["loss"], 4) for row in shown), number(losses["dense_loss"], 4)],
     ]
     return [*wrapped(text), *format_table(table)]
 
 
 def layer_lines(manifest: Manifest) -> list[str]:
-    """The least, middle and largest of what the step did layer by layer, and where it was worst."""
+    """Minimum, median and maximum of the step's per-layer records, and the layers with the largest error."""
     layers = manifest.layers
     columns = dict.fromkeys(
         key
         for entry in layers.values()
         for key, value in entry.items()
-        if isinstance(value, int | float) and not isinstance(value, bool) and not key.endswith(ASKED)
+        if isinstance(value, int | float) and not isinstance(value, bool) and not key.endswith(REQUESTED)
     )
     if not columns:
         return achieved_lines(manifest)
-    table = [[f"Layers: {len(layers)} linears", "least", "middle", "most"]]
-    alike = []
+    table = [[f"Layers: {len(layers)} linears", "min", "median", "max"]]
+    constant = []
     for key in columns:
         values = [entry[key] for entry in layers.values() if isinstance(entry.get(key), int | float)]
-        ends = [said_number(value) for value in (min(values), median(values), max(values))]
+        ends = [format_value(value) for value in (min(values), median(values), max(values))]
         if len(values) == len(layers) and min(values) == max(values):
-            alike.append(f"{key.replace('_', ' ')} {ends[0]}")
+            constant.append(f"{key.replace('_', ' ')} {ends[0]}")
         else:
             table.append([key.replace("_", " "), *ends])
     lines = format_table(table) if len(table) > 1 else [table[0][0]]
-    lines += wrapped(f"The same in each: {', '.join(alike)}.") if alike else []
+    lines += wrapped(f"The same in each: {', '.join(constant)}.") if constant else []
     for key in HIGHER_IS_WORSE:
         if key in columns:
             worst = sorted(layers, key=lambda name: layers[name].get(key, 0), reverse=True)[:3]
@@ -299,13 +305,13 @@ def layer_lines(manifest: Manifest) -> list[str]:
     return lines
 
 
-def said_number(value: float) -> str:
-    """A number; a whole one, as of bits or ranks, without a point."""
+def format_value(value: float) -> str:
+    """A number; integers, such as bits and ranks, without a decimal point."""
     return f"{value:.0f}" if value == int(value) and abs(value) < 1e6 else number(value)
 
 
 def achieved_lines(manifest: Manifest) -> list[str]:
-    """Units that a step removed of the whole model."""
+    """Units that a step removed from the whole model."""
     units = manifest.achieved.get("units", {})
     cut = [
         f"{entry['removed']} of {entry['of']} {kind.replace('_', ' ')}{'' if kind == 'blocks' else ' of each block'}"
@@ -316,10 +322,10 @@ def achieved_lines(manifest: Manifest) -> list[str]:
 
 
 def cost_lines(results: Path, name: str, manifest: Manifest) -> list[str]:
-    """What making it took, and what running it takes where that was measured."""
+    """The time and memory of computing the node, and its measured costs."""
     memory = manifest.peak_memory_bytes
-    peak = "" if memory is None else f" with {number(memory / 1e9)} GB at most"
-    lines = wrapped(f"Made in {number(manifest.wall_seconds)} s{peak}.")
+    peak = "" if memory is None else f", peak memory {number(memory / 1e9)} GB"
+    lines = wrapped(f"Computed in {number(manifest.wall_seconds)} s{peak}.")
     rows = [row for path in evaluations_of(results, name) for row in _measurements(name, path).costs]
     for row in rows:
         megabytes = row["unit"] == "bytes"
@@ -333,20 +339,20 @@ def cost_lines(results: Path, name: str, manifest: Manifest) -> list[str]:
     return lines
 
 
-def place_lines(results: Path, name: str, made: list[str]) -> list[str]:
-    """Its files, what was made of it, and the command that makes it anew."""
+def place_lines(results: Path, name: str, complete: list[str]) -> list[str]:
+    """Its files, the nodes downstream of it, and the command that recomputes it."""
     folder = ResultsLayout(results).checkpoint(name)
-    below = [node.removeprefix(f"{name}/") for node in made if NodeName(node).is_below(name)]
+    below = [node.removeprefix(f"{name}/") for node in complete if NodeName(node).is_below(name)]
     logs = list(_logs(results, name))
-    lines = wrapped(f"Files:        {folder}") if name in made else []
-    lines += wrapped(f"Logs:         {', '.join(logs)}") if logs else []
-    lines += wrapped(f"Made of it:   {join_first(below)}") if below else []
-    # A command is not wrapped: it is there to be copied.
-    return [*lines, f"Make it anew: {command_anew(results, name)}"]
+    lines = wrapped(f"Files:       {folder}") if name in complete else []
+    lines += wrapped(f"Logs:        {', '.join(logs)}") if logs else []
+    lines += wrapped(f"Downstream:  {join_first(below)}") if below else []
+    # A command is not wrapped, so that it can be copied.
+    return [*lines, f"Recompute:   {reproduce_command(results, name)}"]
 
 
 def _logs(results: Path, name: str) -> Iterator[str]:
-    """The log of what made it, and those of its evaluations."""
+    """The logs of the node and of its evaluations."""
     layout = ResultsLayout(results)
     for stage in ("root", "compress", "recover"):
         log = layout.log(stage, name)

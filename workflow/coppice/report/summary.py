@@ -1,4 +1,4 @@
-"""A study's results in a terminal: what every node weighs and can do, and what the laws say."""
+"""`coppice summary`: a study's results in a terminal: sizes, qualities, laws and recommendations."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from pathlib import Path
 
 from coppice.decisions.fitted import refusal
 from coppice.decisions.stage import answer_lines, overview
-from coppice.formatting import INTERVALS, format_table, number, with_interval, wrapped
+from coppice.formatting import INTERVALS, format_table, number, wrapped
 from coppice.records.fit import FitRecord
 from coppice.records.layout import ResultsLayout
+from coppice.report.view import comparisons_note, format_metric, indistinct_from_next, perplexities, scores
 from coppice.results.reading import read_table
 from coppice.results.schemas import Row
-from coppice.uncertainty import interval
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,19 +25,18 @@ def run(arguments: argparse.Namespace) -> None:
 
 def summary(results: Path) -> str:
     """The results as plain text of at most 120 columns. Raises UserError when the tables are missing."""
-    results = Path(results)
-    wanted = ("nodes", "metrics", "comparisons", "failures")
-    tables = {name: read_table(ResultsLayout(results).tables, name).to_pylist() for name in wanted}
+    layout = ResultsLayout(Path(results))
+    names = ("nodes", "metrics", "comparisons", "failures")
+    tables = {name: read_table(layout.tables, name).to_pylist() for name in names}
     lines = [_heading(results, tables), "", *_node_lines(tables["nodes"], tables["metrics"], tables["comparisons"])]
     for row in tables["failures"]:
         lines += ["", *wrapped(f"FAILED {row['node'] or row['stage']}: {row['error']} (log: {results / row['log']})")]
-    for name, path in ResultsLayout(results).fits.items():
+    for name, path in layout.fits.items():
         lines += ["", *law_lines(name, FitRecord.read(path))]
     lines += decision_lines(results, tables)
-    report = ResultsLayout(results).page
     lines += [
         "",
-        *([f"Report:  {report}"] if report.exists() else []),
+        *([f"Report:  {layout.page}"] if layout.page.exists() else []),
         "Compare: make ui  (MLflow, all runs with their files)",
     ]
     return "\n".join(line.rstrip() for line in lines)
@@ -45,59 +44,19 @@ def summary(results: Path) -> str:
 
 def _heading(results: Path, tables: dict[str, list[Row]]) -> str:
     failed = len(tables["failures"])
-    said = [_number_of(len(tables["nodes"]), "node"), *([_number_of(failed, "failure")] if failed else [])]
-    return f"Study {results.resolve().name}: {', '.join(said)}"
+    counts = [_number_of(len(tables["nodes"]), "node"), *([_number_of(failed, "failure")] if failed else [])]
+    return f"Study {results.resolve().name}: {', '.join(counts)}"
 
 
 def _number_of(count: int, what: str) -> str:
     return f"{count} {what}" if count == 1 else f"{count} {what}s"
 
 
-def names_of(metrics: list[Row], prefix: str = "", suffix: str = "") -> list[tuple[str, str]]:
-    """The pairs (evaluation, metric) whose metric begins and ends so, in order."""
-    found = {(row["evaluation"], row["metric"]) for row in metrics}
-    return sorted(pair for pair in found if pair[1].startswith(prefix) and pair[1].endswith(suffix))
-
-
-def perplexities(metrics: list[Row]) -> list[tuple[str, str]]:
-    """The pairs (evaluation, metric) that are perplexities, one a protocol."""
-    return names_of(metrics, prefix="perplexity_")
-
-
-def scores(metrics: list[Row]) -> list[tuple[str, str]]:
-    """The pairs (evaluation, metric) that are accuracies of benchmark tasks."""
-    return names_of(metrics, suffix="_acc")
-
-
-def measured(row: Row | None, digits: int = 3) -> str:
-    """A metric with its 95% interval, blank where it was not measured."""
-    return "" if row is None or row["value"] is None else with_interval(row["value"], interval(row), digits)
-
-
-def undistinguished(comparisons: list[Row]) -> set[tuple[str, str, str]]:
-    """(node, evaluation, metric) where a node is not told apart from the next better one of its dense model."""
-    metric = {"accuracy": "{}_acc", "loss": "perplexity_{}"}
-    return {
-        (row["node"], row["evaluation"], metric[row["measure"]].format(row["task"]))
-        for row in comparisons
-        if row["relation"] == "next" and row["measure"] in metric and not row["distinguishable"]
-    }
-
-
-def comparisons_note(comparisons: list[Row]) -> str:
-    """What the mark of `undistinguished` means, and how many pairs were compared."""
-    families = {(row["evaluation"], row["task"], row["measure"]): row["family"] for row in comparisons}
-    return (
-        "~ is not told apart from the next better node of its dense model, by a paired bootstrap of the items at 5%: "
-        f"{sum(families.values())} pairs compared; Holm's adjustment within each of {len(families)} measures."
-    )
-
-
 def _node_lines(nodes: list[Row], metrics: list[Row], comparisons: list[Row]) -> list[str]:
-    """The tree of nodes as a table: size, bits, the first perplexity, the first score, what recovery won back."""
+    """The tree of nodes as a table: size, bits, the first perplexity, the first score, the recovered share."""
     perplexity, score = (pairs[0] if pairs else None for pairs in (perplexities(metrics), scores(metrics)))
     cells = {(row["node"], row["evaluation"], row["metric"]): row for row in metrics}
-    alike = undistinguished(comparisons)
+    alike = indistinct_from_next(comparisons)
     titles = [
         "node",
         "MB",
@@ -109,7 +68,7 @@ def _node_lines(nodes: list[Row], metrics: list[Row], comparisons: list[Row]) ->
     for node in sorted(nodes, key=lambda row: row["node"].split("/")):
         name = "  " * node["depth"] + node["node"].rpartition("/")[2]
         measurements = [
-            measured(cells.get((node["node"], *pair))) + (" ~" if (node["node"], *pair) in alike else "")
+            format_metric(cells.get((node["node"], *pair))) + (" ~" if (node["node"], *pair) in alike else "")
             for pair in (perplexity, score)
             if pair
         ]
@@ -118,7 +77,7 @@ def _node_lines(nodes: list[Row], metrics: list[Row], comparisons: list[Row]) ->
         table.append([name, size, f"{node['bits_per_weight']:.2f}", *measurements, share])
     notes = []
     if any(node["recovered_share"] is not None for node in nodes):
-        notes += ["recovered: share won back of the validation loss that compression cost."]
+        notes += ["recovered: share of the increase in validation loss that recovery regained."]
     if perplexity or score:
         notes += [INTERVALS]
     if alike:
@@ -127,7 +86,7 @@ def _node_lines(nodes: list[Row], metrics: list[Row], comparisons: list[Row]) ->
 
 
 def law_lines(name: str, fit: FitRecord) -> list[str]:
-    """What a law says: its formula, the parameters that the points identify, its errors, and its advice."""
+    """A law: its formula, the parameters that the points identify, its errors, and its recommendations."""
     target, unit = fit.target_and_unit
     rmse = fit.metrics.get("rmse")
     r2 = fit.metrics.get("r2")
@@ -139,7 +98,7 @@ def law_lines(name: str, fit: FitRecord) -> list[str]:
     known = {key: value for key, value in fit.parameters.items() if value.identified}
     for key, value in known.items():
         between = "" if value.low is None else f"   [{number(value.low)}, {number(value.high)}]"
-        # There the interval is one of the bounds of the search.
+        # At a bound the interval is that of the search.
         between = "   at its bound" if value.at_bound else between
         lines.append(f"  {key:<8}{number(value.value):>10}{between}")
     if unknown := [key for key in fit.parameters if key not in known]:
@@ -156,7 +115,7 @@ def law_lines(name: str, fit: FitRecord) -> list[str]:
 
 
 def _best_form(fit: FitRecord, test: str) -> str:
-    """Which of the rival forms has the lowest error in a test; nothing where there was no rival."""
+    """The form with the lowest error in a test; empty without rivals."""
     ranks = fit.ranking.get(test, [])
     if len(ranks) < 2:
         return ""
@@ -167,7 +126,7 @@ def _best_form(fit: FitRecord, test: str) -> str:
 
 
 def decision_lines(results: Path, tables: dict[str, list[Row]]) -> list[str]:
-    """The best nodes by size, and the next run; what laws recommend stands with them, the rest in `recommend`."""
+    """The best nodes by size and the next run. Recommendations of laws are printed with the laws."""
     answers = [answer for answer in overview(results, tables, top=1) if "recommendation" not in answer]
     lines = []
     for answer in answers:

@@ -7,11 +7,11 @@ from typing import NamedTuple
 
 import pyarrow as pa
 
-from coppice import storage
 from coppice.errors import UserError
 from coppice.evaluation import roofline
 from coppice.files import read_json
 from coppice.records.arrow import read_parquet
+from coppice.records.compression import read_compression
 from coppice.records.layout import ResultsLayout
 from coppice.records.metrics import Metric, Metrics
 from coppice.records.node_name import NodeName
@@ -99,9 +99,9 @@ def roofline_rows(study: Study, node: str, path: Path) -> list[Row]:
     """The rows of costs that follow from a checkpoint's config.json, which is at `path`, and its compression.json."""
     settings = study.roofline.model_dump()
     sparse = settings.pop("sparse_kernels") and is_two_to_four(study, node)
-    config, planned = read_json(path), read_json(storage.ensure_local(path.with_name("compression.json")))
+    config, entries = read_json(path), read_compression(path.parent)
     try:
-        model = roofline.model_of_node(config, planned, sparse)
+        model = roofline.model_of_node(config, entries, sparse)
         return roofline.rows(node, model, config["max_position_embeddings"], **settings)
     except (KeyError, TypeError) as error:
         raise UserError(

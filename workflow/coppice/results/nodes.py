@@ -12,11 +12,10 @@ from coppice.records.curve import read_curve
 from coppice.records.layout import ResultsLayout
 from coppice.records.manifest import Manifest
 from coppice.records.node_name import NodeName
-from coppice.records.renamed import TRAITS, rename_values
 from coppice.results.schemas import Row
 from coppice.study import changes
 from coppice.study.schema import Study
-from coppice.study.tree import Node
+from coppice.study.tree import Node, calibration_of
 
 
 def checkpoint_row(study: Study, node: Node, layout: ResultsLayout, path: Path) -> Row:
@@ -50,7 +49,7 @@ def node_row(study: Study, node: Node, path: Path, tokens: Path) -> Row:
         "method": step and step.method,
         "family": step and step.family,
         "options": step and as_json(step.options),
-        "traits": sorted(rename_values(manifest.traits, TRAITS)),
+        "traits": sorted(manifest.traits),
         "seed": manifest.seed,
         "source_kind": manifest.source.kind,
         "source": manifest.source.name,
@@ -85,7 +84,7 @@ def _calibration(study: Study, node: Node, fingerprints: Mapping[str, str] | Non
     """Name and fingerprint of a step's calibration; all kinds of statistics share one."""
     if not fingerprints:
         return {"calibration": None, "calibration_fingerprint": None}
-    name = changes.calibration_of(study, node.step)
+    name = calibration_of(study, node.step)
     return {"calibration": name, "calibration_fingerprint": next(iter(fingerprints.values()))}
 
 

@@ -1,6 +1,6 @@
-"""Results that were made of another study: something changed under the same name, and nothing made them anew.
+"""Outdated results: something of the study changed under the same name, and nothing recomputed them.
 
-On the machine that made them Snakemake's records notice this. They do not travel with results that lie elsewhere.
+On the machine that computed them Snakemake's records notice this. These do not travel with results that lie elsewhere.
 """
 
 from __future__ import annotations
@@ -9,33 +9,35 @@ import os
 from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from pydantic import BaseModel, ValidationError
 
 from coppice import storage
 from coppice.errors import UserError
 from coppice.files import sha256
+from coppice.methods.options import MethodOptions, RecoverOptions
 from coppice.models.sources import locate
-from coppice.records.manifest import Manifest, RecoveryRecord
-from coppice.records.renamed import METHODS, OPTIONS, rename_keys
+from coppice.records.manifest import Manifest, RecoveryRecord, StepRecord
 from coppice.records.tokens import TokenSet
 from coppice.study import tree
 from coppice.study.schema import FileText, HubModel, Study
+from coppice.study.schema.steps import current_method, current_options
+from coppice.study.tree import calibration_of
 
-# Says on how many GPUs a step trained, not what it computed.
-NO_MATTER = frozenset({"gpus"})
+# Options that do not change what a step computes: on how many GPUs it trains.
+WITHOUT_EFFECT = frozenset({"gpus"})
 
 
 def refuse_other_node(study: Study, node: tree.Node, manifest: Manifest, path: Path, tokens: Path) -> None:
     """Raises UserError where the manifest at `path` is of another model, method, seed or option than the study's.
 
-    So it does where a step was calibrated on other tokens than those of its calibration, or trained with other rungs of
-    the ladder of budgets. Where results lie elsewhere, so it does where a file of a model that the study names by path
-    has changed.
+    It also raises where a step was calibrated on other tokens than those of its calibration, or trained with other
+    rungs of the ladder of budgets; and, where results lie elsewhere, where a file of a model that the study names by
+    path has changed.
 
-    tokens: the folder of the model's token sets; a calibration's that it does not hold tells nothing. Neither does a
-    recovery of a version that recorded no budgets.
+    tokens: the folder of the model's token sets. A calibration whose token set is not there is not compared, nor are
+    the budgets of a recovery of a version that did not record them.
     """
     if node.step is None:
         model = study.models[node.model]
@@ -44,18 +46,21 @@ def refuse_other_node(study: Study, node: tree.Node, manifest: Manifest, path: P
             _add_files(was, now, manifest.source_files, locate(now))
     else:
         step, recorded = study.steps[node.step], manifest.step
-        of, now = f"step {node.step!r}", _renamed(step.method, step.options.model_dump(mode="json"))
-        was = {} if recorded is None else _renamed(recorded.method, _completed(type(step.options), recorded.options))
+        of, now = f"step {node.step!r}", {"method": step.method, **step.options.model_dump(mode="json")}
+        was = _recorded_step(recorded, type(step.options)) if recorded else {}
         if manifest.calibration:
             _add_calibration(was, now, calibration_of(study, node.step), manifest.calibration, tokens)
-        if recorded is not None and recorded.family == "recover" and manifest.recovery is not None:
+        if recorded and recorded.family == "recover" and manifest.recovery:
             _add_budgets(was, now, study.budgets, manifest.recovery)
     _refuse(f"The node {node.name!r}", of, {**was, "seed": manifest.seed}, {**now, "seed": node.seed}, path)
 
 
-def _renamed(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """A step's method and options under the names of this version."""
-    return {"method": METHODS.get(method, method), **rename_keys(options, OPTIONS)}
+def _recorded_step(recorded: StepRecord, options: type[MethodOptions]) -> dict[str, Any]:
+    """The method and the options of a recorded step, under the names of this version."""
+    return {
+        "method": current_method(recorded.method),
+        **_add_defaults(options, current_options(recorded.options, options)),
+    }
 
 
 def refuse_other_evaluation(study: Study, node: str, name: str, recorded: Mapping[str, Any], path: Path) -> None:
@@ -65,22 +70,22 @@ def refuse_other_evaluation(study: Study, node: str, name: str, recorded: Mappin
     """
     evaluation = study.evaluations[name]
     now = evaluation.model_dump(mode="json", exclude={"nodes", "world"})
-    was = _completed(type(evaluation), {key: value for key, value in recorded.items() if key != "world"})
-    # Which nodes are measured is no part of how; and what the world is follows from the study's texts.
+    was = _add_defaults(type(evaluation), {key: value for key, value in recorded.items() if key != "world"})
+    # Which nodes are measured does not change how; and what the world is follows from the study's texts.
     if "world" in recorded:
         world = tree.world(study, evaluation)
         was["world"] = recorded["world"]
-        now["world"] = None if world is None else study.texts[world].model_dump(mode="json")
+        now["world"] = study.texts[world].model_dump(mode="json") if world else None
     _refuse(f"The evaluation {name!r} of {node!r}", f"evaluation {name!r}", was, now, path)
 
 
 def refuse_other_tokens(study: Study, uses: Iterable[str], tokens: Path) -> None:
     """Raises UserError where a token set of these uses was cut from another text than the study's.
 
-    So it does where a calibration's windows are others; those of steps and evaluations are among these ones' options.
-    Where results lie elsewhere, so it does where the text's file has changed.
+    It also raises where a calibration has other windows (those of steps and evaluations are among their options) and,
+    where results lie elsewhere, where the text's file has changed.
 
-    tokens: the folder of a model's token sets; those that it does not hold tell nothing.
+    tokens: the folder of a model's token sets; those that are not there are not compared.
     """
     for use in uses:
         path = tokens / use / "manifest.json"
@@ -89,10 +94,10 @@ def refuse_other_tokens(study: Study, uses: Iterable[str], tokens: Path) -> None
 
 
 def _refuse_other_token_set(study: Study, use: str, manifest: TokenSet, path: Path) -> None:
-    name = _text_of(study, use)
+    name = _text_name(study, use)
     text = study.texts[name]
     of, now = f"text {name!r}", text.model_dump(mode="json")
-    was = _completed(type(text), manifest.text)
+    was = _add_defaults(type(text), manifest.text)
     if isinstance(text, FileText) and manifest.text_sha256 is not None:
         _add_files(was, now, {Path(text.path).name: manifest.text_sha256}, Path(text.path).parent)
     kind, _, owner = use.partition(".")
@@ -103,21 +108,16 @@ def _refuse_other_token_set(study: Study, use: str, manifest: TokenSet, path: Pa
     _refuse(f"The token set {use!r}", of, was, now, path)
 
 
-def _text_of(study: Study, use: str) -> str:
+def _text_name(study: Study, use: str) -> str:
     """The name of the text that a token set is cut from."""
     kind, _, name = use.partition(".")
     if kind == "calibration":
         return study.calibrations[name].text
     if kind == "evaluation":
         evaluation, _, protocol = name.partition(".")
-        return study.evaluations[evaluation].perplexity[protocol].text
-    options = study.steps[name].options
+        return tree.protocols(study.evaluations[evaluation])[protocol].text
+    options = cast(RecoverOptions, study.steps[name].options)  # only training steps have token sets of their own
     return options.text if kind == "recovery" else options.validation
-
-
-def calibration_of(study: Study, step: str) -> str:
-    """The calibration of a step that was calibrated: the one that it names, or the study's only one."""
-    return study.steps[step].calibration or next(iter(study.calibrations))
 
 
 def _add_calibration(
@@ -137,7 +137,7 @@ def _add_calibration(
 def _add_budgets(was: dict[str, Any], now: dict[str, Any], budgets: Iterable[int], recovery: RecoveryRecord) -> None:
     """Adds the rungs of the ladder of budgets that a recovery could reach: of its own ladder, and of the study's.
 
-    A rung above what was requested, or above where training ended early, changed nothing of the node.
+    A rung above the requested tokens, or above where training ended early, did not change the node.
     """
     if recovery.budgets is not None:
         most = min(recovery.tokens, recovery.tokens_requested)
@@ -150,28 +150,28 @@ def _add_files(was: dict[str, Any], now: dict[str, Any], recorded: Mapping[str, 
 
     Only where results lie elsewhere: otherwise the files' dates count.
     """
-    here = [name for name in recorded if (folder / name).is_file()] if storage.VARIABLE in os.environ else []
-    for name in here:
+    present = [name for name in recorded if (folder / name).is_file()] if storage.VARIABLE in os.environ else []
+    for name in present:
         status = (folder / name).stat()
         was[name], now[name] = recorded[name][:12], _digest(folder / name, status.st_size, status.st_mtime_ns)[:12]
 
 
 @cache
 def _digest(path: Path, size: int, changed: int) -> str:
-    """The file's SHA-256, computed once for each size and date: whoever watches a study asks again and again."""
+    """The file's SHA-256, computed once for each size and date: a tracker compares the same files every few seconds."""
     return sha256(path)
 
 
-def _completed(options: type[BaseModel], recorded: Mapping[str, Any]) -> dict[str, Any]:
-    """Recorded options, with the defaults of those that the version that recorded them did not know."""
+def _add_defaults(options: type[BaseModel], recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """Recorded options, with the defaults of those that the recording version did not have."""
     try:
         return options.model_validate(recorded).model_dump(mode="json")
-    except ValidationError:  # of another method, or of a version that took what this one does not
+    except ValidationError:  # of another method, or of a version that accepted what this one does not
         return dict(recorded)
 
 
 def _refuse(what: str, of: str, was: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> None:
-    changed = [key for key in now if key not in NO_MATTER and was.get(key) != now[key]]
+    changed = [key for key in now if key not in WITHOUT_EFFECT and was.get(key) != now[key]]
     if changed:
         listed = ", ".join(f"{key} (was {was.get(key)}, is {now[key]})" for key in changed)
         raise UserError(

@@ -1,32 +1,30 @@
-"""Reads, validates and explains a study; writes the effective one."""
+"""Reads, validates and explains a study; writes the effective one.
+
+`load_study` turns a file (or what a YAML reader made of one) into a `Study`, or raises one UserError that names every
+problem with its place. `effective` is the way back: the study after defaults.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import (
-    ValidationError,
-)
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
 from coppice.errors import UserError
 from coppice.files import atomic_write
 from coppice.study import tree
-from coppice.study.schema import (
-    Study,
-    _badly_named,
-    _merged,
-    _readable_numbers,
-    _references,
-    _refuse,
-    _sentence,
-    _sources,
-)
+from coppice.study.schema import Study, calibrations, evaluations, laws, models, names, recipes, steps, texts
+
+# Sections whose files check references and files, in the order of the config.
+SECTIONS = (models, texts, calibrations, steps, recipes, evaluations, laws)
 
 
 def load_study(source: Path | str | Mapping[str, Any], where: str | None = None) -> Study:
@@ -35,16 +33,18 @@ def load_study(source: Path | str | Mapping[str, Any], where: str | None = None)
     Raises UserError with one sentence a problem: each names its place and what to do. `where` is what they call the
     whole; the file's name when left out.
     """
-    given = isinstance(source, Mapping)
-    where = where or ("The study" if given else str(source))
-    value = _readable_numbers(source if given else read_yaml(Path(source)))
-    problems = list(_badly_named(value)) if isinstance(value, Mapping) else ["It must be a mapping of keys to values."]
-    _refuse(where, problems)
+    if isinstance(source, Mapping):
+        value, where = names.parse_exponents(source), where or "The study"
+    else:
+        value, where = names.parse_exponents(read_yaml(Path(source))), where or str(source)
+    if not isinstance(value, Mapping):
+        raise UserError(f"{where}: It must be a mapping of keys to values.")
+    _refuse(where, list(names.problems(value)))
     try:
         study = Study.model_validate(value)
     except ValidationError as error:
-        _refuse(where, [_sentence(details) for details in error.errors()])
-    _refuse(where, [*_references(study), *_sources(study)])
+        raise UserError(_join_problems(where, [_sentence(details) for details in error.errors()])) from None
+    _refuse(where, [problem for section in SECTIONS for problem in section.problems(study)])
     _refuse(where, [*tree.incompatibilities(study), *tree.missing_seed_pairs(study)])
     return study
 
@@ -61,6 +61,41 @@ def read_yaml(path: Path) -> Any:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
 
 
+def _refuse(where: str, problems: list[str]) -> None:
+    if problems:
+        raise UserError(_join_problems(where, problems))
+
+
+def _join_problems(where: str, problems: list[str]) -> str:
+    if len(problems) == 1:
+        return f"{where}: {problems[0]}"
+    return "\n".join([f"{where} has {len(problems)} problems:", *(f"  - {line}" for line in problems)])
+
+
+def _sentence(details: ErrorDetails) -> str:
+    """One of pydantic's errors as a sentence that begins with its place."""
+    # Parts in brackets are pydantic's own and not keys of the file.
+    place = ".".join(str(part) for part in details["loc"] if not re.fullmatch(r"<.*>|\[key\]", str(part)))
+    kind, message = details["type"], details["msg"]
+    message = message.removeprefix("Value error, ").removeprefix("Assertion failed, ")
+    message = message if message[-1] in ".?" else f"{message}."
+    if kind == "missing":
+        return f"{place} is missing."
+    if kind == "too_short":
+        return f"{place} is empty; it needs at least one entry."
+    if kind in ("value_error", "assertion_error", "alternatives"):
+        return f"{place}: {message[0].lower()}{message[1:]}" if place else message
+    if kind in ("model_type", "dict_type"):
+        message = "Input should be a mapping of keys to values."
+    return f"{place} is {_shorten(details['input'])}; {message.replace('Input', 'it', 1)}"
+
+
+def _shorten(value: Any) -> str:
+    """A value as JSON, 60 characters at most."""
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
 def effective(study: Study) -> dict[str, Any]:
     """The study as plain values after defaults; `load_study` reads it back as the same study."""
     return study.model_dump(mode="json")
@@ -70,20 +105,31 @@ def write_effective(study: Study, path: Path) -> None:
     """Writes the effective study as YAML."""
     text = yaml.safe_dump(effective(study), sort_keys=False, allow_unicode=True, width=120)
     with atomic_write(path) as temporary:
-        temporary.write_text("# The effective study: what was asked for, after defaults.\n" + text, encoding="utf-8")
+        temporary.write_text("# The effective study: what was requested, after defaults.\n" + text, encoding="utf-8")
+
+
+def merge(value: Any, changes: Any) -> Any:
+    """Mappings merged key by key, as Snakemake's --config does; anything else replaced."""
+    if isinstance(value, Mapping) and isinstance(changes, Mapping):
+        return {**value, **{key: merge(value.get(key), item) for key, item in changes.items()}}
+    return changes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `coppice study`."""
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="the study, in YAML; later files add keys")
-    parser.add_argument("--config", default={}, type=json.loads, metavar="JSON", help="keys that win over the files'")
+    parser.add_argument("--config", default={}, type=json.loads, metavar="JSON", help="keys that override the files'")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the effective study here; print nothing")
+
+
+def merged_files(files: Sequence[Path], changes: Mapping[str, Any]) -> Any:
+    """What YAML files say together, later ones on top, and then `changes`."""
+    return reduce(merge, [*map(read_yaml, files), changes])
 
 
 def run(arguments: argparse.Namespace) -> None:
     """`coppice study`."""
-    value = reduce(_merged, [*map(read_yaml, arguments.files), arguments.config])
-    study = load_study(value, " and ".join(map(str, arguments.files)))
+    study = load_study(merged_files(arguments.files, arguments.config), " and ".join(map(str, arguments.files)))
     if arguments.output:
         write_effective(study, arguments.output)
     else:

@@ -4,7 +4,7 @@ A node is a model after some steps; its name is its path, `<model>/<step>/<step>
 last part, and recipes that begin alike share nodes. A step that is trained with another seed than the study's, and
 every step after it, bears the seed: `<step>@1`.
 
-Functions of a validated `study.Study`; a node may be given by its name alone, because the name is its path.
+All functions take a validated `Study`. A node may be given by its name alone, because the name is its path.
 """
 
 from __future__ import annotations
@@ -14,16 +14,14 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import product
 from math import ceil
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from coppice.methods.contracts import FROM_WINDOWS
+from coppice.methods.options import RecoverOptions
 from coppice.methods.registry import Method, method
 from coppice.records.node_name import NodeName
-
-if TYPE_CHECKING:
-    from coppice.study.schema import Recipe, Step, Study
-
-COMPRESSED = frozenset({"masked", "factorized", "quantized"})
+from coppice.study.schema import BuiltinText, Evaluation, Quality, Recipe, Step, Study
+from coppice.study.schema.evaluations import protocols
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,29 +48,29 @@ class TokenUse:
 
 def nodes(study: Study) -> dict[str, Node]:
     """Every node by name: all dense models, then what the recipes make of them; parents come before children."""
-    found = {model: Node(model, model, None, None, study.seed) for model in study.models}
-    for _, model, steps, seed in expanded(study):
+    tree = {model: Node(model, model, None, None, study.seed) for model in study.models}
+    for _, model, steps, seed in expand_recipes(study):
         parent = model
         for step, part in zip(steps, _parts(study, steps, seed), strict=True):
             name = f"{parent}/{part}"
-            if name not in found:
-                found[name] = Node(name, model, parent, step, seed if "@" in part else study.seed)
+            if name not in tree:
+                tree[name] = Node(name, model, parent, step, seed if "@" in part else study.seed)
             parent = name
-    return found
+    return tree
 
 
-def expanded(study: Study) -> Iterator[tuple[int, str, tuple[str, ...], int]]:
-    """(index of the recipe, model, steps, seed) of every single recipe."""
+def expand_recipes(study: Study) -> Iterator[tuple[int, str, tuple[str, ...], int]]:
+    """(index of the recipe, model, steps, seed) of every single recipe that the study's recipes stand for."""
     for i, recipe in enumerate(study.recipes):
         for model in recipe.models or study.models:
-            for steps in lists_of_steps(recipe):
+            for steps in expand_steps(recipe):
                 for seed in recipe.seeds or [study.seed]:
                     yield i, model, steps, seed
 
 
-def lists_of_steps(recipe: Recipe) -> list[tuple[str, ...]]:
+def expand_steps(recipe: Recipe) -> list[tuple[str, ...]]:
     """The lists of steps that a recipe stands for, without its nulls."""
-    combinations = [recipe.steps] if recipe.steps is not None else product(*recipe.product)
+    combinations = [recipe.steps] if recipe.steps is not None else product(*recipe.product or ())
     return [tuple(step for step in steps if step is not None) for steps in combinations]
 
 
@@ -90,43 +88,46 @@ def method_of(study: Study, step: str) -> Method:
     return method(study.steps[step].method)
 
 
-def marks(study: Study, name: str) -> frozenset[str]:
-    """The marks that the steps of a node's path leave on it."""
-    found: frozenset[str] = frozenset()
+def traits(study: Study, name: str) -> frozenset[str]:
+    """The traits that the steps of a node's path give it."""
+    gathered: frozenset[str] = frozenset()
     for step in NodeName(name).steps:
-        found = method_of(study, step).marks(found, study.steps[step].options)
-    return found
+        gathered = method_of(study, step).traits(gathered, study.steps[step].options)
+    return gathered
 
 
 def incompatibilities(study: Study) -> list[str]:
     """A sentence for every step of a recipe that cannot follow what comes before it."""
     sentences: dict[tuple[int, str], str] = {}
-    seen: dict[str, frozenset[str]] = {model: frozenset() for model in study.models}
-    for i, model, steps, seed in expanded(study):
+    traits_by_node: dict[str, frozenset[str]] = {model: frozenset() for model in study.models}
+    for i, model, steps, seed in expand_recipes(study):
         parent = model
         for place, (step, part) in enumerate(zip(steps, _parts(study, steps, seed), strict=True)):
             name = f"{parent}/{part}"
-            if name not in seen:
-                made = method_of(study, step)
-                reason = _refusal(study, parent, steps[place - 1] if place else None, step, seen[parent])
+            if name not in traits_by_node:
+                before = traits_by_node[parent]
+                reason = _incompatibility(study, parent, steps[place - 1] if place else None, step, before)
                 if reason:
                     sentences.setdefault((i, step), f"recipes.{i} ({' > '.join(steps)}): {reason}")
-                seen[name] = made.marks(seen[parent], study.steps[step].options)
+                traits_by_node[name] = method_of(study, step).traits(before, study.steps[step].options)
             parent = name
     return list(sentences.values())
 
 
-def _refusal(study: Study, parent: str, previous: str | None, step: str, marks: frozenset[str]) -> str | None:
-    made = method_of(study, step)
+def _incompatibility(
+    study: Study, parent: str, previous: str | None, step: str, parent_traits: frozenset[str]
+) -> str | None:
+    """Why a step cannot follow its parent; None where it can."""
+    applied = method_of(study, step)
     if step == previous:
-        return f"the step {step!r} stands twice in a row; write it once."
-    for mark in sorted(marks & made.refuses.keys()):
-        reason = made.refuses[mark].removeprefix("because ").rstrip(".")
-        return f"the step {step!r} ({made.name}) cannot work on a {mark} model, because {reason}."
-    if made.family == "compensate" and reference(study, parent) == parent:
+        return f"the step {step!r} appears twice in a row; write it once."
+    if problem := applied.incompatibility(parent_traits):
+        trait, reason = problem
+        return f"the step {step!r} ({applied.name}) cannot work on a {trait} model, because {reason}."
+    if applied.family == "compensate" and reference(study, parent) == parent:
         return (
-            f"the step {step!r} ({made.name}) has nothing to compensate: put it after a step that prunes, decomposes "
-            "or quantizes layers."
+            f"the step {step!r} ({applied.name}) has nothing to compensate: put it after a step that prunes, "
+            "decomposes or quantizes layers."
         )
     return None
 
@@ -137,26 +138,29 @@ def compresses_layers(method: Method) -> bool:
 
 
 def reference(study: Study, parent: str) -> str:
-    """The node that tells a compensate method, which works on `parent`, what the linears computed before.
+    """The node whose linears a compensate method, which works on `parent`, approximates.
 
     The nearest one above the last run of steps that compressed layers; `parent` itself when there was none. Steps that
-    leave the linears alone, as those of the cache, stand in no one's way.
+    leave the linears alone, as those of the cache, do not end the run.
     """
-    name = found = NodeName(parent)
+    name = uncompressed = NodeName(parent)
     while name.step and name.parent:
-        made = method_of(study, name.step)
-        if not (compresses_layers(made) or made.contract == "cache"):
+        applied = method_of(study, name.step)
+        if not (compresses_layers(applied) or applied.contract == "cache"):
             break
         name = name.parent
-        if compresses_layers(made):
-            found = name
-    return found
+        if compresses_layers(applied):
+            uncompressed = name
+    return uncompressed
 
 
 def calibration(study: Study, step: str) -> str | None:
     """The calibration of a step: the one it names, or the study's only one; None when it needs none."""
-    if not needs(study.steps[step]):
-        return None
+    return calibration_of(study, step) if needs(study.steps[step]) else None
+
+
+def calibration_of(study: Study, step: str) -> str:
+    """The calibration of a step that needs one: the one that it names, or the study's only one."""
     return study.steps[step].calibration or next(iter(study.calibrations))
 
 
@@ -187,8 +191,8 @@ def token_uses(study: Study) -> dict[str, TokenUse]:
         for name, body in study.calibrations.items()
     }
     for name, step in study.steps.items():
-        if trains(study, name):
-            options = step.options
+        options = step.options
+        if isinstance(options, RecoverOptions):
             # A padded window holds fewer tokens than its length; the text is then read again.
             windows = ceil(options.tokens / options.length)
             uses[f"recovery.{name}"] = TokenUse(options.text, "recovery", windows, options.length, options.pack)
@@ -203,16 +207,23 @@ def token_uses(study: Study) -> dict[str, TokenUse]:
     return uses
 
 
-def protocols(evaluation: Any) -> dict[str, Any]:
-    """The protocols of perplexity of an evaluation; a cost has none."""
-    return getattr(evaluation, "perplexity", {})
-
-
-def world(study: Study, evaluation: Any) -> str | None:
+def world(study: Study, evaluation: Evaluation) -> str | None:
     """The built-in text that an evaluation asks about: the one it names, or the study's only one; None when none."""
-    if evaluation.kind != "quality" or not (evaluation.knowledge or "biographies" in evaluation.tasks):
+    if not (isinstance(evaluation, Quality) and evaluation.needs_world):
         return None
-    return evaluation.world or next(name for name, text in study.texts.items() if hasattr(text, "builtin"))
+    return evaluation.world or next(name for name, text in study.texts.items() if isinstance(text, BuiltinText))
+
+
+def evaluation_options(study: Study, evaluation: str) -> dict[str, Any]:
+    """How an evaluation measures, as `coppice evaluate` takes it: which nodes it measures is not part of it.
+
+    Options that are null are left out, so that a new option that is off measures nothing again; within a protocol null
+    says something: all windows.
+    """
+    body = study.evaluations[evaluation]
+    options = {k: v for k, v in body.model_dump(mode="json", exclude={"nodes", "world"}).items() if v is not None}
+    asked_about = world(study, body)
+    return options | ({"world": study.texts[asked_about].model_dump(mode="json")} if asked_about else {})
 
 
 def evaluations(study: Study, name: str) -> list[str]:
@@ -227,23 +238,23 @@ def evaluations(study: Study, name: str) -> list[str]:
 
 def _has_other_seed(study: Study, name: str) -> bool:
     """Whether a node was trained with another seed than the study's and holds no packed integers."""
-    return NodeName(name).with_study_seed != name and "quantized" not in marks(study, name)
+    return NodeName(name).with_study_seed != name and "quantized" not in traits(study, name)
 
 
 def missing_seed_pairs(study: Study) -> list[str]:
-    """A sentence for every connectivity that measures nothing, or a node that there is no twin of."""
-    found = nodes(study)
+    """A sentence for every connectivity that measures nothing, or a node that has no twin."""
+    tree = nodes(study)
     sentences = []
     for name, body in study.evaluations.items():
         if body.kind != "connectivity":
             continue
-        measured = [node for node in found if name in evaluations(study, node)]
+        measured = [node for node in tree if name in evaluations(study, node)]
         if not measured:
             sentences.append(
                 f"evaluations.{name}: no node that matches its `nodes` was trained with another seed than the study's, "
                 f"{study.seed}, and holds weights that can be interpolated; give a recipe several `seeds`."
             )
-        lonely = [node for node in measured if NodeName(node).with_study_seed not in found]
+        lonely = [node for node in measured if NodeName(node).with_study_seed not in tree]
         if lonely:
             sentences.append(
                 f"evaluations.{name}: the node {lonely[0]!r} has no twin {NodeName(lonely[0]).with_study_seed!r} to be "
@@ -254,11 +265,11 @@ def missing_seed_pairs(study: Study) -> list[str]:
 
 def render_tree(study: Study) -> str:
     """The tree, one node a line, indented by its depth."""
-    found = nodes(study)
+    tree = nodes(study)
     children: dict[str | None, list[Node]] = {}
-    for node in found.values():
+    for node in tree.values():
         children.setdefault(node.parent, []).append(node)
-    lines = [f"{study.study}: {len(found)} nodes"]
+    lines = [f"{study.study}: {len(tree)} nodes"]
 
     def draw(parent: str | None, depth: int) -> None:
         for node in children.get(parent, []):

@@ -45,7 +45,7 @@ def node_note(study: Study, row: Row, path: list[Row], metrics: list[Row], faile
     return "\n\n".join(block for block in blocks if block)
 
 
-def failed_note(study: Study, node: str, parent: str, failed: list[Row]) -> str:
+def failed_note(study: Study, node: str, parent: str | None, failed: list[Row]) -> str:
     """Of a node that could not be made."""
     made_from = f", to be made from {_link(parent)}" if parent else ""
     return "\n\n".join([f"**{node}**{made_from}: not made.", _failures(failed), reproduction(study, node)])

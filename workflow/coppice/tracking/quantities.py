@@ -6,8 +6,8 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from coppice import storage
-from coppice.files import read_json
+from coppice.methods.replacements import form_of
+from coppice.records.compression import linear_entries, read_compression
 from coppice.results.schemas import Row
 
 Metrics = list[tuple[str, float, int]]  # (name, value, step)
@@ -46,8 +46,8 @@ def sizes(row: Row, ranks: list[int]) -> Metrics:
 
 def ranks_of(folder: Path) -> list[int]:
     """Ranks of the linears that were decomposed."""
-    record = read_json(storage.ensure_local(folder / "compression.json"))
-    return [entry["rank"] for entry in record.values() if entry["type"] != "Compensated" and "rank" in entry]
+    entries = linear_entries(read_compression(folder)).values()
+    return [rank for entry in entries if (rank := form_of(entry).decomposition_rank(entry)) is not None]
 
 
 def measurements(parts: Mapping[str, list[Row]], repeated: frozenset[str]) -> Metrics:

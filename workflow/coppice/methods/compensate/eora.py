@@ -11,6 +11,7 @@ from __future__ import annotations
 from pydantic import Field
 
 from coppice.methods.contracts import Linear, LinearStatistics, LowRankCorrection, Source
+from coppice.methods.declaration import LayerMethod
 from coppice.methods.options import BudgetOptions
 from coppice.methods.solvers.truncation import truncate_outputs
 
@@ -21,9 +22,6 @@ SOURCE = Source(
     claim="LLaMA-3-8B on WikiText-2 (dense 6.13), rank 128: perplexity 11.07 instead of 12.32 beside 2:4 by "
     "SparseGPT, 6.80 instead of 7.00 beside GPTQ at 4 bits, 10.06 instead of 15.64 at 3.",
 )
-NEEDS = frozenset({"moments"})
-MAKES = frozenset({"compensated"})
-REFUSES = {"compensated": "because the linear has a compensation already; choose a larger rank instead"}
 
 
 class Options(BudgetOptions):
@@ -47,3 +45,13 @@ def compress(linear: Linear, statistics: LinearStatistics, options: Options) -> 
         "truncation_error": truncation.error,
     }
     return LowRankCorrection(truncation.first, truncation.second, record=record)
+
+
+METHOD = LayerMethod(
+    source=SOURCE,
+    options=Options,
+    needs=frozenset({"moments"}),
+    adds_traits=frozenset({"compensated"}),
+    incompatible_with={"compensated": "the linear has a compensation already; choose a larger rank instead"},
+    compress=compress,
+)

@@ -25,11 +25,12 @@ from pydantic import Field, field_validator, model_validator
 from coppice.errors import UserError, error_context
 from coppice.lazy import torch
 from coppice.methods.contracts import Decoder, Linear, LinearStatistics, LowRank, Source, Unchanged
+from coppice.methods.declaration import LayerMethod, Resources
 from coppice.methods.solvers.budget import share_of
 from coppice.methods.solvers.moments import input_size
 from coppice.methods.solvers.ranks import PlannedRank, RankBudget
 from coppice.methods.solvers.truncation import (
-    FACTORS_REFUSE,
+    FACTORS_INCOMPATIBLE,
     RankOptions,
     aligned,
     break_even,
@@ -50,9 +51,6 @@ SOURCE = Source(
     "LLaMA-7B on WikiText-2 (dense: 5.68): perplexity 5.78, 6.09 and 6.80 with 95, 90 and 85 % of its parameters kept; "
     "11.14 with 80 %, as the authors of SVD-LLM report.",
 )
-NEEDS = frozenset({"moments"})
-MAKES = frozenset({"factorized"})
-REFUSES = FACTORS_REFUSE
 
 _SIZES = {"absmean": "mean absolute value", "absmax": "largest absolute value"}
 
@@ -203,3 +201,15 @@ def compress(linear: Linear, statistics: LinearStatistics, options: Options) -> 
     if rank >= break_even(*shape):
         return stays_dense(rank, *shape, record)
     return factors(truncate(linear.weight, rank, scaling(statistics, options)), rank, record)
+
+
+METHOD = LayerMethod(
+    source=SOURCE,
+    options=Options,
+    needs=frozenset({"moments"}),
+    adds_traits=frozenset({"factorized"}),
+    incompatible_with=FACTORS_INCOMPATIBLE,
+    compress=compress,
+    plan=plan,
+    resources=Resources(reach="model"),
+)

@@ -18,6 +18,8 @@ from pydantic import Field, model_validator
 from coppice.errors import UserError, error_context
 from coppice.lazy import torch
 from coppice.methods.contracts import Decoder, Linear, LinearStatistics, Source, TensorTrain, Unchanged
+from coppice.methods.declaration import LayerMethod, Resources
+from coppice.methods.incompatible import DECOMPOSE
 from coppice.methods.options import LayerOptions
 from coppice.methods.solvers.budget import share_of
 from coppice.methods.solvers.moments import input_power
@@ -41,14 +43,6 @@ SOURCE = Source(
     "matrix product operators by sequential singular value decompositions",
     "The authors report Llama 2 7B with 70 % fewer parameters, healed and partly in 4 bits, at 2 to 3 % less accuracy.",
 )
-NEEDS: frozenset[str] = frozenset()
-MAKES = frozenset({"factorized"})
-REFUSES = {
-    "quantized": "because packed integers have no factors; decompose before quantizing",
-    "factorized": "because a linear that is factors already would be factorized twice; choose a smaller keep instead",
-    "masked": "because factors fill the pruned places again; decompose before pruning",
-    "compensated": "because the compensation was fitted to the weights as they are; decompose before compensating",
-}
 
 
 class Options(LayerOptions):
@@ -267,3 +261,18 @@ def _indivisible(sites: Sites) -> dict[str, str]:
         if 1 in shape
     ]
     return {"indivisible": "; ".join(said) + "."} if said else {}
+
+
+METHOD = LayerMethod(
+    source=SOURCE,
+    options=Options,
+    adds_traits=frozenset({"factorized"}),
+    incompatible_with={
+        **DECOMPOSE,
+        "factorized": "a linear that is factors already would be factorized twice; choose a smaller keep instead",
+        "masked": "factors fill the pruned places again; decompose before pruning",
+    },
+    compress=compress,
+    plan=plan,
+    resources=Resources(reach="model"),
+)

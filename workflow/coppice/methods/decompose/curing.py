@@ -20,6 +20,7 @@ from pydantic import Field, model_validator
 from coppice.errors import UserError
 from coppice.lazy import torch
 from coppice.methods.contracts import CUR, Decoder, Linear, LinearStatistics, Source, Unchanged
+from coppice.methods.declaration import LayerMethod, Resources
 from coppice.methods.options import LayerOptions
 from coppice.methods.solvers.budget import share_of
 from coppice.methods.solvers.moments import input_power, second_moment
@@ -35,20 +36,12 @@ SOURCE = Source(
     "W = C U R with U = C^+ W R^+, rows and columns by DEIM on |W| |x|",
     "The authors compress Llama-3.1-8B to 7.32 billion parameters (9 % fewer) in 129 seconds.",
 )
-NEEDS = frozenset({"moments"})
-MAKES = frozenset({"factorized"})
-REFUSES = {
-    "quantized": "because packed integers have no rows to keep; decompose before quantizing",
-    "factorized": "because a linear that is factors already would be factorized twice; choose a smaller keep instead",
-    "masked": "because the product of the factors fills the pruned places again; decompose before pruning",
-    "compensated": "because the compensation was fitted to the weights as they are; decompose before compensating",
-}
-LINEARS = ("q_proj", "k_proj", "gate_proj")
+ROLES = ("q", "k", "gate")
 RANK = 256
 
 
 class Options(LayerOptions):
-    """At most one of rank and keep. `linears` left out means q_proj, k_proj and gate_proj, as in the paper."""
+    """At most one of rank and keep. `target_modules` left out means q_proj, k_proj and gate_proj, as in the paper."""
 
     rank: int | None = Field(
         default=None,
@@ -223,11 +216,28 @@ def _stays_dense(linear: Linear, rank: int, options: Options) -> str:
     """Why this linear is left alone; empty when it is not."""
     shape = linear.weight.shape
     kind = linear.name.rpartition(".")[-1]
-    if options.linears is None and kind not in LINEARS:
-        return f"CURing leaves {kind} alone unless `linears` names it; it takes {', '.join(LINEARS)}."
+    if options.target_modules is None and linear.role not in ROLES:
+        return f"CURing leaves {kind} alone unless `target_modules` names it; it takes {', '.join(ROLES)}."
     if linear.plan is False:
         return f"The block is not among the {options.blocks} with the least angular distance."
     limit = break_even(*shape)
     if rank >= limit:
         return f"Rank {rank} reaches {limit}, where rows, columns and link of {shape[0]} x {shape[1]} save nothing."
     return ""
+
+
+METHOD = LayerMethod(
+    source=SOURCE,
+    options=Options,
+    needs=frozenset({"moments"}),
+    adds_traits=frozenset({"factorized"}),
+    incompatible_with={
+        "quantized": "packed integers have no rows to keep; decompose before quantizing",
+        "factorized": "a linear that is factors already would be factorized twice; choose a smaller keep instead",
+        "masked": "the product of the factors fills the pruned places again; decompose before pruning",
+        "compensated": "the compensation was fitted to the weights as they are; decompose before compensating",
+    },
+    compress=compress,
+    plan=plan,
+    resources=Resources(reach="model"),
+)

@@ -31,12 +31,13 @@ from pydantic import Field, model_validator
 from coppice.errors import UserError
 from coppice.lazy import torch
 from coppice.methods.contracts import Codebook, Decoder, Linear, LinearStatistics, LowRank, Source, Unchanged
+from coppice.methods.declaration import LayerMethod, Resources
 from coppice.methods.solvers.budget import share_of
 from coppice.methods.solvers.codebook import dynamic_table, quantize_blocks
 from coppice.methods.solvers.ranks import PlannedRank, RankBudget
 from coppice.methods.solvers.stable_svd import gated
 from coppice.methods.solvers.truncation import (
-    FACTORS_REFUSE,
+    FACTORS_INCOMPATIBLE,
     RankOptions,
     Truncation,
     aligned,
@@ -58,9 +59,6 @@ SOURCE = Source(
     "LLaMA-7B with 40 % of its bytes kept has a perplexity of 9.07 on WikiText-2. Without remapping, with 80 % of its "
     "parameters kept, learned ranks reach 8.54 and uniform ones 8.87, as the authors of Swift-SVD report.",
 )
-NEEDS = frozenset({"moments"})
-MAKES = frozenset({"factorized", "quantized"})
-REFUSES = FACTORS_REFUSE
 
 _BITS = 8
 
@@ -110,8 +108,8 @@ class Options(RankOptions):
         return super().needs | ({"windows"} if self.learn else frozenset())
 
 
-def marks(parent: frozenset[str], options: Options) -> frozenset[str]:
-    return parent | MAKES if options.remap else parent | {"factorized"}
+def traits(parent: frozenset[str], options: Options) -> frozenset[str]:
+    return parent | {"factorized", "quantized"} if options.remap else parent | {"factorized"}
 
 
 def plan(decoder: Decoder, options: Options) -> dict[str, PlannedRank]:
@@ -260,3 +258,16 @@ def _coded(vectors: Tensor, count: int, storage: torch.dtype) -> Codebook:
     width = vectors.shape[1]
     rest = torch.arange(count, width, device=vectors.device) if count < width else None
     return quantize_blocks(vectors, dynamic_table(_BITS), _BITS, count, rest, storage)
+
+
+METHOD = LayerMethod(
+    source=SOURCE,
+    options=Options,
+    needs=frozenset({"moments"}),
+    adds_traits=frozenset({"factorized", "quantized"}),
+    incompatible_with=FACTORS_INCOMPATIBLE,
+    traits=traits,
+    compress=compress,
+    plan=plan,
+    resources=Resources(reach="model"),
+)

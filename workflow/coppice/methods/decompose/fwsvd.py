@@ -14,8 +14,9 @@ from pydantic import Field
 from coppice.errors import UserError
 from coppice.lazy import torch
 from coppice.methods.contracts import Decoder, Linear, LinearStatistics, LowRank, Source, Unchanged
+from coppice.methods.declaration import LayerMethod, Resources
 from coppice.methods.solvers.truncation import (
-    FACTORS_REFUSE,
+    FACTORS_INCOMPATIBLE,
     RankOptions,
     break_even,
     chosen_rank,
@@ -34,9 +35,6 @@ SOURCE = Source(
     "LLaMA-7B with 20 % of its parameters removed has a perplexity of 1727 on WikiText-2 (dense: 5.68), as the authors "
     "of SVD-LLM report.",
 )
-NEEDS = frozenset({"windows"})
-MAKES = frozenset({"factorized"})
-REFUSES = FACTORS_REFUSE
 
 
 class Options(RankOptions):
@@ -78,3 +76,15 @@ def compress(linear: Linear, statistics: LinearStatistics | None, options: Optio
     record = {"inputs_without_importance": int((importance == 0).sum())}
     # Fisher information is tiny; its scale does not matter, and a narrow type could lose it.
     return factors(truncate(linear.weight, rank, importance / importance.max()), rank, record)
+
+
+METHOD = LayerMethod(
+    source=SOURCE,
+    options=Options,
+    needs=frozenset({"windows"}),
+    adds_traits=frozenset({"factorized"}),
+    incompatible_with=FACTORS_INCOMPATIBLE,
+    compress=compress,
+    plan=plan,
+    resources=Resources(reach="model"),
+)

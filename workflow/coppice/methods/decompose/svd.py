@@ -7,8 +7,9 @@ W = U Sigma V^T; first = Sigma_k^(1/2) V_k^T [k, n], second = U_k Sigma_k^(1/2) 
 from __future__ import annotations
 
 from coppice.methods.contracts import Linear, LinearStatistics, LowRank, Source, Unchanged
+from coppice.methods.declaration import LayerMethod
 from coppice.methods.solvers.truncation import (
-    FACTORS_REFUSE,
+    FACTORS_INCOMPATIBLE,
     RankOptions,
     break_even,
     chosen_rank,
@@ -24,9 +25,6 @@ SOURCE = Source(
     "A baseline: LLaMA-7B with 20 % of its parameters removed has a perplexity of 20061 on WikiText-2 (dense: 5.68), "
     "as the authors of SVD-LLM report.",
 )
-NEEDS = frozenset()
-MAKES = frozenset({"factorized"})
-REFUSES = FACTORS_REFUSE
 
 
 class Options(RankOptions):
@@ -43,3 +41,12 @@ def compress(linear: Linear, statistics: LinearStatistics | None, options: Optio
     if rank >= break_even(*shape):
         return stays_dense(rank, *shape)
     return factors(truncate(linear.weight, rank, scaling=None), rank)
+
+
+METHOD = LayerMethod(
+    source=SOURCE,
+    options=Options,
+    adds_traits=frozenset({"factorized"}),
+    incompatible_with=FACTORS_INCOMPATIBLE,
+    compress=compress,
+)

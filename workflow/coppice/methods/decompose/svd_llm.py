@@ -17,10 +17,11 @@ from pydantic import Field, model_validator
 
 from coppice.lazy import torch
 from coppice.methods.contracts import Linear, LinearStatistics, LowRank, Source, Unchanged
+from coppice.methods.declaration import LayerMethod
 from coppice.methods.solvers.loss import relative_error
 from coppice.methods.solvers.moments import second_moment
 from coppice.methods.solvers.truncation import (
-    FACTORS_REFUSE,
+    FACTORS_INCOMPATIBLE,
     RankOptions,
     Truncation,
     break_even,
@@ -42,9 +43,6 @@ SOURCE = Source(
     "LLaMA-7B with 20 % of its parameters removed has a perplexity of 7.94 on WikiText-2 (dense: 5.68); an independent "
     "reproduction finds 7.88.",
 )
-NEEDS = frozenset({"moments"})
-MAKES = frozenset({"factorized"})
-REFUSES = FACTORS_REFUSE
 
 
 class Options(RankOptions):
@@ -60,16 +58,16 @@ class Options(RankOptions):
 
     @model_validator(mode="after")
     def _update_needs_the_parents_inputs(self) -> Options:
-        if self.update and self.propagate:
+        if self.update and self.sequential:
             raise ValueError(
                 "'update' truncates on the parent's inputs and refits on those behind the compressed blocks, and "
-                "'propagate' does both on the latter, where a refit changes nothing: give one of them"
+                "'sequential' does both on the latter, where a refit changes nothing: give one of them"
             )
         return self
 
     @property
     def needs(self) -> frozenset[str]:
-        return super().needs | ({"behind"} if self.update else frozenset())
+        return super().needs | ({"sequential_moments"} if self.update else frozenset())
 
 
 def compress(linear: Linear, statistics: LinearStatistics, options: Options) -> LowRank | Unchanged:
@@ -89,7 +87,7 @@ def compress(linear: Linear, statistics: LinearStatistics, options: Options) -> 
     else:
         truncation = truncate_outputs(weight, rank, moment)
     if options.update:
-        behind = linear.behind.second_moment
+        behind = linear.sequential.second_moment
         before = relative_error(weight - truncation.second @ truncation.first, weight, behind)
         truncation = Truncation(truncation.first, updated(weight, truncation, behind), truncation.error)
         after = relative_error(weight - truncation.second @ truncation.first, weight, behind)
@@ -122,3 +120,13 @@ def updated(weight: Tensor, truncation: Truncation, moment: Tensor) -> Tensor:
     basis = inverse[:, None] * vectors[:, seen] / values[seen].sqrt()
     residual = (weight.double() - second @ first) @ passed.T
     return (second + residual @ basis @ basis.T).to(weight.dtype)
+
+
+METHOD = LayerMethod(
+    source=SOURCE,
+    options=Options,
+    needs=frozenset({"moments"}),
+    adds_traits=frozenset({"factorized"}),
+    incompatible_with=FACTORS_INCOMPATIBLE,
+    compress=compress,
+)

@@ -28,6 +28,7 @@ from pydantic import Field, model_validator
 
 from coppice.lazy import torch
 from coppice.methods.contracts import Linear, LinearStatistics, Masked, Quantized, Source, Unchanged
+from coppice.methods.declaration import LayerMethod
 from coppice.methods.solvers.grid import (
     OptionalGridOptions,
     decode,
@@ -58,12 +59,6 @@ SOURCE = Source(
     "arXiv 2506.10205",
     "T <- Proj(T + eta (W - T) C)",
 )
-NEEDS = frozenset({"moments"})
-MAKES = frozenset({"masked", "quantized"})
-REFUSES = {
-    "quantized": "because packed integers can be neither masked nor rounded again; prune before quantizing",
-    "compensated": "because the compensation was fitted to the weights as they are; prune before compensating",
-}
 
 _PRUNING_ITERATIONS, _ROUNDING_ITERATIONS, _JOINT_ITERATIONS = 200, 10, 100
 
@@ -126,7 +121,7 @@ class _Projection:
         return _Point(decode(codes, *parameters).flatten(1), mask, (codes.flatten(1), scale, zero_point))
 
 
-def marks(parent: frozenset[str], options: Options) -> frozenset[str]:
+def traits(parent: frozenset[str], options: Options) -> frozenset[str]:
     """Masked where it prunes, quantized where it rounds."""
     return (
         parent
@@ -194,3 +189,17 @@ def _descend(
         if settled:
             break
     return best, {"iterations": done, "best_iteration": best_iteration}
+
+
+METHOD = LayerMethod(
+    source=SOURCE,
+    options=Options,
+    needs=frozenset({"moments"}),
+    adds_traits=frozenset({"masked", "quantized"}),
+    incompatible_with={
+        "quantized": "packed integers can be neither masked nor rounded again; prune before quantizing",
+        "compensated": "the compensation was fitted to the weights as they are; prune before compensating",
+    },
+    traits=traits,
+    compress=compress,
+)

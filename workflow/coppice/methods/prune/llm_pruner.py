@@ -14,6 +14,7 @@ from pydantic import Field
 from coppice.errors import UserError
 from coppice.lazy import torch
 from coppice.methods.contracts import Removal, Source, Structure
+from coppice.methods.declaration import Resources, StructureMethod
 from coppice.methods.options import MethodOptions
 from coppice.methods.solvers.selection import lowest, whole_units
 
@@ -25,13 +26,6 @@ SOURCE = Source(
     identifier="arXiv 2305.11627",
     equation="3 to 5",
 )
-NEEDS = frozenset({"gradients"})
-MAKES = frozenset({"smaller"})
-REFUSES = {
-    "factorized": "the factors of a linear have no rows or columns that belong to heads and neurons alone",
-    "quantized": "its codes are packed for the widths that it has",
-    "compensated": "the corrections beside its linears were fitted to the widths that it has",
-}
 
 
 class Options(MethodOptions):
@@ -101,3 +95,18 @@ def _lowest_of_each(
         index = int((~finite).nonzero()[0])
         raise UserError(f"A Taylor score of the {unit} of block {index} is not finite; calibrate in a wider dtype.")
     return tuple(lowest(row, number) for row in scores)
+
+
+METHOD = StructureMethod(
+    source=SOURCE,
+    options=Options,
+    needs=frozenset({"gradients"}),
+    adds_traits=frozenset({"smaller"}),
+    incompatible_with={
+        "factorized": "the factors of a linear have no rows or columns that belong to heads and neurons alone",
+        "quantized": "its codes are packed for the widths that it has",
+        "compensated": "the corrections beside its linears were fitted to the widths that it has",
+    },
+    choose=choose,
+    resources=Resources(reach="model"),
+)

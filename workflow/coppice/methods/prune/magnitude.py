@@ -11,6 +11,8 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from coppice.methods.contracts import Linear, LinearStatistics, Masked, Source, Unchanged
+from coppice.methods.declaration import LayerMethod
+from coppice.methods.incompatible import PRUNE
 from coppice.methods.solvers.mask import SparsityOptions, comparison_group, keep_largest, masked, nothing_to_prune
 
 SOURCE = Source(
@@ -20,12 +22,6 @@ SOURCE = Source(
     claim="LLaMA-2-7B on WikiText-2 (windows of 4096; dense 5.12): perplexity 14.89 at 50 %, 16.48 at 4:8 and "
     "54.59 at 2:4, as the authors of Wanda report.",
 )
-NEEDS = frozenset()
-MAKES = frozenset({"masked"})
-REFUSES = {
-    "quantized": "because packed integers cannot be masked; prune before quantizing",
-    "compensated": "because the compensation was fitted to the weights as they are; prune before compensating",
-}
 
 
 class Options(SparsityOptions):
@@ -54,3 +50,12 @@ def compress(linear: Linear, statistics: LinearStatistics | None, options: Optio
     size, count = comparison_group(options, weight.numel() if options.scope == "layer" else width, width)
     mask = keep_largest(weight.abs(), size, count, linear.mask)
     return masked(weight, weight.masked_fill(~mask, 0), mask, statistics, options)
+
+
+METHOD = LayerMethod(
+    source=SOURCE,
+    options=Options,
+    adds_traits=frozenset({"masked"}),
+    incompatible_with=PRUNE,
+    compress=compress,
+)

@@ -32,6 +32,8 @@ from pydantic import Field, model_validator
 from coppice.errors import UserError
 from coppice.lazy import torch
 from coppice.methods.contracts import Linear, LinearStatistics, Masked, Source, Unchanged
+from coppice.methods.declaration import LayerMethod
+from coppice.methods.incompatible import PRUNE
 from coppice.methods.options import BudgetOptions
 from coppice.methods.solvers.budget import share_of
 from coppice.methods.solvers.damping import damp
@@ -48,12 +50,6 @@ SOURCE = Source(
     "arXiv 1806.06457",
     "min |U|_1 within an output error of epsilon, for a linear without activation",
 )
-NEEDS = frozenset({"moments"})
-MAKES = frozenset({"masked"})
-REFUSES = {
-    "quantized": "because packed integers cannot be masked; prune before quantizing",
-    "compensated": "because the compensation was fitted to the weights as they are; prune before compensating",
-}
 
 _STEPS_BETWEEN = 50
 _RELAXATION = 1.6  # alpha
@@ -351,3 +347,13 @@ class _Problem:
             best = torch.where((reached < least)[:, None], moved, best)
             least = torch.minimum(reached, least)
         return best
+
+
+METHOD = LayerMethod(
+    source=SOURCE,
+    options=Options,
+    needs=frozenset({"moments"}),
+    adds_traits=frozenset({"masked"}),
+    incompatible_with=PRUNE,
+    compress=compress,
+)

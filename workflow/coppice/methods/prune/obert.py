@@ -25,6 +25,8 @@ from pydantic import Field, model_validator
 from coppice.errors import UserError
 from coppice.lazy import torch
 from coppice.methods.contracts import Decoder, Linear, LinearStatistics, Masked, Source, Unchanged
+from coppice.methods.declaration import LayerMethod, Resources
+from coppice.methods.incompatible import PRUNE
 from coppice.methods.options import LayerOptions
 from coppice.methods.solvers.budget import share_of
 from coppice.methods.solvers.mask import keep_largest, nothing_to_prune
@@ -39,12 +41,6 @@ SOURCE = Source(
     "The authors' repository reports for BERT-base on SQuAD, pruned over 30 epochs of training, F1 89.04 at 80 % and "
     "88.31 at 90 %, against 88.54 of the dense model.",
 )
-NEEDS = frozenset({"windows"})
-MAKES = frozenset({"masked"})
-REFUSES = {
-    "quantized": "because packed integers cannot be masked; prune before quantizing",
-    "compensated": "because the compensation was fitted to the weights as they are; prune before compensating",
-}
 
 # Of the [B, B] matrices that are inverted at a time.
 _CHUNK_BYTES = 2**28
@@ -254,3 +250,15 @@ def _together(inverse: Tensor, weight: Tensor, gone: Tensor) -> Tensor:
 def _chunk(size: int) -> int:
     """How many [size, size] matrices are solved at a time."""
     return max(_CHUNK_BYTES // (8 * size * size), 1)
+
+
+METHOD = LayerMethod(
+    source=SOURCE,
+    options=Options,
+    needs=frozenset({"windows"}),
+    adds_traits=frozenset({"masked"}),
+    incompatible_with=PRUNE,
+    compress=compress,
+    plan=plan,
+    resources=Resources(reach="model"),
+)

@@ -25,6 +25,7 @@ from pydantic import Field, model_validator
 
 from coppice.lazy import torch
 from coppice.methods.contracts import Linear, LinearStatistics, Masked, Quantized, Source, Unchanged
+from coppice.methods.declaration import LayerMethod
 from coppice.methods.solvers.budget import share_of
 from coppice.methods.solvers.damping import damp
 from coppice.methods.solvers.grid import (
@@ -59,13 +60,6 @@ SOURCE = Source(
     "WikiText-2 perplexity 9.23 (rtn) and 8.40 (gptq), against 12.94 of SparseGPT with GPTQ and 5.47 of the dense "
     "model; its calibration text is WikiText-2 too.",
 )
-NEEDS = frozenset({"moments"})
-MAKES = frozenset({"masked", "quantized"})
-REFUSES = {
-    "quantized": "because packed integers can be neither masked nor rounded again; start from a node that is not "
-    "quantized",
-    "compensated": "because the compensation was fitted to the weights as they are; prune before compensating",
-}
 
 
 class Options(PruningOptions, OptionalGridOptions):
@@ -98,8 +92,8 @@ class Options(PruningOptions, OptionalGridOptions):
         return self
 
 
-def marks(parent: frozenset[str], options: Options) -> frozenset[str]:
-    return parent | {"masked"} if options.bits is None else parent | MAKES
+def traits(parent: frozenset[str], options: Options) -> frozenset[str]:
+    return parent | {"masked"} if options.bits is None else parent | {"masked", "quantized"}
 
 
 def compress(linear: Linear, statistics: LinearStatistics, options: Options) -> Masked | Quantized | Unchanged:
@@ -170,3 +164,17 @@ def _quantize(
 
 def _round(grid: Grid, weight: Tensor, scale: Tensor, zero_point: Tensor, groups: Tensor) -> Tensor:
     return grid.encode(weight, scale[:, groups], zero_point[:, groups])
+
+
+METHOD = LayerMethod(
+    source=SOURCE,
+    options=Options,
+    needs=frozenset({"moments"}),
+    adds_traits=frozenset({"masked", "quantized"}),
+    incompatible_with={
+        "quantized": "packed integers can be neither masked nor rounded again; start from a node that is not quantized",
+        "compensated": "the compensation was fitted to the weights as they are; prune before compensating",
+    },
+    traits=traits,
+    compress=compress,
+)

@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 from coppice.errors import UserError
 from coppice.lazy import torch
 from coppice.methods.contracts import Removal, Source, Structure
+from coppice.methods.declaration import StructureMethod
 from coppice.methods.options import MethodOptions
 from coppice.methods.solvers.selection import lowest, whole_units
 
@@ -23,10 +24,6 @@ SOURCE = Source(
     identifier="arXiv 2403.03853",
     equation="1",
 )
-NEEDS = frozenset({"blocks"})
-MAKES = frozenset({"smaller"})
-# A block goes with all that stands in it, whatever its linears have become.
-REFUSES: dict[str, str] = {}
 
 
 class Options(MethodOptions):
@@ -74,3 +71,13 @@ def choose(structure: Structure, statistics: dict[str, Tensor], options: Options
             "achieved": {"blocks": number, "block_ratio": number / structure.blocks},
         },
     )
+
+
+METHOD = StructureMethod(
+    source=SOURCE,
+    options=Options,
+    needs=frozenset({"blocks"}),
+    adds_traits=frozenset({"smaller"}),
+    # A block goes with all that stands in it, whatever its linears have become.
+    choose=choose,
+)

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING
 from pydantic import Field, model_validator
 
 from coppice.methods.contracts import Linear, LinearStatistics, Masked, Quantized, Source, Unchanged
+from coppice.methods.declaration import LayerMethod
+from coppice.methods.incompatible import PRUNE
 from coppice.methods.solvers.grid import (
     OptionalGridOptions,
     fit_groups,
@@ -44,12 +46,6 @@ SOURCE = Source(
     claim="LLaMA-2-7B on WikiText-2 (windows of 4096; dense 5.12): perplexity 6.51 at 50 %, 8.12 at 4:8 and "
     "10.17 at 2:4, as the authors of Wanda report.",
 )
-NEEDS = frozenset({"moments"})
-MAKES = frozenset({"masked", "quantized"})
-REFUSES = {
-    "quantized": "because packed integers cannot be masked; prune before quantizing",
-    "compensated": "because the compensation was fitted to the weights as they are; prune before compensating",
-}
 
 
 class Options(SparsityOptions, OptionalGridOptions):
@@ -63,7 +59,7 @@ class Options(SparsityOptions, OptionalGridOptions):
         return self
 
 
-def marks(parent: frozenset[str], options: Options) -> frozenset[str]:
+def traits(parent: frozenset[str], options: Options) -> frozenset[str]:
     """Masked, and quantized where there are bits."""
     return parent | ({"masked"} if options.bits is None else {"masked", "quantized"})
 
@@ -104,3 +100,14 @@ def compress(linear: Linear, statistics: LinearStatistics, options: Options) -> 
         options.symmetric,
         record=pruning_record(options, swept.mask) | grid_record(options, width) | factor.record,
     )
+
+
+METHOD = LayerMethod(
+    source=SOURCE,
+    options=Options,
+    needs=frozenset({"moments"}),
+    adds_traits=frozenset({"masked", "quantized"}),
+    incompatible_with=PRUNE,
+    traits=traits,
+    compress=compress,
+)

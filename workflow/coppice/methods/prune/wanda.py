@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from coppice.methods.contracts import Linear, LinearStatistics, Masked, Source, Unchanged
+from coppice.methods.declaration import LayerMethod
+from coppice.methods.incompatible import PRUNE
 from coppice.methods.solvers.mask import SparsityOptions, comparison_group, keep_largest, masked, nothing_to_prune
 from coppice.methods.solvers.moments import input_power
 
@@ -20,12 +22,6 @@ SOURCE = Source(
     claim="LLaMA-2-7B on WikiText-2 (windows of 4096; dense 5.12): perplexity 6.42 at 50 %, 7.97 at 4:8 and "
     "11.02 at 2:4.",
 )
-NEEDS = frozenset({"moments"})
-MAKES = frozenset({"masked"})
-REFUSES = {
-    "quantized": "because packed integers cannot be masked; prune before quantizing",
-    "compensated": "because the compensation was fitted to the weights as they are; prune before compensating",
-}
 
 
 class Options(SparsityOptions):
@@ -46,3 +42,13 @@ def compress(linear: Linear, statistics: LinearStatistics, options: Options) -> 
     mask = keep_largest(scores, *comparison_group(options, width, width), linear.mask)
     replacement = masked(weight, weight.masked_fill(~mask, 0), mask, statistics, options)
     return replace(replacement, record=replacement.record | {"dead_inputs": int((power == 0).sum())})
+
+
+METHOD = LayerMethod(
+    source=SOURCE,
+    options=Options,
+    needs=frozenset({"moments"}),
+    adds_traits=frozenset({"masked"}),
+    incompatible_with=PRUNE,
+    compress=compress,
+)

@@ -20,6 +20,8 @@ from pydantic import Field
 
 from coppice.lazy import torch
 from coppice.methods.contracts import Linear, LinearStatistics, Quantized, Source
+from coppice.methods.declaration import LayerMethod
+from coppice.methods.incompatible import QUANTIZE
 from coppice.methods.solvers.grid import (
     Grid,
     GridOptions,
@@ -41,12 +43,6 @@ SOURCE = Source(
     "arXiv 2306.00978",
     "equations 4 and 5: s = E|x|^alpha, alpha = argmin |Q(W s)(x / s) - W x|",
 )
-NEEDS = frozenset({"moments"})
-MAKES = frozenset({"quantized"})
-REFUSES = {
-    "quantized": "because the weights are on a grid already; quantize once",
-    "compensated": "because the compensation was fitted to the weights as they are; quantize before compensating",
-}
 
 _STEPS = 20
 _CLIP_STEPS = 10
@@ -94,7 +90,7 @@ def compress(linear: Linear, statistics: LinearStatistics, options: Options) -> 
     width = group_width(options, weight.shape[1])
     grid = make_grid(linear, options)
     record = grid_record(options, width)
-    if options.clip and (options.clip_attention or linear.name.rpartition(".")[2] not in ("q_proj", "k_proj")):
+    if options.clip and (options.clip_attention or linear.role not in ("q", "k")):
         moment = second_moment(statistics.second_moment).to(weight.dtype)
         scale, zero_point, clipped = _clipped_groups(grid, weight, moment, width)
         record |= {"clipped_groups": clipped}
@@ -168,3 +164,14 @@ def _clipped_groups(grid: Grid, weight: Tensor, moment: Tensor, width: int) -> t
         least = torch.where(better, losses, least)
         best = (torch.where(better, scale, best[0]), torch.where(better, zero_point, best[1]))
     return *best, (best[0] != first).double().mean().item()
+
+
+METHOD = LayerMethod(
+    source=SOURCE,
+    options=Options,
+    needs=frozenset({"moments"}),
+    adds_traits=frozenset({"quantized"}),
+    incompatible_with=QUANTIZE,
+    compress=compress,
+    scales=scales,
+)

@@ -18,6 +18,8 @@ from pydantic import Field
 
 from coppice.lazy import torch
 from coppice.methods.contracts import Linear, LinearStatistics, Quantized, Source
+from coppice.methods.declaration import LayerMethod
+from coppice.methods.incompatible import QUANTIZE
 from coppice.methods.quantize import gptq, rtn
 from coppice.methods.solvers.grid import GridOptions, decode, dequantize, make_grid
 from coppice.methods.solvers.loss import output_power
@@ -33,12 +35,6 @@ SOURCE = Source(
     "Perplexity and zero-shot accuracy up to 15% better, relatively, than with methods such as GPTQ; Falcon-180B is "
     "quantized on one A100 in about 3 hours.",
 )
-NEEDS = frozenset({"moments"})
-MAKES = frozenset({"quantized"})
-REFUSES = {
-    "quantized": "because the weights are on a grid already; quantize once",
-    "compensated": "because the compensation was fitted to the weights as they are; quantize before compensating",
-}
 
 
 class Options(GridOptions):
@@ -122,3 +118,13 @@ def _descend(linear: Linear, start: Quantized, moment: Tensor, options: Options)
             gradient[first:last].addmm_(moment[first:last, first:last].triu(), moves, alpha=-1)
         changed = bool(moved)
     return codes.T.contiguous(), sweeps
+
+
+METHOD = LayerMethod(
+    source=SOURCE,
+    options=Options,
+    needs=frozenset({"moments"}),
+    adds_traits=frozenset({"quantized"}),
+    incompatible_with=QUANTIZE,
+    compress=compress,
+)

@@ -32,6 +32,8 @@ from pydantic import Field
 from coppice.errors import UserError
 from coppice.lazy import torch
 from coppice.methods.contracts import FlattenQuant, Linear, LinearStatistics, Source
+from coppice.methods.declaration import LayerMethod
+from coppice.methods.incompatible import QUANTIZE
 from coppice.methods.options import LayerOptions
 from coppice.methods.solvers.budget import share_of
 from coppice.methods.solvers.codebook import require_finite
@@ -50,13 +52,6 @@ SOURCE = Source(
     "On OPT, 48.3 % of the linears compute in 4 bits and the others in 8 with negligible loss; where arithmetic is the "
     "bottleneck, up to 2 times the speed of 16 bits and 2.3 times less memory.",
 )
-NEEDS = frozenset({"moments"})
-MAKES = frozenset({"quantized", "quantized-inputs"})
-REFUSES = {
-    "quantized": "because the weights are on a grid already; quantize once",
-    "quantized-inputs": "because its linears round their inputs already; round them once",
-    "compensated": "because the compensation was fitted to the weights as they are; quantize before compensating",
-}
 
 
 class Options(LayerOptions):
@@ -283,3 +278,14 @@ def _largest_inputs(statistics: LinearStatistics) -> Tensor:
             "calibrate again."
         )
     return largest
+
+
+METHOD = LayerMethod(
+    source=SOURCE,
+    options=Options,
+    needs=frozenset({"moments"}),
+    adds_traits=frozenset({"quantized", "quantized-activations"}),
+    incompatible_with={**QUANTIZE, "quantized-activations": "its linears round their inputs already; round them once"},
+    compress=compress,
+    scales=scales,
+)

@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import Field
 
 from coppice.methods.contracts import Source
+from coppice.methods.declaration import CacheMethod
 from coppice.methods.solvers.cache import CacheOptions
 
 SOURCE = Source(
@@ -21,9 +22,6 @@ SOURCE = Source(
     "algorithm 1: X ~ X^ + L + S",
     "Near-lossless at 4 bits, with up to 2.38 times the throughput and up to 2.29 times less peak memory.",
 )
-NEEDS = frozenset()
-MAKES = frozenset({"quantized-cache"})
-REFUSES = {"quantized-cache": "because its keys and values are compressed already; choose one way to keep them"}
 
 
 class Options(CacheOptions):
@@ -56,3 +54,12 @@ def cache(options: Options) -> dict[str, Any]:
         "outliers": options.outliers,
         "loops": options.loops,
     }
+
+
+METHOD = CacheMethod(
+    source=SOURCE,
+    options=Options,
+    adds_traits=frozenset({"quantized-cache"}),
+    incompatible_with={"quantized-cache": "its keys and values are compressed already; choose one way to keep them"},
+    cache=cache,
+)

@@ -7,6 +7,8 @@ algorithm 1 (see `solvers.rounding`).
 from __future__ import annotations
 
 from coppice.methods.contracts import Linear, LinearStatistics, Quantized, Source
+from coppice.methods.declaration import LayerMethod
+from coppice.methods.incompatible import QUANTIZE
 from coppice.methods.solvers.rounding import SweptGridOptions, sweep_to_grid
 
 SOURCE = Source(
@@ -16,12 +18,6 @@ SOURCE = Source(
     claim="LLaMA-7B on WikiText-2 (windows of 2048; dense 5.68): perplexity 6.09 at 4 bits and 8.07 at 3; 6.61 "
     "at 3 bits in groups of 128.",
 )
-NEEDS = frozenset({"moments"})
-MAKES = frozenset({"quantized"})
-REFUSES = {
-    "quantized": "because the weights are on a grid already; quantize once",
-    "compensated": "because the compensation was fitted to the weights as they are; quantize before compensating",
-}
 
 
 class Options(SweptGridOptions):
@@ -35,3 +31,13 @@ def compress(linear: Linear, statistics: LinearStatistics, options: Options) -> 
     are unfit (see `solvers.rounding`).
     """
     return sweep_to_grid(linear, statistics.second_moment, options)
+
+
+METHOD = LayerMethod(
+    source=SOURCE,
+    options=Options,
+    needs=frozenset({"moments"}),
+    adds_traits=frozenset({"quantized"}),
+    incompatible_with=QUANTIZE,
+    compress=compress,
+)

@@ -17,13 +17,16 @@ linear: they have no outliers.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
 from coppice.lazy import torch
-from coppice.methods.contracts import Codebook, Decoder, Linear, LinearStatistics, Source
+from coppice.methods.contracts import Codebook, Decoder, Linear, LinearStatistics, Role, Source
+from coppice.methods.declaration import LayerMethod, Resources
+from coppice.methods.incompatible import QUANTIZE
 from coppice.methods.options import LayerOptions
 from coppice.methods.solvers.budget import share_of
 from coppice.methods.solvers.codebook import (
@@ -45,23 +48,17 @@ SOURCE = Source(
     "In more than 35,000 runs with 16-bit inputs and k-bit weights, on families of 19M to 176B parameters, 4 bits are "
     "almost universally optimal for total model bits against zero-shot accuracy.",
 )
-NEEDS = frozenset()
-MAKES = frozenset({"quantized"})
-REFUSES = {
-    "quantized": "because the weights are on a grid already; quantize once",
-    "compensated": "because the compensation was fitted to the weights as they are; quantize before compensating",
-}
 
 # What writes the input of each linear of a block: the last of these before it in the model's order.
-_RESIDUAL = ("o_proj", "down_proj")
-_WRITERS = {
-    "q_proj": _RESIDUAL,
-    "k_proj": _RESIDUAL,
-    "v_proj": _RESIDUAL,
-    "o_proj": ("v_proj",),
-    "gate_proj": _RESIDUAL,
-    "up_proj": _RESIDUAL,
-    "down_proj": ("up_proj",),
+_RESIDUAL: tuple[Role, ...] = ("o", "down")
+_WRITERS: dict[Role, tuple[Role, ...]] = {
+    "q": _RESIDUAL,
+    "k": _RESIDUAL,
+    "v": _RESIDUAL,
+    "o": ("v",),
+    "gate": _RESIDUAL,
+    "up": _RESIDUAL,
+    "down": ("up",),
 }
 
 
@@ -113,29 +110,34 @@ def plan(decoder: Decoder, options: Options) -> dict[str, Proxy]:
     """The outlier inputs of every linear, from the weights of the linear that writes its input."""
     if options.outliers == 0:
         return {}
-    return {name: _proxy(decoder, name, writer, options.outliers) for name, writer in writers(decoder.names).items()}
+    written_by = writers(decoder.names, decoder.paths)
+    return {name: _proxy(decoder, name, writer, options.outliers) for name, writer in written_by.items()}
 
 
-def writers(names: list[str]) -> dict[str, str | None]:
+def writers(names: list[str], paths: Mapping[Role, str]) -> dict[str, str | None]:
     """For each linear the linear, earlier in the model's order, that writes its input; None where there is none.
 
     Inside a composite of linears, each but the first reads the one before it.
     """
     found, last, before = {}, {}, None
     for index, name in enumerate(names):
-        parts = name.split(".")
-        kind = next((part for part in parts if part in _WRITERS), None)
-        if kind is None:
+        role = _role(name, paths)
+        if role is None:
             found[name] = None
             continue
-        composite = parts[: parts.index(kind) + 1]
-        if before is not None and before.split(".")[: len(composite)] == composite:
+        block = name.partition(f".{paths[role]}")[0]
+        if before is not None and before.startswith(f"{block}.{paths[role]}."):
             found[name] = before
         else:
-            seen = [last[writer] for writer in _WRITERS[kind] if writer in last]
+            seen = [last[writer] for writer in _WRITERS[role] if writer in last]
             found[name] = names[max(seen)] if seen else None
-        last[kind], before = index, name
+        last[role], before = index, name
     return found
+
+
+def _role(name: str, paths: Mapping[Role, str]) -> Role | None:
+    """The role of a linear, or of the one that it is a factor of."""
+    return next((role for role, path in paths.items() if f".{path}." in f"{name}."), None)
 
 
 def compress(linear: Linear, statistics: LinearStatistics | None, options: Options) -> Codebook:
@@ -156,7 +158,7 @@ def _proxy(decoder: Decoder, name: str, writer: str | None, share: float) -> Pro
         return Proxy(None, "No linear before this one writes its input.")
     deviation = decoder.linear(writer).weight.std(dim=1, correction=0)
     inputs = decoder.linear(name).weight.shape[1]
-    if len(deviation) < inputs and "o_proj" in name.split("."):
+    if len(deviation) < inputs and _role(name, decoder.paths) == "o":
         heads = deviation.view(-1, decoder.head_dim)
         deviation = heads.repeat_interleave(inputs // len(deviation), dim=0).flatten()
     if len(deviation) != inputs:
@@ -194,3 +196,14 @@ def _record(codebook: Codebook, proxy: Proxy, options: Options, stored_bits: int
         outliers = 0 if codebook.outliers is None else len(codebook.outliers)
         record |= {"outliers_asked": options.outliers, "outliers": outliers, "outliers_from": proxy.source}
     return record
+
+
+METHOD = LayerMethod(
+    source=SOURCE,
+    options=Options,
+    adds_traits=frozenset({"quantized"}),
+    incompatible_with=QUANTIZE,
+    compress=compress,
+    plan=plan,
+    resources=Resources(reach="model"),
+)

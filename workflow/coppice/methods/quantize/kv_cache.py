@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import Field
 
 from coppice.methods.contracts import Source
+from coppice.methods.declaration import CacheMethod
 from coppice.methods.solvers.cache import CacheOptions
 
 SOURCE = Source(
@@ -22,9 +23,6 @@ SOURCE = Source(
     "With 2 bits, Llama, Falcon and Mistral keep almost the same quality at 2.6 times less peak memory, weights "
     "included, which allows batches up to 4 times as large.",
 )
-NEEDS = frozenset()
-MAKES = frozenset({"quantized-cache"})
-REFUSES = {"quantized-cache": "because its keys and values are compressed already; choose one way to keep them"}
 
 
 class Options(CacheOptions):
@@ -36,3 +34,12 @@ class Options(CacheOptions):
 def cache(options: Options) -> dict[str, Any]:
     """Settings for `kv_cache.install_cache`."""
     return {"bits": options.bits, "group_size": options.group_size, "window": options.window}
+
+
+METHOD = CacheMethod(
+    source=SOURCE,
+    options=Options,
+    adds_traits=frozenset({"quantized-cache"}),
+    incompatible_with={"quantized-cache": "its keys and values are compressed already; choose one way to keep them"},
+    cache=cache,
+)

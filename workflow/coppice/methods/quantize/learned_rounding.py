@@ -26,6 +26,8 @@ from pydantic import Field, model_validator
 
 from coppice.lazy import torch
 from coppice.methods.contracts import Codebook, Linear, LinearStatistics, Quantized, Source
+from coppice.methods.declaration import LayerMethod
+from coppice.methods.incompatible import QUANTIZE
 from coppice.methods.solvers.codebook import encode, float_table, require_finite
 from coppice.methods.solvers.grid import (
     GridOptions,
@@ -50,12 +52,6 @@ SOURCE = Source(
     "Diffusion models lose nothing noticeable with weights and activations in 8-bit floats, and little with weights in "
     "4 bits and activations in 8.",
 )
-NEEDS = frozenset({"moments"})
-MAKES = frozenset({"quantized"})
-REFUSES = {
-    "quantized": "because the weights are on a grid already; quantize once",
-    "compensated": "because the compensation was fitted to the weights as they are; quantize before compensating",
-}
 
 _STRETCH, _OFFSET = 1.2, 0.1
 _BETAS = (20.0, 2.0)
@@ -258,3 +254,13 @@ def gradient(values: Tensor, rest: Tensor, step: Tensor, moment: Tensor, strengt
         distance = 2 * rounding - 1
         by_rounding -= 2 * strength * beta * distance.abs().pow(beta - 1) * distance.sign()
     return by_rounding * (_STRETCH * sigmoid * (1 - sigmoid)) * ((rounding > 0) & (rounding < 1))
+
+
+METHOD = LayerMethod(
+    source=SOURCE,
+    options=Options,
+    needs=frozenset({"moments"}),
+    adds_traits=frozenset({"quantized"}),
+    incompatible_with=QUANTIZE,
+    compress=compress,
+)

@@ -28,6 +28,8 @@ from pydantic import Field, field_validator, model_validator
 from coppice.errors import UserError, error_context
 from coppice.lazy import LazyModule, torch
 from coppice.methods.contracts import Decoder, Linear, LinearStatistics, Quantized, Source
+from coppice.methods.declaration import LayerMethod, Resources
+from coppice.methods.incompatible import QUANTIZE
 from coppice.methods.solvers.budget import share_of
 from coppice.methods.solvers.demand import rounding_losses
 from coppice.methods.solvers.grid import GroupOptions, dequantize
@@ -45,12 +47,6 @@ SOURCE = Source(
     "the layer-wise bits by I(X_l; Y) under a memory budget, refined by Bayesian optimization",
     "The authors report at least 30 % less memory than LLM-Pruner, at up to about 6 % better accuracy.",
 )
-NEEDS = frozenset({"moments"})
-MAKES = frozenset({"quantized"})
-REFUSES = {
-    "quantized": "because the weights are on a grid already; quantize once",
-    "compensated": "because the compensation was fitted to the weights as they are; quantize before compensating",
-}
 
 
 class Options(GroupOptions, SweepOptions):
@@ -295,3 +291,15 @@ def _loss(decoder: Decoder, options: Options, levels: Sequence[int]) -> float:
     with torch.no_grad():
         loss = decoder.loss(weights=weights).item()
     return loss if math.isfinite(loss) else math.inf
+
+
+METHOD = LayerMethod(
+    source=SOURCE,
+    options=Options,
+    needs=frozenset({"moments"}),
+    adds_traits=frozenset({"quantized"}),
+    incompatible_with=QUANTIZE,
+    compress=compress,
+    plan=plan,
+    resources=Resources(reach="model"),
+)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from coppice.methods.contracts import Source
+from coppice.methods.declaration import RotationMethod
 from coppice.methods.options import MethodOptions
 from coppice.methods.solvers.hadamard import hadamard_like
 
@@ -28,16 +29,6 @@ SOURCE = Source(
     "The abstract reports that LLaMA-2-70B with weights, activations and key/value cache in 4 bits loses at most 0.47 "
     "of perplexity on WikiText-2; that includes the rotations while the model runs.",
 )
-NEEDS: frozenset[str] = frozenset()
-MAKES = frozenset({"rotated"})
-REFUSES = {
-    "factorized": "because norms and rotations are folded into whole linears; rotate before decomposing",
-    "quantized": "because rotated weights do not lie on the grid that their codes stand for; rotate before quantizing",
-    "quantized-inputs": "because inputs are rounded with what was chosen for them as they are; rotate before that",
-    "compensated": "because the compensation was fitted to the weights as they are; rotate before compensating",
-    "masked": "because a rotation fills the pruned places again; rotate before pruning",
-    "rotated": "because its residual stream is rotated already, and another rotation can undo the first; rotate once",
-}
 
 
 class Options(MethodOptions):
@@ -52,3 +43,19 @@ class Options(MethodOptions):
 def rotation(width: int, options: Options) -> Tensor:
     """Q [width, width] float64, orthogonal up to rounding."""
     return hadamard_like(width, options.seed)
+
+
+METHOD = RotationMethod(
+    source=SOURCE,
+    options=Options,
+    adds_traits=frozenset({"rotated"}),
+    incompatible_with={
+        "factorized": "norms and rotations are folded into whole linears; rotate before decomposing",
+        "quantized": "rotated weights do not lie on the grid that their codes stand for; rotate before quantizing",
+        "quantized-activations": "inputs are rounded with what was chosen for them as they are; rotate before that",
+        "compensated": "the compensation was fitted to the weights as they are; rotate before compensating",
+        "masked": "a rotation fills the pruned places again; rotate before pruning",
+        "rotated": "its residual stream is rotated already, and another rotation can undo the first; rotate once",
+    },
+    rotation=rotation,
+)

@@ -6,6 +6,8 @@ The baseline of Frantar et al., GPTQ (arXiv 2210.17323), section 4; the rounding
 from __future__ import annotations
 
 from coppice.methods.contracts import Linear, LinearStatistics, Quantized, Source
+from coppice.methods.declaration import LayerMethod
+from coppice.methods.incompatible import QUANTIZE
 from coppice.methods.solvers.grid import GridOptions
 from coppice.methods.solvers.rounding import round_to_nearest
 
@@ -15,12 +17,6 @@ SOURCE = Source(
     "section 4, the baseline: q = clip(round(w / s) + z)",
     claim="LLaMA-7B on WikiText-2 (windows of 2048; dense 5.68): perplexity 6.29 at 4 bits and 25.54 at 3.",
 )
-NEEDS = frozenset()
-MAKES = frozenset({"quantized"})
-REFUSES = {
-    "quantized": "because the weights are on a grid already; quantize once",
-    "compensated": "because the compensation was fitted to the weights as they are; quantize before compensating",
-}
 
 
 class Options(GridOptions):
@@ -33,3 +29,12 @@ def compress(linear: Linear, statistics: LinearStatistics | None, options: Optio
     Raises UserError when the group size does not divide the width and `indivisible` is "error".
     """
     return round_to_nearest(linear, options)
+
+
+METHOD = LayerMethod(
+    source=SOURCE,
+    options=Options,
+    adds_traits=frozenset({"quantized"}),
+    incompatible_with=QUANTIZE,
+    compress=compress,
+)

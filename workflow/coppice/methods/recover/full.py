@@ -3,8 +3,8 @@
 Shortened LLaMA: Depth Pruning for Large Language Models with Comparison of Retraining Methods (arXiv 2402.02834),
 section 3.3: L = -1/T sum_t log p(x_t | x_<t), by AdamW.
 
-A masked weight w (.) M is trained on its kept entries alone: g <- g (.) M. AdamW then keeps pruned entries at zero
-exactly, as both moments, the update and the decay of a zero entry with zero gradient are zero.
+A masked weight w (.) M is trained on its kept entries only: g <- g (.) M. AdamW then keeps pruned entries at exactly
+zero, as both moments, the update and the decay of a zero entry with zero gradient are zero.
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from coppice.methods.contracts import Source
+from coppice.methods.declaration import Resources, TrainingMethod
+from coppice.methods.incompatible import QUANTIZED_CACHE
 from coppice.methods.options import RecoverOptions
+from coppice.methods.training import mask_gradients
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from transformers import PreTrainedModel
 
 SOURCE = Source(
@@ -23,38 +25,35 @@ SOURCE = Source(
     identifier="arXiv 2402.02834",
     equation="section 3.3 (continued pre-training)",
 )
-NEEDS: frozenset[str] = frozenset()
-MAKES: frozenset[str] = frozenset()
-REFUSES = {
-    "quantized": "because packed integers cannot be trained; use lora",
-    "quantized-cache": "because its keys and values are rounded while it runs; train before the step that rounds them",
-}
 
 
 class Options(RecoverOptions):
-    """Those of every training method."""
+    """The options of every training method."""
 
 
 def prepare(model: PreTrainedModel, options: Options) -> PreTrainedModel:
-    """Lets every parameter train, and pruned entries of masked linears receive no gradient."""
-    from coppice.models.layers import mask, weight_matrices
+    """Lets every parameter train, and pruned weights of masked linears receive no gradient."""
+    from coppice.models.modules import mask, weight_matrices
 
     model.requires_grad_(True)
-    for linear in weight_matrices(model).values():
-        if (kept := mask(linear)) is not None:
-            linear.weight.register_hook(_masked_gradient(kept))
+    linears = weight_matrices(model).values()
+    mask_gradients({linear: kept for linear in linears if (kept := mask(linear)) is not None})
     return model
 
 
-def finish(model: PreTrainedModel) -> PreTrainedModel:
+def finish(model: PreTrainedModel, options: Options) -> PreTrainedModel:
     """The model as it is: its weights were trained in place."""
     return model
 
 
-def _masked_gradient(kept: Tensor):
-    """A hook g -> g (.) M on a weight's gradient. Both [m, n]."""
-
-    def hook(gradient: Tensor) -> Tensor:
-        return gradient * kept
-
-    return hook
+METHOD = TrainingMethod(
+    source=SOURCE,
+    options=Options,
+    incompatible_with={
+        "quantized": "packed integers cannot be trained; use lora",
+        "quantized-cache": QUANTIZED_CACHE,
+    },
+    prepare=prepare,
+    finish=finish,
+    resources=Resources(reach="model"),
+)

@@ -1,7 +1,7 @@
-"""Healing: the small factors of a decomposed model are trained until its blocks do what those of the dense root do.
+"""Healing: trains the small factors of a decomposed model to match the block outputs of the dense root.
 
-Park and Moon, CURing: Large Models Compression via CUR Decomposition (arXiv 2501.04211): everything stays but the link
-U of W = C U R. For each token that predicts another,
+Park and Moon, CURing: Large Models Compression via CUR Decomposition (arXiv 2501.04211): everything is frozen but the
+link U of W = C U R. For each token that predicts another,
 
     loss = c (-log p(x_t+1 | x_<=t)) + (1 - c) 1/L sum_l |h_l,t - h*_l,t|^2 / d
 
@@ -18,7 +18,9 @@ from pydantic import Field
 from coppice.errors import UserError
 from coppice.lazy import torch
 from coppice.methods.contracts import Source
+from coppice.methods.declaration import Resources, TrainingMethod
 from coppice.methods.options import RecoverOptions
+from coppice.methods.training import mask_gradients
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -31,52 +33,48 @@ SOURCE = Source(
     identifier="arXiv 2501.04211",
     equation="healing: 0.1 cross-entropy + 0.9 mean squared distance of hidden states",
 )
-NEEDS: frozenset[str] = frozenset()
-MAKES: frozenset[str] = frozenset()
-REFUSES = {
-    "smaller": "because its blocks are no longer those of the dense root, whose outputs they are to match; use full",
-    "rotated": "because its hidden states are rotated against those of the dense root; heal before rotating",
-}
 
 
 class Options(RecoverOptions):
-    """Those of every training method, and what trains towards what."""
+    """The options of every training method, what trains, and the weights of the two losses."""
 
-    learning_rate: float = Field(default=3e-4, gt=0, description="After warm-up.")
+    learning_rate: float = Field(default=3e-4, gt=0, description="Peak learning rate.")
     parts: Literal["links", "factors"] = Field(
         default="links",
-        description="What trains. `links`: of linears that are rows, columns and a link the link alone, of others all "
-        "factors. `factors`: all factors.",
+        description="What trains. `links`: only the link of a CUR decomposition, all factors of other decompositions. "
+        "`factors`: all factors.",
     )
     cross_entropy: float = Field(
-        default=0.1, ge=0, le=1, description="Weight of the cross-entropy; the distance of hidden states has the rest."
+        default=0.1,
+        ge=0,
+        le=1,
+        description="Weight of the cross-entropy; the distance of hidden states has the remaining weight.",
     )
 
 
 def prepare(model: PreTrainedModel, options: Options) -> PreTrainedModel:
-    """Lets links or factors train and nothing else; pruned entries of masked ones receive no gradient.
+    """Lets links or factors train and nothing else; pruned weights of masked ones receive no gradient.
 
     Raises UserError where there are none, or all of them are packed integers.
     """
-    from coppice.models.layers import mask
+    from coppice.models.modules import mask
 
     model.requires_grad_(False)
-    healed = _healed(model, options)
-    if not healed:
+    factors = _trainable_factors(model, options)
+    if not factors:
         raise UserError(
             "There is nothing to heal: no linear of this model consists of factors that can be trained. Heal the node "
             "of a decompose step before it is quantized, or use full."
         )
-    for linear in healed:
-        linear.weight.requires_grad_(True)
-        if (kept := mask(linear)) is not None:
-            linear.weight.register_hook(lambda gradient, kept=kept: gradient * kept)
+    for factor in factors:
+        factor.weight.requires_grad_(True)
+    mask_gradients({factor: kept for factor in factors if (kept := mask(factor)) is not None})
     return model
 
 
 def loss(model: PreTrainedModel, tokens: Tensor, labels: Tensor, teacher: PreTrainedModel, options: Options) -> Tensor:
     """The loss above, summed over the targets. tokens, labels: [b, t]; labels are not shifted, negative: no target."""
-    with torch.no_grad(), _block_outputs(teacher) as wanted:
+    with torch.no_grad(), _block_outputs(teacher) as teacher_outputs:
         teacher(input_ids=tokens, use_cache=False)
     with _block_outputs(model) as outputs:
         logits = model(input_ids=tokens, use_cache=False).logits
@@ -84,51 +82,65 @@ def loss(model: PreTrainedModel, tokens: Tensor, labels: Tensor, teacher: PreTra
     predicts = targets >= 0
     entropy = torch.nn.functional.cross_entropy(logits[:, :-1][predicts].float(), targets[predicts], reduction="sum")
     distances = [
-        (ours[:, :-1][predicts].float() - theirs[:, :-1][predicts].float()).square().mean(-1).sum()
-        for ours, theirs in zip(outputs, wanted, strict=True)
+        (output[:, :-1][predicts].float() - target[:, :-1][predicts].float()).square().mean(-1).sum()
+        for output, target in zip(outputs, teacher_outputs, strict=True)
     ]
     return options.cross_entropy * entropy + (1 - options.cross_entropy) * sum(distances) / len(distances)
 
 
-def finish(model: PreTrainedModel) -> PreTrainedModel:
+def finish(model: PreTrainedModel, options: Options) -> PreTrainedModel:
     """The model as it is: its factors were trained in place."""
     return model.requires_grad_(True)
 
 
-def _healed(model: PreTrainedModel, options: Options) -> list[nn.Linear]:
-    """What trains. The low-rank path beside a compensated linear is no factor of it."""
-    from coppice.models.layers import (
-        PACKED,
+def _trainable_factors(model: PreTrainedModel, options: Options) -> list[nn.Linear]:
+    """What trains. A low-rank correction is not a factor of the linear that it corrects."""
+    from coppice.models.modules import (
         CURLinear,
-        LowRankCorrectedLinear,
+        LowRankCorrectionLinear,
         LowRankLinear,
+        PackedForm,
         TensorTrainLinear,
         weight_matrices,
     )
 
-    beside = {id(module.compensation) for module in model.modules() if isinstance(module, LowRankCorrectedLinear)}
-    found: list[nn.Linear] = []
+    corrections = {id(module.compensation) for module in model.modules() if isinstance(module, LowRankCorrectionLinear)}
+    factors: list[nn.Linear] = []
     for module in model.modules():
         if isinstance(module, CURLinear) and options.parts == "links":
-            found.append(module.link)
-        elif isinstance(module, (LowRankLinear, CURLinear, TensorTrainLinear)) and id(module) not in beside:
-            found.extend(weight_matrices(module).values())
-    return [linear for linear in found if not isinstance(linear, PACKED)]
+            factors.append(module.link)
+        elif isinstance(module, (LowRankLinear, CURLinear, TensorTrainLinear)) and id(module) not in corrections:
+            factors.extend(weight_matrices(module).values())
+    return [linear for linear in factors if not isinstance(linear, PackedForm)]
 
 
 @contextmanager
 def _block_outputs(model: PreTrainedModel) -> Iterator[list[Tensor]]:
-    """A list that a forward within fills with each block's output [b, t, d]."""
-    from coppice.models.layers import blocks
+    """A list that a forward pass inside the context fills with each block's output [b, t, d]."""
+    from coppice.models.architectures.base import blocks
 
     outputs: list[Tensor] = []
 
-    def note(block: nn.Module, inputs: Any, output: Any) -> None:
+    def record(block: nn.Module, inputs: Any, output: Any) -> None:
         outputs.append(output[0] if isinstance(output, tuple) else output)
 
-    hooks = [block.register_forward_hook(note) for block in blocks(model)]
+    hooks = [block.register_forward_hook(record) for block in blocks(model)]
     try:
         yield outputs
     finally:
         for hook in hooks:
             hook.remove()
+
+
+METHOD = TrainingMethod(
+    source=SOURCE,
+    options=Options,
+    incompatible_with={
+        "smaller": "its blocks are no longer those of the dense root, whose outputs they are to match; use full",
+        "rotated": "its hidden states are rotated relative to those of the dense root; heal before rotating",
+    },
+    prepare=prepare,
+    finish=finish,
+    loss=loss,
+    resources=Resources(reach="model", teacher=True, frozen_base=True),
+)

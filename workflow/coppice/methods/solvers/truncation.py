@@ -30,11 +30,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 # What a method that makes factors cannot work on.
-FACTORS_REFUSE = {
-    "quantized": "because packed integers have no factors; decompose before quantizing",
-    "factorized": "because a linear that is factors already would be factorized twice; choose a smaller keep instead",
-    "masked": "because factors fill the pruned places again; decompose before pruning",
-    "compensated": "because the compensation was fitted to the weights as they are; decompose before compensating",
+FACTORS_INCOMPATIBLE = {
+    "quantized": "packed integers have no factors; decompose before quantizing",
+    "factorized": "a linear that is factors already would be factorized twice; choose a smaller keep instead",
+    "masked": "factors fill the pruned places again; decompose before pruning",
+    "compensated": "the compensation was fitted to the weights as they are; decompose before compensating",
 }
 
 _LARGEST_DAMPING = 1.0

@@ -1,0 +1,238 @@
+"""How a method declares itself: `METHOD = LayerMethod(...)` at the end of its file, or another of these contracts.
+
+Every field is checked when the method is registered, so that a plug-in with a missing or mistyped part is refused by
+name before a study runs. Nothing is read off a module by the names of its functions.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from coppice.errors import did_you_mean
+from coppice.methods.contracts import FROM_WINDOWS, KINDS, Source
+from coppice.methods.options import LayerOptions, MethodOptions, RecoverOptions
+from coppice.methods.training import Clock, ParameterGroup, adamw, matrices_and_vectors
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.optim import Optimizer
+    from transformers import PreTrainedModel
+
+    from coppice.methods.contracts import Decoder, Linear, LinearStatistics, Removal, Replacement, Structure
+    from coppice.records.manifest import Manifest
+
+# What a node is; the accounting, the exports and other methods go by these.
+TRAITS = (
+    "masked",
+    "factorized",
+    "quantized",
+    "compensated",
+    "smaller",
+    "rotated",
+    "quantized-activations",
+    "quantized-cache",
+)
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a method holds besides the model, for the plan and for a cluster's requests.
+
+    reach: how much of the model it must see at once; `linear` and `block` can be streamed. teacher: it trains against
+    the dense root. frozen_base: most weights do not train. redraws: it draws all weights anew. small_state: what it
+    trains, and so the state of an interrupted run, is small next to the model.
+    """
+
+    reach: Literal["linear", "block", "model"] = "linear"
+    teacher: bool = False
+    frozen_base: bool = False
+    redraws: bool = False
+    small_state: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Declaration:
+    """What every method says of itself.
+
+    source: the paper. options: validated when the study is loaded. needs: what it reads besides the parent: kinds of
+    statistics gathered on the parent, `sequential_moments` (gathered after the blocks already compressed) or `windows`
+    (the calibration windows themselves); options whose `needs` names more add to it. adds_traits: what it makes of a
+    node; where that depends on the parent or the options, `traits(parent, options)` gives all traits of the node.
+    incompatible_with: for each trait of a parent that it cannot work on, the reason as half a sentence after "because".
+    """
+
+    source: Source
+    options: type[MethodOptions]
+    needs: frozenset[str] = frozenset()
+    adds_traits: frozenset[str] = frozenset()
+    incompatible_with: Mapping[str, str] = field(default_factory=dict)
+    traits: Callable[[frozenset[str], Any], frozenset[str]] | None = None
+    resources: Resources = Resources()
+
+    contract: ClassVar[str]
+    # Fields that hold functions, with the number of arguments each is called with.
+    functions: ClassVar[Mapping[str, int]] = {"traits": 2}
+    options_base: ClassVar[type[MethodOptions]] = MethodOptions
+
+    def __post_init__(self) -> None:
+        """Raises TypeError with a sentence for the first field that is not what it must be."""
+        if not isinstance(self.source, Source):
+            raise TypeError(f"`source` is {self.source!r}, not a Source")
+        if not (isinstance(self.options, type) and issubclass(self.options, self.options_base)):
+            raise TypeError(f"`options` is {self.options!r}, not a class that extends {self.options_base.__name__}")
+        if not isinstance(self.resources, Resources):
+            raise TypeError(f"`resources` is {self.resources!r}, not Resources")
+        if not isinstance(self.incompatible_with, Mapping):
+            raise TypeError(f"`incompatible_with` is {self.incompatible_with!r}, not a mapping of traits to reasons")
+        known = {"needs": (*KINDS, *FROM_WINDOWS), "adds_traits": TRAITS}
+        for name, names in known.items():
+            value = getattr(self, name)
+            if not isinstance(value, frozenset):
+                raise TypeError(f"`{name}` is {value!r}, not a frozenset")
+            _require_known(name, value, names)
+        _require_known("incompatible_with", self.incompatible_with, TRAITS)
+        for name, count in self.functions.items():
+            _require_function(name, getattr(self, name), count, optional=_has_default(type(self), name))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerMethod(Declaration):
+    """Replaces linears one at a time, in the dtype and on the device of `linear.weight`; pure.
+
+    compress(linear, statistics, options) -> Replacement. statistics: None where the method needs none.
+    plan(decoder, options) -> {name of a linear: anything} decides from the whole model before the pass; what it returns
+    for a linear reaches `compress` as `linear.plan`.
+    scales(linears, statistics, options) -> Tensor [n] | None gives factors of an input that several linears share:
+    their columns are multiplied by them, and whatever produces the input is divided, before any of them is compressed.
+    Random numbers come from `linear.seed` and `decoder.seed` alone.
+    """
+
+    compress: Callable[[Linear, LinearStatistics | None, Any], Replacement]
+    plan: Callable[[Decoder, Any], dict[str, Any]] | None = None
+    scales: Callable[[list[Linear], LinearStatistics, Any], Any] | None = None
+
+    contract: ClassVar[str] = "layer"
+    functions: ClassVar[Mapping[str, int]] = {"compress": 3, "plan": 2, "scales": 3, "traits": 2}
+    options_base: ClassVar[type[MethodOptions]] = LayerOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class StructureMethod(Declaration):
+    """Removes units of the whole model: choose(structure, statistics, options) -> Removal.
+
+    statistics: the tensors of the kinds in `needs`.
+    """
+
+    choose: Callable[[Structure, Mapping[str, Any], Any], Removal]
+
+    contract: ClassVar[str] = "structure"
+    functions: ClassVar[Mapping[str, int]] = {"choose": 3, "traits": 2}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RotationMethod(Declaration):
+    """rotation(width, options) -> Tensor, an orthogonal [width, width] for a space of that width."""
+
+    rotation: Callable[[int, Any], Any]
+
+    contract: ClassVar[str] = "rotation"
+    functions: ClassVar[Mapping[str, int]] = {"rotation": 2, "traits": 2}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheMethod(Declaration):
+    """cache(options) -> settings of the compressed cache of keys and values, as `kv_cache.CacheSettings` has them."""
+
+    cache: Callable[[Any], dict[str, Any]]
+
+    contract: ClassVar[str] = "cache"
+    functions: ClassVar[Mapping[str, int]] = {"cache": 1, "traits": 2}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingMethod(Declaration):
+    """Trains its parent: prepare(model, options) -> model, and finish(model, options) -> model after training.
+
+    What requires a gradient after `prepare` is trained; torch's seed is set before it. The other parts are optional.
+
+    loss(model, tokens, labels, teacher, options) -> Tensor replaces the cross entropy; it is summed over the targets.
+    teacher: the dense root if `resources.teacher` is set, otherwise None. Where the model is divided among GPUs, the
+    loss may use parameters only through the model's forward.
+
+    tokens(options, parent) -> int: how many tokens to train on instead of `options.tokens`, from the parent's manifest.
+
+    parameter_groups(model, options) -> list[ParameterGroup]: each trained parameter in one of them.
+
+    optimizer(groups, options) -> torch.optim.Optimizer, from groups as torch takes them. What changes in it must be in
+    its state per parameter, as tensors or plain values. Tensors of another shape than their parameter's must be equal
+    in every process.
+
+    before_step(model, clock), after_step(model, clock): called in every step, with gradients disabled, before its
+    forward passes and after the optimizer's update, when the parameters still have their gradients.
+
+    state(model) -> dict[str, Tensor]: what an interrupted run needs besides the trained parameters and the optimizer's
+    state, such as buffers and attributes that hooks change. restore(model, tensors) receives it, whole and on the CPU,
+    for a model from `prepare` that is not yet divided among GPUs.
+
+    Dividing a model among GPUs creates its parameters again, without hooks that `prepare` put on their gradients; the
+    trainer keeps the zeros of linears that `prepare` leaves masked. `methods.training` has the types, the defaults, and
+    functions for divided tensors.
+    """
+
+    prepare: Callable[[PreTrainedModel, Any], PreTrainedModel]
+    finish: Callable[[PreTrainedModel, Any], PreTrainedModel]
+    loss: Callable[..., Tensor] | None = None
+    tokens: Callable[[Any, Manifest], int] | None = None
+    parameter_groups: Callable[[PreTrainedModel, Any], list[ParameterGroup]] = matrices_and_vectors
+    optimizer: Callable[[list[dict[str, Any]], Any], Optimizer] = adamw
+    before_step: Callable[[PreTrainedModel, Clock], None] | None = None
+    after_step: Callable[[PreTrainedModel, Clock], None] | None = None
+    state: Callable[[PreTrainedModel], dict[str, Tensor]] | None = None
+    restore: Callable[[PreTrainedModel, dict[str, Tensor]], None] | None = None
+
+    contract: ClassVar[str] = "training"
+    functions: ClassVar[Mapping[str, int]] = {
+        "prepare": 2,
+        "finish": 2,
+        "loss": 5,
+        "tokens": 2,
+        "parameter_groups": 2,
+        "optimizer": 2,
+        "before_step": 2,
+        "after_step": 2,
+        "state": 1,
+        "restore": 2,
+        "traits": 2,
+    }
+    options_base: ClassVar[type[MethodOptions]] = RecoverOptions
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.state is None) != (self.restore is None):
+            raise TypeError("`state` and `restore` belong together; declare both or neither")
+        if self.resources.teacher and self.loss is None:
+            raise TypeError("`resources` names a teacher, but there is no `loss` that learns from it")
+
+
+def _require_known(field_name: str, values: Any, known: tuple[str, ...]) -> None:
+    for value in values:
+        if value not in known:
+            raise TypeError(f"`{field_name}` names {value!r}, which is not known.{did_you_mean(str(value), known)}")
+
+
+def _has_default(declaration: type[Declaration], name: str) -> bool:
+    return declaration.__dataclass_fields__[name].default is None
+
+
+def _require_function(name: str, value: Any, arguments: int, optional: bool) -> None:
+    if value is None and optional:
+        return
+    if not callable(value):
+        raise TypeError(f"`{name}` is {value!r}, not a function")
+    try:
+        inspect.signature(value).bind(*range(arguments))
+    except TypeError:
+        raise TypeError(f"`{name}` does not take the {arguments} arguments that it is called with") from None

@@ -1,0 +1,67 @@
+"""The linears of a decoder and what takes their places: finding, describing and installing it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from .activation_quantization import quantize_activations
+from .base import FORMS, Replaceable, StoredForm
+
+
+def replaceable_modules(module: nn.Module) -> dict[str, Replaceable]:
+    """The linears of a block as its architecture names them: a stored form counts once, its parts not."""
+    modules: dict[str, Replaceable] = {}
+    for name, child in module.named_modules():
+        inside = any(name.startswith(f"{outer}.") for outer in modules)
+        if not inside and isinstance(child, (nn.Linear, StoredForm)):
+            modules[name] = child
+    return modules
+
+
+def weight_matrices(module: nn.Module) -> dict[str, nn.Linear]:
+    """Every matrix of a block: linears, and the factors inside stored forms."""
+    return {name: child for name, child in module.named_modules() if isinstance(child, nn.Linear)}
+
+
+def mask(linear: nn.Linear) -> Tensor | None:
+    """[m, n] bool, True where a masked linear's weight is kept; None for a linear that is not masked."""
+    return linear.weight != 0 if getattr(linear, "masked", False) else None
+
+
+def set_masked(linear: nn.Module, masked: bool) -> None:
+    """Whether a linear's zeros are pruned weights, which stay zero."""
+    linear.masked = masked  # type: ignore[assignment]
+
+
+def describe(module: nn.Module) -> dict[str, Any]:
+    """The entry of a module in `compression.json`; empty for an ordinary linear and for every other module."""
+    if isinstance(module, StoredForm):
+        entry = module.describe()
+    else:
+        entry = {"type": "Masked"} if getattr(module, "masked", False) else {}
+    if hasattr(module, "quantized_activations"):
+        entry = {"type": "Linear", **entry, "quantized_activations": module.quantized_activations}
+    return entry
+
+
+def describe_replacements(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """The entries of all modules that take a linear's place, by name: what `install` needs to build them again."""
+    return {name: entry for name, module in model.named_modules() if (entry := describe(module))}
+
+
+def install(model: nn.Module, entries: Mapping[str, Mapping[str, Any]]) -> None:
+    """Puts the described modules, without values, in the places of a dense model's linears."""
+    for name in sorted(entries, key=lambda name: name.count(".")):
+        fields = dict(entries[name])
+        old: Any = model.get_submodule(name)
+        kind, settings = fields.pop("type"), fields.pop("quantized_activations", None)
+        if kind == "Masked":
+            set_masked(old, True)
+        # A form brings the forms along that are always parts of it.
+        elif kind != "Linear" and not isinstance(old, StoredForm):
+            model.set_submodule(name, FORMS[kind].build(old, fields))
+        if settings is not None:
+            quantize_activations(model.get_submodule(name), settings)

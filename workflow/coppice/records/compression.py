@@ -1,0 +1,45 @@
+"""compression.json of a checkpoint: what takes the place of each linear, by name, and how keys and values are kept.
+
+An entry has a type, which is the name of a stored form (`coppice.methods.replacements`), "Masked" or "Linear", and the
+fields that the form needs. `quantized_activations` says how a module rounds its inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from coppice import storage
+from coppice.files import read_json
+
+Entry = Mapping[str, Any]
+Entries = Mapping[str, Entry]
+
+FILE = "compression.json"
+# The name of the entry that says how keys and values are kept.
+CACHE = "cache"
+# Names of older checkpoints and what they are called now.
+RENAMED_TYPES = {
+    "Coded": "Codebook",
+    "Flattened": "FlattenQuant",
+    "Skeleton": "CUR",
+    "Compensated": "LowRankCorrection",
+}
+RENAMED_FIELDS = {"rounded_inputs": "quantized_activations"}
+
+
+def read_compression(folder: Path) -> dict[str, Entry]:
+    """The entries of a checkpoint's compression.json, fetched where a store is named; old names as today's."""
+    entries = read_json(storage.ensure_local(folder / FILE))
+    return {name: with_current_names(entry) for name, entry in entries.items()}
+
+
+def with_current_names(entry: Entry) -> Entry:
+    renamed = {RENAMED_FIELDS.get(field, field): value for field, value in entry.items()}
+    return {field: RENAMED_TYPES.get(value, value) if field == "type" else value for field, value in renamed.items()}
+
+
+def linear_entries(entries: Entries) -> Entries:
+    """The entries of linears: all but the one of keys and values."""
+    return {name: entry for name, entry in entries.items() if name != CACHE}

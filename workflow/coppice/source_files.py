@@ -1,0 +1,64 @@
+"""Which source files a file rests on: with one of them changed, what was computed by it is outdated."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+
+def imported_files(file: Path, package: str) -> list[Path]:
+    """The files of `package` that a file imports, and those that they import in turn, sorted, without itself.
+
+    Imports inside functions count. So does the `__init__.py` of each package that an import passes through.
+    """
+    spec = find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        return []
+    folder = Path(spec.submodule_search_locations[0])
+    reached: set[Path] = set()
+    waiting = [file]
+    while waiting:
+        imported = _imported_of_package(waiting.pop(), package, folder) - reached
+        reached |= imported
+        waiting += imported
+    return sorted(reached - {file})
+
+
+@cache
+def _imported_of_package(file: Path, package: str, folder: Path) -> frozenset[Path]:
+    """The files of `package`, which lies in `folder`, that one file imports itself."""
+    depth = len(package.split("."))
+    return frozenset(
+        path
+        for name in _imported_names(file, package, folder)
+        if name[:depth] == tuple(package.split("."))
+        for end in range(depth, len(name) + 1)
+        for path in _module_files(folder.joinpath(*name[depth:end]))
+    )
+
+
+def _module_files(path: Path) -> list[Path]:
+    """The file of the module or package at `path`, without suffix; none where it names something within a module."""
+    return [file for file in (path.with_suffix(".py"), path / "__init__.py") if file.is_file()]
+
+
+def _imported_names(file: Path, package: str, folder: Path) -> Iterator[tuple[str, ...]]:
+    """The parts of all dotted names that a file imports; of `from a import b` both `a` and `a.b`."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (tuple(alias.name.split(".")) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = (*_anchor(file, node.level, package, folder), *(node.module or "").split("."))
+            module = tuple(part for part in base if part)
+            yield module
+            yield from ((*module, alias.name) for alias in node.names)
+
+
+def _anchor(file: Path, level: int, package: str, folder: Path) -> tuple[str, ...]:
+    """What `level` leading dots stand for in a file; nothing for none, and for a file outside the package."""
+    if level == 0 or not file.is_relative_to(folder):
+        return ()
+    return (*package.split("."), *file.parents[level - 1].relative_to(folder).parts)

@@ -1,0 +1,97 @@
+"""`steps`: methods with their options."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, model_serializer, model_validator
+
+from coppice.methods.options import MethodOptions, RecoverOptions
+from coppice.methods.registry import method, methods
+from coppice.records import renamed
+from coppice.study.schema import texts
+from coppice.study.schema.section import refuse_unknown_keys, unknown_name
+
+if TYPE_CHECKING:
+    from coppice.study.schema.study import Study
+
+
+class Step(BaseModel):
+    """A method with its options: written as one mapping, `{method: wanda, sparsity: 0.5}`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    method: str = Field(description="Name of a method; `coppice methods` lists them.")
+    calibration: str | None = Field(
+        default=None,
+        description="Name of a calibration, for methods that need one; may be left out when the study has only one.",
+    )
+    options: SerializeAsAny[MethodOptions]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _typed_options(cls, value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            return value
+        options = dict(value)
+        name, calibration = options.pop("method", None), options.pop("calibration", None)
+        if not isinstance(name, str):
+            raise ValueError("A step needs the key 'method' with the name of a method.")
+        _refuse_renamed_method(name)
+        options_class = method(name).options
+        _refuse_renamed_options(options, options_class)
+        refuse_unknown_keys(options, ["calibration", *options_class.model_fields], f"{name} option")
+        return {"method": name, "calibration": calibration, "options": options_class.model_validate(options)}
+
+    @model_serializer(mode="plain")
+    def _flat(self) -> dict[str, Any]:
+        calibration = {} if self.calibration is None else {"calibration": self.calibration}
+        return {"method": self.method, **calibration, **self.options.model_dump(mode="json")}
+
+
+def current_method(name: str) -> str:
+    """The name that a method has in this version, by the one that an older version wrote."""
+    new = renamed.METHODS.get(name, name)
+    return new if new in methods() else name
+
+
+def current_options(options: Mapping[str, Any], options_class: type[MethodOptions]) -> dict[str, Any]:
+    """Options under the names that the class has for them, by those that an older version wrote."""
+    known = options_class.model_fields
+    names = {old: new for old, new in renamed.OPTIONS.items() if new in known and old not in known}
+    return {names.get(key, key): value for key, value in options.items()}
+
+
+def _refuse_renamed_method(name: str) -> None:
+    if (new := current_method(name)) != name:
+        raise ValueError(f"The method `{name}` is now `{new}`; rename it.")
+
+
+def _refuse_renamed_options(options: Mapping[str, Any], options_class: type[MethodOptions]) -> None:
+    pairs = zip(options, current_options(options, options_class), strict=True)
+    sentences = [f"The option `{old}` is now `{new}`; rename it." for old, new in pairs if old != new]
+    if sentences:
+        raise ValueError(" ".join(sentences))
+
+
+def problems(study: Study) -> Iterator[str]:
+    """A sentence for each step whose texts or calibration do not serve."""
+    for name, step in study.steps.items():
+        if isinstance(step.options, RecoverOptions):
+            yield from texts.use_problems(study, f"steps.{name}.text", step.options.text, "recovery")
+            yield from texts.use_problems(study, f"steps.{name}.validation", step.options.validation, "validation")
+        yield from _calibration_problems(study, f"steps.{name}", step)
+
+
+def _calibration_problems(study: Study, place: str, step: Step) -> Iterator[str]:
+    needs = method(step.method).needs(step.options)
+    if step.calibration is not None:
+        if step.calibration not in study.calibrations:
+            yield unknown_name(f"{place}.calibration", "calibration", step.calibration, study.calibrations)
+        elif not needs:
+            yield f"{place}.calibration: {step.method} with these options needs no calibration; leave the key out."
+    elif needs and len(study.calibrations) != 1:
+        known = ", ".join(study.calibrations)
+        what = f"name one of the study's: {known}" if known else "describe one under `calibrations`"
+        yield f"{place}: {step.method} needs a calibration; {what}."
