@@ -93,7 +93,7 @@ def _node(model: str, place: int, generator: np.random.Generator) -> dict[str, A
         "node": name, "parent": None, "model": model, "recipe": "/".join(steps), "depth": len(steps),
         "step": steps[-1] if steps else None, "method": families[-1] if families else None,
         "family": families[-1] if families else "dense", "composition": " > ".join(families) or "dense",
-        "budget": BUDGETS[place % len(BUDGETS)] if "recover" in families else 0, "seed": 0, "marks": [],
+        "budget": BUDGETS[place % len(BUDGETS)] if "recover" in families else 0, "seed": 0, "traits": [],
         "stored_mb": share * 10 * 4 ** MODELS.index(model), "path": [],
         "command": f"snakemake results/generated/models/{name}/manifest.json", "fingerprint": "0" * 64,
     }  # fmt: skip

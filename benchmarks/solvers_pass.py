@@ -37,6 +37,8 @@ def write_inputs(folder: Path, arguments: argparse.Namespace) -> tuple[Path, Pat
     from coppice.files import sha256
     from coppice.models import modules
     from coppice.models.checkpoint import save_checkpoint
+    from coppice.records.manifest import Provenance, Source
+    from coppice.records.tokens import TokenSet
 
     tokenizer = ROOT / "resources" / "models" / "bio-small"
     config = LlamaConfig(
@@ -51,13 +53,39 @@ def write_inputs(folder: Path, arguments: argparse.Namespace) -> tuple[Path, Pat
     torch.manual_seed(0)
     model = LlamaForCausalLM(config).eval()
     weights = sum(leaf.weight.numel() for leaf in modules.weight_matrices(model.model.layers).values())
-    manifest = {"node": "root", "parent": None, "step": None, "marks": [], "source": {}, "recovery": None}
-    save_checkpoint(model, folder / "root", tokenizer, manifest, torch.bfloat16)
+    root = Provenance(
+        node="root",
+        parent=None,
+        step=None,
+        seed=0,
+        traits=[],
+        source=Source(),
+        requested={},
+        achieved={},
+        layers={},
+        calibration=None,
+        recovery=None,
+        wall_seconds=0.0,
+    )
+    save_checkpoint(model, folder / "root", tokenizer, root, torch.bfloat16)
     shape = (arguments.windows, arguments.length)
     drawn = np.random.default_rng(0).integers(1024, size=shape, dtype=np.int32)
-    described = {"fingerprint": "random", "tokenizer": sha256(tokenizer / "tokenizer.json")}
-    described |= {"windows": shape[0], "length": shape[1], "text": {"path": "random"}}
-    windows = Windows(drawn, np.zeros(shape, np.int32), np.zeros(1, np.int64), described)
+    tokens = TokenSet(
+        fingerprint="random",
+        text={"path": "random"},
+        content="random",
+        tokenizer=sha256(tokenizer / "tokenizer.json"),
+        length=shape[1],
+        windows=shape[0],
+        seed=0,
+        role="calibration",
+        packed=True,
+        bos=None,
+        tokens=shape[0] * shape[1],
+        tokens_read=shape[0] * shape[1],
+        documents=1,
+    )
+    windows = Windows(drawn, np.zeros(shape, np.int32), np.zeros(1, np.int64), tokens)
     save_windows(windows, folder / "tokens")
     return folder / "root", folder / "tokens", weights
 

@@ -9,6 +9,8 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from manifests import metrics as evaluation
+from manifests import recovery, token_set
 from pydantic import ConfigDict
 
 from coppice.methods.options import MethodOptions
@@ -24,6 +26,9 @@ OPTIONS = {
 DENSE = {"small": 490_000, "medium": 3_000_000}
 BUDGETS = (100_000, 200_000, 400_000, 1_000_000)
 PERPLEXITY = {"stories": {"text": "stories"}}
+RECOVERY = recovery(
+    tokens=1_000_000, tokens_requested=1_000_000, tokens_total=1_000_000, budgets=list(BUDGETS)
+).model_dump()
 RECIPES = (["wanda-50"], ["laco-25", "full-1m", "gptq-4"], ["broken-9"])
 
 
@@ -83,8 +88,8 @@ def write_results(results: Path) -> Path:
             "Traceback ...\nerror: model.layers.3 has no such thing; choose another.\n",
         )
         for use in ("recovery.full-1m", "validation.full-1m", "evaluation.quality.stories"):
-            manifest = {"fingerprint": use[0] * 64, "text": {"path": "stories.txt"}}
-            _write(results / "tokens" / model / use / "manifest.json", json.dumps(manifest))
+            tokens = token_set(fingerprint=use[0] * 64, text={"path": "stories.txt"}, role=use.partition(".")[0])
+            tokens.write(results / "tokens" / model / use / "manifest.json")
     _law(results / "laws" / "p2")
     _write(results / "study.yaml", "study: demo\n")
     _write(results / "benchmarks" / "compress" / "small" / "wanda-50.jsonl", '{"s": 1.5, "max_rss": 200.0}\n')
@@ -108,6 +113,7 @@ def _node(results: Path, node: str, dense: int) -> None:
     folder = results / "models" / node
     _write(folder / "model.safetensors", f"weights of {node}")
     config = {
+        "model_type": "llama",
         "dtype": "float32",
         "hidden_size": 64,
         "intermediate_size": 96 if "laco" in node else 128,
@@ -124,18 +130,18 @@ def _node(results: Path, node: str, dense: int) -> None:
         json.dumps({"model.layers.0.mlp.up_proj": grid} if "gptq" in node else {}),
     )
     manifest = {
-        "format_version": 1,
+        "format_version": 2,
         "node": node,
         "parent": parent or None,
         "step": step,
         "seed": 0,
-        "marks": (["masked"] if "wanda" in node else []) + (["smaller"] if "laco" in node else []),
+        "traits": (["masked"] if "wanda" in node else []) + (["smaller"] if "laco" in node else []),
         "source": {"shipped": node.partition("/")[0], "folder_config": None},
-        "asked": {"ratio": 0.25} if "laco" in node else {},
+        "requested": {"ratio": 0.25} if "laco" in node else {},
         "achieved": {"ratio": 0.2} if "laco" in node else {},
         "layers": {},
         "calibration": {"moments": "c" * 64} if step and step["family"] != "recover" else None,
-        "recovery": {"tokens": 1_000_000, "tokens_total": 1_000_000, "method": "full"} if "full-1m" in node else None,
+        "recovery": RECOVERY if "full-1m" in node else None,
         "wall_seconds": 12.5,
         "peak_memory_bytes": 123_456_789,
         "parameters": {
@@ -167,6 +173,7 @@ def _curve(path: Path, dense_loss: float, scale: float) -> None:
     tokens = [0, 50_000, *BUDGETS]
     loss = [dense_loss + scale] + [dense_loss + 0.2 * scale + 0.3 * scale * (t / 1e5) ** -0.5 for t in tokens[1:]]
     columns = {
+        "step": list(range(len(tokens))),
         "tokens": tokens,
         "train_loss": [None] + [value + 0.01 for value in loss[1:]],
         "validation_loss": loss,
@@ -189,16 +196,8 @@ def _quality(folder: Path, node: str, perplexity: float) -> None:
         },
         {"metric": "biographies_acc", "value": 0.9 - perplexity / 50, "stderr": 0.02, "n": 200, "unit": "accuracy"},
     ]
-    report = {
-        "node": node,
-        "evaluation": "quality",
-        "kind": "quality",
-        "options": {"kind": "quality", "perplexity": PERPLEXITY, "tasks": ["biographies"]},
-        "metrics": metrics,
-        "versions": {},
-        "fingerprint": "e",
-    }
-    _write(folder / "metrics.json", json.dumps(report))
+    options = {"kind": "quality", "perplexity": PERPLEXITY, "tasks": ["biographies"]}
+    evaluation(node=node, options=options, metrics=metrics).write(folder / "metrics.json")
     rows = [(item, choice) for item in range(3) for choice in range(2)]
     documents = list(range(10, 26))
     columns = {
@@ -217,9 +216,8 @@ def _quality(folder: Path, node: str, perplexity: float) -> None:
 
 def _cost(folder: Path, node: str) -> None:
     metrics = [{"metric": "decode_latency", "value": 0.011, "spread": 0.001, "unit": "s/token", "simulated": False}]
-    report = {"node": node, "evaluation": "cost", "kind": "cost", "device": "cpu", "metrics": metrics}
-    report["options"] = {"kind": "cost"}
-    _write(folder / "metrics.json", json.dumps(report))
+    report = evaluation(node=node, evaluation="cost", kind="cost", metrics=metrics, options={"kind": "cost"})
+    report.write(folder / "metrics.json")
 
 
 def _law(folder: Path) -> None:

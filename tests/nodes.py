@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from manifests import provenance
 from tiny import VOCABULARY, tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -34,16 +35,7 @@ def save_root(
     """A root's checkpoint in `folder`, of `tiny_model(**changes)` when no model is given."""
     tokenizer = folder.with_name(f"{folder.name}-tokenizer")
     save_tokenizer(tokenizer)
-    manifest = {
-        "node": "tiny",
-        "parent": None,
-        "step": None,
-        "seed": 0,
-        "marks": [],
-        "source": {"path": "tiny"},
-        "recovery": None,
-    }
-    save_checkpoint(model or tiny_model(**changes), folder, tokenizer, manifest, dtype)
+    save_checkpoint(model or tiny_model(**changes), folder, tokenizer, provenance(), dtype)
     return folder
 
 

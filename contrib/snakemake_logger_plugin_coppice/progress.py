@@ -141,17 +141,17 @@ def job_weight(command: str | None) -> float:
 
 def interrupted(logs: Sequence[str]) -> bool:
     """Whether a job ended by Ctrl-C, by the last line of its log."""
-    from coppice.results.failures import last_words
+    from coppice.results.failures import final_error
 
-    return any(Path(log).is_file() and last_words(Path(log)).startswith("Interrupted;") for log in logs)
+    return any(Path(log).is_file() and final_error(Path(log)).startswith("Interrupted;") for log in logs)
 
 
 def failure_sentence(rule: str, name: str, logs: Sequence[str]) -> str:
     """Why a job failed, by the last line of its log, and where the log is."""
     # Imported where something failed: it takes as long as Snakemake itself.
-    from coppice.results.failures import last_words
+    from coppice.results.failures import final_error
 
     logs = [log for log in logs if Path(log).is_file()]
     if not logs:
         return f"FAILED {rule} {name}: it left no log."
-    return f"FAILED {rule} {name}: {last_words(Path(logs[0]))} (log: {logs[0]})"
+    return f"FAILED {rule} {name}: {final_error(Path(logs[0]))} (log: {logs[0]})"

@@ -21,6 +21,7 @@ import pytest
 
 from coppice.files import read_json
 from coppice.planning.resources import memory_bytes
+from coppice.records.manifest import Manifest
 from tests.cluster.daemons import descendants, kill, wait_until
 from tests.cluster.study import ROOT, TIMES
 from tests.workflow import test_storage
@@ -209,7 +210,7 @@ def test_a_killed_and_an_evicted_pod_end_in_the_tables_of_a_local_run(
     assert json.loads(bucket.read(f"team/{law}")) == read_json(tmp_path / "local" / law)
 
     # A pod may use what its stage says; at the second attempt, twice the memory.
-    root = json.loads(bucket.read(f"team/{RESULTS}/models/bio/manifest.json"))
+    root = Manifest.model_validate_json(bucket.read(f"team/{RESULTS}/models/bio/manifest.json"))
     for stage, attempts in {"compress": (1, 1, 2), "evaluate": (1, 2)}.items():
         # What a pod made is in the bucket alone, and is taken to be as large as its root.
         needed = ceil(memory_bytes(stage, root) / 1e9)

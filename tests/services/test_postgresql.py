@@ -22,7 +22,7 @@ from coppice.errors import UserError
 from coppice.results import collection as tables
 from coppice.study.schema import Study
 from coppice.tracking import server as speaking
-from coppice.tracking.mirror import mirrored
+from coppice.tracking.mirror import study_mirrors
 
 processes = multiprocessing.get_context("fork")  # a fresh one would import for seconds
 
@@ -48,7 +48,7 @@ def assert_one_run_a_node(address: str, study: Study, results: Path) -> dict[str
     experiment = client.get_experiment_by_name(study.study)
     runs = client.search_runs([experiment.experiment_id], max_results=1000)
     found = {run.data.tags["coppice.node"]: run for run in runs}
-    expected = {mirror.name: mirror for mirror in mirrored(study, results)}
+    expected = {mirror.name: mirror for mirror in study_mirrors(study, results)}
     assert len(runs) == len(found) == len(expected) == 13
     for node, run in found.items():
         assert run.info.status == expected[node].status
@@ -128,7 +128,7 @@ def test_views_of_different_age_at_once_end_with_one(server: str, results: Path,
     client = tracking.connect(server)
     experiment = client.get_experiment_by_name("ages").experiment_id
     nodes = sorted(run.data.tags["coppice.node"] for run in client.search_runs([experiment], max_results=1000))
-    assert nodes == sorted(mirror.name for mirror in mirrored(study, results))
+    assert nodes == sorted(mirror.name for mirror in study_mirrors(study, results))
     tracking.track(study, newer, server)
     assert_one_run_a_node(server, study, newer)
 

@@ -11,8 +11,9 @@ import pytest
 from coppice import storage
 from coppice.cli import main
 from coppice.errors import UserError
-from coppice.files import described, sha256, write_json
-from coppice.results.failures import without_output
+from coppice.files import describe_files, sha256, write_json
+from coppice.records.layout import ResultsLayout
+from coppice.results.failures import failed_jobs
 
 
 @pytest.fixture
@@ -28,7 +29,7 @@ def made(folder: Path, **files: str) -> Path:
     folder.mkdir(parents=True)
     for name, text in files.items():
         (folder / name).write_text(text)
-    entries = described(folder)
+    entries = {name: entry.sha256 for name, entry in describe_files(folder).items()}
     storage.upload(folder, entries)
     write_json(folder / "manifest.json", {"files": entries})
     return folder
@@ -67,7 +68,7 @@ def test_an_interrupted_copy_is_sent_again(tmp_path: Path, shared: Path) -> None
     node = made(tmp_path / "made", weights="1 2 3")
     stored = shared / "objects" / sha256(node / "weights")
     stored.write_text("1 2")
-    storage.upload(node, described(node))
+    storage.upload(node, {name: entry.sha256 for name, entry in describe_files(node).items()})
     assert stored.read_text() == "1 2 3"
 
 
@@ -163,14 +164,14 @@ def test_fetch_removes_what_it_brought_and_the_storage_no_longer_holds(
     monkeypatch.chdir(tmp_path)
     results = Path("results/demo")
     assert storage.fetch_results(str(shared), results) == 4
-    assert not list(without_output(results))
+    assert not list(failed_jobs(ResultsLayout(results)))
     capsys.readouterr()
     for file in (stored, table):
         file.unlink()
     log.write_text("error: It broke.\n")
     assert storage.fetch_results(str(shared), results) == 1
     assert capsys.readouterr().err == "Store: removed 1 files that it no longer holds.\n"
-    assert [(node, stage) for node, stage, _ in without_output(results)] == [("bio/rtn", "compress")]
+    assert [(node, stage) for node, stage, _ in failed_jobs(ResultsLayout(results))] == [("bio/rtn", "compress")]
     # What was computed from the nodes says so itself where it is outdated.
     assert (results / "tables/nodes.parquet").exists()
     # Made again, it comes again.
@@ -247,9 +248,9 @@ def test_fetch_writes_nowhere_but_into_the_results(
     for method in Bucket.__abstractmethods__:
         setattr(Bucket, method, lambda self, *_: None)
     Bucket.__abstractmethods__ = frozenset()
-    monkeypatch.setattr(storage, "_open", lambda address: (fs.PyFileSystem(Bucket()), "prefix"))
+    monkeypatch.setattr(storage, "_open_store", lambda address: (fs.PyFileSystem(Bucket()), "prefix"))
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"prefix/results/demo/\.\./\.\./taken, which is no path of results; remove it"):
+    with pytest.raises(UserError, match=r"results/demo/\.\./\.\./taken, which is not a path of results; remove it"):
         storage.fetch_results("s3://prefix", Path("results/demo"))
     assert not (tmp_path / "taken").exists()
 
@@ -280,6 +281,6 @@ def test_fetch_says_what_is_missing(
     assert main(["fetch", "--store", str(tmp_path), "--results", str(tmp_path)]) == 1
     assert main(["fetch", "--store", str(tmp_path), "--results", "results/none"]) == 1
     errors = capsys.readouterr().err.splitlines()
-    assert errors[0] == "error: No store is named; pass --store, or set COPPICE_STORE."
+    assert errors[0] == "error: No store is given; pass --store, or set COPPICE_STORE."
     assert "is not below the storage's prefix" in errors[1]
     assert errors[2].startswith(f"error: The store {tmp_path} cannot be used")

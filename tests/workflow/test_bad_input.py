@@ -286,7 +286,7 @@ def test_a_damaged_checkpoint_is_refused_by_its_hash(
     weights[-1] ^= 1
     (tmp_path / "root" / "model.safetensors").write_bytes(weights)
     said = refusal(capsys, *compress(tmp_path / "root", tmp_path / "node", "magnitude", sparsity=0.5))
-    assert "model.safetensors is not the file that its manifest describes; make the node 'tiny' again." in said
+    assert "model.safetensors is not the file that its manifest describes; recompute the node 'tiny'." in said
     assert not (tmp_path / "node" / "manifest.json").exists()
 
 

@@ -9,6 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,9 @@ from coppice.errors import UserError
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`; renamed onto it, after fsync, when the block ends without an error.
+    """A temporary path next to `path`; renamed onto it, after fsync, when the block ends without an error.
 
-    What a killed process left beside `path` is removed: one process at a time writes a file.
+    What a killed process left next to `path` is removed: one process at a time writes a file.
     Raises UserError when the disk refuses the write (full, read-only); `path` is then as it was before.
     """
     path = Path(path)
@@ -114,10 +115,18 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def described(directory: Path) -> dict[str, dict[str, Any]]:
-    """Size and SHA-256 of every file in a folder, by its path there."""
+@dataclass(frozen=True, slots=True)
+class FileEntry:
+    """A file by its size in bytes and its SHA-256 in hexadecimal."""
+
+    bytes: int
+    sha256: str
+
+
+def describe_files(directory: Path) -> dict[str, FileEntry]:
+    """Every file in a folder, by its path there."""
     return {
-        path.relative_to(directory).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)}
+        path.relative_to(directory).as_posix(): FileEntry(path.stat().st_size, sha256(path))
         for path in sorted(directory.rglob("*"))
         if path.is_file()
     }

@@ -107,13 +107,3 @@ def target_of(fit: dict[str, Any]) -> tuple[str, str]:
     """What a fitted law predicts, and its unit; "value" without a unit for a law that no single formula says."""
     target = fit.get("target")
     return ("value", "") if target is None else (target.replace("_", " "), fit["units"][target]["unit"])
-
-
-def held_out_sentence(error: dict[str, Any], target: str, unit: str) -> str:
-    """A held-out error, or why there is none; `target` and `unit`: of what the law predicts."""
-    if "reason" in error:
-        return error["reason"]
-    between = "" if error.get("low") is None else f" [{number(error['low'])}, {number(error['high'])}]"
-    return (
-        f"rmse {number(error['rmse'])}{between}{f' {unit}' if unit else ''}, {error['relative']:.2%} of the {target}."
-    )

@@ -1,6 +1,6 @@
 """Files that travel by their content, where results lie elsewhere: in a bucket, or in a folder that machines share.
 
-There the workflow carries the small files that its rules declare. What lies beside them undeclared (weights, tokens,
+There the workflow carries the small files that its rules declare. What lies next to them undeclared (weights, tokens,
 statistics, items) goes to `<store>/objects/<sha256>` before the manifest that names it is written, each content once;
 whoever opens such a file gets it from there when it is not at hand. So a job that needs only manifests moves no
 weights.
@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from uuid import uuid4
 
 from coppice.errors import UserError
@@ -32,21 +32,20 @@ if TYPE_CHECKING:
 VARIABLE = "COPPICE_STORE"
 TRANSFERS = 16  # small files that are fetched at once
 FETCHED = ".fetched.json"  # in a study's folder: what `coppice fetch` brought there
-MADE = ("models", "tokens", "statistics", "evaluations", "laws")  # folders in which a file says that something was made
+RESULT_FOLDERS = ("models", "tokens", "statistics", "evaluations", "laws")  # folders whose files are outputs of jobs
 
 
-def upload(directory: Path, files: Mapping[str, Any]) -> None:
+def upload(directory: Path, digests: Mapping[str, str]) -> None:
     """Sends those of a folder's files to the store that it does not hold yet. Without a store: nothing.
 
-    files: by name their SHA-256, or an entry that holds it as `sha256`. Raises UserError where the store is not to be
-    used.
+    digests: SHA-256 by name. Raises UserError where the store cannot be used.
     """
     if VARIABLE not in os.environ:
         return
     address = os.environ[VARIABLE]
     filesystem, objects = _objects(address)
-    sources = {f"{objects}/{_digest(entry)}": Path(directory) / name for name, entry in files.items()}
-    with _using(address):
+    sources = {f"{objects}/{digest}": Path(directory) / name for name, digest in digests.items()}
+    with _store_errors(address):
         held = {info.path: info.size for info in filesystem.get_file_info(list(sources))}
         # A copy of another size is what an interrupted transfer left.
         missing = {target: path for target, path in sources.items() if held[target] != path.stat().st_size}
@@ -55,7 +54,7 @@ def upload(directory: Path, files: Mapping[str, Any]) -> None:
         for target, path in missing.items():
             _put(filesystem, path, target)
     sent = sum(path.stat().st_size for path in missing.values())
-    print(f"Store: sent {len(missing)} of {len(files)} files, {sent:,} bytes.", file=sys.stderr, flush=True)
+    print(f"Store: sent {len(missing)} of {len(digests)} files, {sent:,} bytes.", file=sys.stderr, flush=True)
 
 
 def fetch_verified(path: Path, digest: str) -> bool:
@@ -67,7 +66,7 @@ def fetch_verified(path: Path, digest: str) -> bool:
         return True
     if VARIABLE not in os.environ:
         return False
-    with _alone(path.parent):
+    with _exclusive(path.parent):
         # Another job may have fetched it while this one waited.
         if not _holds(path, digest):
             _fetch(path, digest)
@@ -75,22 +74,19 @@ def fetch_verified(path: Path, digest: str) -> bool:
 
 
 def ensure_local(path: Path, manifest: str = "manifest.json") -> Path:
-    """`path`, fetched from the store if the file is not the one that the manifest beside it names.
+    """`path`, fetched from the store if the file is not the one that the manifest next to it names.
 
     Without a store, and where the manifest is missing or does not name the file, `path` stays as it is.
     """
-    if VARIABLE in os.environ and (digest := _named(Path(path), manifest)) is not None:
+    if VARIABLE in os.environ and (digest := _recorded_digest(Path(path), manifest)) is not None:
         fetch_verified(Path(path), digest)
     return path
 
 
-def _named(path: Path, manifest: str) -> str | None:
-    described = path.with_name(manifest)
-    entry = read_json(described).get("files", {}).get(path.name) if described.is_file() else None
-    return None if entry is None else _digest(entry)
-
-
-def _digest(entry: Any) -> str:
+def _recorded_digest(path: Path, manifest: str) -> str | None:
+    """The SHA-256 of a file that the manifest next to it names; None where it names none."""
+    record = path.with_name(manifest)
+    entry = read_json(record).get("files", {}).get(path.name) if record.is_file() else None
     return entry["sha256"] if isinstance(entry, Mapping) else entry
 
 
@@ -99,7 +95,7 @@ def _holds(path: Path, digest: str) -> bool:
 
 
 @contextmanager
-def _alone(directory: Path) -> Iterator[None]:
+def _exclusive(directory: Path) -> Iterator[None]:
     """One process at a time fetches into a folder, so that two jobs of one node fetch its weights once."""
     with open(directory / ".fetching", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -112,18 +108,18 @@ def _fetch(path: Path, digest: str) -> None:
     address = os.environ[VARIABLE]
     filesystem, objects = _objects(address)
     source = f"{objects}/{digest}"
-    with _using(address):
+    with _store_errors(address):
         if filesystem.get_file_info(source).type == FileType.NotFound:
             raise UserError(
-                f"{path} is not here, and the store {_shown(address)} has no copy of it (objects/{digest}); remove the "
-                "manifest beside it from the storage, so that it is made again."
+                f"{path} is not here, and the store {_redact(address)} has no copy of it (objects/{digest}); remove "
+                "the manifest next to it from the storage, so that it is recomputed."
             )
         with atomic_write(path) as temporary:
             _copy(filesystem, source, temporary)
             if sha256(temporary) != digest:
                 raise UserError(
-                    f"The store {_shown(address)} holds a damaged copy of {path}: objects/{digest} has another "
-                    "SHA-256. Remove that object, and the manifest that names it, so that both are made again."
+                    f"The store {_redact(address)} holds a damaged copy of {path}: objects/{digest} has another "
+                    "SHA-256. Remove that object, and the manifest that names it, so that both are recomputed."
                 )
     print(f"Store: fetched {path.name}, {path.stat().st_size:,} bytes.", file=sys.stderr, flush=True)
 
@@ -145,8 +141,8 @@ def _copy(filesystem: FileSystem, source: str, path: Path) -> None:
     copy_files(source, str(path), filesystem, LocalFileSystem())
 
 
-def _open(address: str) -> tuple[FileSystem, str]:
-    """The store's file system and the path of its root there. Raises UserError for an address that is none."""
+def _open_store(address: str) -> tuple[FileSystem, str]:
+    """The store's file system and the path of its root there. Raises UserError for an address that is not one."""
     from pyarrow.fs import FileSystem
 
     try:
@@ -155,36 +151,36 @@ def _open(address: str) -> tuple[FileSystem, str]:
             raise ValueError("it names no bucket")
     except (ValueError, OSError) as error:
         raise UserError(
-            f"The store {_shown(address)} is neither a folder nor an address of a bucket ({_reason(error, address)}); "
+            f"The store {_redact(address)} is neither a folder nor an address of a bucket ({_reason(error, address)}); "
             f"check {VARIABLE}."
         ) from error
     return filesystem, root
 
 
 def _objects(address: str) -> tuple[FileSystem, str]:
-    filesystem, root = _open(address)
+    filesystem, root = _open_store(address)
     return filesystem, f"{root.rstrip('/')}/objects"
 
 
 @contextmanager
-def _using(address: str) -> Iterator[None]:
+def _store_errors(address: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
         raise UserError(
-            f"The store {_shown(address)} cannot be used ({_reason(error, address)}); check its address, the "
+            f"The store {_redact(address)} cannot be used ({_reason(error, address)}); check its address, the "
             "network and the credentials, then run again."
         ) from error
 
 
-def _shown(address: str) -> str:
+def _redact(address: str) -> str:
     """The address without settings and credentials, also where a slash in a secret key was not written as %2F."""
     return re.sub(r"//[^/@:]*(:.*)?@", "//", address.partition("?")[0])
 
 
 def _reason(error: Exception, address: str) -> str:
     """What an error says first; Arrow's may quote the address."""
-    return str(error).splitlines()[0].replace(address, _shown(address)).rstrip(".")
+    return str(error).splitlines()[0].replace(address, _redact(address)).rstrip(".")
 
 
 def fetch_results(address: str, results: Path) -> int:
@@ -192,47 +188,48 @@ def fetch_results(address: str, results: Path) -> int:
 
     They lie there under the same path as here, and bear the same date, so that what did not change is known by it
     whatever the clocks of the two say. Of what it brought before, those that the storage no longer holds are removed:
-    Snakemake takes them away there before they are made anew, and a copy would hide that this failed.
+    Snakemake takes them away there before they are recomputed, and a copy would hide that this failed.
     Raises UserError where the storage is not to be used, or names a file outside.
     """
     from pyarrow.fs import FileSelector, FileType
 
-    filesystem, root = _open(address)
+    filesystem, root = _open_store(address)
     remote = f"{root.rstrip('/')}/{results.as_posix()}"
 
-    def place(path: str) -> str:
+    def relative_path(path: str) -> str:
         below = Path(path).relative_to(remote)
         if ".." in below.parts:
             raise UserError(
-                f"The storage {_shown(address)} holds {path}, which is no path of results; remove it there."
+                f"The storage {_redact(address)} holds {path}, which is not a path of results; remove it there."
             )
         return below.as_posix()
 
-    def bring(below: str) -> None:
+    def fetch(below: str) -> None:
         info = held[below]
         with atomic_write(results / below) as temporary:
             _copy(filesystem, info.path, temporary)
             os.utime(temporary, ns=(info.mtime_ns, info.mtime_ns))
 
-    with _using(address):
-        found = filesystem.get_file_info(FileSelector(remote, recursive=True))
-        held = {place(info.path): info for info in found if info.type == FileType.File and info.base_name != FETCHED}
+    with _store_errors(address):
+        listing = filesystem.get_file_info(FileSelector(remote, recursive=True))
+        files = [info for info in listing if info.type == FileType.File and info.base_name != FETCHED]
+        held = {relative_path(info.path): info for info in files}
         stamps = {below: [info.size, info.mtime_ns] for below, info in held.items()}
         if not stamps:
             return 0  # A storage that somebody emptied says nothing of what was made.
-        brought = _brought(results, remote)
+        brought = _fetched_before(results, remote)
         _remove_gone(results, brought, stamps)
         wanted = [below for below, stamp in stamps.items() if _stamp(results / below) != stamp]
         # Noted before they are brought: a file that an interruption kept from coming has another stamp.
-        files = {below: stamps[below] for below in sorted({*wanted, *(brought.keys() & stamps.keys())})}
-        if files != brought:
-            write_json(results / FETCHED, {"storage": remote, "files": files})
+        noted = {below: stamps[below] for below in sorted({*wanted, *(brought.keys() & stamps.keys())})}
+        if noted != brought:
+            write_json(results / FETCHED, {"storage": remote, "files": noted})
         with ThreadPoolExecutor(TRANSFERS) as pool:
-            list(pool.map(bring, wanted))
+            list(pool.map(fetch, wanted))
     return len(wanted)
 
 
-def _brought(results: Path, remote: str) -> dict[str, list[int]]:
+def _fetched_before(results: Path, remote: str) -> dict[str, list[int]]:
     """By path the stamps of the files that were brought from that place, the study's folder in a storage."""
     record = results / FETCHED
     noted = read_json(record) if record.is_file() else {"storage": remote, "files": {}}
@@ -247,7 +244,7 @@ def _remove_gone(results: Path, brought: Mapping[str, list[int]], held: Mapping[
     gone = [
         results / below
         for below, stamp in brought.items()
-        if below not in held and Path(below).parts[0] in MADE and _stamp(results / below) == stamp
+        if below not in held and Path(below).parts[0] in RESULT_FOLDERS and _stamp(results / below) == stamp
     ]
     for path in gone:
         path.unlink()
@@ -277,7 +274,7 @@ def named_store(address: str | None = None) -> str:
     """The address of the store, by default that of the environment. Raises UserError when neither names one."""
     address = address or os.environ.get(VARIABLE)
     if not address:
-        raise UserError(f"No store is named; pass --store, or set {VARIABLE}.")
+        raise UserError(f"No store is given; pass --store, or set {VARIABLE}.")
     return address
 
 

@@ -21,11 +21,11 @@ from coppice.calibration.reading import MOMENT_FIELDS, block_statistics, read_st
 from coppice.data.windows import load_windows, tokenize
 from coppice.data.windows import save_windows as write_windows
 from coppice.errors import UserError
-from coppice.files import read_json
 from coppice.methods.contracts import LinearStatistics
 from coppice.models import modules
 from coppice.models.architectures.base import blocks
 from coppice.models.checkpoint import load_model, read_manifest
+from coppice.records.statistics import Statistics
 
 DISTINCT = {
     "self_attn.q_proj": "self_attn.q_proj",
@@ -67,9 +67,9 @@ def direct_inputs(root: Path, sequences: list[Tensor]) -> dict[str, Tensor]:
 
 
 def assert_moments(folder: Path, root: Path, inputs: dict[str, Tensor]) -> None:
-    manifest = read_statistics(folder, read_manifest(root)["fingerprint"])
-    for index in range(manifest["blocks"]):
-        assert manifest["aliases"][str(index)] == DISTINCT
+    manifest = read_statistics(folder, read_manifest(root).fingerprint)
+    for index in range(manifest.blocks):
+        assert manifest.aliases[str(index)] == DISTINCT
         found = block_statistics(folder, index, manifest, "cpu")
         for name in DISTINCT:
             x, entry = inputs[f"{index}.{name}"], found[name]
@@ -112,7 +112,7 @@ def test_padding_leaves_no_trace(tmp_path: Path, architecture: str) -> None:
 
 
 def similarities(folder: Path) -> list[float]:
-    manifest = read_json(folder / "manifest.json")
+    manifest = Statistics.read(folder / "manifest.json")
     return read_statistics_file(folder, "blocks.safetensors", manifest)["similarity"].tolist()
 
 
@@ -244,7 +244,7 @@ def test_composites_are_calibrated_as_wholes_and_in_their_parts(root: Path, wind
     compensated = make(tmp_path / "compensated", quantized, "eora", [moments], **options)
     for node, prefix in ((quantized, ""), (compensated, ".base")):
         folder = gather(node, windows, "moments", tmp_path / f"moments-of-{node.name}")
-        manifest = read_json(folder / "manifest.json")
+        manifest = Statistics.read(folder / "manifest.json")
         found = block_statistics(folder, 1, manifest, "cpu")
         block = blocks(load_model(node))[1]
         assert found.keys() == modules.replaceable_modules(block).keys() | modules.weight_matrices(block).keys()

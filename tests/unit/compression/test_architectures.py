@@ -20,7 +20,7 @@ from coppice.files import read_json
 from coppice.methods.registry import method
 from coppice.models.checkpoint import load_model, read_manifest
 from coppice.models.densify import export_dense
-from coppice.recovery.stage import recover
+from coppice.recovery.stage import Recovery, recover
 
 TOKENS = tiny_tokens()
 REFUSALS = {
@@ -89,12 +89,12 @@ def check(node: Path, root: Path, scratch: Path) -> None:
     """The node computes the same whoever reads it, and differs from its root."""
     expected, config = logits(load_model(node), TOKENS), read_json(node / "config.json")
     assert torch.isfinite(expected).all()
-    assert read_manifest(node)["fingerprint"] != read_manifest(root)["fingerprint"]
+    assert read_manifest(node).fingerprint != read_manifest(root).fingerprint
     if "compression" not in config:
         stock, report = AutoModelForCausalLM.from_pretrained(node, dtype=torch.float32, output_loading_info=True)
         assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
         torch.testing.assert_close(logits(stock, TOKENS), expected, rtol=0, atol=1e-5)
-    if {"quantized-activations", "quantized-cache"} & set(read_manifest(node)["marks"]):
+    if {"quantized-activations", "quantized-cache"} & set(read_manifest(node).traits):
         return
     export_dense(node, scratch / "dense")
     dense = AutoModelForCausalLM.from_pretrained(scratch / "dense", dtype=torch.float32)
@@ -110,7 +110,19 @@ def test_a_pruned_node_recovers(roots: Roots, architecture: str, name: str, tmp_
     options = {**texts, "length": 16, "tokens": 320, "batch_size": 4, "learning_rate": 1e-2}
     step = {"name": "grow", "method": name, "options": options}
     recovery, evaluation = roots.windows(architecture, "recovery"), roots.windows(architecture, "evaluation")
-    state, node = tmp_path / "state", tmp_path / "node"
-    recover("tiny/pruned/grow", pruned, root, recovery, evaluation, step, (), 0, state, node, 1e9)
+    node = tmp_path / "node"
+    recover(
+        Recovery(
+            node="tiny/pruned/grow",
+            parent=pruned,
+            dense=root,
+            tokens=recovery,
+            validation=evaluation,
+            step=step,
+            state=tmp_path / "state",
+            state_every=1e9,
+            output=node,
+        )
+    )
     before, after = logits(load_model(pruned), TOKENS), logits(load_model(node), TOKENS)
     assert torch.isfinite(after).all() and not torch.allclose(after, before, atol=1e-3)

@@ -25,6 +25,7 @@ from coppice.models import modules
 from coppice.models.architectures.base import blocks
 from coppice.models.checkpoint import load_model, read_manifest
 from coppice.models.densify import export_dense
+from coppice.records.manifest import Manifest
 from coppice.study import tree
 from coppice.study.schema import Study
 
@@ -158,7 +159,7 @@ def check_node(workshop: Workshop, parent: str, node: str) -> Tensor:
     """Its logits, once all is found to be as the manifest says."""
     folder = workshop.node(node)
     manifest, model = read_manifest(folder), load_model(folder)
-    assert manifest["marks"] == sorted(tree.traits(workshop.study, node))
+    assert manifest.traits == sorted(tree.traits(workshop.study, node))
     computed = logits(model, tiny_tokens())
     assert torch.isfinite(computed).all()
     check_modules(workshop.model(parent), model, manifest)
@@ -166,9 +167,9 @@ def check_node(workshop: Workshop, parent: str, node: str) -> Tensor:
     return computed
 
 
-def check_modules(before: nn.Module, after: nn.Module, manifest: dict[str, Any]) -> None:
-    """What was masked stays zero; what was asked for is in every place; marks say what is there."""
-    step = base(manifest["step"]["method"])
+def check_modules(before: nn.Module, after: nn.Module, manifest: Manifest) -> None:
+    """What was masked stays zero; what was asked for is in every place; traits say what is there."""
+    step = base(manifest.step.method)
     # By the name that each had before a compensation came beside it.
     own = {
         name.replace(".base", ""): linear
@@ -182,58 +183,58 @@ def check_modules(before: nn.Module, after: nn.Module, manifest: dict[str, Any])
                 weight = own[name].weight
                 assert (weight[zero] == 0).all()
                 assert (weight != 0).any()
-        assert {place.removeprefix("model.layers.") for place in manifest["layers"]} <= (
+        assert {place.removeprefix("model.layers.") for place in manifest.layers} <= (
             modules.replaceable_modules(blocks(before)) | modules.weight_matrices(blocks(before))
         ).keys()
     quantized = [isinstance(linear, modules.PackedForm) for linear in own.values()]
-    assert all(quantized) if "quantized" in manifest["marks"] else not any(quantized)
+    assert all(quantized) if "quantized" in manifest.traits else not any(quantized)
     rounded = [
         isinstance(each, modules.FlattenQuantLinear) or hasattr(each, "quantized_activations") for each in own.values()
     ]
-    assert all(rounded) if "quantized-activations" in manifest["marks"] else not any(rounded)
-    assert hasattr(after.model, "cache_settings") == ("quantized-cache" in manifest["marks"])
+    assert all(rounded) if "quantized-activations" in manifest.traits else not any(rounded)
+    assert hasattr(after.model, "cache_settings") == ("quantized-cache" in manifest.traits)
     kinds = [type(module) for module in modules.replaceable_modules(blocks(after)).values()]
-    assert all(kind is modules.LowRankCorrectionLinear for kind in kinds) == ("compensated" in manifest["marks"])
+    assert all(kind is modules.LowRankCorrectionLinear for kind in kinds) == ("compensated" in manifest.traits)
     factors = [
         isinstance(each, (modules.LowRankLinear, modules.CURLinear, modules.TensorTrainLinear))
         for each in after.modules()
     ]
-    assert any(factors) == bool({"factorized", "compensated"} & set(manifest["marks"]))
+    assert any(factors) == bool({"factorized", "compensated"} & set(manifest.traits))
     zeros = [bool((linear.weight == 0).any()) for linear in own.values()]
-    assert "masked" not in manifest["marks"] or all(zeros)
+    assert "masked" not in manifest.traits or all(zeros)
     for linear in own.values():
         if isinstance(linear, modules.QuantizedLinear):
             groups = linear.weight.view(-1, linear.in_features // linear.weight_scale.shape[1])
             assert all(len(group.unique()) <= 2**linear.bits for group in groups)
 
 
-def check_accounting(folder: Path, model: nn.Module, manifest: dict[str, Any], root: dict[str, Any]) -> None:
+def check_accounting(folder: Path, model: nn.Module, manifest: Manifest, root: Manifest) -> None:
     """The manifest's numbers, counted anew from the file and the modules."""
     tensors = load_file(folder / "model.safetensors")
-    assert manifest["stored_bits"]["total"] == 8 * sum(each.numel() * each.element_size() for each in tensors.values())
-    assert manifest["stored_bytes"] == (folder / "model.safetensors").stat().st_size
-    assert 8 * manifest["stored_bytes"] > manifest["stored_bits"]["total"] > manifest["stored_bits"]["decoder_linears"]
+    assert manifest.stored_bits.total == 8 * sum(each.numel() * each.element_size() for each in tensors.values())
+    assert manifest.stored_bytes == (folder / "model.safetensors").stat().st_size
+    assert 8 * manifest.stored_bytes > manifest.stored_bits.total > manifest.stored_bits.decoder_linears
     matrices = modules.weight_matrices(blocks(model)).values()
     packed = [linear for linear in matrices if isinstance(linear, modules.PackedForm)]
     numbers = sum(parameter.numel() for parameter in model.parameters()) + sum(
         linear.in_features * linear.out_features for linear in packed
     )
     zeros = sum(int((linear.weight == 0).sum()) for linear in matrices)
-    parameters, dense = manifest["parameters"], root["parameters"]
-    assert (parameters["total"], parameters["nonzero"]) == (numbers, numbers - zeros)
-    assert parameters["decoder_linears"] == sum(linear.in_features * linear.out_features for linear in matrices)
-    assert manifest["dense"] == {key: dense[key] for key in ("total", "blocks", "decoder_linears")}
-    assert manifest["rho"] == pytest.approx(1 - numbers / dense["total"])
-    assert manifest["bits_per_weight"] == pytest.approx(manifest["stored_bits"]["total"] / dense["total"])
+    parameters, dense = manifest.parameters, root.parameters
+    assert (parameters.total, parameters.nonzero) == (numbers, numbers - zeros)
+    assert parameters.decoder_linears == sum(linear.in_features * linear.out_features for linear in matrices)
+    assert dict(manifest.dense) == {key: getattr(dense, key) for key in ("total", "blocks", "decoder_linears")}
+    assert manifest.rho == pytest.approx(1 - numbers / dense.total)
+    assert manifest.bits_per_weight == pytest.approx(manifest.stored_bits.total / dense.total)
     # Codes take their bits, and nothing is stored in fewer than the grid has.
-    assert manifest["stored_bits"]["decoder_linears"] >= sum(
+    assert manifest.stored_bits.decoder_linears >= sum(
         (linear.bits if isinstance(linear, modules.PackedForm) else 32) * linear.in_features * linear.out_features
         for linear in matrices
     )
 
 
 def check_export(folder: Path, computed: Tensor, dense: Path) -> None:
-    if {"quantized-activations", "quantized-cache"} & set(read_manifest(folder)["marks"]):
+    if {"quantized-activations", "quantized-cache"} & set(read_manifest(folder).traits):
         with pytest.raises(UserError, match="which a dense checkpoint cannot hold"):
             export_dense(folder, dense)
         return
@@ -248,8 +249,8 @@ def test_an_exported_node_can_be_compressed_again(workshop: Workshop, tmp_path: 
     export_dense(workshop.node("tiny/svd"), tmp_path / "dense")
     node = make(tmp_path / "node", tmp_path / "dense", "rtn", bits=4, group_size=-1)
     manifest = read_manifest(node)
-    assert manifest["marks"] == ["quantized"]
-    assert manifest["dense"] == read_manifest(workshop.node("tiny"))["dense"]
+    assert manifest.traits == ["quantized"]
+    assert manifest.dense == read_manifest(workshop.node("tiny")).dense
 
 
 @pytest.mark.parametrize("step", ALL)
@@ -262,8 +263,8 @@ def test_weights_follow_the_seed_of_the_study_where_a_method_draws(
     first = read_manifest(workshop.node(f"{parent}/{step}"))
     torch.manual_seed(1)
     second = read_manifest(workshop.make(parent, step, tmp_path / "node", seed=seed))
-    assert second["fingerprint"] == first["fingerprint"]
-    assert (first["seed"], second["seed"]) == (0, seed)
+    assert second.fingerprint == first.fingerprint
+    assert (first.seed, second.seed) == (0, seed)
 
 
 def test_linears_draw_different_numbers_in_any_order() -> None:

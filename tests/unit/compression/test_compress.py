@@ -18,13 +18,13 @@ from coppice.calibration.moments import Moments
 from coppice.calibration.reading import block_statistics, read_statistics_file
 from coppice.data.windows import load_windows
 from coppice.errors import UserError
-from coppice.files import read_json
 from coppice.methods.contracts import Linear, LinearStatistics, LowRank, Masked, Quantized, Replacement
 from coppice.methods.registry import method
 from coppice.methods.solvers.grid import dequantize
 from coppice.models import modules, surgery
 from coppice.models.architectures.base import blocks
 from coppice.models.checkpoint import load_model, read_manifest
+from coppice.records.statistics import Statistics
 
 STEPS: dict[str, tuple[str, dict[str, Any]]] = {
     "magnitude": ("magnitude", {"sparsity": 0.5}),
@@ -55,10 +55,10 @@ def statistics(root: Path, windows: Path) -> dict[str, Path]:
 
 
 def read_moments(folder: Path) -> dict[str, LinearStatistics]:
-    manifest = read_json(folder / "manifest.json")
+    manifest = Statistics.read(folder / "manifest.json")
     return {
         f"{index}.{name}": entry
-        for index in range(manifest["blocks"])
+        for index in range(manifest.blocks)
         for name, entry in block_statistics(folder, index, manifest, "cpu").items()
     }
 
@@ -92,7 +92,7 @@ def test_every_linear_is_what_the_method_makes_of_it(
     used, moments = method(name), read_moments(statistics["moments"])
     manifest, dense = read_manifest(node), modules.replaceable_modules(blocks(load_model(root)))
     stored = modules.replaceable_modules(blocks(load_model(node)))
-    assert len(stored) == len(dense) == len(manifest["layers"]) == 14
+    assert len(stored) == len(dense) == len(manifest.layers) == 14
     for place, linear in dense.items():
         weight, module, moment = linear.weight.detach(), stored[place], moments[place]
         pure = Linear(weight, storage=torch.float32)
@@ -101,14 +101,14 @@ def test_every_linear_is_what_the_method_makes_of_it(
         torch.testing.assert_close(new, weight_of(replacement, weight), rtol=0, atol=1e-6)
         assert (module.bias is None) == (linear.bias is None)
         assert linear.bias is None or torch.equal(module.bias, linear.bias)
-        record = manifest["layers"][f"model.layers.{place}"]
+        record = manifest.layers[f"model.layers.{place}"]
         assert replacement.record.items() <= record.items()
         assert record["weight_error"] == pytest.approx(relative(new - weight, weight), rel=1e-3)
         assert record["error"] == pytest.approx(relative(new - weight, weight, moment.second_moment), rel=1e-3)
         assert_budget(module, values)
-    errors = [record["error"] for record in manifest["layers"].values()]
-    assert manifest["achieved"]["error"] == pytest.approx(sum(errors) / len(errors))
-    assert 0 < manifest["achieved"]["error"] < 1
+    errors = [record["error"] for record in manifest.layers.values()]
+    assert manifest.achieved["error"] == pytest.approx(sum(errors) / len(errors))
+    assert 0 < manifest.achieved["error"] < 1
 
 
 def assert_budget(module: nn.Module, asked: dict[str, Any]) -> None:
@@ -145,7 +145,7 @@ def test_a_correction_is_fitted_to_the_reference(
             added = modules.effective_weight(module.compensation)
             torch.testing.assert_close(added, expected.second @ expected.first, rtol=0, atol=1e-6)
             difference = linear.weight + added - linear.reference
-            record = manifest["layers"][f"model.layers.{place}"]
+            record = manifest.layers[f"model.layers.{place}"]
             moment = moments[place].second_moment
             assert record["error"] == pytest.approx(relative(difference, linear.reference, moment), rel=1e-3)
             assert record["error"] < relative(linear.weight - linear.reference, linear.reference, moment)
@@ -169,9 +169,9 @@ def test_sequential_statistics_are_gathered_after_the_compressed_blocks(
     found = modules.replaceable_modules(blocks(load_model(node)))
     for place, weight in expected.items():
         torch.testing.assert_close(modules.effective_weight(found[place]).detach(), weight, rtol=0, atol=1e-4)
-    tokens_fingerprint = load_windows(windows).manifest["fingerprint"]
-    assert read_manifest(node)["calibration"] == {"windows": tokens_fingerprint}
-    assert read_manifest(static)["calibration"] == {"moments": tokens_fingerprint}
+    tokens_fingerprint = load_windows(windows).manifest.fingerprint
+    assert read_manifest(node).calibration == {"windows": tokens_fingerprint}
+    assert read_manifest(static).calibration == {"moments": tokens_fingerprint}
 
 
 @torch.no_grad()
@@ -204,7 +204,7 @@ def test_sequential_statistics_change_nothing_for_a_method_without_statistics(ro
         make(tmp_path / str(sequential), root, "rtn", bits=4, group_size=16, sequential=sequential)
         for sequential in (False, True)
     ]
-    assert len({read_manifest(node)["fingerprint"] for node in nodes}) == 1
+    assert len({read_manifest(node).fingerprint for node in nodes}) == 1
 
 
 @pytest.mark.parametrize(
@@ -221,7 +221,7 @@ def test_a_structure_method_is_surgery(
     node = make(tmp_path / "node", root, name, list(statistics.values()), **values)
     used, model, tokens = method(name), load_model(root), tiny_tokens()
     folder = statistics[kind]
-    tensors = read_statistics_file(folder, f"{kind}.safetensors", read_json(folder / "manifest.json"))
+    tensors = read_statistics_file(folder, f"{kind}.safetensors", Statistics.read(folder / "manifest.json"))
     removal = used.structure.choose(
         SimpleNamespace(structure=surgery.structure(model)), tensors, used.validated(values)
     )
@@ -230,11 +230,11 @@ def test_a_structure_method_is_surgery(
     assert torch.equal(logits(load_model(node), tokens), logits(expected, tokens))
     manifest = read_manifest(node)
     left = sum(parameter.numel() for parameter in expected.parameters())
-    assert manifest["parameters"]["total"] == left
-    assert manifest["rho"] == pytest.approx(1 - left / read_manifest(root)["parameters"]["total"])
-    assert manifest["rho_blocks"] == pytest.approx(achieved["parameters"]["share_of_blocks"])
-    assert manifest["achieved"]["units"] == achieved["units"]
-    assert manifest["calibration"].keys() == {kind}
+    assert manifest.parameters.total == left
+    assert manifest.rho == pytest.approx(1 - left / read_manifest(root).parameters.total)
+    assert manifest.rho_blocks == pytest.approx(achieved["parameters"]["share_of_blocks"])
+    assert manifest.achieved["units"] == achieved["units"]
+    assert manifest.calibration.keys() == {kind}
 
 
 def test_the_record_is_of_the_weights_as_stored(tmp_path: Path) -> None:
@@ -244,7 +244,7 @@ def test_the_record_is_of_the_weights_as_stored(tmp_path: Path) -> None:
     moments = gather(root, windows, "moments", tmp_path / "moments")
     node = make(tmp_path / "node", root, "svd-llm", [moments], rank=14)
     before, after = (modules.replaceable_modules(blocks(load_model(path))) for path in (root, node))
-    for place, entry in read_manifest(node)["layers"].items():
+    for place, entry in read_manifest(node).layers.items():
         name = place.removeprefix("model.layers.")
         wanted, new = (modules.effective_weight(each[name]).detach() for each in (before, after))
         assert entry["weight_error"] == pytest.approx(relative(new - wanted, wanted), rel=1e-4)

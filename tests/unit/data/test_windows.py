@@ -18,9 +18,9 @@ def test_packing_joins_documents_after_one_beginning_token_and_drops_the_rest(tm
     windows = tokenize(checkpoint, source(path), "evaluation", None, 4)
     assert windows.tokens.tolist() == [[1, 3, 4, 5], [6, 1, 7, 1]]
     assert windows.documents.tolist() == [[0, 0, 0, 0], [0, 1, 1, 2]]
-    assert windows.manifest["tokens_read"] == 11
-    assert windows.manifest["tokens"] == 8
-    assert windows.manifest["documents"] == len(windows.document_hashes) == 3
+    assert windows.manifest.tokens_read == 11
+    assert windows.manifest.tokens == 8
+    assert windows.manifest.documents == len(windows.document_hashes) == 3
     without = tokenize(checkpoint, source(path), "evaluation", None, 4, bos=False)
     assert without.tokens.tolist() == [[3, 4, 5, 6], [7, 8, 9, 10]]
 
@@ -30,7 +30,7 @@ def test_without_packing_each_document_has_a_window(tmp_path, checkpoint):
     windows = tokenize(checkpoint, source(path), "evaluation", 2, 4, pack=False)
     assert windows.tokens.tolist() == [[1, 3, 4, 5], [1, 7, 0, 0]]
     assert windows.documents.tolist() == [[0, 0, 0, 0], [1, 1, -1, -1]]
-    assert windows.manifest["tokens"] == 6
+    assert windows.manifest.tokens == 6
 
 
 def test_too_few_windows_are_counted(tmp_path, checkpoint):
@@ -47,7 +47,7 @@ def test_the_fingerprint_follows_what_decides_the_tokens(tmp_path, checkpoint):
     path = jsonl(tmp_path / "text.jsonl", ["w0 w1 w2 w3", "w4", "w5 w6 w7"])
 
     def fingerprint(windows=1, length=4, **options):
-        return tokenize(checkpoint, source(path), "evaluation", windows, length, **options).manifest["fingerprint"]
+        return tokenize(checkpoint, source(path), "evaluation", windows, length, **options).manifest.fingerprint
 
     others = [fingerprint(2), fingerprint(1, 3), fingerprint(pack=False), fingerprint(bos=False), fingerprint(seed=1)]
     assert len({fingerprint(), *others}) == 6
@@ -64,8 +64,8 @@ def test_windows_are_stored_and_read_again(tmp_path, checkpoint):
     folder = tmp_path / "tokens"
     save_windows(windows, folder)
     again = load_windows(folder)
-    assert again.manifest.pop("files").keys() == {"tokens.safetensors"}
-    assert again.manifest == windows.manifest
+    assert again.manifest.files.keys() == {"tokens.safetensors"}
+    assert again.manifest.model_copy(update={"files": {}}) == windows.manifest
     for name in ("tokens", "documents", "document_hashes"):
         np.testing.assert_array_equal(getattr(again, name), getattr(windows, name))
     (folder / "tokens.safetensors").write_bytes(b"broken")
@@ -101,5 +101,5 @@ def test_stories_have_the_reference_number_of_tokens(shared_data):
         shared_data / "stories260K" / "hf", source(stories / "validation.jsonl"), "evaluation", None, 512
     )
     assert windows.tokens.shape == (146, 512)
-    assert windows.manifest["tokens_read"] == 75_084
-    assert windows.manifest["documents"] == 165
+    assert windows.manifest.tokens_read == 75_084
+    assert windows.manifest.documents == 165

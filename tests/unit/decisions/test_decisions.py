@@ -34,6 +34,7 @@ from coppice.decisions.recipe import (
 )
 from coppice.errors import UserError
 from coppice.laws import p2, registry
+from coppice.records.fit import FitRecord
 from coppice.results import collection as tables
 from coppice.results.comparisons import Scores
 from coppice.results.reading import read_table
@@ -145,26 +146,31 @@ def fitted(missing: tuple[int, float] | None = None, spread: float = 0.02, **rep
         for name, value in TRUTH.items()
     }
     known = {"low": None, "high": None, "identified": True, "spread": 0.0}
+    whole: dict[str, Any] = {
+        "law": "p2",
+        "source": {"equation": "L"},
+        "options": {"gain": 0.01},
+        "units": {
+            "loss": {"unit": "nats per token", "scale": 1.0},
+            "tokens": {"unit": "tokens", "scale": 1e3},
+            "dense_parameters": {"unit": "parameters", "scale": 1e6},
+        },
+        "parameters": {name: {"value": value, **known} for name, value in TRUTH.items()},
+        "metrics": {"rmse": 0.01},
+        "held_out": {"later_tokens": {"p2": {"rmse": 0.02, "relative": 0.01, "low": 0.01, "high": 0.03}}},
+        "ranking": {},
+        "points": len(size),
+        "runs": len(cases),
+        "recommendation": [],
+        "notes": [],
+        "converged": True,
+        "target": "loss",
+        "passes": {"ok": True, "reasons": []},
+    }
     return Fitted(
         "recovery",
         registry.load("p2"),
-        {
-            "law": "p2",
-            "target": "loss",
-            "parameters": {name: {"value": value, **known} for name, value in TRUTH.items()},
-            "units": {
-                "loss": {"unit": "nats per token", "scale": 1.0},
-                "tokens": {"unit": "tokens", "scale": 1e3},
-                "dense_parameters": {"unit": "parameters", "scale": 1e6},
-            },
-            "metrics": {"rmse": 0.01},
-            "held_out": {"later_tokens": {"p2": {"rmse": 0.02, "relative": 0.01, "low": 0.01, "high": 0.03}}},
-            "options": {"gain": 0.01},
-            "converged": True,
-            "points": len(size),
-            "passes": {"ok": True, "reasons": []},
-            **report,
-        },
+        FitRecord.model_validate(whole | report),
         points,
         samples,
     )
@@ -208,7 +214,7 @@ def test_the_expected_loss_is_that_of_the_law() -> None:
 
 def test_the_noise_of_a_measurement_counts_the_parameters_that_were_fitted() -> None:
     fit = fitted()
-    points, free = fit.report["points"], len(TRUTH)
+    points, free = fit.report.points, len(TRUTH)
     assert fit.noise == pytest.approx(0.01 * (points / (points - free)) ** 0.5)
 
 
@@ -550,5 +556,5 @@ def test_an_older_fit_is_not_trusted(copied: Path, capsys: pytest.CaptureFixture
     del fit["passes"]
     path.write_text(json.dumps(fit))
     text = recommend(copied, capsys)
-    assert "Nothing is recommended from law p2, whose fit tells of no test; fit it again." in text
+    assert "Nothing is recommended from law p2, whose fit records no test; fit it again." in text
     assert "Next run" not in text

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from manifests import provenance
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from coppice.data import biographies, sources
@@ -36,8 +37,7 @@ def save(model, folder):
     """A root checkpoint of `model` with the tokenizer of the world."""
     tokenizer = folder.parent / f"{folder.name}-tokenizer"
     biographies.tokenizer(sources.world(WORLD)).save_pretrained(tokenizer)
-    manifest = {"node": "tiny", "parent": None, "step": None, "seed": 0, "marks": []}
-    save_checkpoint(model, folder, tokenizer, manifest, torch.float32)
+    save_checkpoint(model, folder, tokenizer, provenance(), torch.float32)
     return folder
 
 

@@ -16,7 +16,8 @@ from coppice.evaluation import connectivity, perplexity, stage
 from coppice.models.architectures.base import blocks
 from coppice.models.checkpoint import read_manifest
 from coppice.models.modules import QuantizedLinear
-from coppice.results.collection import measured_rows
+from coppice.records.metrics import Metrics
+from coppice.results.measurements import rows_of
 
 from .conftest import WORLD, make_model, save
 
@@ -214,8 +215,8 @@ def test_the_stage_writes_metrics_with_the_regime(checkpoint, stranger, windows,
         stage.run(parser.parse_args([str(word) for word in words]))
     stage.run(parser.parse_args([str(word) for word in [*words, "--other", other]]))
     report = json.loads((tmp_path / "out" / "metrics.json").read_text())
-    assert report["other_fingerprint"] == read_manifest(other)["fingerprint"]
-    assert report["tokens_fingerprints"] == {"people": windows.manifest["fingerprint"]}
+    assert report["other_fingerprint"] == read_manifest(other).fingerprint
+    assert report["tokens_fingerprints"] == {"people": windows.manifest.fingerprint}
     found = by_metric(report["metrics"])
     row = found["mode_connectivity_people"]
     assert row["regime"] in connectivity.REGIMES
@@ -223,7 +224,7 @@ def test_the_stage_writes_metrics_with_the_regime(checkpoint, stranger, windows,
     assert row["path"] == [0, 0.25, 0.5, 0.75, 1]
     assert len(row["errors"]) == len(found["barrier_loss_people"]["losses"]) == 5
     assert row["n"] == int((windows.documents[:, 1:] >= 0).sum())
-    rows = measured_rows(None, "tiny@1", "basin", tmp_path / "out" / "metrics.json")
-    assert [entry["metric"] for entry in rows["metrics"]] == list(found)
-    assert json.loads(rows["metrics"][0]["details"])["regime"] == row["regime"]
-    assert rows["costs"] == []
+    rows = rows_of(Metrics.read(tmp_path / "out" / "metrics.json"), "tiny@1", "basin")
+    assert [entry["metric"] for entry in rows.metrics] == list(found)
+    assert json.loads(rows.metrics[0]["details"])["regime"] == row["regime"]
+    assert rows.costs == []

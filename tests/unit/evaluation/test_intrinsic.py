@@ -13,6 +13,7 @@ from coppice.data.windows import save_windows, tokenize
 from coppice.errors import UserError
 from coppice.evaluation import intrinsic, stage
 from coppice.evaluation.intrinsic import matrix_entropy, matrix_nuclear_norm, normalised
+from coppice.models.checkpoint import read_manifest
 from coppice.uncertainty import bootstrap_means, percentile_interval
 
 from .conftest import WORLD
@@ -185,8 +186,9 @@ def test_an_evaluation_measures_them(checkpoint, windows, tmp_path):
         "perplexity": {"people": {"text": "biographies"}},
         "intrinsic": {"protocol": "people", "length": 20, "windows": 3},
     }
-    manifest = {"fingerprint": "-"}
-    metrics, _, _ = stage.measure_quality(checkpoint, manifest, evaluation, {"people": tmp_path / "tokens"}, "cpu")
+    metrics, _, _ = stage.measure_quality(
+        checkpoint, read_manifest(checkpoint), evaluation, {"people": tmp_path / "tokens"}, "cpu"
+    )
     names = [row["metric"] for row in metrics]
     assert names[2:] == [
         "matrix_entropy_people",

@@ -61,12 +61,18 @@ def test_standard_errors_are_those_of_documents(model, windows):
 
 
 def test_windows_are_sampled_where_there_is_one_document(model, windows):
-    one = replace(windows, documents=np.zeros_like(windows.documents), manifest={**windows.manifest, "documents": 1})
+    one = replace(
+        windows,
+        documents=np.zeros_like(windows.documents),
+        manifest=windows.manifest.model_copy(update={"documents": 1}),
+    )
     (loss, _), items = perplexity.measure(model, one, "people")
     assert loss["protocol"]["sampled"] == "windows"
     assert len(items) == 5
     assert loss["stderr"] > 0
-    single = replace(one, tokens=one.tokens[:1], documents=one.documents[:1], manifest={**one.manifest, "windows": 1})
+    single = replace(
+        one, tokens=one.tokens[:1], documents=one.documents[:1], manifest=one.manifest.model_copy(update={"windows": 1})
+    )
     assert [metric["stderr"] for metric in perplexity.measure(model, single, "people")[0]] == [None, None]
 
 
@@ -86,9 +92,9 @@ def test_the_protocol_is_recorded(model, windows):
         "windows": 5,
         "bos": 2,
         "packed": True,
-        "documents": windows.manifest["documents"],
+        "documents": windows.manifest.documents,
         "tokens": 5 * 47,
-        "tokens_fingerprint": windows.manifest["fingerprint"],
+        "tokens_fingerprint": windows.manifest.fingerprint,
         "sampled": "documents",
     }
 

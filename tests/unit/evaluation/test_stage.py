@@ -37,8 +37,8 @@ def evaluate(checkpoint, tokens, output, evaluation=QUALITY):
 def test_quality_is_written_with_its_items(checkpoint, tokens, tmp_path):
     report, items = evaluate(checkpoint, tokens, tmp_path / "a", {**QUALITY, "tasks": ["biographies"], "limit": 3})
     assert (report["node"], report["evaluation"], report["kind"]) == ("tiny", "quality", "quality")
-    assert report["model_fingerprint"] == checkpoints.read_manifest(checkpoint)["fingerprint"]
-    assert report["tokens_fingerprints"] == {"people": load_windows(tokens).manifest["fingerprint"]}
+    assert report["model_fingerprint"] == checkpoints.read_manifest(checkpoint).fingerprint
+    assert report["tokens_fingerprints"] == {"people": load_windows(tokens).manifest.fingerprint}
     names = [metric["metric"] for metric in report["metrics"]]
     scores = ["acc", "acc_norm", "log_probability", "choice_probability", "brier"]
     assert names == ["loss_people", "perplexity_people", *(f"biographies_{score}" for score in scores)]

@@ -46,7 +46,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         )
     # What is refused before work is told by a node's JSON alone.
     nodes["codebook"] = described(base / "codebook", root, "compression.json", {"model.layers.0": {"type": "Codebook"}})
-    nodes["inputs"] = described(base / "inputs", root, "manifest.json", {"marks": ["quantized-activations"]})
+    nodes["inputs"] = described(base / "inputs", root, "manifest.json", {"traits": ["quantized-activations"]})
     half = save_root(base / "half", dtype=torch.bfloat16, **shape)
     nodes["half"] = make(base / "half-quantized", half, "rtn", bits=3, group_size=32, symmetric=False)
     return nodes
@@ -87,8 +87,8 @@ def test_an_export_gives_the_logits_of_its_node(
 ) -> None:
     out = exported(node, to)
     written = read_json(out / "export.json")
-    assert (written["format"], written["node"]) == (to, read_manifest(folders[node])["node"])
-    assert written["fingerprint"] == read_manifest(folders[node])["fingerprint"]
+    assert (written["format"], written["node"]) == (to, read_manifest(folders[node]).node)
+    assert written["fingerprint"] == read_manifest(folders[node]).fingerprint
     assert written["difference"]["largest"] < (0.2 if node == "half" else 1e-4)
     assert not any(path.suffix in {".bin", ".pt", ".pkl"} for path in out.rglob("*"))
 
@@ -117,7 +117,8 @@ def test_the_command_takes_a_node_and_its_reader_gives_the_logits_on_other_token
     log.parent.mkdir(parents=True)
     log.write_text("error: Its bits are too few.\n")
     assert main(["export", "tiny/rtn-3", *words[2:]]) == 1
-    assert f"The node 'tiny/rtn-3' was not made: compress (Its bits are too few.), by {log}" in capsys.readouterr().err
+    sentence = f"The node 'tiny/rtn-3' has no checkpoint: compress (Its bits are too few.), by {log}"
+    assert sentence in capsys.readouterr().err
     (tmp_path / "file").touch()
     assert main([*words[:-1], str(tmp_path / "file" / "below")]) == 1
     assert "Not a directory; pass another --output" in capsys.readouterr().err

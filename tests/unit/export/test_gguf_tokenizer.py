@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from gguf import GGUFReader, GGUFWriter, TokenType
+from manifests import provenance
 from nodes import save_root
 from tiny import tiny_model
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -145,9 +146,8 @@ def test_transformers_reads_the_same_tokens(tmp_path: Path) -> None:
 
     tokenizer = byte_level(split(QWEN_2))
     model = tiny_model("qwen2", num_hidden_layers=1, vocab_size=640)
-    manifest = {"node": "tiny", "parent": None, "step": None, "seed": 0, "marks": [], "recovery": None}
     root, own = tmp_path / "root", save(tmp_path / "tokenizer", tokenizer)
-    save_checkpoint(model, root, own, manifest | {"source": {"path": "tiny"}}, torch.float32)
+    save_checkpoint(model, root, own, provenance(), torch.float32)
     export(root, "gguf", tmp_path / "out")
     theirs = AutoTokenizer.from_pretrained(tmp_path / "out", gguf_file="model.gguf")
     for text in (*gguf_tokenizer.SAMPLES, "a<s>b <think> c</s>"):

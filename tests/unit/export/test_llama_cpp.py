@@ -18,6 +18,7 @@ from unicodedata import normalize
 
 import pytest
 import torch
+from manifests import provenance
 from nodes import make, save_root
 from tiny import tiny_model
 from tokenizers import Tokenizer, normalizers
@@ -162,8 +163,7 @@ def save(folder: Path, model: PreTrainedModel, tokenizer: Tokenizer | Path, dtyp
         own.mkdir()
         tokenizer.save(str(own / "tokenizer.json"))
         write_json(own / "tokenizer_config.json", {"bos_token": "<s>", "eos_token": "</s>"})
-    manifest = {"node": folder.name, "parent": None, "step": None, "seed": 0, "marks": [], "recovery": None}
-    save_checkpoint(model, folder, own, manifest | {"source": {"path": "tiny"}}, dtype)
+    save_checkpoint(model, folder, own, provenance(node=folder.name), dtype)
     return folder
 
 

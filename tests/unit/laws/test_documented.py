@@ -13,6 +13,7 @@ import pytest
 from coppice.laws import chinchilla, registry
 from coppice.laws.engine.metrics import metrics
 from coppice.laws.engine.search import Fit, fit_form
+from coppice.laws.points.reading import read_points
 
 DOCS = Path(__file__).parents[3] / "docs"
 
@@ -29,11 +30,7 @@ def fitted(name: str, folder: str, **options: object) -> tuple[Fit, dict[str, fl
     """The law fitted to the documented tables, without resamples."""
     law = registry.load(name)
     chosen = law.options(**options)
-    tables = {
-        table: pd.read_parquet(DOCS / "measured" / folder / f"{table}.parquet", columns=list(columns))
-        for table, columns in law.needs.items()
-    }
-    raw = law.points(tables, chosen)
+    raw, _ = read_points(law, DOCS / "measured" / folder, chosen)
     points = raw | {column: raw[column] / scale for column, scale in law.scales(raw).items()}
     form = replace(law.form, objective=chosen.objective())
     fit = fit_form(form, points)

@@ -192,13 +192,13 @@ def tables() -> dict[str, pd.DataFrame]:
             "model": model,
             "method": method,
             "options": json.dumps(options),
-            "marks": ["quantized"],
+            "traits": ["quantized"],
             "stored_bits": bits,
             "bits_per_weight": bits / 1e6,
         }
 
     dense = [
-        {"node": name, "parent": None, "model": name, "marks": [], "stored_bits": bits, "bits_per_weight": 16.01}
+        {"node": name, "parent": None, "model": name, "traits": [], "stored_bits": bits, "bits_per_weight": 16.01}
         for name, bits in (("s", 16e6), ("m", 64e6))
     ]
     rows = [
@@ -209,8 +209,8 @@ def tables() -> dict[str, pd.DataFrame]:
         quantized("m", "flat", "flattenquant", {"bits": "auto"}, 25e6),
         quantized("m", "rtn-3", "rtn", {"bits": 3}, 15e6, parent="m/wanda-50"),
         quantized("m", "full", "full", {"learning_rate": 1e-3}, 20e6, parent="m/gptq-4"),
-        quantized("m", "wanda-50", "wanda", {}, 64e6) | {"marks": ["masked"]},
-        quantized("s", "round-8", "activation-quant", {"bits": 8}, 16e6) | {"marks": ["quantized-activations"]},
+        quantized("m", "wanda-50", "wanda", {}, 64e6) | {"traits": ["masked"]},
+        quantized("s", "round-8", "activation-quant", {"bits": 8}, 16e6) | {"traits": ["quantized-activations"]},
     ]
     nodes = pd.DataFrame(rows)
     metrics = pd.DataFrame(

@@ -61,7 +61,7 @@ def tables(points: Points) -> dict[str, pd.DataFrame]:
             "method": np.where(dense, None, points["method"]),
             "family": np.where(dense, None, "quantize"),
             "options": [json.dumps({"bits": int(width)}) if width else None for width in points["width"]],
-            "marks": [["quantized"] if width else [] for width in points["width"]],
+            "traits": [["quantized"] if width else [] for width in points["width"]],
             "parameters": points["parameters"].astype(int),
             "linear_parameters": (0.75 * points["parameters"]).astype(int),
             "stored_bits": points["stored_bits"],
@@ -200,7 +200,7 @@ def test_only_quantized_weights_are_points_unless_nodes_are_named() -> None:
     nodes = given["nodes"]
     nodes.loc[nodes["node"] == "m50000/gptq-4", "family"] = "prune"
     marked = nodes.index[nodes["node"] == "m50000/gptq-3"][0]
-    nodes.at[marked, "marks"] = ["quantized", "quantized-activations"]
+    nodes.at[marked, "traits"] = ["quantized", "quantized-activations"]
     found = knowledge.points(given, OPTIONS)
     assert found["node"].tolist() == ["m50000", "m50000/gptq-2", "m50000/gptq-8"]
     named = knowledge.points(given, OPTIONS.model_copy(update={"nodes": ["*/gptq-4"]}))

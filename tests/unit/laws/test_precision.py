@@ -196,7 +196,7 @@ def tables() -> dict[str, pd.DataFrame]:
         ("a/full/gptq-3", "a", "gptq", ["quantized"], 3.25, 1000, 25.0),
         ("b/gptq-3", "b", "gptq", ["quantized", "rotated"], 3.25, None, 30.0),
     ]
-    names = ["node", "model", "method", "marks", "bits_per_linear_weight", "path_recovery_tokens", "perplexity"]
+    names = ["node", "model", "method", "traits", "bits_per_linear_weight", "path_recovery_tokens", "perplexity"]
     nodes = pd.DataFrame(rows, columns=names)
     nodes["dense_parameters"] = nodes["model"].map({"a": 100, "b": 300})
     metrics = nodes[["node"]].assign(

@@ -127,7 +127,7 @@ def tables() -> dict[str, pd.DataFrame]:
         ("a/rotate", "a", "a", "rotate", "quantize", ["rotated"], 100, 0.0),
         ("a/rotate/full", "a/rotate", "a", "full", "recover", ["rotated"], 100, 0.0),
     ]
-    names = ["node", "parent", "model", "method", "family", "marks", "nonzero_parameters", "rho_nonzero"]
+    names = ["node", "parent", "model", "method", "family", "traits", "nonzero_parameters", "rho_nonzero"]
     nodes = pd.DataFrame(rows, columns=names)
     curves = pd.DataFrame(
         [

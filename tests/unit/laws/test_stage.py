@@ -128,7 +128,7 @@ def test_tables_of_an_older_format_are_refused_with_a_sentence(tmp_path: Path) -
 
 def test_repeated_rows_of_tables_count_once_and_different_ones_are_refused(tmp_path: Path) -> None:
     law = registry.load("p2")
-    nodes = pd.DataFrame({column: ["a"] for column in law.needs["nodes"]}).assign(marks=[["masked"]])
+    nodes = pd.DataFrame({column: ["a"] for column in law.needs["nodes"]}).assign(traits=[["masked"]])
     curves = pd.DataFrame({column: ["a"] for column in law.needs["curves"]}).assign(tokens=5, loss=2.0, split="train")
     for name, table in (("nodes", nodes), ("curves", curves)):
         pd.concat([table, table]).to_parquet(tmp_path / f"{name}.parquet")

@@ -105,7 +105,7 @@ def node(name: str, family: str | None, marks: list[str], calibration: str | Non
         "method": name.rpartition("/")[2].split("-")[0] if family else None,
         "family": family,
         "options": json.dumps(options) if family else None,
-        "marks": marks,
+        "traits": marks,
         "calibration": calibration,
         "parameters": 1000,
     }

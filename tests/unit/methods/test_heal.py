@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from manifests import provenance
 from nodes import save_root, save_windows
 from recoveries import curve, interruption, losses
 from tiny import tiny_model, tiny_tokens
@@ -175,9 +176,10 @@ def place(tmp_path_factory) -> Path:
     """A dense root, its decomposed child, and windows for both."""
     folder = tmp_path_factory.mktemp("place")
     dense = save_root(folder / "dense")
-    manifest = {"node": "tiny/cur", "parent": "tiny", "step": None, "seed": 0, "marks": ["factorized"], "source": {}}
-    manifest |= {"dense": read_manifest(dense)["dense"], "recovery": None}
-    save_checkpoint(decomposed(), folder / "cur", folder / "dense-tokenizer", manifest, torch.float32)
+    made = provenance(node="tiny/cur", parent="tiny", traits=["factorized"])
+    save_checkpoint(
+        decomposed(), folder / "cur", folder / "dense-tokenizer", made, torch.float32, read_manifest(dense).dense
+    )
     save_windows(folder / "tokens", dense, "recovery")
     save_windows(folder / "validation", dense, "evaluation")
     return folder
@@ -209,7 +211,7 @@ def test_stage_heals_the_links_alone(place, healed):
         assert torch.equal(tensor, parent[name]) != (".link." in name)
     rows = curve(healed)
     assert rows[-1]["train_loss"] < rows[1]["train_loss"]
-    assert read_manifest(healed)["marks"] == ["factorized"]
+    assert read_manifest(healed).traits == ["factorized"]
     dense = objective.held_out_loss(load_model(place / "dense"), load_windows(place / "validation"), 4, "float32")
     assert rows[0]["dense_loss"] == pytest.approx(dense, rel=1e-5)
 
@@ -236,4 +238,4 @@ def test_interrupted_run_ends_as_if_undisturbed(place, healed, tmp_path):
         recover(place, tmp_path / "node")
     recover(place, tmp_path / "node")
     assert losses(tmp_path / "node") == losses(healed)
-    assert read_manifest(tmp_path / "node")["fingerprint"] == read_manifest(healed)["fingerprint"]
+    assert read_manifest(tmp_path / "node").fingerprint == read_manifest(healed).fingerprint

@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from manifests import manifest
 from recoveries import half_masked, train_by_hand
 from tiny import ARCHITECTURES, tiny_model
 
 from coppice.methods.recover import scratch
 from coppice.methods.registry import method
 from coppice.models.architectures.base import blocks
+from coppice.records.manifest import Manifest
 
 FIELDS = {"text": "a", "validation": "b", "tokens": 1000}
 OPTIONS = scratch.Options(**FIELDS)
@@ -68,12 +70,17 @@ def test_tied_embeddings_stay_tied():
 
 # A step costs about 6 N FLOPs a token: D_B N = D_E N_dense.
 def test_equal_flops_gives_a_smaller_node_as_many_more_tokens():
-    parent = {"dense_parameters": 1_000_000, "parameters": {"total": 800_000, "nonzero": 400_000}}
+    assert scratch.tokens(OPTIONS, of_sizes(1_000_000, 400_000)) == 1000
     by_flops = scratch.Options(**FIELDS, equal="flops")
-    assert scratch.tokens(OPTIONS, parent) == 1000
-    assert scratch.tokens(by_flops, parent) == 2500
-    assert scratch.tokens(by_flops, parent | {"parameters": {"nonzero": 1_000_000}}) == 1000
+    assert scratch.tokens(by_flops, of_sizes(1_000_000, 400_000)) == 2500
+    assert scratch.tokens(by_flops, of_sizes(1_000_000, 1_000_000)) == 1000
     # Rounded up, and exact where floats are not.
-    assert scratch.tokens(by_flops, parent | {"parameters": {"nonzero": 300_000}}) == 3334
+    assert scratch.tokens(by_flops, of_sizes(1_000_000, 300_000)) == 3334
     large = scratch.Options(**FIELDS | {"tokens": 3 * 10**17 + 1}, equal="flops")
-    assert scratch.tokens(large, {"dense_parameters": 3, "parameters": {"nonzero": 1}}) == 9 * 10**17 + 3
+    assert scratch.tokens(large, of_sizes(3, 1)) == 9 * 10**17 + 3
+
+
+def of_sizes(dense: int, nonzero: int) -> Manifest:
+    """The manifest of a node with so many parameters that are not zero."""
+    parameters = {"total": dense, "blocks": dense, "decoder_linears": dense, "nonzero": nonzero}
+    return manifest(dense_parameters=dense, parameters=parameters)

@@ -69,8 +69,8 @@ def test_stored_weights_are_what_the_manifest_says(workshop: Workshop, name: str
     tensors, manifest = load_file(folder / "model.safetensors"), read_manifest(folder)
     assert {each.dtype for each in tensors.values() if each.is_floating_point()} == {torch.bfloat16}
     before, after = linears(load_model(workshop.root)), linears(load_model(folder))
-    assert manifest["layers"].keys() <= before.keys()
-    for place, record in manifest["layers"].items():
+    assert manifest.layers.keys() <= before.keys()
+    for place, record in manifest.layers.items():
         # Where inputs are scaled, the error is that of the scaled weight.
         if "scale_ratio" not in record:
             dense, stored = before[place].weight, modules.effective_weight(after[place])
@@ -123,7 +123,7 @@ def test_scaled_inputs_change_nothing(tmp_path: Path, architecture: str, name: s
     root = save_root(tmp_path / "root", architecture=architecture, num_hidden_layers=1)
     moments = gather(root, save_windows(tmp_path / "windows", root), "moments", tmp_path / "moments")
     node = make(tmp_path / "node", root, name, [moments], **options)
-    records = read_manifest(node)["layers"].values()
+    records = read_manifest(node).layers.values()
     assert any(record.get("scale_ratio", 1) > 1.05 for record in records)
     dense, found = (logits(load_model(folder), tiny_tokens()) for folder in (root, node))
     assert (found - dense).norm() < 0.05 * dense.norm()

@@ -62,8 +62,8 @@ def test_a_root_of_every_architecture_comes_back(tmp_path: Path, architecture: s
     assert torch.equal(logits(load_model(folder), tokens), logits(model, tokens))
     manifest = read_manifest(folder)
     unique = {id(parameter): parameter.numel() for parameter in model.parameters()}
-    assert manifest["parameters"]["total"] == sum(unique.values())
-    assert (manifest["rho"], manifest["bits_per_weight"]) == (0, 32)
+    assert manifest.parameters.total == sum(unique.values())
+    assert (manifest.rho, manifest.bits_per_weight) == (0, 32)
 
 
 @pytest.mark.parametrize("node", ["masked", "symmetric", "asymmetric", "rotated"])
@@ -147,8 +147,8 @@ def test_the_accounting_counts_stored_bytes(folders: dict[str, Path]) -> None:
     root, symmetric = read_manifest(folders["root"]), read_manifest(folders["symmetric"])
     masked, factorized = read_manifest(folders["masked"]), read_manifest(folders["factorized"])
     # A mask of zeros saves nothing, and says so.
-    assert masked["stored_bits"] == root["stored_bits"]
-    assert masked["parameters"]["nonzero"] == root["parameters"]["total"] - root["parameters"]["decoder_linears"] // 2
+    assert masked.stored_bits == root.stored_bits
+    assert masked.parameters.nonzero == root.parameters.total - root.parameters.decoder_linears // 2
     # q, k, v, o, gate, up and down of 3 blocks: 3 bits in whole words, a scale of 32 bits for 16 weights, biases apart.
     shapes = [
         (m.out_features, m.in_features) for m in modules.weight_matrices(tiny_model("qwen2").model.layers[0]).values()
@@ -156,10 +156,10 @@ def test_the_accounting_counts_stored_bytes(folders: dict[str, Path]) -> None:
     words = sum(rows * (modules.packed_words(columns, 3) + columns // 16) for rows, columns in shapes)
     biases = 32 + 16 + 16
     shape_tensors = 7 * 2 * 64
-    assert symmetric["stored_bits"]["decoder_linears"] == 3 * (32 * (words + biases) + shape_tensors)
-    assert symmetric["parameters"]["total"] == root["parameters"]["total"]
+    assert symmetric.stored_bits.decoder_linears == 3 * (32 * (words + biases) + shape_tensors)
+    assert symmetric.parameters.total == root.parameters.total
     ranks = {name: entry["rank"] for name, entry in read_json(folders["factorized"] / "compression.json").items()}
-    assert factorized["parameters"]["total"] == root["parameters"]["total"] - sum(
+    assert factorized.parameters.total == root.parameters.total - sum(
         m.in_features * m.out_features - ranks[name] * (m.in_features + m.out_features)
         for name, m in tiny_model("qwen2").named_modules()
         if name in ranks
@@ -193,7 +193,7 @@ def test_one_changed_bit_is_refused(tmp_path: Path) -> None:
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     folder = save_root(tmp_path / "root")
     (folder / "config.json").unlink()
-    with pytest.raises(UserError, match=r"config\.json is missing; make the node 'tiny' again"):
+    with pytest.raises(UserError, match=r"config\.json is missing; recompute the node 'tiny'"):
         load_model(folder)
 
 

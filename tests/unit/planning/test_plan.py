@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from manifests import metrics, token_set
 
 from coppice.cli import main
 from coppice.errors import UserError
@@ -23,6 +24,7 @@ from coppice.planning.sizes import Size, node_sizes
 from coppice.planning.stage import plan
 from coppice.planning.text import lines
 from coppice.planning.work import SizedJob, sized_jobs
+from coppice.records.layout import ResultsLayout
 from coppice.study import tree
 from coppice.study.loading import load_study
 from coppice.study.schema import SHIPPED, Study
@@ -134,6 +136,10 @@ def test_what_is_done_is_not_planned(tmp_path: Path) -> None:
     before = plan(value, tmp_path, machine())
     finish(tmp_path, found["evaluations/tiny/quality/metrics.json"])
     finish(tmp_path, found["tokens/tiny/recovery.full/manifest.json"])
+    layout = ResultsLayout(tmp_path)
+    options = value.evaluations["quality"].model_dump(mode="json", exclude={"nodes", "world"})
+    metrics(options=options).write(layout.metrics("tiny", "quality"))
+    token_set(text=value.texts["lives"].model_dump(mode="json")).write(layout.tokens("tiny", "recovery.full"))
     made = plan(value, tmp_path, machine())
     assert before["total"]["left"] - made["total"]["left"] == 2
     assert made["evaluations"] == {"done": 1, "total": 3}

@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from manifests import manifest, metrics, recovery, token_set
 
 from coppice.cli import main
-from coppice.files import write_json
 from coppice.planning import stage
 from coppice.planning.jobs import JobGraph
 from coppice.planning.sizes import node_sizes
 from coppice.planning.text import lines
 from coppice.planning.work import sized_jobs
+from coppice.records.manifest import Manifest
 from coppice.study import tree
 from coppice.study.loading import load_study, write_effective
 from coppice.study.schema import SHIPPED, Study
@@ -60,14 +61,16 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         path = results / job.output
         path.parent.mkdir(parents=True, exist_ok=True)
         if job.stage in ("root", "compress", "recover"):
-            write_json(path, manifest(study, nodes[job.name], results))
+            node_manifest(study, nodes[job.name]).write(path)
             (path.parent / "config.json").write_text((SHIPPED / "bio-tiny/config.json").read_text())
         elif job.stage == "tokenize":
             use = uses[job.kind]
-            tokens = {"windows": use.windows, "length": use.length, "packed": use.pack, "fingerprint": job.kind}
-            write_json(path, tokens | {"text": study.texts[use.text].model_dump(mode="json")})
+            text = study.texts[use.text].model_dump(mode="json")
+            token_set(windows=use.windows, length=use.length, packed=use.pack, fingerprint=job.kind, text=text).write(
+                path
+            )
         elif job.stage == "evaluate":
-            write_json(path, {"options": study.evaluations[job.kind].model_dump(mode="json", exclude={"nodes"})})
+            metrics(options=study.evaluations[job.kind].model_dump(mode="json", exclude={"nodes", "world"})).write(path)
         else:
             path.write_text("{}")
         log = results / "benchmarks" / job.stage / f"{job.name}.jsonl"
@@ -77,26 +80,30 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return results
 
 
-def manifest(study: Study, node: tree.Node, results: Path) -> dict[str, Any]:
-    """What the plan reads of a node's manifest."""
+def node_manifest(study: Study, node: tree.Node) -> Manifest:
+    """The manifest of a node of the size that the plan estimates."""
     size = node_sizes(study, Path("nowhere"))[node.name]
-    weighed = {
-        "parameters": {"total": size.parameters, "decoder_linears": size.linears},
-        "stored_bits": {"decoder_linears": 8 * size.linear_bytes},
-        "stored_bytes": size.stored,
+    parameters, linears = int(size.parameters), int(size.linears)
+    described = {
+        "node": node.name,
+        "parameters": {"total": parameters, "blocks": linears, "decoder_linears": linears, "nonzero": parameters},
+        "stored_bits": {"total": int(8 * size.stored), "decoder_linears": int(8 * size.linear_bytes)},
+        "stored_bytes": int(size.stored),
         "seed": node.seed,
+        "source": study.models[node.model].model_dump(mode="json"),
     }
     if node.step is None:
-        return weighed | {"source": study.models[node.model].model_dump(mode="json"), "step": None}
+        return manifest(**described)
     method, options = tree.method_of(study, node.step), study.steps[node.step].options
     step = {"name": node.step, "method": method.name, "family": method.family}
     calibrated = {"moments": "calibration.default"} if tree.calibration(study, node.step) else None
-    recovery = {"tokens": 5_000_000, "tokens_asked": 5_000_000, "budgets": study.budgets}
-    return weighed | {
-        "step": step | {"options": options.model_dump(mode="json")},
-        "calibration": calibrated,
-        "recovery": recovery if method.family == "recover" else None,
-    }
+    trained = recovery(tokens=5_000_000, tokens_requested=5_000_000, budgets=study.budgets)
+    return manifest(
+        **described,
+        step=step | {"options": options.model_dump(mode="json")},
+        calibration=calibrated,
+        recovery=trained if method.family == "recover" else None,
+    )
 
 
 def planned(results: Path, **changes: Any) -> dict[str, Any]:
@@ -231,7 +238,9 @@ def test_nodes_that_are_made_again_are_as_large_as_they_will_be(tmp_path: Path) 
     )
     nodes = tree.nodes(before)
     for name in ("tiny", "tiny/svd-50"):
-        write_json(tmp_path / "models" / name / "manifest.json", manifest(before, nodes[name], tmp_path))
+        folder = tmp_path / "models" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        node_manifest(before, nodes[name]).write(folder / "manifest.json")
         (tmp_path / "models" / name / "config.json").write_text((SHIPPED / "bio-tiny/config.json").read_text())
     made = {node["node"]: node for node in stage.plan(after, tmp_path, MACHINE)["nodes"]}
     expected = node_sizes(after, Path("nowhere"))["tiny/svd-50"]

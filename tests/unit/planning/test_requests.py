@@ -5,14 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from manifests import manifest
 
-from coppice.files import write_json
 from coppice.methods.registry import method
 from coppice.planning.jobs import Job
 from coppice.planning.requests import UNREAD_MEGABYTES, available_manifest, disk_megabytes, memory_megabytes
 
 PARAMETERS = {"total": 8_000_000_000, "blocks": 7_000_000_000, "decoder_linears": 7_000_000_000}
-MANIFEST = {"parameters": PARAMETERS, "dense": PARAMETERS, "stored_bytes": 16_000_000_000}
+MANIFEST = manifest(
+    parameters=PARAMETERS | {"nonzero": PARAMETERS["total"]}, dense=PARAMETERS, stored_bytes=16_000_000_000
+)
 
 
 def job(stage: str = "compress", **options) -> Job:
@@ -22,7 +24,7 @@ def job(stage: str = "compress", **options) -> Job:
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> str:
     path = tmp_path / "results/s/models/big/manifest.json"
-    write_json(path, MANIFEST)
+    MANIFEST.write(path)
     return str(path)
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
+from manifests import manifest as whole_manifest
 
 from coppice.methods.declaration import Resources
 from coppice.methods.registry import method as registered
@@ -20,20 +19,22 @@ from coppice.planning.resources import (
     memory_bytes,
     moments_bytes,
 )
+from coppice.records.manifest import Manifest
 
 
 def resources_of(name: str) -> Resources:
     return registered(name).resources
 
 
-def manifest(total: float, blocks: float | None = None, stored: float | None = None) -> dict[str, Any]:
+def manifest(total: float, blocks: float | None = None, stored: float | None = None) -> Manifest:
+    """The manifest of a dense model of so many parameters."""
     blocks = 0.8 * total if blocks is None else blocks
     parameters = {"total": int(total), "blocks": int(blocks), "decoder_linears": int(blocks)}
-    return {
-        "parameters": parameters,
-        "dense": {key: parameters[key] for key in ("total", "blocks")},
-        "stored_bytes": int(2 * total if stored is None else stored),
-    }
+    return whole_manifest(
+        parameters=parameters | {"nonzero": int(total)},
+        dense=parameters,
+        stored_bytes=int(2 * total if stored is None else stored),
+    )
 
 
 def test_widths_of_a_common_decoder() -> None:
@@ -49,7 +50,7 @@ def test_memory_grows_with_the_model_and_has_room(stage: str) -> None:
     small, large = (memory_bytes(stage, manifest(total)) for total in (1e6, 1e9))
     assert LIBRARIES[stage] < small < large
     # All but the headroom is above what is stored.
-    assert large > manifest(1e9)["stored_bytes"]
+    assert large > manifest(1e9).stored_bytes
     assert large > 1.2 * expected_bytes(stage, manifest(1e9))
 
 
@@ -78,7 +79,7 @@ def test_options_change_what_is_held() -> None:
 
 
 def test_the_dense_root_is_measured_beside_what_was_trained_of_a_tenth_of_it() -> None:
-    small = {**manifest(1e8), "dense": {"total": int(1e9), "blocks": int(8e8)}}
+    small = manifest(1e8).model_copy(update={"dense": manifest(1e9).dense})
     full = (
         expected_bytes("recover", small, {"length": 1, "batch_size": 1, "resources": resources_of("full")})
         - LIBRARIES["recover"]

@@ -19,3 +19,20 @@ def test_paths_are_below_the_results_folder() -> None:
 
 def test_paths_can_be_relative_to_the_results() -> None:
     assert str(ResultsLayout(Path()).tokens("small", "recovery.full")) == "tokens/small/recovery.full/manifest.json"
+
+
+def test_what_was_made_is_found_by_its_records(tmp_path: Path) -> None:
+    layout = ResultsLayout(tmp_path)
+    assert (layout.nodes, layout.fits, layout.metrics_of("small")) == ([], {}, [])
+    for path in (
+        layout.manifest("small/rtn-4"),
+        layout.manifest("small"),
+        layout.fit("p2"),
+        layout.metrics("small", "quality"),
+        layout.metrics("small/rtn-4", "cost"),
+    ):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    assert layout.nodes == ["small", "small/rtn-4"]
+    assert layout.fits == {"p2": layout.fit("p2")}
+    assert layout.metrics_of("small") == [layout.metrics("small", "quality")]

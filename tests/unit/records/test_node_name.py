@@ -25,3 +25,9 @@ def test_children_lie_below_their_parents_alone() -> None:
     assert NodeName("small/full").is_below("small")
     assert not NodeName("small/full-2").is_below("small/full")
     assert not NodeName("small").is_below("small")
+
+
+def test_a_lineage_begins_with_the_dense_model() -> None:
+    name = NodeName("medium/width-50/full@1")
+    assert name.lineage == ("medium", "medium/width-50", "medium/width-50/full@1")
+    assert [each.last_part for each in name.lineage] == ["medium", "width-50", "full@1"]

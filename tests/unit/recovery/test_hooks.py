@@ -99,7 +99,7 @@ def undisturbed(place: Path) -> Path:
 
 def assert_same(output: Path, undisturbed: Path) -> None:
     assert losses(output) == losses(undisturbed)
-    assert read_manifest(output)["fingerprint"] == read_manifest(undisturbed)["fingerprint"]
+    assert read_manifest(output).fingerprint == read_manifest(undisturbed).fingerprint
 
 
 def test_hooks_groups_and_optimizer_are_those_of_a_loop_by_hand(place: Path, undisturbed: Path) -> None:
@@ -137,7 +137,7 @@ def test_the_node_is_pruned_as_the_clock_said(undisturbed: Path) -> None:
     for linear in gradual.pruned_linears(model).values():
         assert linear.masked
         assert (linear.weight == 0).float().mean() == 0.5
-    assert read_manifest(undisturbed)["marks"] == ["masked"]
+    assert read_manifest(undisturbed).traits == ["masked"]
     assert not undisturbed.with_name("undisturbed-state").exists()
 
 

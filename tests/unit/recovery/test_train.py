@@ -3,12 +3,14 @@ from __future__ import annotations
 import argparse
 import json
 import signal
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from manifests import provenance, token_set
 from recoveries import curve, half_masked, interruption, kill_after_a_state, losses
 from safetensors.torch import load_file
 from tiny import VOCABULARY, tiny_model
@@ -45,14 +47,14 @@ def windows(count: int, role: str, tokenizer: str, seed: int, padding: int = 0) 
     documents = np.repeat(np.arange(count, dtype=np.int32)[:, None], LENGTH, axis=1)
     if padding:
         documents[:, -padding:] = -1
-    manifest = {
-        "fingerprint": f"{role}-{seed}-{count}-{padding}",
-        "tokenizer": tokenizer,
-        "windows": count,
-        "length": LENGTH,
-        "role": role,
-        "text": {"builtin": role},
-    }
+    manifest = token_set(
+        fingerprint=f"{role}-{seed}-{count}-{padding}",
+        tokenizer=tokenizer,
+        windows=count,
+        length=LENGTH,
+        role=role,
+        text={"builtin": role},
+    )
     return Windows(tokens, documents, np.arange(count) + 1000 * (1 + seed), manifest)
 
 
@@ -63,10 +65,8 @@ def save_node(folder: Path, node: str, model, marks=(), dtype=torch.float32, den
     vocabulary = {f"w{i}": i for i in range(VOCABULARY)}
     Tokenizer(models.WordLevel(vocabulary, unk_token="w0")).save(str(source / "tokenizer.json"))
     write_json(source / "tokenizer_config.json", {"bos_token": "w1"})
-    manifest = {"node": node, "parent": None, "step": None, "seed": 0, "marks": sorted(marks), "source": {}}
-    if dense:
-        manifest["dense"] = read_manifest(dense)["dense"]
-    save_checkpoint(model, folder, source, {**manifest, "recovery": None}, dtype)
+    made = provenance(node=node, traits=sorted(marks))
+    save_checkpoint(model, folder, source, made, dtype, read_manifest(dense).dense if dense else None)
     return folder
 
 
@@ -141,15 +141,15 @@ def test_last_loss_is_that_of_the_saved_model(place, recovered):
 
 def test_manifest(place, recovered):
     manifest = read_manifest(recovered)
-    assert manifest["parent"] == "dense/half"
-    assert manifest["marks"] == ["masked"]
-    assert manifest["step"]["family"] == "recover"
-    assert manifest["dense"] == read_manifest(place / "dense")["dense"]
-    recovery = manifest["recovery"]
-    assert (recovery["tokens"], recovery["tokens_asked"], recovery["steps"]) == (640, 640, 10)
-    assert recovery["budgets"] == [100, 128, 400, 10_000]
-    assert recovery["epochs"] == pytest.approx(40 / 24)
-    assert manifest["files"]["curve.parquet"]["sha256"] == sha256(recovered / "curve.parquet")
+    assert manifest.parent == "dense/half"
+    assert manifest.traits == ["masked"]
+    assert manifest.step.family == "recover"
+    assert manifest.dense == read_manifest(place / "dense").dense
+    recovery = manifest.recovery
+    assert (recovery.tokens, recovery.tokens_requested, recovery.steps) == (640, 640, 10)
+    assert recovery.budgets == [100, 128, 400, 10_000]
+    assert recovery.epochs == pytest.approx(40 / 24)
+    assert manifest.files["curve.parquet"].sha256 == sha256(recovered / "curve.parquet")
     assert json.loads((recovered / "config.json").read_text())["use_cache"] is True
 
 
@@ -168,7 +168,7 @@ def test_same_seed_gives_the_same_run_and_another_seed_another(place, recovered,
     for seed in (0, 1):
         recover(place, tmp_path / str(seed), budgets=(100, 128, 400, 10_000), seed=seed)
     assert losses(tmp_path / "0") == losses(recovered)
-    assert read_manifest(tmp_path / "0")["fingerprint"] == read_manifest(recovered)["fingerprint"]
+    assert read_manifest(tmp_path / "0").fingerprint == read_manifest(recovered).fingerprint
     assert losses(tmp_path / "1")[-1] != losses(recovered)[-1]
 
 
@@ -235,7 +235,7 @@ def test_killed_run_goes_on_and_ends_as_if_undisturbed(place, recovered, tmp_pat
     recover(place, tmp_path / "node", **arguments)
     assert "Resuming after step" in capfd.readouterr().out
     assert losses(tmp_path / "node") == losses(reference)
-    assert read_manifest(tmp_path / "node")["fingerprint"] == read_manifest(reference)["fingerprint"]
+    assert read_manifest(tmp_path / "node").fingerprint == read_manifest(reference).fingerprint
     assert not state.parent.exists()
 
 
@@ -263,7 +263,7 @@ def lawful(monkeypatch):
 def eight_steps(place, tmp_path_factory) -> str:
     """Fingerprint of the weights after eight steps, 512 tokens."""
     output = tmp_path_factory.mktemp("eight") / "node"
-    return recover(place, output, tokens=512, warmup=0)["fingerprint"]
+    return recover(place, output, tokens=512, warmup=0).fingerprint
 
 
 @pytest.mark.parametrize(
@@ -273,13 +273,13 @@ def eight_steps(place, tmp_path_factory) -> str:
 )
 def test_a_run_whose_rest_pays_too_little_ends_early(place, lawful, eight_steps, tmp_path, gain, steps):
     manifest = recover(place, tmp_path / "node", stop_gain=gain, **LADDER)
-    recovery = manifest["recovery"]
-    assert (recovery["stopped_early"], recovery["steps"], recovery["tokens"]) == (steps < 10, steps, 64 * steps)
-    assert recovery["tokens_asked"] == 640
-    assert recovery["epochs"] == pytest.approx(4 * steps / 24)
-    assert manifest["achieved"] == {"tokens": 64 * steps}
+    recovery = manifest.recovery
+    assert (recovery.stopped_early, recovery.steps, recovery.tokens) == (steps < 10, steps, 64 * steps)
+    assert recovery.tokens_requested == 640
+    assert recovery.epochs == pytest.approx(4 * steps / 24)
+    assert manifest.achieved == {"tokens": 64 * steps}
     assert [row["tokens"] for row in curve(tmp_path / "node")] == [64 * step for step in range(steps + 1)]
-    assert (manifest["fingerprint"] == eight_steps) == (steps == 8)
+    assert (manifest.fingerprint == eight_steps) == (steps == 8)
 
 
 def test_an_interrupted_run_ends_early_where_an_undisturbed_one_does(place, lawful, eight_steps, tmp_path, monkeypatch):
@@ -294,8 +294,8 @@ def test_an_interrupted_run_ends_early_where_an_undisturbed_one_does(place, lawf
     # The state after the stop says that nothing is left to train.
     monkeypatch.setattr(RecoveryTrainer, "train", None)
     manifest = recover(place, tmp_path / "node", **arguments)
-    assert manifest["recovery"]["stopped_early"]
-    assert manifest["fingerprint"] == eight_steps
+    assert manifest.recovery.stopped_early
+    assert manifest.fingerprint == eight_steps
 
 
 def test_state_of_another_run_is_refused_and_the_difference_named(place, tmp_path):
@@ -313,7 +313,7 @@ def test_a_run_resumes_on_another_number_of_gpus(place, tmp_path, capfd):
     interrupted(place, tmp_path / "node", tokens=320)
     manifest = recover(place, tmp_path / "node", tokens=320, gpus=2)
     assert "Resuming after step" in capfd.readouterr().out
-    assert manifest["asked"]["gpus"] == 2
+    assert manifest.requested["gpus"] == 2
 
 
 @pytest.mark.parametrize(
@@ -350,7 +350,7 @@ def test_run_killed_after_training_saves_without_training_again(place, tmp_path,
         with pytest.raises(KeyboardInterrupt):
             recover(place, tmp_path / "node", budgets=(100, 128, 400, 10_000))
     monkeypatch.setattr(RecoveryTrainer, "train", None)
-    assert recover(place, tmp_path / "node", budgets=(100, 128, 400, 10_000))["recovery"]["steps"] == 10
+    assert recover(place, tmp_path / "node", budgets=(100, 128, 400, 10_000)).recovery.steps == 10
 
 
 def test_divergence_names_step_and_tokens_and_leaves_nothing(place, tmp_path, monkeypatch):
@@ -368,7 +368,7 @@ def test_divergence_names_step_and_tokens_and_leaves_nothing(place, tmp_path, mo
 
 def test_lora_over_a_masked_parent_leaves_its_weights_alone(place, tmp_path):
     manifest = recover(place, tmp_path / "node", method="lora", rank=2)
-    assert manifest["marks"] == ["compensated", "masked"]
+    assert manifest.traits == ["compensated", "masked"]
     model, parent = load_model(tmp_path / "node"), load_model(place / "masked")
     composite = blocks(model)[0].mlp.down_proj
     assert isinstance(composite, LowRankCorrectionLinear)
@@ -382,17 +382,17 @@ def test_lora_over_a_masked_parent_leaves_its_weights_alone(place, tmp_path):
 def test_scratch_forgets_the_weights_and_trains_for_as_much_computation(place, tmp_path):
     manifest = recover(place, tmp_path / "masked", method="scratch", equal="flops", tokens=300)
     parent = read_manifest(place / "masked")
-    asked = -(-300 * parent["dense_parameters"] // parent["parameters"]["nonzero"])
+    asked = -(-300 * parent.dense_parameters // parent.parameters.nonzero)
     assert asked > 300
-    recovery = manifest["recovery"]
+    recovery = manifest.recovery
     # Steps are of 64 tokens.
-    assert (recovery["tokens_asked"], recovery["tokens"]) == (asked, -(-asked // 64) * 64)
-    assert recovery["tokens"] == recovery["tokens_total"] == manifest["achieved"]["tokens"] == 64 * recovery["steps"]
-    assert curve(tmp_path / "masked")[-1]["tokens"] == recovery["tokens"]
-    assert manifest["parameters"] == parent["parameters"]
+    assert (recovery.tokens_requested, recovery.tokens) == (asked, -(-asked // 64) * 64)
+    assert recovery.tokens == recovery.tokens_total == manifest.achieved["tokens"] == 64 * recovery.steps
+    assert curve(tmp_path / "masked")[-1]["tokens"] == recovery.tokens
+    assert manifest.parameters == parent.parameters
     # Of the dense root itself, the loss before training is that of the new weights, and the dense loss is the root's.
     dense = recover(place, tmp_path / "dense", parent="dense", method="scratch", equal="flops", tokens=300)
-    assert dense["recovery"]["tokens_asked"] == 300
+    assert dense.recovery.tokens_requested == 300
     rows = [curve(tmp_path / name)[0] for name in ("dense", "masked")]
     assert rows[0]["dense_loss"] == pytest.approx(rows[1]["dense_loss"])
     assert rows[0]["validation_loss"] == pytest.approx(np.log(VOCABULARY), rel=0.02)
@@ -429,8 +429,9 @@ def test_windows_that_do_not_fit_are_refused(place, tmp_path, change, sentence):
         (tmp_path / name).symlink_to(place / name)
     changed = windows(24, "recovery", sha256(place / "dense" / "tokenizer.json"), change.get("hashes", 0))
     if "length" in change:
-        changed = Windows(changed.tokens[:, :15], changed.documents[:, :15], changed.document_hashes, changed.manifest)
-    changed.manifest.update({key: value for key, value in change.items() if key != "hashes"})
+        changed = replace(changed, tokens=changed.tokens[:, :15], documents=changed.documents[:, :15])
+    fields = {key: value for key, value in change.items() if key != "hashes"}
+    changed = replace(changed, manifest=changed.manifest.model_copy(update=fields))
     save_windows(changed, tmp_path / "tokens")
     with pytest.raises(UserError, match=sentence):
         recover(tmp_path, tmp_path / "node")
@@ -464,7 +465,7 @@ def test_command_line(place, tmp_path):
         words += [f"--{name}", str(place / name)]
     stage.run(parser.parse_args(words))
     assert [row["budget"] for row in curve(tmp_path / "node")] == [False, True]
-    assert read_manifest(tmp_path / "node")["seed"] == 3
+    assert read_manifest(tmp_path / "node").seed == 3
 
 
 class TestBatchSchedule:

@@ -46,7 +46,7 @@ def test_every_number_is_the_tables(kept: Path, data: dict[str, Any]) -> None:
     assert len(nodes) == len(rows) == 10
     for row in rows:
         node = nodes[row["node"]]
-        for name in ("parent", "model", "method", "marks", "parameters", "fingerprint"):
+        for name in ("parent", "model", "method", "traits", "parameters", "fingerprint"):
             assert node[name] == row[name]
         for name in ("bits_per_weight", "bits_per_linear_weight", "rho", "rho_nonzero", "wall_seconds"):
             assert node[name] == pytest.approx(row[name], rel=1e-5)

@@ -10,10 +10,11 @@ import pytest
 from fake_results import fake_study, log, write_results
 
 from coppice.errors import UserError
-from coppice.report.show import complete_node, complete_nodes, match_node, p_value, show
+from coppice.records.failure import SILENT
+from coppice.records.layout import ResultsLayout
+from coppice.report.show import complete_node, match_node, p_value, show
 from coppice.results import collection as tables
 from coppice.results.reading import read_table
-from coppice.results.schemas import SILENT
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +149,7 @@ def test_costs(before: Path) -> None:
     ],
 )
 def test_names_are_completed(before: Path, pattern: str, meant: str) -> None:
-    assert match_node(pattern, complete_nodes(before)) == meant
+    assert match_node(pattern, ResultsLayout(before).nodes) == meant
 
 
 @pytest.mark.parametrize(

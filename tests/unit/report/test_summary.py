@@ -10,6 +10,7 @@ import pytest
 from fake_results import fake_study
 
 from coppice.errors import UserError
+from coppice.records.fit import FitRecord
 from coppice.report import summary
 from coppice.results import collection as tables
 
@@ -93,7 +94,7 @@ def test_a_parameter_at_its_bound_has_no_interval(results: Path) -> None:
     fit["parameters"]["beta"] |= {"value": 2.0, "low": 0.01, "high": 2.0, "at_bound": True}
     fit["parameters"]["delta"] |= {"value": 0.0, "low": 0.0, "high": 0.0, "at_bound": True}
     fit["parameters"]["E"]["at_bound"] = False
-    lines = summary.law_lines("p2", fit)
+    lines = summary.law_lines("p2", FitRecord.model_validate(fit))
     assert [line.split() for line in lines if "its bound" in line] == [
         ["beta", "2.00", "at", "its", "bound"],
         ["delta", "0", "at", "its", "bound"],
@@ -106,14 +107,15 @@ def test_a_law_of_another_target_has_its_unit(results: Path) -> None:
     fit |= {"target": "negative_log_accuracy", "units": {"negative_log_accuracy": {"unit": "nats", "scale": 1.0}}}
     fit["ranking"]["later_tokens"].reverse()
     fit["passes"] = {"ok": False, "reasons": ["It is too far off."]}
-    lines = summary.law_lines("tasks", fit)
+    lines = summary.law_lines("tasks", FitRecord.model_validate(fit))
     assert lines[0] == "Law tasks: 10 points of 2 runs, R2 0.9910, rmse 0.0100 nats"
     text = " ".join(" ".join(lines).split())
     assert "rmse 0.0120 [0.0100, 0.0200] nats, 0.40% of the negative log accuracy." in text
     assert "Best of 2 forms: without delta, rmse 0.0200." in text
     assert "which fails its own test. It is too far off." in text
     fit.pop("target")
-    assert "rmse 0.0120 [0.0100, 0.0200], 0.40% of the value." in " ".join(summary.law_lines("tasks", fit))
+    lines = summary.law_lines("tasks", FitRecord.model_validate(fit))
+    assert "rmse 0.0120 [0.0100, 0.0200], 0.40% of the value." in " ".join(lines)
 
 
 def test_long_names_stay_within_the_width(results: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from coppice.evaluation.harness import choice_scores, continuous_rows, item_rows
 from coppice.results import comparisons
-from coppice.results.comparisons import compare, relations, signals, without_seeds
+from coppice.results.comparisons import compare, relations, signals
 from coppice.results.schemas import SCHEMAS
 from coppice.uncertainty import bootstrap_ratios, mcnemar, mean_stderr, paired_difference
 
@@ -327,11 +327,6 @@ def test_p_values_below_the_resolution_of_resampling_still_rank() -> None:
 
 
 # Seeds
-
-
-def test_paths_without_seeds() -> None:
-    assert without_seeds("m/a/full@1/gptq@1") == "m/a/full/gptq"
-    assert without_seeds("m") == "m"
 
 
 def metric(name: str, value: float, stderr: float | None = 0.1) -> dict[str, Any]:

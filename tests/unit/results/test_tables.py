@@ -16,13 +16,19 @@ import polars as pl
 import pyarrow.parquet as pq
 import pytest
 from fake_results import AnyOptions, fake_study, log, write_results
+from manifests import token_set
 
 from coppice.errors import UserError
 from coppice.hardware import DEVICES
+from coppice.records.failure import SILENT
+from coppice.records.layout import ResultsLayout
 from coppice.results import collection as tables
 from coppice.results.failures import failures
+from coppice.results.formats import formats_page
+from coppice.results.measurements import is_two_to_four
+from coppice.results.nodes import recovery_losses
 from coppice.results.reading import read_table
-from coppice.results.schemas import SCHEMAS, SILENT, with_tables
+from coppice.results.schemas import SCHEMAS
 from coppice.study.schema import FileText, Roofline, ShippedModel, Step, Study
 
 ROOT = Path(__file__).parents[3]
@@ -75,7 +81,7 @@ def test_whole_results(results: Path) -> None:
     # By hand: the loss falls from 0.9 above the dense one to 0.2 * 0.9 + 0.3 * 0.9 / sqrt(10) above it.
     assert row["recovered_share"] == pytest.approx(1 - (0.2 + 0.3 / 10**0.5))
     assert pd.isna(nodes.loc["small/laco-25", "recovered_share"])
-    assert list(nodes.loc["small/wanda-50", "marks"]) == ["masked"]
+    assert list(nodes.loc["small/wanda-50", "traits"]) == ["masked"]
     curves = read(results, "curves")
     assert set(curves[curves["tokens"] == 0]["split"]) == {"validation"}
     costs = read(results, "costs")
@@ -92,12 +98,12 @@ def test_recovered_share(before: float, after: float, dense: float | None, share
         {"tokens": 10, "loss": after, "dense_loss": dense},
         {"tokens": 0, "loss": before, "dense_loss": dense},
     ]
-    assert tables.recovery_losses(rows)["recovered_share"] == pytest.approx(share)
+    assert recovery_losses(rows)["recovered_share"] == pytest.approx(share)
 
 
 def test_recovered_share_needs_the_loss_before() -> None:
-    assert tables.recovery_losses([{"tokens": 5, "loss": 1.0, "dense_loss": 0.5}])["recovered_share"] is None
-    assert tables.recovery_losses([])["loss_after"] is None
+    assert recovery_losses([{"tokens": 5, "loss": 1.0, "dense_loss": 0.5}])["recovered_share"] is None
+    assert recovery_losses([])["loss_after"] is None
 
 
 def test_every_node_has_lower_bounds_of_its_times(results: Path) -> None:
@@ -133,7 +139,7 @@ def test_a_pattern_is_kept_along_the_path() -> None:
         "whole": Step.model_validate({"method": "rtn", "bits": 4}),
     }
     study = fake_study().model_copy(update={"steps": steps})
-    found = [tables.is_two_to_four(study, node) for node in ("small", "small/any", "small/half@1", "small/half/whole")]
+    found = [is_two_to_four(study, node) for node in ("small", "small/any", "small/half@1", "small/half/whole")]
     assert found == [False, False, True, True]
 
 
@@ -161,10 +167,10 @@ def test_every_reader_reads_every_table(results: Path) -> None:
         assert len(pl.read_parquet(path)) == rows
         assert duckdb.sql(f"select count(*) from '{path}'").fetchall() == [(rows,)]
         assert pl.read_parquet(path).columns == schema.names == list(pd.read_parquet(path).columns)
-    marks = duckdb.sql(
-        f"select node from '{results}/tables/nodes.parquet' where list_contains(marks, 'smaller')"
+    smaller = duckdb.sql(
+        f"select node from '{results}/tables/nodes.parquet' where list_contains(traits, 'smaller')"
     ).fetchall()
-    assert len(marks) == 6
+    assert len(smaller) == 6
 
 
 def test_nodes_outside_the_study_are_left_out(results: Path) -> None:
@@ -187,9 +193,9 @@ def test_a_missing_result_is_named(partial: Path) -> None:
     ("path", "content", "message"),
     [
         ("models/small/wanda-50/manifest.json", b'{"node": ', "not valid JSON"),
-        ("models/small/wanda-50/manifest.json", b"{}", "lacks 'step'"),
-        ("models/small/wanda-50/config.json", b"{}", "config.json lacks 'hidden_size'"),
-        ("evaluations/small/quality/metrics.json", b'{"metrics": []}', "lacks 'options'"),
+        ("models/small/wanda-50/manifest.json", b"{}", "lacks 'node'"),
+        ("models/small/wanda-50/config.json", b"{}", "config.json lacks 'model_type'"),
+        ("evaluations/small/quality/metrics.json", b'{"metrics": []}', "lacks 'fingerprint'"),
         ("evaluations/small/quality/items.parquet", b"PAR1", "not a whole Parquet file"),
         ("models/small/laco-25/full-1m/curve.parquet", b"", "not a whole Parquet file"),
     ],
@@ -280,11 +286,11 @@ def test_a_node_of_another_calibrations_tokens_is_refused(results: Path) -> None
     """Under its name the table shows no calibration that it was not made with."""
     tokens = results / "tokens/small/calibration.default/manifest.json"
     tokens.parent.mkdir()
-    described = {"text": {"path": "stories.txt"}, "windows": 128, "length": 2048, "packed": True}
-    tokens.write_text(json.dumps(described | {"fingerprint": "c" * 64}))
+    described = {"text": {"path": "stories.txt"}, "windows": 128, "length": 2048}
+    token_set(**described, fingerprint="c" * 64).write(tokens)
     written = tables.write_tables(fake_study(), results, results / "tables")
     assert written["nodes"].num_rows == 12
-    tokens.write_text(json.dumps(described | {"fingerprint": "d" * 64}))
+    token_set(**described, fingerprint="d" * 64).write(tokens)
     with pytest.raises(UserError, match=r"small/wanda-50' .* tokens of calibration 'default' \(was c{12}, is d{12}\)"):
         tables.write_tables(fake_study(), results, results / "tables")
 
@@ -369,7 +375,7 @@ def test_partial_tables_hold_what_there_is_and_are_outdated(partial: Path) -> No
     for row in written["failures"].to_pylist():
         assert (partial / row["log"]).exists()
     (partial / "laws/p2/fit.json").unlink()
-    failed = failures(partial, fake_study(), {})
+    failed = failures(ResultsLayout(partial), fake_study(), {})
     assert [(row["node"], row["stage"], row["error"]) for row in failed] == [(None, "fit", "no tables.")]
 
 
@@ -391,6 +397,27 @@ def test_command(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         read_table(results, "nodes")
 
 
+def test_tables_of_older_versions_are_read_under_the_names_of_this_one(results: Path) -> None:
+    tables.write_tables(fake_study(), results, results / "tables")
+    path, now = results / "tables" / "nodes.parquet", read_table(results / "tables", "nodes")
+    old = {"traits": "marks", "requested": "asked"}
+    pq.write_table(now.rename_columns([old.get(name, name) for name in now.column_names]), path)
+    assert read_table(results / "tables", "nodes").equals(now)
+
+
+def test_manifests_of_format_1_give_the_same_tables(results: Path) -> None:
+    now = tables.write_tables(fake_study(), results, results / "tables")
+    for path in (results / "models").rglob("manifest.json"):
+        manifest = json.loads(path.read_text())
+        manifest |= {"format_version": 1, "marks": manifest.pop("traits"), "asked": manifest.pop("requested")}
+        if manifest["recovery"]:
+            manifest["recovery"]["tokens_asked"] = manifest["recovery"].pop("tokens_requested")
+        if manifest["step"] and "sequential" in manifest["step"]["options"]:
+            manifest["step"]["options"]["propagate"] = manifest["step"]["options"].pop("sequential")
+        path.write_text(json.dumps(manifest))
+    assert tables.write_tables(fake_study(), results, results / "tables") == now
+
+
 def test_no_model_library_is_imported() -> None:
     program = "import sys, coppice.results.collection; print({'torch', 'pandas', 'transformers'} & set(sys.modules))"
     environment = os.environ | {"PYTHONPATH": str(ROOT / "workflow")}
@@ -400,4 +427,4 @@ def test_no_model_library_is_imported() -> None:
 
 def test_the_page_of_formats_is_generated_from_the_schemas() -> None:
     page = (ROOT / "docs" / "formats.md").read_text(encoding="utf-8")
-    assert page == with_tables(page), "run `python -m coppice.documentation`"
+    assert page == formats_page(page), "run `python -m coppice.documentation`"

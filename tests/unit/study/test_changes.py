@@ -8,14 +8,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+from manifests import manifest, token_set
 from studies import small_study, tiny_folder
 
 from coppice import storage
 from coppice.errors import UserError
-from coppice.files import sha256, write_json
+from coppice.files import sha256
 from coppice.methods.options import MethodOptions
 from coppice.methods.registry import methods
 from coppice.records import renamed
+from coppice.records.manifest import Manifest, RecoveryRecord
+from coppice.records.node_name import NodeName
 from coppice.study import changes, tree
 from coppice.study.loading import load_study
 from coppice.study.schema import Study
@@ -38,15 +41,15 @@ def study(text: dict[str, Any] = TEXT, calibration: dict[str, Any] | None = None
     )
 
 
-def manifest_of(node: str, **record: Any) -> dict[str, Any]:
-    """What the manifest of a node of the study says of how it was made."""
-    step = study().steps[tree.step_of(node)]
-    family = tree.method_of(study(), tree.step_of(node)).family
-    recorded = {"method": step.method, "family": family, "options": step.options.model_dump(mode="json")}
-    return {"step": recorded, "seed": 0, "calibration": None, "recovery": None} | record
+def manifest_of(node: str, **record: Any) -> Manifest:
+    """The manifest of a node of the study, but for what `record` says."""
+    name = NodeName(node).step
+    step, family = study().steps[name], tree.method_of(study(), name).family
+    recorded = {"name": name, "method": step.method, "family": family, "options": step.options.model_dump(mode="json")}
+    return manifest(node=node, step=recorded, **record)
 
 
-def compare(requested: Study, node: str, manifest: dict[str, Any], tokens: Path) -> None:
+def compare(requested: Study, node: str, manifest: Manifest, tokens: Path) -> None:
     changes.refuse_other_node(requested, tree.nodes(requested)[node], manifest, Path("models/manifest.json"), tokens)
 
 
@@ -56,9 +59,9 @@ def tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     tiny_folder(tmp_path)
     (tmp_path / "lives.txt").write_text("A life.\n")
-    manifest = {"text": TEXT, "text_sha256": sha256(tmp_path / "lives.txt"), "windows": 4, "length": 32, "packed": True}
+    recorded = token_set(text=TEXT, text_sha256=sha256(tmp_path / "lives.txt"))
     for use in USES:
-        write_json(tmp_path / "tokens" / use / "manifest.json", manifest)
+        recorded.write(tmp_path / "tokens" / use / "manifest.json")
     return tmp_path / "tokens"
 
 
@@ -127,16 +130,16 @@ def test_a_models_file_that_changed_is_refused_where_results_lie_elsewhere(
     config = Path("tiny/config.json")
     # A machine that lacks a recorded file cannot compare it.
     files = {"config.json": sha256(config), "model.safetensors": "0" * 64}
-    manifest = {"source": {"path": "tiny"}, "seed": 0, "source_files": files}
+    recorded = manifest(source_files=files)
     monkeypatch.setenv(storage.VARIABLE, "elsewhere")
-    changes.refuse_other_node(study(), root, manifest, Path("manifest.json"), tokens)
+    changes.refuse_other_node(study(), root, recorded, Path("manifest.json"), tokens)
     config.write_text('{"model_type": "llama", "hidden_size": 9}')
     with pytest.raises(UserError, match=r"the study's model 'tiny' changed: config\.json \(was [0-9a-f]{12}, is"):
-        changes.refuse_other_node(study(), root, manifest, Path("manifest.json"), tokens)
+        changes.refuse_other_node(study(), root, recorded, Path("manifest.json"), tokens)
     # An older version did not record the files.
-    changes.refuse_other_node(study(), root, manifest | {"source_files": {}}, Path("manifest.json"), tokens)
+    changes.refuse_other_node(study(), root, manifest(), Path("manifest.json"), tokens)
     monkeypatch.delenv(storage.VARIABLE)
-    changes.refuse_other_node(study(), root, manifest, Path("manifest.json"), tokens)
+    changes.refuse_other_node(study(), root, recorded, Path("manifest.json"), tokens)
 
 
 def test_a_node_that_was_calibrated_on_other_tokens_is_refused(tokens: Path) -> None:
@@ -148,29 +151,29 @@ def test_a_node_that_was_calibrated_on_other_tokens_is_refused(tokens: Path) -> 
         recipes=[["wanda-50"]],
         laws={},
     )
-    manifest = manifest_of(node, calibration={"moments": "a" * 64})
-    compare(changed, node, manifest, tokens)  # of tokens that are not there nothing is known
-    write_json(tokens / "calibration.other/manifest.json", {"fingerprint": "a" * 64})
-    compare(changed, node, manifest, tokens)
-    write_json(tokens / "calibration.other/manifest.json", {"fingerprint": "b" * 64})
+    recorded = manifest_of(node, calibration={"moments": "a" * 64})
+    compare(changed, node, recorded, tokens)  # of tokens that are not there nothing is known
+    token_set(fingerprint="a" * 64).write(tokens / "calibration.other/manifest.json")
+    compare(changed, node, recorded, tokens)
+    token_set(fingerprint="b" * 64).write(tokens / "calibration.other/manifest.json")
     sentence = (
         r"'tiny/wanda-50' was made before the study's step 'wanda-50' changed: tokens of calibration 'other' "
         r"\(was a{12}, is b{12}\)\. Give what changed a new name, or remove models/manifest\.json"
     )
     with pytest.raises(UserError, match=sentence):
-        compare(changed, node, manifest, tokens)
+        compare(changed, node, recorded, tokens)
 
 
 def test_all_that_a_node_was_calibrated_on_counts(tokens: Path) -> None:
     """Of several kinds one may have been gathered before the others."""
     node = "tiny/shortgpt-1/gptq-4"
-    write_json(tokens / "calibration.default/manifest.json", {"fingerprint": "b" * 64})
+    token_set(fingerprint="b" * 64).write(tokens / "calibration.default/manifest.json")
     compare(study(), node, manifest_of(node, calibration={"blocks": "b" * 64, "moments": "b" * 64}), tokens)
     with pytest.raises(UserError, match=r"\(was a{12}, b{12}, is b{12}\)"):
         compare(study(), node, manifest_of(node, calibration={"blocks": "b" * 64, "moments": "a" * 64}), tokens)
 
 
-def recovery(budgets: tuple[int, ...], tokens: int = 5_024) -> dict[str, Any]:
+def recovery(budgets: tuple[int, ...], tokens: int = 5_024) -> RecoveryRecord:
     """The record that training for 5,000 tokens writes, which may have ended before."""
     from coppice.recovery import stage as train
 
@@ -178,7 +181,7 @@ def recovery(budgets: tuple[int, ...], tokens: int = 5_024) -> dict[str, Any]:
     planned = SimpleNamespace(budgets=budgets, tokens=lambda step: tokens, schedule=schedule, precision="float32")
     progress = SimpleNamespace(step=157, seconds=1.0)
     windows = SimpleNamespace(tokens=np.zeros((157, 32)))
-    return train._recovery(planned, progress, SimpleNamespace(name="full"), windows, {"recovery": None}, 5_000)
+    return train.recovery_record(planned, progress, SimpleNamespace(name="full"), windows, manifest(), 5_000)
 
 
 def test_a_recovery_on_another_ladder_of_budgets_is_refused(tokens: Path) -> None:
@@ -202,7 +205,7 @@ def test_a_rung_that_a_recovery_does_not_reach_is_no_change(tokens: Path) -> Non
 
 def test_a_recovery_of_a_version_that_recorded_no_budgets_is_accepted(tokens: Path) -> None:
     node = "tiny/wanda-50/full-5k"
-    recorded = {key: value for key, value in recovery((1_000,)).items() if key != "budgets"}
+    recorded = recovery((1_000,)).model_copy(update={"budgets": None})
     compare(study(budgets=[9]), node, manifest_of(node, recovery=recorded), tokens)
     # A node that was compressed after it carries its record on, and was not trained itself.
     below = "tiny/shortgpt-1/full-5k/gptq-4"
@@ -218,9 +221,8 @@ def test_names_that_an_older_version_recorded_are_not_a_change(tokens: Path, mon
     monkeypatch.setitem(renamed.METHODS, "old-name", "new-name")
     steps = small_study()["steps"] | {"new": {"method": "new-name", "sequential": True}}
     node, path = tree.Node("tiny/new", "tiny", "tiny", "new", 0), Path("manifest.json")
-    step = {"method": "old-name", "family": "quantize", "options": {"propagate": True}}
-    manifest = {"step": step, "seed": 0, "calibration": None, "recovery": None}
-    changes.refuse_other_node(study(steps=steps), node, manifest, path, tokens)
-    manifest["step"] = step | {"options": {"propagate": False}}
+    step = {"name": "new", "method": "old-name", "family": "quantize", "options": {"propagate": True}}
+    changes.refuse_other_node(study(steps=steps), node, manifest(step=step), path, tokens)
+    other = manifest(step=step | {"options": {"propagate": False}})
     with pytest.raises(UserError, match=r"changed: sequential \(was False, is True\)"):
-        changes.refuse_other_node(study(steps=steps), node, manifest, path, tokens)
+        changes.refuse_other_node(study(steps=steps), node, other, path, tokens)

@@ -74,13 +74,6 @@ def test_products_leave_nulls_out_and_models_are_chosen():
     assert list(found) == ["tiny", "other", "other/wanda-50", "other/wanda-50/rtn-4", "other/rtn-4"]
 
 
-def test_a_name_tells_the_rest():
-    name = "tiny/wanda-50/full-5k@12"
-    assert (tree.model_of(name), tree.parent_of(name), tree.step_of(name)) == ("tiny", "tiny/wanda-50", "full-5k")
-    assert tree.seed_of(study(), name) == 12
-    assert (tree.parent_of("tiny"), tree.step_of("tiny")) == (None, None)
-
-
 def test_marks_gather_along_the_path_and_outlive_recovery():
     assert tree.traits(study(), "tiny/wanda-50/full-5k/rtn-4/eora-2") == {"masked", "quantized", "compensated"}
     assert tree.traits(study(), "tiny") == frozenset()
@@ -186,8 +179,6 @@ def test_a_connectivity_measures_nodes_of_another_seed_that_can_be_interpolated(
     measured = [name for name in tree.nodes(found) if tree.evaluations(found, name)]
     # Below it lies a quantized node of the same seed.
     assert measured == ["tiny/shortgpt-1/full-5k@1"]
-    assert tree.reference_seed_node(measured[0]) == "tiny/shortgpt-1/full-5k"
-    assert tree.reference_seed_node("tiny/full-5k@12/wanda-50@12") == "tiny/full-5k/wanda-50"
     assert tree.token_uses(found)["evaluation.basin.own"].role == "evaluation"
     assert tree.world(found, found.evaluations["basin"]) is None
 

@@ -84,7 +84,7 @@ def test_every_node_becomes_a_run_with_all_it_has(results: Path) -> None:
     assert tags["parent"] == "small/laco-25/full-1m"
     assert tags["composition"] == "prune > recover > quantize"
     assert (tags["model"], tags["family"], tags["method"], tags["budget"]) == ("small", "quantize", "gptq", "1M")
-    front = {node for node, found in runs.items() if found[0].data.tags.get("coppice.front") == "yes"}
+    front = {node for node, found in runs.items() if found[0].data.tags.get("coppice.pareto") == "yes"}
     # By hand: these perplexities fall with the size, and so do the accuracies that are made from them.
     assert front == {
         f"{model}{path}"
@@ -258,7 +258,7 @@ def test_a_server_that_is_not_there(
 def test_passwords_of_addresses_are_not_shown(tmp_path: Path, password: str) -> None:
     uri = f"http://me:{password}@host:5000"
     said = r"MLflow at http://me:\.\.\.@host:5000 does not answer"
-    with pytest.raises(UserError, match=said) as raised, server.speaking_to(uri, tmp_path):
+    with pytest.raises(UserError, match=said) as raised, server.mlflow_errors(uri, tmp_path):
         raise requests.ConnectionError(f"no route to {uri} today")
     assert "secret" not in str(raised.value)
 
@@ -276,7 +276,7 @@ def test_a_file_that_goes_while_it_is_read_ends_no_watching(
         return found
 
     ends = iter([False, False, True])
-    monkeypatch.setattr(tracking, "_show", look)
+    monkeypatch.setattr(tracking, "_synchronize", look)
     monkeypatch.setattr(tracking, "sleep", lambda seconds: None)
     monkeypatch.setattr(watching.Ending, "reached", lambda self, study: next(ends))
     assert tracking.watch(fake_study(), tmp_path, None) == {".": "1"}

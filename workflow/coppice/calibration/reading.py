@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 from coppice import storage
 from coppice.errors import UserError
-from coppice.files import read_json
 from coppice.methods.contracts import LinearStatistics
 from coppice.models.checkpoint import read_tensors
+from coppice.records.statistics import Statistics
 
 MOMENT_FIELDS = ("second_moment", "mean", "absmean", "absmax")
 
@@ -20,32 +19,32 @@ def block_file(index: int) -> str:
     return f"block-{index:03d}.safetensors"
 
 
-def read_statistics(directory: Path, model_fingerprint: str) -> dict[str, Any]:
+def read_statistics(directory: Path, model_fingerprint: str) -> Statistics:
     """The manifest of statistics. Raises UserError when they were gathered on another model than the one named."""
-    manifest = read_json(Path(directory) / "manifest.json")
-    if manifest["model_fingerprint"] != model_fingerprint:
+    manifest = Statistics.read(Path(directory) / "manifest.json")
+    if manifest.model_fingerprint != model_fingerprint:
         raise UserError(
             f"The statistics in {directory} were gathered on another model (fingerprint "
-            f"{manifest['model_fingerprint'][:12]} instead of {model_fingerprint[:12]}); calibrate again."
+            f"{manifest.model_fingerprint[:12]} instead of {model_fingerprint[:12]}); calibrate again."
         )
     return manifest
 
 
-def read_statistics_file(directory: Path, name: str, manifest: dict[str, Any]) -> dict[str, Tensor]:
+def read_statistics_file(directory: Path, name: str, manifest: Statistics) -> dict[str, Tensor]:
     """The tensors of one file of statistics. Raises UserError when it is not the file that the manifest describes."""
     path = Path(directory) / name
-    if not storage.fetch_verified(path, manifest["files"][name]):
+    if not storage.fetch_verified(path, manifest.files[name]):
         raise UserError(f"{path} is not the file that its manifest describes; calibrate again.")
     return read_tensors(path)
 
 
-def block_statistics(directory: Path, index: int, manifest: dict[str, Any], device: str) -> dict[str, LinearStatistics]:
+def block_statistics(directory: Path, index: int, manifest: Statistics, device: str) -> dict[str, LinearStatistics]:
     """The moments of one block on the device, by linear; linears that share an input share the tensors."""
     tensors = read_statistics_file(directory, block_file(index), manifest)
-    aliases = manifest["aliases"][str(index)]
+    aliases = manifest.aliases[str(index)]
     distinct = {
         name: LinearStatistics(
-            **{field: tensors[f"{name}.{field}"].to(device) for field in MOMENT_FIELDS}, tokens=manifest["tokens"]
+            **{field: tensors[f"{name}.{field}"].to(device) for field in MOMENT_FIELDS}, tokens=manifest.tokens
         )
         for name in set(aliases.values())
     }

@@ -20,10 +20,11 @@ from coppice import storage
 from coppice.calibration.walk import as_tensors
 from coppice.data.tokenizer import check_tokenizer
 from coppice.data.windows import load_windows
-from coppice.files import atomic_directory, fingerprint, sha256, write_json
+from coppice.files import atomic_directory, fingerprint, sha256
 from coppice.methods.contracts import KINDS
 from coppice.models.architectures.base import blocks
 from coppice.models.checkpoint import computing_dtype, load_model, read_manifest, versions
+from coppice.records.statistics import Statistics
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -55,21 +56,21 @@ def calibrate(model_directory: Path, tokens_directory: Path, kind: str, output: 
     tokens, kept = as_tensors(windows)
     identity = {
         "kind": kind,
-        "model_fingerprint": read_manifest(model_directory)["fingerprint"],
-        "tokens_fingerprint": windows.manifest["fingerprint"],
+        "model_fingerprint": read_manifest(model_directory).fingerprint,
+        "tokens_fingerprint": windows.manifest.fingerprint,
     }
     with atomic_directory(output) as temporary:
         aliases = _gather(kind)(model, tokens, kept, device, temporary)
         files = {path.name: sha256(path) for path in sorted(temporary.glob("*.safetensors"))}
-        manifest = {
+        statistics = Statistics(
             **identity,
-            "fingerprint": fingerprint(identity),
-            "tokens": int(kept.sum()),
-            "blocks": len(blocks(model)),
-            "aliases": aliases,
-            "files": files,
-            "versions": versions(),
-            "wall_seconds": time.monotonic() - started,
-        }
+            fingerprint=fingerprint(identity),
+            tokens=int(kept.sum()),
+            blocks=len(blocks(model)),
+            aliases=aliases,
+            files=files,
+            versions=versions(),
+            wall_seconds=time.monotonic() - started,
+        )
         storage.upload(temporary, files)
-        write_json(temporary / "manifest.json", manifest)
+        statistics.write(temporary / "manifest.json")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -19,6 +19,7 @@ from coppice.methods.registry import Method
 from coppice.models import modules
 from coppice.models.architectures.base import blocks
 from coppice.models.checkpoint import computing_dtype, load_model
+from coppice.records.statistics import Statistics
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -36,7 +37,7 @@ class Inputs:
     compensate method."""
 
     needs: frozenset[str] = frozenset()
-    folders: Mapping[str, tuple[Path, dict[str, Any]]] = field(default_factory=dict)
+    folders: Mapping[str, tuple[Path, Statistics]] = field(default_factory=dict)
     windows: Windows | None = None
     reference: Path | None = None
 
@@ -51,7 +52,7 @@ class Inputs:
         """Every tensor of one kind of calibration statistics."""
         folder, manifest = self.folders[kind]
         tensors: dict[str, Tensor] = {}
-        for name in manifest["files"]:
+        for name in manifest.files:
             tensors |= reading.read_statistics_file(folder, name, manifest)
         return tensors
 
@@ -65,9 +66,9 @@ class Inputs:
 
     def fingerprints(self) -> dict[str, str]:
         """The fingerprint of the windows behind each input, by its name."""
-        fingerprints = {kind: manifest["tokens_fingerprint"] for kind, (_, manifest) in self.folders.items()}
+        fingerprints = {kind: manifest.tokens_fingerprint for kind, (_, manifest) in self.folders.items()}
         if self.windows is not None:
-            fingerprints["windows"] = self.windows.manifest["fingerprint"]
+            fingerprints["windows"] = self.windows.manifest.fingerprint
         return fingerprints
 
 
@@ -96,8 +97,8 @@ def read_inputs(
     folders = {}
     for folder in statistics:
         manifest = reading.read_statistics(folder, parent_fingerprint)
-        if manifest["kind"] in readable:
-            folders[manifest["kind"]] = (folder, manifest)
+        if manifest.kind in readable:
+            folders[manifest.kind] = (folder, manifest)
     given = {name for name, path in (("tokens", tokens), ("reference", reference)) if path is not None}
     _require(step, method, required, given | folders.keys())
     windows = None

@@ -21,6 +21,8 @@ from coppice.methods import registry
 from coppice.methods.options import LayerOptions
 from coppice.methods.registry import Method
 from coppice.models.checkpoint import computing_dtype, load_model, read_manifest, save_checkpoint, stored_dtype
+from coppice.records.base import Json
+from coppice.records.manifest import Manifest, Provenance, StepRecord
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,7 +60,7 @@ def compress(
     reference: Path | None = None,
     seed: int = 0,
     device: str = "cpu",
-) -> dict[str, Any]:
+) -> Manifest:
     """Writes the node's checkpoint and returns its manifest.
 
     Raises:
@@ -73,12 +75,12 @@ def compress(
         )
     options = method.validated(step["options"])
     parent_manifest = read_manifest(parent)
-    refuse_impossible(step["name"], method, parent_manifest["marks"])
+    refuse_impossible(step["name"], method, parent_manifest.traits)
     inputs = read_inputs(
-        step["name"], method, options, parent, parent_manifest["fingerprint"], statistics, tokens, reference
+        step["name"], method, options, parent, parent_manifest.fingerprint, statistics, tokens, reference
     )
     model = load_model(parent, dtype=computing_dtype(parent, device))
-    record: dict[str, Any] = {}
+    record: dict[str, Json] = {}
     if method.contract == "structure":
         from coppice.compression.structure import change_structure
 
@@ -98,28 +100,29 @@ def compress(
         assert isinstance(options, LayerOptions)  # as every LayerMethod declares
         layer_pass = LayerPass(model, original, method, options, inputs, stored_dtype(parent), seed, device)
         record, achieved = compress_layers(layer_pass)
-    manifest = {
-        "node": node,
-        "parent": parent_manifest["node"],
-        "step": {**step, "family": method.family},
-        "seed": seed,
-        "marks": sorted(method.traits(frozenset(parent_manifest["marks"]), options)),
-        "source": parent_manifest["source"],
-        "dense": parent_manifest["dense"],
-        "asked": options.model_dump(mode="json"),
-        "achieved": achieved,
-        "layers": record,
-        "calibration": inputs.fingerprints() or None,
-        "recovery": parent_manifest["recovery"],
-        "wall_seconds": time.monotonic() - started,
-    }
+    provenance = Provenance(
+        node=node,
+        parent=parent_manifest.node,
+        step=StepRecord(name=step["name"], method=method.name, family=method.family, options=step["options"]),
+        seed=seed,
+        traits=sorted(method.traits(frozenset(parent_manifest.traits), options)),
+        source=parent_manifest.source,
+        requested=options.model_dump(mode="json"),
+        achieved=achieved,
+        layers=record,
+        calibration=inputs.fingerprints() or None,
+        recovery=parent_manifest.recovery,
+        wall_seconds=time.monotonic() - started,
+    )
     with tempfile.TemporaryDirectory() as scratch:
         extra = write_adapter(model, Path(scratch)) if method.family == "compensate" else {}
-        return save_checkpoint(model, output, parent, manifest, stored_dtype(parent), extra)
+        return save_checkpoint(
+            model, output, parent, provenance, stored_dtype(parent), parent_manifest.dense, extra_files=extra
+        )
 
 
-def refuse_impossible(name: str, method: Method, marks: list[str]) -> None:
-    """Raises UserError when the method cannot work on a parent with these marks."""
-    if problem := method.incompatibility(frozenset(marks)):
+def refuse_impossible(name: str, method: Method, traits: list[str]) -> None:
+    """Raises UserError when the method cannot work on a parent with these traits."""
+    if problem := method.incompatibility(frozenset(traits)):
         trait, reason = problem
         raise UserError(f"Step {name!r} ({method.name}) cannot work on a {trait} node, because {reason}.")

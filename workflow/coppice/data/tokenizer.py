@@ -47,9 +47,9 @@ def load_tokenizer(directory: Path) -> Tokenizer:
 
 def check_tokenizer(directory: Path, windows: Windows) -> None:
     """Raises UserError where `windows` were made with another tokenizer than that of the checkpoint `directory`."""
-    if sha256(storage.ensure_local(Path(directory) / "tokenizer.json")) != windows.manifest["tokenizer"]:
+    if sha256(storage.ensure_local(Path(directory) / "tokenizer.json")) != windows.manifest.tokenizer:
         raise UserError(
-            f"{describe(windows.manifest['text'])} was cut into windows with another tokenizer than that of "
+            f"{describe(windows.manifest.text)} was cut into windows with another tokenizer than that of "
             f"{directory}; recompute them with the model's own."
         )
 

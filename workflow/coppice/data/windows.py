@@ -19,7 +19,8 @@ from coppice.data.sources import describe
 from coppice.data.splits import document_hash, documents
 from coppice.data.tokenizer import beginning_token, load_tokenizer
 from coppice.errors import UserError
-from coppice.files import atomic_directory, described, fingerprint, read_json, sha256, write_json
+from coppice.files import atomic_directory, describe_files, fingerprint, sha256
+from coppice.records.tokens import TokenSet
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -39,7 +40,7 @@ class Windows:
     tokens: np.ndarray
     documents: np.ndarray
     document_hashes: np.ndarray
-    manifest: dict[str, Any]
+    manifest: TokenSet
 
 
 def tokenize(
@@ -102,16 +103,15 @@ def tokenize(
         "bos": first[0] if first else None,
     }
     used = int(owners.max()) + 1
-    manifest = {
-        "format_version": 1,
-        "fingerprint": fingerprint(identity),
-        "text": text,
+    manifest = TokenSet(
+        fingerprint=fingerprint(identity),
+        text=text,
         **({"text_sha256": sha256(text["path"])} if "path" in text else {}),
         **identity,
-        "tokens": int((owners >= 0).sum()),
-        "tokens_read": sum(map(len, rows)),
-        "documents": used,
-    }
+        tokens=int((owners >= 0).sum()),
+        tokens_read=sum(map(len, rows)),
+        documents=used,
+    )
     return Windows(tokens, owners, np.array(hashes[:used], dtype=np.int64), manifest)
 
 
@@ -147,9 +147,9 @@ def save_windows(windows: Windows, directory: Path) -> None:
     arrays = {name: getattr(windows, name) for name in ("tokens", "documents", "document_hashes")}
     with atomic_directory(directory) as temporary:
         save_file(arrays, temporary / "tokens.safetensors")
-        files = described(temporary)
-        storage.upload(temporary, files)
-        write_json(temporary / "manifest.json", {**windows.manifest, "files": files})
+        files = describe_files(temporary)
+        storage.upload(temporary, {name: entry.sha256 for name, entry in files.items()})
+        windows.manifest.model_copy(update={"files": files}).write(temporary / "manifest.json")
 
 
 def load_windows(directory: Path) -> Windows:
@@ -158,12 +158,12 @@ def load_windows(directory: Path) -> Windows:
     from safetensors.numpy import load_file
 
     directory = Path(directory)
-    manifest = read_json(directory / "manifest.json")
+    manifest = TokenSet.read(directory / "manifest.json")
     try:
         arrays = load_file(storage.ensure_local(directory / "tokens.safetensors"))
     except (OSError, SafetensorError) as error:
         raise UserError(f"{directory}/tokens.safetensors cannot be read ({error}); recompute the tokens.") from error
-    if arrays["tokens"].shape != (manifest["windows"], manifest["length"]):
+    if arrays["tokens"].shape != (manifest.windows, manifest.length):
         raise UserError(f"{directory}: manifest.json and tokens.safetensors disagree in shape; recompute the tokens.")
     return Windows(arrays["tokens"], arrays["documents"], arrays["document_hashes"], manifest)
 
@@ -173,6 +173,6 @@ def assert_disjoint(first: Windows, second: Windows) -> None:
     shared = np.intersect1d(first.document_hashes, second.document_hashes)
     if count := int((shared != 0).sum()):
         raise UserError(
-            f"{count} documents lie in both texts, {first.manifest['role']} and {second.manifest['role']} "
-            f"({describe(first.manifest['text'])}; {describe(second.manifest['text'])}); use disjoint splits."
+            f"{count} documents lie in both texts, {first.manifest.role} and {second.manifest.role} "
+            f"({describe(first.manifest.text)}; {describe(second.manifest.text)}); use disjoint splits."
         )

@@ -38,13 +38,13 @@ def tokens_to_buy(fitted: Fitted, nodes: Sequence[Row], node: str, gain: float |
 
 def _restore_fit(fitted: Fitted) -> Fit:
     """The optimum that fit.json describes, without its starts."""
-    form, parameters = fitted.law.require_form(), fitted.report["parameters"]
+    form, parameters = fitted.law.require_form(), fitted.report.parameters
     fixed, _ = form.reduce(fitted.points)
     return Fit(
         Problem(form, fitted.points, fixed),
         fitted.parameters,
-        unidentified=tuple(name for name, entry in parameters.items() if not entry["identified"] and name not in fixed),
-        converged=fitted.report["converged"],
+        unidentified=tuple(name for name, entry in parameters.items() if not entry.identified and name not in fixed),
+        converged=fitted.report.converged,
         starts=np.empty((0, len(parameters))),
     )
 
@@ -52,7 +52,7 @@ def _restore_fit(fitted: Fitted) -> Fit:
 def _options(fitted: Fitted, gain: float | None) -> LawOptions:
     """The options of a fit, with another `gain` if there is one; those that the law has no longer are left out."""
     known = fitted.law.options.model_fields
-    options = {name: value for name, value in fitted.report["options"].items() if name in known}
+    options = {name: value for name, value in fitted.report.options.items() if name in known}
     return fitted.law.options.model_validate(options if gain is None else options | {"gain": gain})
 
 

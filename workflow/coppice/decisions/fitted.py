@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,11 +12,12 @@ import pyarrow.parquet as pq
 
 from coppice.decisions import Answer, Basis
 from coppice.errors import UserError, did_you_mean
-from coppice.files import read_json
-from coppice.formatting import held_out_sentence, join_words, target_of
+from coppice.formatting import join_words
 from coppice.laws import registry as laws
 from coppice.laws.engine.forms import Parameters
 from coppice.laws.engine.points import Points
+from coppice.records.fit import FitRecord
+from coppice.records.layout import ResultsLayout
 from coppice.results.schemas import Row
 
 _OF_RECOVERIES = {"run", "model", "dense_parameters", "rho", "tokens", "dense_loss"}
@@ -29,24 +29,27 @@ class Fitted:
 
     name: str
     law: laws.Law
-    report: dict[str, Any]
+    report: FitRecord
     points: Points
     samples: Parameters
 
     @property
     def parameters(self) -> dict[str, float]:
-        return {name: entry["value"] for name, entry in self.report["parameters"].items()}
+        return {name: entry.value for name, entry in self.report.parameters.items()}
 
     @property
     def scales(self) -> dict[str, float]:
-        return {name: entry["scale"] or 1.0 for name, entry in self.report["units"].items()}
+        return {name: entry.scale or 1.0 for name, entry in self.report.units.items()}
 
     @property
     def noise(self) -> float:
-        """Deviation of an observation from the law, in the target's unit: rmse sqrt(n / (n - p)), p parameters told."""
-        points = self.report["points"]
-        free = sum(entry["identified"] for entry in self.report["parameters"].values())
-        return self.report["metrics"]["rmse"] * float(np.sqrt(points / max(points - free, 1)))
+        """Deviation of an observation from the law, in the target's unit: rmse sqrt(n / (n - p)).
+
+        p: the number of parameters that are identified.
+        """
+        points = self.report.points
+        free = sum(entry.identified for entry in self.report.parameters.values())
+        return self.report.metrics["rmse"] * float(np.sqrt(points / max(points - free, 1)))
 
     def predicted(self, points: Points) -> tuple[np.ndarray, np.ndarray]:
         """The law's values at `points`: [n], and with every sample of the parameters [k, n]."""
@@ -56,20 +59,20 @@ class Fitted:
         return np.broadcast_to(predict(self.parameters, points), count), np.broadcast_to(drawn, (len(drawn), count))
 
 
-def read_reports(results: Path) -> dict[str, dict[str, Any]]:
+def read_reports(results: Path) -> dict[str, FitRecord]:
     """fit.json of every law that was fitted, by its name in the study."""
-    return {path.parent.name: read_json(path) for path in sorted(Path(results).glob("laws/*/fit.json"))}
+    return {name: FitRecord.read(path) for name, path in ResultsLayout(Path(results)).fits.items()}
 
 
-def read_fit(results: Path, name: str, report: dict[str, Any]) -> Fitted:
+def read_fit(results: Path, name: str, report: FitRecord) -> Fitted:
     """A fit with its points and its samples. Raises UserError where they cannot be read."""
-    folder = Path(results) / "laws" / name
-    law = laws.load(report["law"])
-    scales = {column: entry["scale"] or 1.0 for column, entry in report["units"].items()}
+    folder = ResultsLayout(Path(results)).law(name)
+    law = laws.load(report.law)
+    scales = {column: entry.scale or 1.0 for column, entry in report.units.items()}
     raw = _columns(folder / "points.parquet", list(law.columns))
     points = {column: values / scales[column] if column in scales else values for column, values in raw.items()}
     # A fit of no points has no samples either.
-    samples = _columns(folder / "samples.parquet", list(report["parameters"]) if report["points"] else [])
+    samples = _columns(folder / "samples.parquet", list(report.parameters) if report.points else [])
     return Fitted(name, law, report, points, {parameter: values[:, None] for parameter, values in samples.items()})
 
 
@@ -84,30 +87,30 @@ def _columns(path: Path, names: list[str]) -> dict[str, np.ndarray]:
     return {name: np.asarray(table[name].to_pylist()) for name in names}
 
 
-def refusal(name: str, report: dict[str, Any]) -> str | None:
+def refusal(name: str, report: FitRecord) -> str | None:
     """Why nothing may rest on a law: the test that it fails; None where it passes."""
-    if "passes" not in report:
-        return f"Nothing is recommended from law {name}, whose fit tells of no test; fit it again."
-    if report["passes"]["ok"]:
+    if report.passes is None:
+        return f"Nothing is recommended from law {name}, whose fit records no test; fit it again."
+    if report.passes.ok:
         return None
-    return f"Nothing is recommended from law {name}, which fails its own test. {' '.join(report['passes']['reasons'])}"
+    return f"Nothing is recommended from law {name}, which fails its own test. {' '.join(report.passes.reasons)}"
 
 
-def held_out(name: str, report: dict[str, Any]) -> str:
+def held_out(name: str, report: FitRecord) -> str:
     """A law's held-out errors as sentences."""
-    own = {test.replace("_", " "): errors[report["law"]] for test, errors in report["held_out"].items()}
-    shown = {test: error for test, error in own.items() if "reason" not in error} or own
+    own = {test.replace("_", " "): error for test, error in report.own_errors.items()}
+    shown = {test: error for test, error in own.items() if error.reason is None} or own
     if not shown:
         return f"Law {name} has no held-out test."
     return " ".join(
-        f"Held-out error of law {name}, {test}: {held_out_sentence(error, *target_of(report))}"
+        f"Held-out error of law {name}, {test}: {error.sentence(*report.target_and_unit)}"
         for test, error in shown.items()
     )
 
 
-def of_recoveries(report: dict[str, Any]) -> bool:
+def of_recoveries(report: FitRecord) -> bool:
     """Whether a fit's law follows recoveries of pruned models by size, ratio and tokens."""
-    law = laws.load(report["law"])
+    law = laws.load(report.law)
     return law.form is not None and set(law.columns) >= _OF_RECOVERIES
 
 
@@ -118,7 +121,7 @@ def law_of_recoveries(results: Path, name: str | None) -> Fitted:
         raise UserError(f"--law {name}: no law of that name was fitted.{did_you_mean(name, reports)}")
     chosen = [key for key, report in reports.items() if name in (None, key) and of_recoveries(report)]
     if not chosen and name is not None:
-        raise UserError(f"--law {name}: it is no law of recoveries (such as p2), which this question needs.")
+        raise UserError(f"--law {name}: it is not a law of recoveries (such as p2), which this question needs.")
     if not chosen:
         raise UserError(f"No law of recoveries was fitted in {results}/laws; add p2 to the study's `laws`, and run it.")
     if len(chosen) > 1:
@@ -132,12 +135,12 @@ def refused(fitted: Fitted, title: str) -> Answer | None:
 
 
 def rests_on(fitted: Fitted) -> Basis:
-    errors = {test: forms[fitted.report["law"]] for test, forms in fitted.report["held_out"].items()}
+    errors = {test: error.model_dump(exclude_unset=True) for test, error in fitted.report.own_errors.items()}
     return {"law": fitted.name, "refused": False, "held_out": errors}
 
 
 def starting_points(fitted: Fitted, nodes: Sequence[Row]) -> np.ndarray:
-    """The pruned node that each point's recovery started from: [n]; the run itself where the tables do not tell."""
+    """The pruned node that each point's recovery started from: [n]; the run itself where the tables do not hold it."""
     parents = {row["node"]: row["parent"] for row in nodes}
     return np.array([parents.get(run) or run for run in fitted.points["run"]], dtype=str)
 

@@ -7,7 +7,6 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from coppice.decisions import Answer
 from coppice.decisions.budget import expected_loss, tokens_to_buy
@@ -23,6 +22,8 @@ from coppice.decisions.recipe import (
 )
 from coppice.errors import UserError
 from coppice.formatting import format_table, wrapped
+from coppice.records.fit import FitRecord
+from coppice.records.layout import ResultsLayout
 from coppice.results.reading import read_table
 from coppice.results.schemas import Row
 
@@ -74,7 +75,8 @@ def answer_questions(arguments: argparse.Namespace) -> list[Answer]:
         raise UserError("--tokens and --gain are about one node; name it by --node.")
     if arguments.max_latency is None and (arguments.device is not None or arguments.cost is not None):
         raise UserError("--device and --cost say where --max-latency holds; add it.")
-    tables = {name: read_table(results / "tables", name).to_pylist() for name in ("nodes", "metrics", "costs")}
+    folder = ResultsLayout(results).tables
+    tables = {name: read_table(folder, name).to_pylist() for name in ("nodes", "metrics", "costs")}
     answers = []
     if arguments.node is not None or arguments.next:
         fitted = law_of_recoveries(results, arguments.law)
@@ -103,7 +105,9 @@ def _answer_best(arguments: argparse.Namespace, results: Path, tables: dict[str,
         arguments.device,
         arguments.cost,
     )
-    compared = compare(tables["nodes"], tables["metrics"], read_table(results / "tables", "items"), pair, lower)
+    compared = compare(
+        tables["nodes"], tables["metrics"], read_table(ResultsLayout(results).tables, "items"), pair, lower
+    )
     answer = best_within(compared, bounds)
     return answer | {"sentences": answer["sentences"] + notes}
 
@@ -130,7 +134,7 @@ def overview(results: Path, tables: Mapping[str, Sequence[Row]], top: int = 3) -
     pairs = sorted({(row["evaluation"], row["metric"]) for row in tables["metrics"]})
     perplexities = [pair for pair in pairs if pair[1].startswith("perplexity_")]
     if perplexities:
-        items = read_table(results / "tables", "items")
+        items = read_table(ResultsLayout(results).tables, "items")
         compared = (compare(tables["nodes"], tables["metrics"], items, pair, True) for pair in perplexities)
         answers += [best_at_each_size(each) for each in compared if each.rows]
     for name, report in reports.items():
@@ -139,17 +143,19 @@ def overview(results: Path, tables: Mapping[str, Sequence[Row]], top: int = 3) -
     return answers
 
 
-def advice(name: str, report: dict[str, Any]) -> Answer:
+def advice(name: str, report: FitRecord) -> Answer:
     """What a law recommends, with its held-out error, or why it recommends nothing."""
     title, reason = f"Law {name}", refusal(name, report)
     if reason is not None:
         return {"title": title, "law": name, "refused": True, "recommendation": [], "sentences": [reason]}
-    recommended = [entry["sentence"] for entry in report["recommendation"]] or [f"Law {name} has nothing to recommend."]
+    recommended = [str(entry["sentence"]) for entry in report.recommendation] or [
+        f"Law {name} has nothing to recommend."
+    ]
     return {
         "title": title,
         "law": name,
         "refused": False,
-        "recommendation": report["recommendation"],
+        "recommendation": report.recommendation,
         "sentences": [*recommended, held_out(name, report)],
     }
 

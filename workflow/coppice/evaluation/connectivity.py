@@ -29,7 +29,7 @@ import numpy as np
 
 from coppice.errors import UserError
 from coppice.evaluation.batching import sequences_at_once
-from coppice.evaluation.perplexity import LOGITS
+from coppice.evaluation.perplexity import DESCRIBED, LOGITS
 from coppice.lazy import torch
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def measure(
     points: of the path, both ends among them. barrier: an error; similarity: a CKA (see above). Raises UserError where
     the two cannot be interpolated, or the windows are longer than the models' context.
     """
-    length, context = windows.manifest["length"], model.config.max_position_embeddings
+    length, context = windows.manifest.length, model.config.max_position_embeddings
     if length > context:
         raise UserError(
             f"The protocol {name!r} has windows of {length} tokens, but the model's context ends at {context}; "
@@ -74,7 +74,6 @@ def measure(
     cka = linear_cka(outputs(model, other, windows))
     found = regime(connectivity, cka, barrier, similarity)
     scored = int((windows.documents[:, 1:] >= 0).sum())
-    described = ("text", "role", "length", "windows", "bos", "packed", "documents")
     shared = {
         "stderr": None,
         "n": scored,
@@ -83,8 +82,8 @@ def measure(
         "regime_meaning": REGIMES[found],
         "thresholds": {"barrier": barrier, "similarity": similarity},
         "protocol": {
-            **{key: windows.manifest[key] for key in described},
-            "tokens_fingerprint": windows.manifest["fingerprint"],
+            **windows.manifest.model_dump(include=DESCRIBED),
+            "tokens_fingerprint": windows.manifest.fingerprint,
         },
     }
     rounded = path.round(6).tolist()

@@ -23,6 +23,8 @@ from coppice.lazy import torch
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from coppice.records.manifest import Manifest
+
 Pair = tuple[str, str]
 
 PEOPLE = 1000  # the first so many are asked about; people are independent, so these are a sample of all
@@ -31,7 +33,7 @@ TASK = "knowledge"
 
 
 def measure(
-    model: PreTrainedModel, directory: Path, manifest: Mapping[str, Any], world: biographies.World
+    model: PreTrainedModel, directory: Path, manifest: Manifest, world: biographies.World
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Knowledge of `world` in the checkpoint `directory`: rows of metrics and of items.
 
@@ -46,10 +48,10 @@ def measure(
         return found
 
     people = range(min(world.people, PEOPLE))
-    parameters = manifest["parameters"]["total"]
+    parameters = manifest.parameters.total
     result = biographies.measure_knowledge(recording, world, people, parameters)
     bits = -np.array([score for _, score in recorded]).reshape(len(people), -1) / math.log(2)
-    rows = metric_rows(result, bits, world, parameters, manifest["stored_bits"]["total"])
+    rows = metric_rows(result, bits, world, parameters, manifest.stored_bits.total)
     return rows, item_rows(recorded, len(people))
 
 

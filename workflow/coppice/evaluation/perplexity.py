@@ -25,6 +25,7 @@ from coppice.lazy import torch
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+DESCRIBED = {"text", "role", "length", "windows", "bos", "packed", "documents"}  # of a protocol's token set
 LOGITS = 1 << 26  # logits computed at once; with the shapes it decides the batch, whatever the machine
 
 
@@ -33,7 +34,7 @@ def measure(model: PreTrainedModel, windows: Windows, name: str) -> tuple[list[d
 
     Raises UserError where the windows are longer than the model's context, or none of their tokens is scored.
     """
-    length = windows.manifest["length"]
+    length = windows.manifest.length
     context = model.config.max_position_embeddings
     if length > context:
         raise UserError(
@@ -41,7 +42,7 @@ def measure(model: PreTrainedModel, windows: Windows, name: str) -> tuple[list[d
             "shorten them."
         )
     log_likelihoods, scored = token_log_likelihoods(model, windows)
-    per_window = windows.manifest["documents"] < 2
+    per_window = windows.manifest.documents < 2
     owners = np.arange(len(scored))[:, None].repeat(length - 1, axis=1) if per_window else windows.documents[:, 1:]
     tokens = np.bincount(owners[scored])
     if not tokens.any():
@@ -60,10 +61,10 @@ def measure(model: PreTrainedModel, windows: Windows, name: str) -> tuple[list[d
         for item in found
     ]
     protocol = {
-        **{key: windows.manifest[key] for key in ("text", "role", "length", "windows", "bos", "packed", "documents")},
+        **windows.manifest.model_dump(include=DESCRIBED),
         "stride": length,
         "tokens": int(tokens.sum()),
-        "tokens_fingerprint": windows.manifest["fingerprint"],
+        "tokens_fingerprint": windows.manifest.fingerprint,
         "sampled": "windows" if per_window else "documents",
     }
     return rows(name, -sums[found], tokens[found], protocol), items

@@ -16,11 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 from coppice import storage
 from coppice.errors import UserError
-from coppice.files import atomic_directory, described, fingerprint, read_json, write_json
+from coppice.files import atomic_directory, describe_files, fingerprint, read_json
+from coppice.records.metrics import Item, Metric, Metrics
 
 if TYPE_CHECKING:
     from coppice.data.biographies import World
     from coppice.data.windows import Windows
+    from coppice.records.manifest import Manifest
 
 Rows = list[dict[str, Any]]
 
@@ -96,31 +98,32 @@ def evaluate(
         "node": node,
         "evaluation": name,
         "kind": evaluation["kind"],
-        "model_fingerprint": manifest["fingerprint"],
-        **({"other_fingerprint": checkpoint.read_manifest(other)["fingerprint"]} if other else {}),
+        "model_fingerprint": manifest.fingerprint,
+        **({"other_fingerprint": checkpoint.read_manifest(other).fingerprint} if other else {}),
         "tokens_fingerprints": used,
         "options": dict(evaluation),
         "device": device_name(device),
     }
-    report = {
-        "format_version": 1,
-        "fingerprint": fingerprint(identity),
-        **identity,
-        "metrics": metrics,
-        "versions": versions(evaluation),
-        "wall_seconds": time.monotonic() - started,
-        "peak_memory_bytes": accounting.peak_memory(),
-    }
+    seconds, peak = time.monotonic() - started, accounting.peak_memory()
     with atomic_directory(output, last="metrics.json") as temporary:
         write_items([{"node": node, **item} for item in items], temporary / "items.parquet")
-        files = described(temporary)
-        storage.upload(temporary, files)
-        write_json(temporary / "metrics.json", {**report, "files": files})
+        files = describe_files(temporary)
+        storage.upload(temporary, {name: entry.sha256 for name, entry in files.items()})
+        record = Metrics(
+            fingerprint=fingerprint(identity),
+            **identity,
+            metrics=[Metric.model_validate(row) for row in metrics],
+            versions=versions(evaluation),
+            wall_seconds=seconds,
+            peak_memory_bytes=peak,
+            files=files,
+        )
+        record.write(temporary / "metrics.json")
 
 
 def measure_quality(
     model_directory: Path,
-    manifest: Mapping[str, Any],
+    manifest: Manifest,
     evaluation: Mapping[str, Any],
     tokens: Mapping[str, Path],
     device: str,
@@ -168,12 +171,12 @@ def measure_quality(
         from coppice.evaluation import knowledge
 
         add(knowledge.measure(model, model_directory, manifest, world))
-    return metrics, items, {name: windows.manifest["fingerprint"] for name, windows in protocols.items()}
+    return metrics, items, {name: windows.manifest.fingerprint for name, windows in protocols.items()}
 
 
 def measure_connectivity(
     model_directory: Path,
-    manifest: Mapping[str, Any],
+    manifest: Manifest,
     evaluation: Mapping[str, Any],
     tokens: Mapping[str, Path],
     device: str,
@@ -188,12 +191,12 @@ def measure_connectivity(
 
     if other is None:
         raise UserError("A connectivity compares two checkpoints; give the other one with `--other DIR`.")
-    compared = checkpoint.read_manifest(other)["node"]
+    compared = checkpoint.read_manifest(other).node
     options = {key: evaluation[key] for key in ("points", "barrier", "similarity")}
     [(protocol, windows)] = protocol_windows(model_directory, evaluation, tokens).items()
     models = [checkpoint.load_model(directory, device) for directory in (model_directory, other)]
     metrics = connectivity.measure(*models, windows, protocol, **options)
-    return [{**row, "other": compared} for row in metrics], [], {protocol: windows.manifest["fingerprint"]}
+    return [{**row, "other": compared} for row in metrics], [], {protocol: windows.manifest.fingerprint}
 
 
 def protocol_windows(
@@ -214,7 +217,7 @@ def protocol_windows(
 
 def measure_cost(
     model_directory: Path,
-    manifest: Mapping[str, Any],
+    manifest: Manifest,
     evaluation: Mapping[str, Any],
     tokens: Mapping[str, Path],
     device: str,
@@ -246,7 +249,7 @@ def built_in_world(evaluation: Mapping[str, Any], windows: Any) -> World:
 
     named = evaluation.get("world")
     candidates: list[Windows] = list(windows)
-    found = [named] if named else [one.manifest["text"] for one in candidates if "builtin" in one.manifest["text"]]
+    found = [named] if named else [one.manifest.text for one in candidates if "builtin" in one.manifest.text]
     worlds = {fingerprint(one): one for one in found}
     if len(worlds) != 1:
         reason = "its protocols of perplexity are about several worlds" if worlds else "no built-in text is named"
@@ -271,22 +274,9 @@ def refuse_infinite(node: str, metrics: Rows, items: Rows) -> None:
 
 def write_items(items: Rows, path: Path) -> None:
     """Items as Parquet, typed even where there are none."""
-    import pyarrow
-    import pyarrow.parquet
+    from coppice.records.arrow import schema_of, write_parquet
 
-    schema = pyarrow.schema(
-        [
-            ("node", pyarrow.string()),
-            ("task", pyarrow.string()),
-            ("item", pyarrow.string()),
-            ("choice", pyarrow.int64()),
-            ("log_likelihood", pyarrow.float64()),
-            ("length", pyarrow.int64()),
-            ("correct", pyarrow.bool_()),
-            ("answer", pyarrow.bool_()),
-        ]
-    )
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(items, schema=schema), path, compression="zstd")
+    write_parquet(path, items, schema_of(Item))
 
 
 def device_name(device: str) -> str:

@@ -13,6 +13,7 @@ from coppice.files import read_json
 from coppice.methods.replacements import Replacement, form_of
 from coppice.models.checkpoint import read_manifest, save_checkpoint, stored_dtype
 from coppice.records.compression import Entries, linear_entries, read_compression
+from coppice.records.manifest import Manifest, Provenance
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -23,13 +24,13 @@ class Node:
     """A checkpoint's folder with its manifest, its config and, from compression.json, the entries of its linears."""
 
     folder: Path
-    manifest: dict[str, Any]
+    manifest: Manifest
     config: dict[str, Any]
     entries: Entries
 
     @property
     def name(self) -> str:
-        return self.manifest["node"]
+        return self.manifest.node
 
     @property
     def dtype(self) -> torch.dtype:
@@ -59,6 +60,7 @@ def read_node(folder: Path) -> Node:
 
 def save_for_others(model: PreTrainedModel, node: Node, folder: Path) -> None:
     """Writes a model that was made from a node as a checkpoint, without the two files that only Coppice reads."""
-    save_checkpoint(model, folder, node.folder, {"marks": []}, node.dtype, travels=False)
+    provenance = Provenance(**{name: getattr(node.manifest, name) for name in Provenance.model_fields})
+    save_checkpoint(model, folder, node.folder, provenance, node.dtype, node.manifest.dense, travels=False)
     for name in ("compression.json", "manifest.json"):
         (folder / name).unlink()

@@ -30,8 +30,7 @@ def reason_against(node: Node) -> str | None:
     """Why the node has no such form, and what to do instead."""
     corrected = [name for name, form in node.forms.items() if form is LowRankCorrection]
     if not corrected:
-        step = node.manifest.get("step") or {}
-        if step.get("method") == "lora":
+        if node.manifest.step is not None and node.manifest.step.method == "lora":
             return "what its training updated is merged into its weights; export it to dense"
         return "its linears have no low-rank corrections, which eora and lora make; export it to dense"
     factorized = {name for name, form in node.forms.items() if form.factorized}

@@ -15,11 +15,13 @@ from typing import TYPE_CHECKING, Any
 from coppice.errors import UserError
 from coppice.files import atomic_directory, read_json, write_json
 from coppice.formatting import number
+from coppice.records.layout import ResultsLayout
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from coppice.export.check import Difference, Tolerance
+    from coppice.records.manifest import Manifest
 
 FORMATS = {
     "dense": "coppice.export.dense",
@@ -64,7 +66,7 @@ def source_folder(node: str | None, results: Path | None, model: Path | None) ->
     if model is None and node is not None and results is not None:
         from coppice.report.show import complete_node
 
-        return results / "models" / complete_node(results, node)
+        return ResultsLayout(results).checkpoint(complete_node(results, node))
     raise UserError("Pass a node's name and --results, or --model with the folder of a checkpoint, and not both.")
 
 
@@ -114,16 +116,16 @@ def described(found: Difference, limit: Tolerance) -> str:
     return words if limit.divergence == math.inf else f"{words} (tolerance {limit.divergence:g})"
 
 
-def record(manifest: dict[str, Any], to: str, reader: str, found: Difference, limit: Tolerance) -> dict[str, Any]:
+def record(manifest: Manifest, to: str, reader: str, found: Difference, limit: Tolerance) -> dict[str, Any]:
     """What `export.json` says: what was exported, and how it was checked."""
     return {
         "format": to,
-        "node": manifest["node"],
-        "fingerprint": manifest["fingerprint"],
+        "node": manifest.node,
+        "fingerprint": manifest.fingerprint,
         "read_back_by": reader,
         "difference": asdict(found),
         "tolerance": {name: value for name, value in asdict(limit).items() if value != math.inf},
-        "versions": manifest["versions"],
+        "versions": manifest.versions,
     }
 
 

@@ -360,7 +360,7 @@ LAW = Law(
             "method",
             "family",
             "options",
-            "marks",
+            "traits",
             "parameters",
             "linear_parameters",
             "stored_bits",

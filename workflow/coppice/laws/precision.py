@@ -188,7 +188,7 @@ def points(tables: Tables, options: Options) -> Points:
 
 
 def _is_quantized_alone(row: Any) -> bool:
-    traits = set(row.marks)
+    traits = set(row.traits)
     return "quantized" in traits and not traits & _OTHER_TRAITS and not row.path_recovery_tokens > 0
 
 
@@ -280,7 +280,7 @@ LAW = Law(
             "node",
             "model",
             "method",
-            "marks",
+            "traits",
             "dense_parameters",
             "bits_per_linear_weight",
             "path_recovery_tokens",

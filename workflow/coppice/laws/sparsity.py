@@ -138,7 +138,7 @@ def points(tables: Tables, options: Options) -> Points:
     chosen = [
         (parent == model or "masked" in before) and not _OTHER_TRAITS & set(after)
         for parent, model, before, after in zip(
-            rows["parent"], rows["model"], rows["parent.marks"], rows["marks"], strict=True
+            rows["parent"], rows["model"], rows["parent.traits"], rows["traits"], strict=True
         )
     ]
     rows = rows[np.array(chosen, bool)]
@@ -161,7 +161,7 @@ LAW = Law(
             "model",
             "method",
             "family",
-            "marks",
+            "traits",
             "nonzero_parameters",
             "rho_nonzero",
         ),

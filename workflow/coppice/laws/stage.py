@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from coppice.files import atomic_write, write_json
+from coppice.files import atomic_write
 from coppice.formatting import join_words, number
 from coppice.laws import registry
 from coppice.laws.contracts import Law, LawReport
@@ -34,6 +34,7 @@ from coppice.laws.engine.search import Fit, fit_form
 from coppice.laws.figure import draw, spread_along_axis
 from coppice.laws.options import LawOptions
 from coppice.laws.points.reading import read_points
+from coppice.records.fit import FitRecord
 
 _MANY_RUNS = 10
 _EXAMPLE = """'{"file": "points.jsonl"}', with the single quotes for the shell"""
@@ -312,4 +313,4 @@ def _write(law: Law, law_name: str, report: dict[str, Any], points: Points, outc
     with atomic_write(output / "fit.svg") as path:
         draw(law, law_name, points, outcome.curves, path)
     # Last, since whoever finds fit.json should find the others with it.
-    write_json(output / "fit.json", report)
+    FitRecord.model_validate(report).write(output / "fit.json")

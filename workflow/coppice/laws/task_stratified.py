@@ -199,7 +199,7 @@ LAW = Law(
         "negative_log_accuracy": float,
     },
     needs={
-        "nodes": ("node", "parent", "model", "method", "family", "options", "marks", "calibration", "parameters"),
+        "nodes": ("node", "parent", "model", "method", "family", "options", "traits", "calibration", "parameters"),
         "metrics": METRICS,
         "items": ITEMS,
     },

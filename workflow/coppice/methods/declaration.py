@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from coppice.methods.contracts import Decoder, Linear, LinearStatistics, Removal, Replacement
+    from coppice.records.manifest import Manifest
 
 # What a node is; the accounting, the exports and other methods go by these.
 TRAITS = (
@@ -206,7 +207,7 @@ class TrainingMethod(Declaration):
     prepare: Callable[[PreTrainedModel, Any], PreTrainedModel]
     finish: Callable[[PreTrainedModel, Any], PreTrainedModel]
     loss: Callable[..., Tensor] | None = None
-    tokens: Callable[[Any, Mapping[str, Any]], int] | None = None
+    tokens: Callable[[Any, Manifest], int] | None = None
     parameter_groups: Callable[[PreTrainedModel, Any], list[ParameterGroup]] = matrices_and_vectors
     optimizer: Callable[[list[dict[str, Any]], Any], Optimizer] = adamw
     before_step: Callable[[PreTrainedModel, Clock], None] | None = None

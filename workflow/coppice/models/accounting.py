@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import resource
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from coppice.files import FileEntry
 from coppice.models import modules
 from coppice.models.architectures.base import architecture_of, blocks
+from coppice.records.manifest import DenseParameters, Parameters, Sizes, StoredBits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
 def sizes(
-    model: PreTrainedModel, state: dict[str, Tensor], files: dict[str, Any], dense: dict[str, int] | None
-) -> dict[str, Any]:
-    """The accounting of a node; the same for every method.
+    model: PreTrainedModel, state: dict[str, Tensor], files: dict[str, FileEntry], dense: DenseParameters | None
+) -> Sizes:
+    """The accounting of a node; the same for every method. dense: None for a dense model, which is its own.
 
     parameters: how many numbers the model multiplies by (a quantized weight counts as one, a pruned but stored zero
     too; `nonzero` leaves zeros out); decoder_linears: those in the blocks' linears. stored_bytes: of the weight files.
@@ -44,24 +46,20 @@ def sizes(
     in_blocks = total - sum(tensor.numel() for name, tensor in state.items() if not name.startswith(prefix))
     bytes_of = {name: tensor.numel() * tensor.element_size() for name, tensor in state.items()}
     linear_bytes = sum(size for name, size in bytes_of.items() if name.startswith(tuple(linear_prefixes)))
-    dense = dense or {"total": total, "blocks": in_blocks, "decoder_linears": linear_weights}
-    return {
-        "parameters": {
-            "total": total,
-            "blocks": in_blocks,
-            "decoder_linears": linear_weights,
-            "nonzero": total - linear_zeros,
-        },
-        "dense": dense,
-        "dense_parameters": dense["total"],
-        "stored_bytes": sum(entry["bytes"] for name, entry in files.items() if is_weights(name)),
-        "stored_bits": {"total": 8 * sum(bytes_of.values()), "decoder_linears": 8 * linear_bytes},
-        "bits_per_weight": 8 * sum(bytes_of.values()) / dense["total"],
-        "bits_per_linear_weight": 8 * linear_bytes / dense["decoder_linears"],
-        "rho": 1 - total / dense["total"],
-        "rho_blocks": 1 - in_blocks / dense["blocks"],
-        "rho_nonzero": 1 - (total - linear_zeros) / dense["total"],
-    }
+    nonzero, stored_bits = total - linear_zeros, 8 * sum(bytes_of.values())
+    dense = dense or DenseParameters(total=total, blocks=in_blocks, decoder_linears=linear_weights)
+    return Sizes(
+        parameters=Parameters(total=total, blocks=in_blocks, decoder_linears=linear_weights, nonzero=nonzero),
+        dense=dense,
+        dense_parameters=dense.total,
+        stored_bytes=sum(entry.bytes for name, entry in files.items() if is_weights(name)),
+        stored_bits=StoredBits(total=stored_bits, decoder_linears=8 * linear_bytes),
+        bits_per_weight=stored_bits / dense.total,
+        bits_per_linear_weight=8 * linear_bytes / dense.decoder_linears,
+        rho=1 - total / dense.total,
+        rho_blocks=1 - in_blocks / dense.blocks,
+        rho_nonzero=1 - nonzero / dense.total,
+    )
 
 
 def is_weights(name: str) -> bool:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from coppice import __version__, storage
 from coppice.errors import UserError
-from coppice.files import atomic_directory, described, fingerprint, read_json, write_json
+from coppice.files import atomic_directory, describe_files, fingerprint, read_json, write_json
 from coppice.models import modules
 from coppice.models.modules.kv_cache import install_cache
 
@@ -35,34 +35,28 @@ from coppice.models.accounting import is_weights, peak_memory, sizes
 from coppice.models.architectures.base import architecture, architecture_of
 from coppice.models.stock_formats import write_config
 from coppice.records.compression import CACHE, FILE, Entries, linear_entries, read_compression
+from coppice.records.manifest import DenseParameters, Manifest, Provenance
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 PACKAGES = ("torch", "transformers", "safetensors")
-FORMAT_VERSION = 1
 
 
-def read_manifest(directory: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint. Raises UserError when there is none, or it is of another format."""
-    manifest = read_json(Path(directory) / "manifest.json")
-    if manifest.get("format_version") != FORMAT_VERSION:
-        raise UserError(
-            f"{directory}/manifest.json has format {manifest.get('format_version')}, this version reads "
-            f"{FORMAT_VERSION}; make the node again."
-        )
-    return manifest
+def read_manifest(directory: Path) -> Manifest:
+    """The manifest of a checkpoint. Raises UserError where it is missing, damaged, or of a newer format."""
+    return Manifest.read(Path(directory) / "manifest.json")
 
 
-def verify_files(directory: Path, manifest: dict[str, Any]) -> None:
+def verify_files(directory: Path, manifest: Manifest) -> None:
     """Raises UserError when a file of the checkpoint is missing or its SHA-256 is not the manifest's.
 
     Where a store is named, such files are fetched from it.
     """
-    for name, entry in manifest["files"].items():
+    for name, entry in manifest.files.items():
         path = Path(directory) / name
-        if not storage.fetch_verified(path, entry["sha256"]):
+        if not storage.fetch_verified(path, entry.sha256):
             problem = "is not the file that its manifest describes" if path.exists() else "is missing"
-            raise UserError(f"{path} {problem}; make the node {manifest['node']!r} again.")
+            raise UserError(f"{path} {problem}; recompute the node {manifest.node!r}.")
 
 
 def load_model(directory: Path, device: str = "cpu", dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -155,18 +149,19 @@ def save_checkpoint(
     model: PreTrainedModel,
     directory: Path,
     tokenizer: Path,
-    manifest: dict[str, Any],
+    provenance: Provenance,
     dtype: torch.dtype,
+    dense: DenseParameters | None = None,
     extra_files: dict[str, Path] | None = None,
     travels: bool = True,
-) -> dict[str, Any]:
+) -> Manifest:
     """Writes a checkpoint, whole or not at all, and returns its manifest.
 
     Args:
         tokenizer: the folder whose tokenizer files are copied (the parent's).
-        manifest: what the caller knows of the node (node, parent, step, seed, marks, source ...); sizes, hashes and
-            versions are added here. `dense` holds the root's numbers, or is absent for a root.
+        provenance: how the node was made; sizes, hashes, versions and memory are measured here.
         dtype: in which floating tensors are stored.
+        dense: the parameters of the dense model that the node comes from; None for a dense model.
         extra_files: further files by the name that they get.
         travels: whether the files go to the store, where one is named; those of an export do not.
     """
@@ -189,21 +184,21 @@ def save_checkpoint(
         for name, path in (extra_files or {}).items():
             (temporary / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(path, temporary / name)
-        files = described(temporary)
+        files = describe_files(temporary)
+        digests = {name: entry.sha256 for name, entry in files.items()}
         identity = ("config.json", "compression.json", "model")
-        written = {
-            "format_version": FORMAT_VERSION,
-            **manifest,
-            **sizes(model, state, files, manifest.get("dense")),
-            "fingerprint": fingerprint({k: v["sha256"] for k, v in files.items() if k.startswith(identity)}),
-            "files": files,
-            "versions": versions(),
-            "peak_memory_bytes": peak_memory(),
-        }
+        manifest = Manifest(
+            **dict(provenance),
+            **dict(sizes(model, state, files, dense)),
+            fingerprint=fingerprint({name: digest for name, digest in digests.items() if name.startswith(identity)}),
+            files=files,
+            versions=versions(),
+            peak_memory_bytes=peak_memory(),
+        )
         if travels:
-            storage.upload(temporary, files)
-        write_json(temporary / "manifest.json", written)
-    return written
+            storage.upload(temporary, digests)
+        manifest.write(temporary / "manifest.json")
+    return manifest
 
 
 def stored_dtype(directory: Path) -> torch.dtype:

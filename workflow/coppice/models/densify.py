@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from coppice.errors import UserError
 from coppice.models import modules
 from coppice.models.architectures.base import blocks
+from coppice.records.manifest import Manifest, Provenance
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -26,20 +27,18 @@ def export_dense(directory: Path, output: Path) -> None:
     refuse_rounding(source, "a dense checkpoint")
     model = load_model(directory, dtype=torch.float32)
     densify(model)
-    kept = ("node", "parent", "step", "seed", "source", "dense", "recovery")
-    manifest = {**{key: source.get(key) for key in kept}, "marks": [], "exported_from": source["fingerprint"]}
-    save_checkpoint(model, output, directory, manifest, stored_dtype(directory), travels=False)
+    recorded = {name: getattr(source, name) for name in Provenance.model_fields}
+    provenance = Provenance(**recorded | {"traits": []})
+    save_checkpoint(model, output, directory, provenance, stored_dtype(directory), source.dense, travels=False)
 
 
-def refuse_rounding(manifest: dict[str, Any], holder: str) -> None:
+def refuse_rounding(manifest: Manifest, holder: str) -> None:
     """Raises UserError for a node that rounds more than its weights; holder: the form that cannot say so."""
-    for mark, what in (
-        ("quantized-activations", "the inputs of its linears"),
-        ("quantized-cache", "its keys and values"),
-    ):
-        if mark in manifest["marks"]:
+    rounded = {"quantized-activations": "the inputs of its linears", "quantized-cache": "its keys and values"}
+    for trait, what in rounded.items():
+        if trait in manifest.traits:
             raise UserError(
-                f"The node {manifest['node']!r} rounds {what} while it runs, which {holder} cannot hold; "
+                f"The node {manifest.node!r} rounds {what} while it runs, which {holder} cannot hold; "
                 "export the node from before that step."
             )
 

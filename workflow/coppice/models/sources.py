@@ -10,6 +10,7 @@ from typing import Any
 
 from coppice.errors import UserError
 from coppice.files import read_json, sha256
+from coppice.records.manifest import Provenance, Source
 
 SHIPPED = Path(__file__).parents[3] / "resources" / "models"
 
@@ -46,22 +47,22 @@ def import_root(node: str, source: dict[str, Any], seed: int, output: Path) -> N
         if not torch.isfinite(tensor).all():
             raise UserError(f"{name} in {folder} holds NaN or infinite values; a root must be finite.")
     check_tokenizer(folder, config["vocab_size"])
-    manifest = {
-        "node": node,
-        "parent": None,
-        "step": None,
-        "seed": seed,
-        "marks": [],
-        "source": {**source, "folder_config": config.get("_name_or_path")},
-        "source_files": {path.name: sha256(path) for path in dense_files(folder)},
-        "asked": {},
-        "achieved": {},
-        "layers": {},
-        "calibration": None,
-        "recovery": None,
-        "wall_seconds": time.monotonic() - started,
-    }
-    save_checkpoint(model, output, folder, manifest, stored_dtype(folder))
+    provenance = Provenance(
+        node=node,
+        parent=None,
+        step=None,
+        seed=seed,
+        traits=[],
+        source=Source(**source, folder_config=config.get("_name_or_path")),
+        source_files={path.name: sha256(path) for path in dense_files(folder)},
+        requested={},
+        achieved={},
+        layers={},
+        calibration=None,
+        recovery=None,
+        wall_seconds=time.monotonic() - started,
+    )
+    save_checkpoint(model, output, folder, provenance, stored_dtype(folder))
 
 
 def dense_files(folder: Path) -> list[Path]:

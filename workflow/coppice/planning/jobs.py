@@ -280,7 +280,7 @@ class JobGraph:
         body = self.study.evaluations[evaluation]
         inputs = {"model": (str(LAYOUT.manifest(node)),), "tokens": self._protocol_tokens(node, evaluation)}
         if body.kind == "connectivity":
-            inputs["other"] = (str(LAYOUT.manifest(tree.reference_seed_node(node))),)
+            inputs["other"] = (str(LAYOUT.manifest(NodeName(node).with_study_seed)),)
         lengths = [protocol.length for protocol in tree.protocols(body).values()]
         return Job(
             "evaluate",

@@ -10,12 +10,11 @@ from collections.abc import Iterable
 from contextlib import suppress
 from math import ceil
 from pathlib import Path
-from typing import Any
 
 from coppice.errors import UserError
-from coppice.files import read_json
 from coppice.planning import resources
 from coppice.planning.jobs import Job
+from coppice.records.manifest import Manifest
 from coppice.records.node_name import NodeName
 
 # A recovery resumes from its state when its time is over.
@@ -38,12 +37,12 @@ def disk_megabytes(job: Job, checkpoint: str, others: Iterable[str], attempt: in
     own, *rest = map(available_manifest, [checkpoint, *others])
     if own is None or None in rest:
         return attempt * UNREAD_MEGABYTES
-    fetched = sum(manifest["stored_bytes"] for manifest in (own, *rest) if manifest is not None)
+    fetched = sum(manifest.stored_bytes for manifest in (own, *rest) if manifest is not None)
     needed = resources.disk_bytes(job.stage, own, fetched, job.options)
     return attempt * 1_000 * (1 + ceil(needed / 1e9))
 
 
-def available_manifest(path: str) -> dict[str, Any] | None:
+def available_manifest(path: str) -> Manifest | None:
     """The manifest of a checkpoint, or of its root where that one is not there yet.
 
     A root is seldom smaller than what is made from it. None as long as neither is there, or where it is broken, which
@@ -53,5 +52,5 @@ def available_manifest(path: str) -> dict[str, Any] | None:
     node = NodeName(below.removesuffix("/manifest.json"))
     for name in (node, node.model):
         with suppress(UserError):
-            return read_json(Path(f"{before}{MODELS}{name}/manifest.json"))
+            return Manifest.read(Path(f"{before}{MODELS}{name}/manifest.json"))
     return None

@@ -30,7 +30,7 @@ tenth of Llama 3.1; what is asked for has room for either.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from coppice.methods.declaration import Resources
 
@@ -56,6 +56,39 @@ BATCH_TOKENS = 8192  # of `calibrate`
 LOGITS = 1 << 26  # that `evaluate` computes at once
 
 
+class Counts(Protocol):
+    """Parameters of a node's model."""
+
+    @property
+    def total(self) -> float: ...
+
+    @property
+    def decoder_linears(self) -> float: ...
+
+
+class DenseCounts(Protocol):
+    """Parameters of the dense model at the root of its path."""
+
+    @property
+    def total(self) -> float: ...
+
+    @property
+    def blocks(self) -> float: ...
+
+
+class ModelSize(Protocol):
+    """What a job's needs follow from: a manifest has it, as has an estimate of a node that is not there yet."""
+
+    @property
+    def parameters(self) -> Counts: ...
+
+    @property
+    def dense(self) -> DenseCounts: ...
+
+    @property
+    def stored_bytes(self) -> float: ...
+
+
 class Widths(NamedTuple):
     """Of a decoder: hidden size, neurons of a block, blocks, and rows of the embedding."""
 
@@ -65,7 +98,7 @@ class Widths(NamedTuple):
     vocabulary: float
 
 
-def memory_bytes(stage: str, manifest: Mapping[str, Any], options: Mapping[str, Any] | None = None) -> int:
+def memory_bytes(stage: str, manifest: ModelSize, options: Mapping[str, Any] | None = None) -> int:
     """Bytes to ask for a job of `stage` on the model of `manifest`: `expected_bytes`, with room on top.
 
     The host's memory where the job runs on the CPU; it suffices for a job on a GPU too, and bounds that of the GPU.
@@ -74,7 +107,7 @@ def memory_bytes(stage: str, manifest: Mapping[str, Any], options: Mapping[str, 
     return int(HEADROOM * expected_bytes(stage, manifest, options)) + libraries
 
 
-def expected_bytes(stage: str, manifest: Mapping[str, Any], options: Mapping[str, Any] | None = None) -> int:
+def expected_bytes(stage: str, manifest: ModelSize, options: Mapping[str, Any] | None = None) -> int:
     """Peak bytes of a job of `stage` on the model of `manifest`, all its processes together.
 
     options: fields of its step (length, batch_size, micro_batch_size, gradient_checkpointing, gpus ...), its
@@ -85,12 +118,12 @@ def expected_bytes(stage: str, manifest: Mapping[str, Any], options: Mapping[str
     return int(processes(options or {}) * LIBRARIES[stage] + held)
 
 
-def device_bytes(stage: str, manifest: Mapping[str, Any], options: Mapping[str, Any]) -> float:
+def device_bytes(stage: str, manifest: ModelSize, options: Mapping[str, Any]) -> float:
     """Peak bytes of all GPUs of a job together, were everything in float32; of a stage that runs a model."""
     return (training_bytes if stage == "recover" else RUNS_MODELS[stage])(manifest, options)
 
 
-def disk_bytes(stage: str, manifest: Mapping[str, Any], fetched: float, options: Mapping[str, Any]) -> int:
+def disk_bytes(stage: str, manifest: ModelSize, fetched: float, options: Mapping[str, Any]) -> int:
     """Bytes to ask for on the disk of a job of `stage` on the model of `manifest`, with room on top.
 
     fetched: stored bytes of all checkpoints that it reads. options: as those of `expected_bytes`, and the `kinds` of
@@ -109,41 +142,41 @@ def processes(options: Mapping[str, Any]) -> int:
     return options.get("gpus", 1)
 
 
-def likely_widths(manifest: Mapping[str, Any]) -> Widths:
+def likely_widths(manifest: ModelSize) -> Widths:
     """The sizes of a common decoder with as many parameters as the dense root: 12 h^2 in a block of h / 128 of them."""
-    dense = manifest["dense"]
-    hidden = (dense["blocks"] * 128 / 12) ** (1 / 3)
-    return Widths(hidden, 3.5 * hidden, hidden / 128, (dense["total"] - dense["blocks"]) / hidden)
+    dense = manifest.dense
+    hidden = (dense.blocks * 128 / 12) ** (1 / 3)
+    return Widths(hidden, 3.5 * hidden, hidden / 128, (dense.total - dense.blocks) / hidden)
 
 
-def root_bytes(manifest: Mapping[str, Any], options: Mapping[str, Any]) -> float:
-    return 2 * manifest["stored_bytes"]
+def root_bytes(manifest: ModelSize, options: Mapping[str, Any]) -> float:
+    return 2 * manifest.stored_bytes
 
 
-def calibrate_bytes(manifest: Mapping[str, Any], options: Mapping[str, Any]) -> float:
+def calibrate_bytes(manifest: ModelSize, options: Mapping[str, Any]) -> float:
     widths = likely_widths(manifest)
-    weights = 4 * manifest["parameters"]["total"]
+    weights = 4 * manifest.parameters.total
     tokens = options.get("windows", 256) * options.get("length", 512)
     moments = 16 * moment_entries(widths) + 2 * 4 * tokens * widths.hidden
-    gradients = 8 * manifest["parameters"]["decoder_linears"] + activation_bytes(widths, min(tokens, BATCH_TOKENS))
+    gradients = 8 * manifest.parameters.decoder_linears + activation_bytes(widths, min(tokens, BATCH_TOKENS))
     return weights + {"moments": moments, "blocks": moments, "gradients": gradients}.get(
         options.get("kind"), max(moments, gradients)
     )
 
 
-def compress_bytes(manifest: Mapping[str, Any], options: Mapping[str, Any]) -> float:
+def compress_bytes(manifest: ModelSize, options: Mapping[str, Any]) -> float:
     widths = likely_widths(manifest)
     solver = 8 * 4 * (widths.intermediate**2 + widths.intermediate * widths.hidden)
-    return 8 * manifest["parameters"]["total"] + manifest["stored_bytes"] + solver
+    return 8 * manifest.parameters.total + manifest.stored_bytes + solver
 
 
-def recover_bytes(manifest: Mapping[str, Any], options: Mapping[str, Any]) -> float:
+def recover_bytes(manifest: ModelSize, options: Mapping[str, Any]) -> float:
     return max(training_bytes(manifest, options), loading_bytes(manifest, options))
 
 
-def training_bytes(manifest: Mapping[str, Any], options: Mapping[str, Any]) -> float:
+def training_bytes(manifest: ModelSize, options: Mapping[str, Any]) -> float:
     """What the processes of a recovery hold together once the model is divided among them."""
-    parameters, dense, method = manifest["parameters"]["total"], manifest["dense"]["total"], of_method(options)
+    parameters, dense, method = manifest.parameters.total, manifest.dense.total, of_method(options)
     # A micro-batch on each of the GPUs; without its size, the batch is divided among them.
     micro_batch = options.get("micro_batch_size")
     at_once = processes(options) * micro_batch if micro_batch else options.get("batch_size", 32)
@@ -151,39 +184,39 @@ def training_bytes(manifest: Mapping[str, Any], options: Mapping[str, Any]) -> f
     activations = activation_bytes(likely_widths(manifest), at_once * options.get("length", 512), recomputed)
     trained = (4 if method.frozen_base else 16) * parameters + (4 * dense if method.teacher else 0)
     measured = 4 * (parameters + dense)  # the dense root, for its held-out loss, beside what was trained
-    return max(trained, measured) + manifest["stored_bytes"] + activations
+    return max(trained, measured) + manifest.stored_bytes + activations
 
 
-def loading_bytes(manifest: Mapping[str, Any], options: Mapping[str, Any]) -> float:
+def loading_bytes(manifest: ModelSize, options: Mapping[str, Any]) -> float:
     """What the processes of a recovery hold on the host while each loads whole models, before they are divided."""
-    parameters, dense, method = manifest["parameters"]["total"], manifest["dense"]["total"], of_method(options)
+    parameters, dense, method = manifest.parameters.total, manifest.dense.total, of_method(options)
     beside = (dense if method.teacher else 0) + (parameters if method.redraws else 0)
     # The dense root is loaded in the end, when the model is gone.
-    return processes(options) * 4 * max(parameters + beside, dense) + manifest["stored_bytes"]
+    return processes(options) * 4 * max(parameters + beside, dense) + manifest.stored_bytes
 
 
-def evaluate_bytes(manifest: Mapping[str, Any], options: Mapping[str, Any]) -> float:
+def evaluate_bytes(manifest: ModelSize, options: Mapping[str, Any]) -> float:
     # Logits, their logarithms, and a copy of either.
     logits = 4 * 4 * min(LOGITS, 16 * options.get("length", 2048) * likely_widths(manifest).vocabulary)
     models, checkpoints = (3, 2) if options.get("kind") == "connectivity" else (1, 1)
-    return 4 * models * manifest["parameters"]["total"] + checkpoints * manifest["stored_bytes"] + logits
+    return 4 * models * manifest.parameters.total + checkpoints * manifest.stored_bytes + logits
 
 
-def calibrate_files(manifest: Mapping[str, Any], options: Mapping[str, Any]) -> float:
+def calibrate_files(manifest: ModelSize, options: Mapping[str, Any]) -> float:
     return moments_bytes(likely_widths(manifest)) if options.get("kind", "moments") == "moments" else 0
 
 
-def compress_files(manifest: Mapping[str, Any], options: Mapping[str, Any]) -> float:
+def compress_files(manifest: ModelSize, options: Mapping[str, Any]) -> float:
     read = moments_bytes(likely_widths(manifest)) if "moments" in options.get("kinds", ["moments"]) else 0
-    return manifest["stored_bytes"] + read
+    return manifest.stored_bytes + read
 
 
-def recover_files(manifest: Mapping[str, Any], options: Mapping[str, Any]) -> float:
-    state = 0 if of_method(options).small_state else 12 * manifest["parameters"]["total"]
-    return max(manifest["stored_bytes"], 2 * state)
+def recover_files(manifest: ModelSize, options: Mapping[str, Any]) -> float:
+    state = 0 if of_method(options).small_state else 12 * manifest.parameters.total
+    return max(manifest.stored_bytes, 2 * state)
 
 
-def evaluate_files(manifest: Mapping[str, Any], options: Mapping[str, Any]) -> float:
+def evaluate_files(manifest: ModelSize, options: Mapping[str, Any]) -> float:
     return 0
 
 

@@ -12,6 +12,7 @@ from coppice import storage
 from coppice.evaluation import roofline
 from coppice.files import read_json
 from coppice.models.architectures.base import UNITS, Shape, Unit, shape_of
+from coppice.records.manifest import Manifest
 from coppice.study import tree
 from coppice.study.schema import SHIPPED, LocalModel, ShippedModel, Study
 
@@ -48,14 +49,15 @@ def node_sizes(study: Study, results: Path) -> dict[str, Size | None]:
 
 def size_of_checkpoint(folder: Path) -> Size:
     """From a node's manifest and config."""
-    manifest, config = read_json(folder / "manifest.json"), read_json(storage.ensure_local(folder / "config.json"))
+    manifest = Manifest.read(folder / "manifest.json")
+    config = read_json(storage.ensure_local(folder / "config.json"))
     return Size(
         shape_of(config),
         config["num_hidden_layers"],
-        manifest["parameters"]["total"],
-        manifest["parameters"]["decoder_linears"],
-        manifest["stored_bits"]["decoder_linears"] / 8,
-        manifest["stored_bytes"],
+        manifest.parameters.total,
+        manifest.parameters.decoder_linears,
+        manifest.stored_bits.decoder_linears / 8,
+        manifest.stored_bytes,
         "measured",
     )
 

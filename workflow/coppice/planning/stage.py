@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from coppice.errors import UserError, did_you_mean
-from coppice.files import read_json
 from coppice.formatting import join_words
 from coppice.hardware import DEVICES, GPU_MEMORY
 from coppice.planning.jobs import LAYOUT, RUNS_MODELS, STAGES, Job, JobGraph
@@ -24,6 +23,8 @@ from coppice.planning.text import GIGABYTE, between, gigabytes, lines
 from coppice.planning.times import Range, Record, benchmarks, gpu_memory, makespan, memory_range, seconds_range
 from coppice.planning.work import SizedJob, sized_jobs
 from coppice.records.layout import ResultsLayout
+from coppice.records.manifest import Manifest
+from coppice.records.metrics import Metrics
 from coppice.study import changes as study_changes
 from coppice.study import tree
 from coppice.study.loading import effective, load_study, read_yaml
@@ -172,19 +173,20 @@ def change(study: Study, nodes: Mapping[str, tree.Node], job: Job, results: Path
         return f"The study's {join_words(differing)} are others than in {path}." if differing else None
     if job.stage not in ("root", "tokenize", "compress", "recover", "evaluate"):
         return None  # Nothing but what they read, and the study, changes these.
-    recorded = read_json(path)
+    # A damaged record is an error of its own, and is not recomputed.
+    metrics = Metrics.read(path) if job.stage == "evaluate" else None
+    manifest = Manifest.read(path) if job.stage in ("root", "compress", "recover") else None
     try:
-        if job.stage == "tokenize":
-            study_changes.refuse_other_tokens(study, [job.kind], path.parents[1])
-        elif job.stage == "evaluate":
-            study_changes.refuse_other_evaluation(study, job.model, job.kind, recorded["options"], path)
-        else:
+        if metrics is not None:
+            study_changes.refuse_other_evaluation(study, job.model, job.kind, metrics.options, path)
+        elif manifest is not None:
             node = nodes[job.name]
-            study_changes.refuse_other_node(study, node, recorded, path, ResultsLayout(results).token_sets(node.model))
+            tokens = ResultsLayout(results).token_sets(node.model)
+            study_changes.refuse_other_node(study, node, manifest, path, tokens)
+        else:
+            study_changes.refuse_other_tokens(study, [job.kind], path.parents[1])
     except UserError as error:
         return str(error)
-    except (KeyError, TypeError):
-        return None  # Of a version that recorded less: the tables say so.
     return None
 
 

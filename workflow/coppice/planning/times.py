@@ -48,6 +48,22 @@ class Record(NamedTuple):
     expected: float
 
 
+class EstimatedCounts(NamedTuple):
+    """Parameters of a model; its blocks are taken to hold nothing but linears."""
+
+    total: float
+    blocks: float
+    decoder_linears: float
+
+
+class EstimatedSize(NamedTuple):
+    """What a manifest would say of a node's size."""
+
+    parameters: EstimatedCounts
+    dense: EstimatedCounts
+    stored_bytes: float
+
+
 def benchmarks(found: list[SizedJob], sizes: Mapping[str, Size | None], results: Path) -> dict[str, list[Record]]:
     """The benchmarks of the jobs by stage; of a job that ran twice, the last."""
     records: dict[str, list[Record]] = {}
@@ -123,17 +139,17 @@ def expected_memory(job: SizedJob, sizes: Mapping[str, Size | None]) -> float:
     """Bytes by `needs`; of a stage that loads no model, its libraries'."""
     if job.model is None or sizes[job.model] is None:
         return resources.LIBRARIES[job.stage]
-    return resources.expected_bytes(job.stage, likely_manifest(job.model, sizes), job.options)
+    return resources.expected_bytes(job.stage, likely_size(job.model, sizes), job.options)
 
 
-def likely_manifest(node: str, sizes: Mapping[str, Size | None]) -> dict[str, Any]:
-    """What `needs` reads of a node's manifest, by its size."""
+def likely_size(node: str, sizes: Mapping[str, Size | None]) -> EstimatedSize:
+    """What `planning.resources` reads of a node's manifest, by its size."""
     size, dense = sizes[node], sizes[NodeName(node).model]
-    return {
-        "parameters": {"total": size.parameters, "decoder_linears": size.linears},
-        "dense": {"total": dense.parameters, "blocks": dense.linears},
-        "stored_bytes": size.stored,
-    }
+    return EstimatedSize(
+        EstimatedCounts(size.parameters, size.linears, size.linears),
+        EstimatedCounts(dense.parameters, dense.linears, dense.linears),
+        size.stored,
+    )
 
 
 def memory_range(job: SizedJob, sizes: Mapping[str, Size | None], records: Mapping[str, list[Record]]) -> Range | None:
@@ -151,7 +167,7 @@ def gpu_memory(job: SizedJob, sizes: Mapping[str, Size | None]) -> float:
     """Bytes that a job holds on each of its GPUs at most, were all in float32; 0 where its model's size is unknown."""
     if job.operations is None or job.stage not in RUNS_MODELS:
         return 0.0
-    return resources.device_bytes(job.stage, likely_manifest(job.model, sizes), job.options) / max(job.gpus, 1)
+    return resources.device_bytes(job.stage, likely_size(job.model, sizes), job.options) / max(job.gpus, 1)
 
 
 def makespan(left: list[SizedJob], seconds: Mapping[str, float], machine: Mapping[str, Any]) -> float:

@@ -34,6 +34,11 @@ class ResultsLayout:
         """The losses along a recovery."""
         return self.checkpoint(node) / "curve.parquet"
 
+    @property
+    def nodes(self) -> list[str]:
+        """The nodes made so far."""
+        return sorted(path.parent.relative_to(self.models).as_posix() for path in self.models.rglob("manifest.json"))
+
     def token_sets(self, model: str) -> Path:
         """The folder of a model's token sets."""
         return self.root / "tokens" / model
@@ -52,6 +57,10 @@ class ResultsLayout:
 
     def metrics(self, node: str, evaluation: str) -> Path:
         return self.evaluation(node, evaluation) / "metrics.json"
+
+    def metrics_of(self, node: str) -> list[Path]:
+        """What the node's evaluations wrote so far; those of the nodes below lie deeper."""
+        return sorted((self.root / "evaluations" / node).glob("*/metrics.json"))
 
     def items(self, node: str, evaluation: str) -> Path:
         return self.evaluation(node, evaluation) / "items.parquet"
@@ -73,6 +82,11 @@ class ResultsLayout:
 
     def fit(self, name: str) -> Path:
         return self.law(name) / "fit.json"
+
+    @property
+    def fits(self) -> dict[str, Path]:
+        """The laws fitted so far, by name."""
+        return {path.parent.name: path for path in sorted(self.laws.glob("*/fit.json"))}
 
     @property
     def report(self) -> Path:

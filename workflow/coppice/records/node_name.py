@@ -29,6 +29,16 @@ class NodeName(str):
         return tuple(self.split("/")[1:])
 
     @property
+    def lineage(self) -> tuple[NodeName, ...]:
+        """The nodes from the dense model to this one."""
+        return (*self.parent.lineage, self) if self.parent else (self,)
+
+    @property
+    def last_part(self) -> str:
+        """The last part of the path: the step with the seed that may follow, or the dense model."""
+        return self.rpartition("/")[2]
+
+    @property
     def steps(self) -> tuple[str, ...]:
         """The names of the steps from the dense model to here, without seeds."""
         return tuple(part.partition("@")[0] for part in self.parts)

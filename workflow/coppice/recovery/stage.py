@@ -7,6 +7,7 @@ the same windows once. An interrupted run resumes from its saved state, with the
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import tempfile
 import time
@@ -20,6 +21,7 @@ from coppice.files import fingerprint, sha256
 from coppice.methods import training
 from coppice.methods.options import RecoverOptions
 from coppice.methods.registry import Method, method
+from coppice.records.manifest import Manifest, Provenance, RecoveryRecord, StepRecord
 from coppice.recovery import distributed
 
 if TYPE_CHECKING:
@@ -102,7 +104,7 @@ def run(arguments: argparse.Namespace) -> None:
     distributed.leave()
 
 
-def recover(recovery: Recovery, device: str = "cpu") -> dict[str, Any] | None:
+def recover(recovery: Recovery, device: str = "cpu") -> Manifest | None:
     """Trains the parent as the step says and writes the node. Returns its manifest.
 
     Of several processes (see `distributed`) that train it together, the first writes; the others return None.
@@ -113,6 +115,7 @@ def recover(recovery: Recovery, device: str = "cpu") -> dict[str, Any] | None:
     from coppice.compression.stage import refuse_impossible
     from coppice.data.windows import load_windows
     from coppice.models.checkpoint import load_model, read_manifest, save_checkpoint, stored_dtype
+    from coppice.records.curve import write_curve
 
     started = time.monotonic()
     step, seed = recovery.step, recovery.seed
@@ -120,7 +123,7 @@ def recover(recovery: Recovery, device: str = "cpu") -> dict[str, Any] | None:
     chosen = method(step["method"])
     options = chosen.validated(step["options"])
     assert isinstance(options, RecoverOptions)
-    refuse_impossible(step["name"], chosen, parent_manifest["marks"])
+    refuse_impossible(step["name"], chosen, parent_manifest.traits)
     windows, held_out = load_windows(recovery.tokens), load_windows(recovery.validation)
     _check_windows(windows, held_out, recovery.parent, options)
 
@@ -184,31 +187,32 @@ def recover(recovery: Recovery, device: str = "cpu") -> dict[str, Any] | None:
 
     with tempfile.TemporaryDirectory() as folder:
         curve = Path(folder) / "curve.parquet"
-        _write_curve(curve, progress, dense_loss)
-        manifest = {
-            "node": recovery.node,
-            "parent": parent_manifest["node"],
-            "step": {**step, "family": chosen.family},
-            "seed": seed,
-            "marks": sorted(chosen.traits(frozenset(parent_manifest["marks"]), options)),
-            **{key: parent_manifest[key] for key in ("source", "dense")},
-            "asked": options.model_dump(mode="json"),
-            "achieved": {"tokens": planned.tokens(progress.step)},
-            "layers": {},
-            "calibration": None,
-            "recovery": _recovery(planned, progress, chosen, windows, parent_manifest, requested),
-            "wall_seconds": time.monotonic() - started,
-        }
-        written = save_checkpoint(
+        write_curve(curve, ({**row, "dense_loss": dense_loss} for row in progress.rows))
+        provenance = Provenance(
+            node=recovery.node,
+            parent=parent_manifest.node,
+            step=StepRecord(name=step["name"], method=chosen.name, family=chosen.family, options=step["options"]),
+            seed=seed,
+            traits=sorted(chosen.traits(frozenset(parent_manifest.traits), options)),
+            source=parent_manifest.source,
+            requested=options.model_dump(mode="json"),
+            achieved={"tokens": planned.tokens(progress.step)},
+            layers={},
+            calibration=None,
+            recovery=recovery_record(planned, progress, chosen, windows, parent_manifest, requested),
+            wall_seconds=time.monotonic() - started,
+        )
+        manifest = save_checkpoint(
             model,
             recovery.output,
             recovery.parent,
-            manifest,
+            provenance,
             stored_dtype(recovery.parent),
+            parent_manifest.dense,
             extra_files={"curve.parquet": curve},
         )
     planned.state.remove()
-    return written
+    return manifest
 
 
 def _check_windows(windows: Windows, held_out: Windows, parent: Path, options: RecoverOptions) -> None:
@@ -220,9 +224,9 @@ def _check_windows(windows: Windows, held_out: Windows, parent: Path, options: R
 
     for use, used in (("training", windows), ("validation", held_out)):
         check_tokenizer(parent, used)
-        if used.manifest["length"] != options.length:
+        if used.manifest.length != options.length:
             raise UserError(
-                f"The {use} windows have {used.manifest['length']} tokens, but the step's length is {options.length}; "
+                f"The {use} windows have {used.manifest.length} tokens, but the step's length is {options.length}; "
                 "tokenize the text with that length."
             )
     limit = read_json(storage.ensure_local(parent / "config.json")).get("max_position_embeddings", options.length)
@@ -244,8 +248,8 @@ def _identity(
     recovery: Recovery,
     chosen: Method,
     options: RecoverOptions,
-    parent: Mapping[str, Any],
-    dense: Mapping[str, Any],
+    parent: Manifest,
+    dense: Manifest,
     windows: Windows,
     held_out: Windows,
 ) -> dict[str, Any]:
@@ -254,64 +258,39 @@ def _identity(
     On how many GPUs it ran is not part of it. Its code is every file of this package, of the method and of what
     methods share with the trainer.
     """
-    from coppice.laws.learning_curve import trends
+    from coppice.laws.learning_curve.trends import pays_too_little
 
     files = [*sorted(Path(__file__).parent.glob("*.py")), Path(training.__file__), *chosen.files]
     if options.stop_gain is not None:
-        files.append(Path(trends.__file__))
+        files.append(Path(inspect.getfile(pays_too_little)))
     return {
         "method": chosen.name,
         **{f"options.{key}": value for key, value in options.model_dump(mode="json", exclude={"gpus"}).items()},
         "seed": recovery.seed,
         "budgets": list(recovery.budgets),
-        "parent": parent["fingerprint"],
-        "dense": dense["fingerprint"],
-        "tokens": windows.manifest["fingerprint"],
-        "validation": held_out.manifest["fingerprint"],
+        "parent": parent.fingerprint,
+        "dense": dense.fingerprint,
+        "tokens": windows.manifest.fingerprint,
+        "validation": held_out.manifest.fingerprint,
         "code": fingerprint([sha256(file) for file in files]),
     }
 
 
-def _recovery(
-    planned: Run, progress: Progress, chosen: Method, windows: Windows, parent: Mapping[str, Any], requested: int
-) -> dict[str, Any]:
-    """The manifest's record of training.
-
-    tokens_total: with those of earlier recoveries on the path. budgets: the whole ladder, in tokens, also above where
-    training ended.
-    """
+def recovery_record(
+    planned: Run, progress: Progress, chosen: Method, windows: Windows, parent: Manifest, requested: int
+) -> RecoveryRecord:
+    """The manifest's record of training. budgets: the whole ladder, also above where training ended."""
     tokens = planned.tokens(progress.step)
-    before = parent["recovery"]["tokens_total"] if parent["recovery"] else 0
-    return {
-        "method": chosen.name,
-        "tokens": tokens,
-        "tokens_asked": requested,
-        "tokens_total": before + tokens,
-        "budgets": list(planned.budgets),
-        "steps": progress.step,
-        "stopped_early": progress.step < planned.schedule.steps,
-        "epochs": planned.schedule.order[: progress.step].size / len(windows.tokens),
-        "seconds": progress.seconds,
-        "precision": planned.precision,
-    }
-
-
-def _write_curve(path: Path, progress: Progress, dense_loss: float) -> None:
-    """One row for each measured loss, in nats per token. train_loss: the method's own loss since the row before."""
-    import pyarrow as pa
-    from pyarrow import parquet
-
-    schema = pa.schema(
-        [
-            ("step", pa.int64()),
-            ("tokens", pa.int64()),
-            ("train_loss", pa.float64()),
-            ("validation_loss", pa.float64()),
-            ("lr", pa.float64()),
-            ("seconds", pa.float64()),
-            ("budget", pa.bool_()),
-            ("dense_loss", pa.float64()),
-        ]
+    before = parent.recovery.tokens_total if parent.recovery else 0
+    return RecoveryRecord(
+        method=chosen.name,
+        tokens=tokens,
+        tokens_requested=requested,
+        tokens_total=before + tokens,
+        budgets=list(planned.budgets),
+        steps=progress.step,
+        stopped_early=progress.step < planned.schedule.steps,
+        epochs=planned.schedule.order[: progress.step].size / len(windows.tokens),
+        seconds=progress.seconds,
+        precision=planned.precision,
     )
-    rows = [{**row, "dense_loss": dense_loss} for row in progress.rows]
-    parquet.write_table(pa.Table.from_pylist(rows, schema), path)

@@ -130,7 +130,7 @@ def _node(study: Study, row: Row, by_name: dict[str, Row]) -> dict[str, Any]:
     parts = row["node"].split("/")
     names = ["/".join(parts[: length + 1]) for length in range(1, len(parts))]
     path = [by_name[name] for name in names if name in by_name]
-    same = ("node", "parent", "model", "recipe", "depth", "step", "method", "seed", "marks", "fingerprint")
+    same = ("node", "parent", "model", "recipe", "depth", "step", "method", "seed", "traits", "fingerprint")
     numbers = ("bits_per_weight", "bits_per_linear_weight", "rho", "rho_nonzero", "parameters")
     return {
         **{name: row[name] for name in same},

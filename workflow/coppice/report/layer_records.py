@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from coppice.files import read_json
 from coppice.records.layout import ResultsLayout
+from coppice.records.manifest import Manifest
 from coppice.results.schemas import Row
 
 Picture = dict[str, dict[str, float]]  # module -> title of a column -> value
@@ -33,16 +33,16 @@ def layer_records(rows: Iterable[Row], layout: ResultsLayout) -> dict[str, dict[
     """
     pictures: dict[str, Picture] = {}
     for row in sorted(rows, key=lambda row: row["depth"]):
-        manifest = read_json(layout.manifest(row["node"]))
+        manifest = Manifest.read(layout.manifest(row["node"]))
         pictures[row["node"]] = _picture(manifest, pictures.get(row["parent"], {}))
     return {node: _columns(picture) for node, picture in pictures.items() if any(picture.values())}
 
 
-def _picture(manifest: dict[str, Any], parent: Picture) -> Picture:
+def _picture(manifest: Manifest, parent: Picture) -> Picture:
     """The picture of a node from its manifest and the picture of its parent."""
-    if "units" in manifest["achieved"]:
-        return _blocks(manifest["achieved"])
-    own = {name.removeprefix("model."): _columns_of_record(record) for name, record in manifest["layers"].items()}
+    if "units" in manifest.achieved:
+        return _blocks(manifest.achieved)
+    own = {name.removeprefix("model."): _columns_of_record(record) for name, record in manifest.layers.items()}
     before = {
         name: {title: row[title] for title in row if title not in _ERRORS.values()} for name, row in parent.items()
     }

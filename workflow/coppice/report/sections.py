@@ -95,7 +95,7 @@ def _nodes_table(rows: list[Row], metrics: list[Row], comparisons: list[Row]) ->
         table.append(
             [
                 "\u2003" * row["depth"] + row["node"].rpartition("/")[2],
-                ", ".join(row["marks"]) or ("dense" if row["depth"] == 0 else ""),
+                ", ".join(row["traits"]) or ("dense" if row["depth"] == 0 else ""),
                 number(row["stored_bytes"] / 1e6),
                 f"{row['bits_per_weight']:.2f}",
                 f"{row['rho']:.1%}",

@@ -10,7 +10,6 @@ from typing import Any
 
 from coppice import storage
 from coppice.errors import UserError, did_you_mean
-from coppice.files import read_json
 from coppice.formatting import (
     INTERVALS,
     format_table,
@@ -22,10 +21,13 @@ from coppice.formatting import (
     wrapped,
 )
 from coppice.records.layout import ResultsLayout
+from coppice.records.manifest import Manifest
+from coppice.records.metrics import Metrics
 from coppice.records.node_name import NodeName
 from coppice.report.view import format_metric
-from coppice.results.collection import curve_rows, measured_rows, recovery_losses
-from coppice.results.failures import last_words, without_output
+from coppice.results.failures import FailedJob, failed_jobs, final_error
+from coppice.results.measurements import Measurements, rows_of
+from coppice.results.nodes import curve_rows, recovery_losses
 from coppice.results.reading import read_table
 from coppice.results.schemas import Row
 
@@ -51,11 +53,12 @@ def show(results: Path, pattern: str) -> str:
     results = Path(results)
     if not results.is_dir():
         raise UserError(f"{results} is not a folder; give the folder of a study's results with --results.")
-    complete, missing = complete_nodes(results), list(without_output(results))
+    layout = ResultsLayout(results)
+    complete, missing = layout.nodes, list(failed_jobs(layout))
     name = NodeName(match_node(pattern.strip("/"), known_nodes(complete, missing)))
     lines = [str(name), *failure_lines([(stage, log) for node, stage, log in missing if node == name])]
     if name in complete:
-        manifests = {node: manifest_of(results, node) for node in lineage(name)}
+        manifests = {node: Manifest.read(layout.manifest(node)) for node in name.lineage}
         columns = [name, *dict.fromkeys(node for node in (name.parent, name.model) if node not in (None, name))]
         sections = (
             recipe_lines(manifests),
@@ -75,24 +78,19 @@ def show(results: Path, pattern: str) -> str:
 # Names
 
 
-def complete_nodes(results: Path) -> list[str]:
-    """The nodes that have a checkpoint."""
-    models = ResultsLayout(results).models
-    return sorted(path.parent.relative_to(models).as_posix() for path in models.rglob("manifest.json"))
-
-
-def known_nodes(complete: list[str], missing: list[tuple[str, str, Path]]) -> list[str]:
+def known_nodes(complete: list[str], missing: list[FailedJob]) -> list[str]:
     """The nodes that have a checkpoint, or the log of a job without output."""
     return sorted({*complete, *(node for node, _, _ in missing)})
 
 
 def complete_node(results: Path, pattern: str) -> str:
     """The node that matches (see `match_node`). Raises UserError where it has no checkpoint, with what failed."""
-    complete, missing = complete_nodes(results), list(without_output(results))
+    layout = ResultsLayout(results)
+    complete, missing = layout.nodes, list(failed_jobs(layout))
     name = match_node(pattern.strip("/"), known_nodes(complete, missing))
     if name in complete:
         return name
-    failed = [f"{stage} ({last_words(log)}), by {log}" for node, stage, log in missing if node == name]
+    failed = [f"{stage} ({final_error(log)}), by {log}" for node, stage, log in missing if node == name]
     raise UserError(f"The node {name!r} has no checkpoint: {join_words(failed)}. Fix that and run the study again.")
 
 
@@ -118,16 +116,6 @@ def match_node(pattern: str, known: list[str]) -> str:
     raise UserError(f"There is no node {pattern!r}.{hint}")
 
 
-def lineage(name: str) -> list[str]:
-    """The nodes on the path to the node, the dense model first, and the node."""
-    parts = name.split("/")
-    return ["/".join(parts[: count + 1]) for count in range(len(parts))]
-
-
-def manifest_of(results: Path, node: str) -> dict[str, Any]:
-    return read_json(ResultsLayout(results).manifest(node))
-
-
 # Sections
 
 
@@ -135,28 +123,30 @@ def failure_lines(missing: list[tuple[str, Path]]) -> list[str]:
     """Jobs that failed or are running, and the last lines of their logs."""
     lines: list[str] = []
     for stage, log in missing:
-        lines += ["", *wrapped(f"MISSING: {stage} ({last_words(log)}), by {log}:")]
+        lines += ["", *wrapped(f"MISSING: {stage} ({final_error(log)}), by {log}:")]
         text = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
         for line in text[-LOG_LINES:]:
             lines += wrapped(line, "  ")
     return lines
 
 
-def recipe_lines(manifests: dict[str, dict[str, Any]]) -> list[str]:
+def recipe_lines(manifests: dict[str, Manifest]) -> list[str]:
     """Each step with its options."""
     lines = ["Recipe"]
     for name, manifest in manifests.items():
-        step = manifest["step"]
+        step = manifest.step
         if step is None:
-            source = ", ".join(f"{key} {value}" for key, value in manifest["source"].items() if value is not None)
+            source = ", ".join(
+                f"{key} {value}" for key, value in manifest.source.model_dump().items() if value is not None
+            )
             lines += wrapped(f"{name}: dense ({source})", "  ")
             continue
         options = ", ".join(
-            f"{key} {format_setting(value)}" for key, value in step["options"].items() if value is not None
+            f"{key} {format_setting(value)}" for key, value in step.options.items() if value is not None
         )
-        seed = f", seed {manifest['seed']}"
-        own = name.rpartition("/")[2]
-        lines += wrapped(f"{own}: {step['family']} by {step['method']} ({options or 'no options'}{seed})", "  ")
+        seed = f", seed {manifest.seed}"
+        own = NodeName(name).last_part
+        lines += wrapped(f"{own}: {step.family} by {step.method} ({options or 'no options'}{seed})", "  ")
     return lines
 
 
@@ -175,16 +165,16 @@ def format_setting(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def size_lines(manifests: dict[str, dict[str, Any]], nodes: list[str]) -> list[str]:
+def size_lines(manifests: dict[str, Manifest], nodes: list[str]) -> list[str]:
     """The sizes of the node, its parent and its dense model."""
     shown = [manifests[name] for name in nodes]
     rows = {
-        "parameters": [human_count(entry["parameters"]["total"]) for entry in shown],
-        "of which nonzero": [human_count(entry["parameters"]["nonzero"]) for entry in shown],
-        "removed": [f"{entry['rho']:.1%}" for entry in shown],
-        "stored MB": [number(entry["stored_bytes"] / 1e6) for entry in shown],
-        "bits per weight": [f"{entry['bits_per_weight']:.2f}" for entry in shown],
-        "bits per weight of the linears": [f"{entry['bits_per_linear_weight']:.2f}" for entry in shown],
+        "parameters": [human_count(entry.parameters.total) for entry in shown],
+        "of which nonzero": [human_count(entry.parameters.nonzero) for entry in shown],
+        "removed": [f"{entry.rho:.1%}" for entry in shown],
+        "stored MB": [number(entry.stored_bytes / 1e6) for entry in shown],
+        "bits per weight": [f"{entry.bits_per_weight:.2f}" for entry in shown],
+        "bits per weight of the linears": [f"{entry.bits_per_linear_weight:.2f}" for entry in shown],
     }
     return format_table([["Size", *titles(nodes)], *([title, *cells] for title, cells in rows.items())])
 
@@ -197,17 +187,17 @@ def titles(nodes: list[str]) -> list[str]:
 
 def metrics_of(results: Path, node: str) -> dict[tuple[str, str], Row]:
     """The metrics of a node, by evaluation and metric."""
-    rows = [row for path in evaluations_of(results, node) for row in _measured(node, path)["metrics"]]
+    rows = [row for path in evaluations_of(results, node) for row in _measurements(node, path).metrics]
     return {(row["evaluation"], row["metric"]): row for row in rows}
 
 
 def evaluations_of(results: Path, node: str) -> list[Path]:
-    """The folders of a node's evaluations; those of nodes below lie deeper."""
-    return sorted(path.parent for path in (results / "evaluations" / node).glob("*/metrics.json"))
+    """The folders of a node's evaluations."""
+    return [path.parent for path in ResultsLayout(results).metrics_of(node)]
 
 
-def _measured(node: str, folder: Path) -> dict[str, list[Row]]:
-    return measured_rows(None, node, folder.name, folder / "metrics.json")
+def _measurements(node: str, folder: Path) -> Measurements:
+    return rows_of(Metrics.read(folder / "metrics.json"), node, folder.name)
 
 
 def quality_lines(results: Path, nodes: list[str]) -> list[str]:
@@ -224,11 +214,12 @@ def quality_lines(results: Path, nodes: list[str]) -> list[str]:
 
 def comparison_lines(results: Path, name: str) -> list[str]:
     """The paired tests against the parent and the dense model; empty before there are tables."""
-    if not ResultsLayout(results).table("comparisons").exists():
+    layout = ResultsLayout(results)
+    if not layout.table("comparisons").exists():
         return []
     rows = [
         row
-        for row in read_table(ResultsLayout(results).tables, "comparisons").to_pylist()
+        for row in read_table(layout.tables, "comparisons").to_pylist()
         # The dense model may be the parent, whose tests are printed once.
         if row["node"] == name and row["relation"] == ("dense" if row["other"] == NodeName(name).model else "parent")
     ]
@@ -260,20 +251,20 @@ def p_value(p: float) -> str:
     return "p < 0.001" if p < 1e-3 else f"p {number(p, 2)}"
 
 
-def recovery_lines(results: Path, name: str, manifest: dict[str, Any]) -> list[str]:
+def recovery_lines(results: Path, name: str, manifest: Manifest) -> list[str]:
     """Tokens, the recovered share of the loss, and the held-out loss along them."""
     curve = storage.ensure_local(ResultsLayout(results).curve(name))
-    if not curve.exists():
+    recovery = manifest.recovery
+    if recovery is None or not curve.exists():
         return []
     rows = [row for row in curve_rows(name, curve) if row["split"] == "validation"]
-    losses, recovery = recovery_losses(rows), manifest["recovery"]
+    losses = recovery_losses(rows)
     share = losses["recovered_share"]
     regained = "" if share is None else f", {share:.0%} of the loss increase regained"
-    # Nodes of earlier versions lack the field, since no recovery stopped early then.
-    early = ", stopped early" if recovery.get("stopped_early") else ""
+    early = ", stopped early" if recovery.stopped_early else ""
     text = (
-        f"Recovery: {human_count(recovery['tokens'])} tokens ({recovery['epochs']:.2g} epochs) in "
-        f"{recovery['steps']} steps{early}, {number(recovery['seconds'])} s{regained}."
+        f"Recovery: {human_count(recovery.tokens)} tokens ({recovery.epochs:.2g} epochs) in "
+        f"{recovery.steps} steps{early}, {number(recovery.seconds)} s{regained}."
     )
     shown = rows[:: -(-len(rows) // POINTS)]
     shown = shown if shown[-1] is rows[-1] else [*shown, rows[-1]]
@@ -284,9 +275,9 @@ def recovery_lines(results: Path, name: str, manifest: dict[str, Any]) -> list[s
     return [*wrapped(text), *format_table(table)]
 
 
-def layer_lines(manifest: dict[str, Any]) -> list[str]:
+def layer_lines(manifest: Manifest) -> list[str]:
     """Minimum, median and maximum of the step's per-layer records, and the layers with the largest error."""
-    layers = manifest["layers"]
+    layers = manifest.layers
     columns = dict.fromkeys(
         key
         for entry in layers.values()
@@ -319,9 +310,9 @@ def format_value(value: float) -> str:
     return f"{value:.0f}" if value == int(value) and abs(value) < 1e6 else number(value)
 
 
-def achieved_lines(manifest: dict[str, Any]) -> list[str]:
+def achieved_lines(manifest: Manifest) -> list[str]:
     """Units that a step removed from the whole model."""
-    units = manifest["achieved"].get("units", {})
+    units = manifest.achieved.get("units", {})
     cut = [
         f"{entry['removed']} of {entry['of']} {kind.replace('_', ' ')}{'' if kind == 'blocks' else ' of each block'}"
         for kind, entry in units.items()
@@ -330,11 +321,12 @@ def achieved_lines(manifest: dict[str, Any]) -> list[str]:
     return wrapped(f"Removed: {join_words(cut)}.") if cut else []
 
 
-def cost_lines(results: Path, name: str, manifest: dict[str, Any]) -> list[str]:
+def cost_lines(results: Path, name: str, manifest: Manifest) -> list[str]:
     """The time and memory of computing the node, and its measured costs."""
-    gigabytes = number(manifest["peak_memory_bytes"] / 1e9)
-    lines = wrapped(f"Computed in {number(manifest['wall_seconds'])} s, peak memory {gigabytes} GB.")
-    rows = [row for path in evaluations_of(results, name) for row in _measured(name, path)["costs"]]
+    memory = manifest.peak_memory_bytes
+    peak = "" if memory is None else f", peak memory {number(memory / 1e9)} GB"
+    lines = wrapped(f"Computed in {number(manifest.wall_seconds)} s{peak}.")
+    rows = [row for path in evaluations_of(results, name) for row in _measurements(name, path).costs]
     for row in rows:
         megabytes = row["unit"] == "bytes"
         scale, unit = (1e6, "MB") if megabytes else (1, row["unit"])
@@ -361,11 +353,12 @@ def place_lines(results: Path, name: str, complete: list[str]) -> list[str]:
 
 def _logs(results: Path, name: str) -> Iterator[str]:
     """The logs of the node and of its evaluations."""
+    layout = ResultsLayout(results)
     for stage in ("root", "compress", "recover"):
-        log = ResultsLayout(results).log(stage, name)
+        log = layout.log(stage, name)
         if log.exists():
             yield str(log)
     for folder in evaluations_of(results, name):
-        log = ResultsLayout(results).log("evaluate", f"{name}/{folder.name}")
+        log = layout.log("evaluate", f"{name}/{folder.name}")
         if log.exists():
             yield str(log)

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from coppice.decisions.stage import overview
-from coppice.files import atomic_write, read_json
+from coppice.files import atomic_write
 from coppice.plotting import svg
+from coppice.records.fit import FitRecord
 from coppice.records.layout import ResultsLayout
 from coppice.report.assembly import assemble
 from coppice.report.data import as_json, page_data
@@ -36,7 +37,7 @@ def write_report(study: Study, results: Path, output: Path) -> None:
     """Writes the figures and, last, index.html. Raises UserError when the tables are missing."""
     layout = ResultsLayout(results)
     tables = {name: read_table(layout.tables, name).to_pylist() for name in SCHEMAS if name != "items"}
-    fits = {path.parent.name: read_json(path) for path in sorted(layout.laws.glob("*/fit.json"))}
+    fits = {name: FitRecord.read(path).to_json() for name, path in layout.fits.items()}
     runs = {row["node"] for row in tables["curves"]}
     lines = {name: law_lines(fit, layout.law(name), runs) for name, fit in fits.items()}
     data = page_data(study, layout, tables, fits, lines)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 from coppice.decisions.fitted import refusal
 from coppice.decisions.stage import answer_lines, overview
-from coppice.files import read_json
-from coppice.formatting import INTERVALS, format_table, held_out_sentence, number, target_of, wrapped
+from coppice.formatting import INTERVALS, format_table, number, wrapped
+from coppice.records.fit import FitRecord
 from coppice.records.layout import ResultsLayout
 from coppice.report.view import comparisons_note, format_metric, indistinct_from_next, perplexities, scores
 from coppice.results.reading import read_table
@@ -32,8 +31,8 @@ def summary(results: Path) -> str:
     lines = [_heading(results, tables), "", *_node_lines(tables["nodes"], tables["metrics"], tables["comparisons"])]
     for row in tables["failures"]:
         lines += ["", *wrapped(f"FAILED {row['node'] or row['stage']}: {row['error']} (log: {results / row['log']})")]
-    for path in sorted(layout.laws.glob("*/fit.json")):
-        lines += ["", *law_lines(path.parent.name, read_json(path))]
+    for name, path in layout.fits.items():
+        lines += ["", *law_lines(name, FitRecord.read(path))]
     lines += decision_lines(results, tables)
     lines += [
         "",
@@ -86,44 +85,44 @@ def _node_lines(nodes: list[Row], metrics: list[Row], comparisons: list[Row]) ->
     return format_table(table) + ([""] if notes else []) + notes
 
 
-def law_lines(name: str, fit: dict[str, Any]) -> list[str]:
+def law_lines(name: str, fit: FitRecord) -> list[str]:
     """A law: its formula, the parameters that the points identify, its errors, and its recommendations."""
-    target, unit = target_of(fit)
-    rmse = fit["metrics"].get("rmse")
-    r2 = fit["metrics"].get("r2")
-    facts = [f"{fit['points']} points of {fit['runs']} runs"]
+    target, unit = fit.target_and_unit
+    rmse = fit.metrics.get("rmse")
+    r2 = fit.metrics.get("r2")
+    facts = [f"{fit.points} points of {fit.runs} runs"]
     facts += [] if r2 is None else [f"R2 {r2:.4f}"]
     facts += [] if rmse is None else [f"rmse {number(rmse)} {unit}".rstrip()]
-    facts += ["passes its own tests"] if fit.get("passes", {}).get("ok") else []
-    lines = [*wrapped(f"Law {name}: {', '.join(facts)}"), *wrapped(fit["source"]["equation"], "  ")]
-    known = {key: value for key, value in fit["parameters"].items() if value["identified"]}
+    facts += ["passes its own tests"] if fit.passes is not None and fit.passes.ok else []
+    lines = [*wrapped(f"Law {name}: {', '.join(facts)}"), *wrapped(fit.source["equation"], "  ")]
+    known = {key: value for key, value in fit.parameters.items() if value.identified}
     for key, value in known.items():
-        between = "" if value["low"] is None else f"   [{number(value['low'])}, {number(value['high'])}]"
-        # At a bound the interval is that of the search. Fits of earlier versions lack the field.
-        between = "   at its bound" if value.get("at_bound") else between
-        lines.append(f"  {key:<8}{number(value['value']):>10}{between}")
-    if unknown := [key for key in fit["parameters"] if key not in known]:
+        between = "" if value.low is None else f"   [{number(value.low)}, {number(value.high)}]"
+        # At a bound the interval is that of the search.
+        between = "   at its bound" if value.at_bound else between
+        lines.append(f"  {key:<8}{number(value.value):>10}{between}")
+    if unknown := [key for key in fit.parameters if key not in known]:
         lines += wrapped(f"Not identified by these points: {', '.join(unknown)}.", "  ")
-    for test, errors in fit["held_out"].items():
-        error = held_out_sentence(errors[fit["law"]], target, unit)
-        lines += wrapped(f"Held out, {test.replace('_', ' ')}: {error}{_best_form(fit, test)}", "  ")
+    for test, error in fit.own_errors.items():
+        sentence = error.sentence(target, unit)
+        lines += wrapped(f"Held out, {test.replace('_', ' ')}: {sentence}{_best_form(fit, test)}", "  ")
     reason = refusal(name, fit)
-    for sentence in [entry["sentence"] for entry in fit["recommendation"]] if reason is None else [reason]:
+    for sentence in [str(entry["sentence"]) for entry in fit.recommendation] if reason is None else [reason]:
         lines += wrapped(sentence, "  ")
-    for note in fit["notes"]:
+    for note in fit.notes:
         lines += wrapped(note, "  ")
     return lines
 
 
-def _best_form(fit: dict[str, Any], test: str) -> str:
+def _best_form(fit: FitRecord, test: str) -> str:
     """The form with the lowest error in a test; empty without rivals."""
-    ranks = fit["ranking"].get(test, [])
+    ranks = fit.ranking.get(test, [])
     if len(ranks) < 2:
         return ""
-    best = ranks[0]["form"]
-    if best == fit["law"]:
+    best = ranks[0].form
+    if best == fit.law:
         return f" Best of {len(ranks)} forms."
-    return f" Best of {len(ranks)} forms: {best.replace('_', ' ')}, rmse {number(ranks[0]['rmse'])}."
+    return f" Best of {len(ranks)} forms: {best.replace('_', ' ')}, rmse {number(ranks[0].rmse)}."
 
 
 def decision_lines(results: Path, tables: dict[str, list[Row]]) -> list[str]:

@@ -1,11 +1,12 @@
 """Which nodes differ: pairs of nodes item by item, and nodes that differ in the seed of their recovery only.
 
-Two nodes are told apart on a measure where a paired bootstrap over the items that they share says so, adjusted by Holm
-for all pairs compared on that measure, and where both were recovered with three seeds or more, their difference is also
-more than 2 sqrt(variance of one over its seeds + that of the other) (Madaan et al., arXiv 2406.10229).
+Two nodes are significantly different on a measure where a paired bootstrap over the items that they share says so,
+adjusted by Holm for all pairs compared on that measure. Where both were recovered with three seeds or more, their
+difference must also be more than 2 sqrt(variance of one over its seeds + that of the other) (Madaan et al., arXiv
+2406.10229).
 
-Right answers that became wrong ones are told by a table of flips and McNemar's exact test: an unchanged accuracy can
-hide many (Eureka, arXiv 2409.10566).
+A table of flips and McNemar's exact test count right answers that became wrong ones: an unchanged accuracy can hide
+many (Eureka, arXiv 2409.10566).
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from coppice.records.node_name import NodeName
+from coppice.results.schemas import Row
 from coppice.uncertainty import (
     deviation_interval,
     flip_table,
@@ -31,11 +33,10 @@ from coppice.uncertainty import (
     signal_to_noise,
 )
 
-Row = dict[str, Any]
 Pair = tuple[str, str]
 Measure = tuple[str, str, str]  # evaluation, task or protocol, name
 
-LEVEL = 0.05  # the share of measures on which any pair that does not differ is told apart by chance
+LEVEL = 0.05  # share of the measures on which some pair that does not differ is called different by chance
 RESAMPLES = 2000
 
 # Of each measure: its unit, and 1 where more is better, else -1.
@@ -73,7 +74,7 @@ def compare(nodes: Iterable[Row], items: Iterable[pa.Table], protocols: Mapping[
 
 
 def node_scores(table: pa.Table, protocols: Mapping[str, Collection[str]]) -> Iterable[tuple[tuple[str, ...], Scores]]:
-    """((node, evaluation, task, measure), scores) of all that one node's items of one evaluation tell.
+    """((node, evaluation, task, measure), scores) of all that one node's items of one evaluation allow.
 
     accuracy: 1 where an item was answered rightly; log_probability: ln p of its right choice, where it has one;
     loss: the negative log-likelihood of a document, by its tokens.
@@ -108,18 +109,18 @@ def _measure_rows(measure: Measure, scores: Mapping[str, Scores], nodes: list[Ro
     """The rows of one evaluation, task and measure."""
     evaluation, task, name = measure
     unit, better = MEASURES[name]
-    wanted = [
+    compared = [
         (relation, node, other)
-        for relation, node, other in relations(nodes, {node: better * found.mean for node, found in scores.items()})
+        for relation, node, other in relations(nodes, {node: better * score.mean for node, score in scores.items()})
         if scores[node].items == scores[other].items
     ]
-    tests = _tests(sorted({_canonical(node, other) for _, node, other in wanted}), scores)
+    tests = _tests(sorted({_canonical(node, other) for _, node, other in compared}), scores)
     adjusted = dict(zip(tests, holm(np.array([test["p_value"] for test in tests.values()])), strict=True))
     variances = _seed_variances(scores)
     rows = []
-    for relation, node, other in wanted:
+    for relation, node, other in compared:
         pair = _canonical(node, other)
-        test = tests[pair] if pair == (node, other) else _turned(tests[pair])
+        test = tests[pair] if pair == (node, other) else _reversed(tests[pair])
         seeds = [variances[one] for one in pair if one in variances]
         noise = 2 * math.sqrt(sum(seeds)) if len(seeds) == 2 else 0.0
         row = {
@@ -151,36 +152,36 @@ def relations(nodes: list[Row], goodness: Mapping[str, float]) -> list[tuple[str
     """(relation, node, other) of the nodes that have a `goodness` (more is better): to the dense model, to the parent,
     and to the next better node of the same dense model, where equals stand in order of their names."""
     measured = [row for row in nodes if row["node"] in goodness]
-    found = [("dense", row["node"], row["model"]) for row in measured if row["node"] != row["model"]]
-    found += [("parent", row["node"], row["parent"]) for row in measured if row["parent"]]
+    pairs = [("dense", row["node"], row["model"]) for row in measured if row["node"] != row["model"]]
+    pairs += [("parent", row["node"], row["parent"]) for row in measured if row["parent"]]
     ranked = sorted((row["model"], -goodness[row["node"]], row["node"]) for row in measured)
     for (model, _, better), (other_model, _, worse) in pairwise(ranked):
         if model == other_model:
-            found.append(("next", worse, better))
-    return [relation for relation in found if relation[2] in goodness]
+            pairs.append(("next", worse, better))
+    return [pair for pair in pairs if pair[2] in goodness]
 
 
 def _canonical(node: str, other: str) -> Pair:
     return (node, other) if node < other else (other, node)
 
 
-def _turned(test: Row) -> Row:
+def _reversed(test: Row) -> Row:
     """The test of a pair the other way round."""
     return test | {"difference": 0.0 - test["difference"], "low": 0.0 - test["high"], "high": 0.0 - test["low"]}
 
 
 def _tests(pairs: list[Pair], scores: Mapping[str, Scores]) -> dict[Pair, Row]:
     """Difference, error, interval and p value of each pair; all pairs over the same items see the same resamples."""
-    found = {}
+    tests = {}
     by_items: dict[bytes, list[Pair]] = {}
     for pair in pairs:
         by_items.setdefault(scores[pair[0]].items, []).append(pair)
-    for alike in by_items.values():
-        differences = np.column_stack([scores[node].values - scores[other].values for node, other in alike])
-        weights = scores[alike[0][0]].weights
+    for shared in by_items.values():
+        differences = np.column_stack([scores[node].values - scores[other].values for node, other in shared])
+        weights = scores[shared[0][0]].weights
         drawn = paired_bootstrap(differences, weights, RESAMPLES)
-        for place, pair in enumerate(alike):
-            found[pair] = {
+        for place, pair in enumerate(shared):
+            tests[pair] = {
                 "difference": float(drawn.difference[place]),
                 "stderr": float(drawn.stderr[place]),
                 "low": float(drawn.low[place]),
@@ -188,7 +189,7 @@ def _tests(pairs: list[Pair], scores: Mapping[str, Scores]) -> dict[Pair, Row]:
                 "n": len(weights),
                 "p_value": float(drawn.p_value[place]),
             }
-    return found
+    return tests
 
 
 def _seed_variances(scores: Mapping[str, Scores]) -> dict[str, float]:
@@ -205,16 +206,11 @@ def _seed_variances(scores: Mapping[str, Scores]) -> dict[str, float]:
     return variances
 
 
-def without_seeds(node: str) -> str:
-    """A node's path without the seeds that its steps were trained with."""
-    return "/".join(part.partition("@")[0] for part in node.split("/"))
-
-
 def seed_groups(nodes: Iterable[str]) -> dict[str, list[str]]:
     """Nodes by their paths without seeds."""
     groups: dict[str, list[str]] = {}
     for node in sorted(nodes):
-        groups.setdefault(without_seeds(node), []).append(node)
+        groups.setdefault(NodeName(node).with_study_seed, []).append(node)
     return groups
 
 
@@ -227,12 +223,12 @@ def _metric_signals(metrics: Iterable[Row]) -> list[Row]:
     by_metric: dict[Pair, dict[str, Row]] = {}
     for row in metrics:
         by_metric.setdefault((row["evaluation"], row["metric"]), {})[row["node"]] = row
-    found = []
+    signal_rows = []
     for (evaluation, metric), rows in by_metric.items():
         for group, nodes in seed_groups(rows).items():
             if len(nodes) > 1:
                 errors = [rows[node]["stderr"] for node in nodes]
-                found.append(
+                signal_rows.append(
                     {
                         "group": group,
                         "evaluation": evaluation,
@@ -242,7 +238,7 @@ def _metric_signals(metrics: Iterable[Row]) -> list[Row]:
                         "unit": rows[nodes[0]]["unit"],
                     }
                 )
-    return found
+    return signal_rows
 
 
 def _over_seeds(values: list[float]) -> Row:
@@ -264,12 +260,12 @@ def _curve_signals(curves: Iterable[Row]) -> list[Row]:
     for row in sorted(curves, key=lambda row: row["tokens"]):
         if row["split"] == "validation":
             runs.setdefault(row["node"], {})[row["tokens"]] = row["loss"]
-    found = []
+    signal_rows = []
     for group, nodes in seed_groups(runs).items():
         losses = [np.array(list(runs[node].values())) for node in nodes]
         steady = [monotonicity(-loss) for loss in losses]
         row = {"group": group, "evaluation": None, "item_stderr": None}
-        entries = [("validation_loss_monotonicity", _several(steady), "correlation")]
+        entries = [("validation_loss_monotonicity", _over_one_or_more(steady), "correlation")]
         if len(nodes) > 1:
             entries.append(("validation_loss", _over_seeds([loss[-1] for loss in losses]), "nats/token"))
             # A rung of the ladder is reached at the end of a step, so that seeds differ by some tokens.
@@ -278,10 +274,10 @@ def _curve_signals(curves: Iterable[Row]) -> list[Row]:
                 deviation = seed_deviation(np.array([losses[:shared] for losses in rungs]))
                 averaged = {"mean": deviation, "seeds": len(nodes)}
                 entries.append(("validation_loss_seed_deviation", averaged, "nats/token"))
-        found += [row | {"metric": metric, **values, "unit": unit} for metric, values, unit in entries]
-    return found
+        signal_rows += [row | {"metric": metric, **values, "unit": unit} for metric, values, unit in entries]
+    return signal_rows
 
 
-def _several(values: list[float]) -> Row:
+def _over_one_or_more(values: list[float]) -> Row:
     """As `_over_seeds`; the mean alone of a single seed."""
     return _over_seeds(values) if len(values) > 1 else {"mean": values[0], "seeds": 1}

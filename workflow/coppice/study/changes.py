@@ -15,9 +15,11 @@ from pydantic import BaseModel, ValidationError
 
 from coppice import storage
 from coppice.errors import UserError
-from coppice.files import read_json, sha256
-from coppice.methods.options import RecoverOptions
+from coppice.files import sha256
+from coppice.methods.options import MethodOptions, RecoverOptions
 from coppice.models.sources import locate
+from coppice.records.manifest import Manifest, RecoveryRecord, StepRecord
+from coppice.records.tokens import TokenSet
 from coppice.study import tree
 from coppice.study.schema import FileText, HubModel, Study
 from coppice.study.schema.steps import current_method, current_options
@@ -27,7 +29,7 @@ from coppice.study.tree import calibration_of
 WITHOUT_EFFECT = frozenset({"gpus"})
 
 
-def refuse_other_node(study: Study, node: tree.Node, manifest: Mapping[str, Any], path: Path, tokens: Path) -> None:
+def refuse_other_node(study: Study, node: tree.Node, manifest: Manifest, path: Path, tokens: Path) -> None:
     """Raises UserError where the manifest at `path` is of another model, method, seed or option than the study's.
 
     It also raises where a step was calibrated on other tokens than those of its calibration, or trained with other
@@ -39,19 +41,26 @@ def refuse_other_node(study: Study, node: tree.Node, manifest: Mapping[str, Any]
     """
     if node.step is None:
         model = study.models[node.model]
-        of, was, now = f"model {node.model!r}", dict(manifest["source"]), model.model_dump(mode="json")
+        of, was, now = f"model {node.model!r}", manifest.source.model_dump(), model.model_dump(mode="json")
         if not isinstance(model, HubModel):
-            _add_files(was, now, manifest.get("source_files", {}), locate(now))
+            _add_files(was, now, manifest.source_files, locate(now))
     else:
-        step, recorded = study.steps[node.step], manifest["step"]
+        step, recorded = study.steps[node.step], manifest.step
         of, now = f"step {node.step!r}", {"method": step.method, **step.options.model_dump(mode="json")}
-        options = current_options(recorded["options"], type(step.options))
-        was = {"method": current_method(recorded["method"]), **_add_defaults(type(step.options), options)}
-        if manifest["calibration"]:
-            _add_calibration(was, now, calibration_of(study, node.step), manifest["calibration"], tokens)
-        if recorded["family"] == "recover":
-            _add_budgets(was, now, study.budgets, manifest["recovery"])
-    _refuse(f"The node {node.name!r}", of, {**was, "seed": manifest["seed"]}, {**now, "seed": node.seed}, path)
+        was = _recorded_step(recorded, type(step.options)) if recorded else {}
+        if manifest.calibration:
+            _add_calibration(was, now, calibration_of(study, node.step), manifest.calibration, tokens)
+        if recorded and recorded.family == "recover" and manifest.recovery:
+            _add_budgets(was, now, study.budgets, manifest.recovery)
+    _refuse(f"The node {node.name!r}", of, {**was, "seed": manifest.seed}, {**now, "seed": node.seed}, path)
+
+
+def _recorded_step(recorded: StepRecord, options: type[MethodOptions]) -> dict[str, Any]:
+    """The method and the options of a recorded step, under the names of this version."""
+    return {
+        "method": current_method(recorded.method),
+        **_add_defaults(options, current_options(recorded.options, options)),
+    }
 
 
 def refuse_other_evaluation(study: Study, node: str, name: str, recorded: Mapping[str, Any], path: Path) -> None:
@@ -81,20 +90,20 @@ def refuse_other_tokens(study: Study, uses: Iterable[str], tokens: Path) -> None
     for use in uses:
         path = tokens / use / "manifest.json"
         if path.is_file():
-            _refuse_other_token_set(study, use, read_json(path), path)
+            _refuse_other_token_set(study, use, TokenSet.read(path), path)
 
 
-def _refuse_other_token_set(study: Study, use: str, manifest: Mapping[str, Any], path: Path) -> None:
+def _refuse_other_token_set(study: Study, use: str, manifest: TokenSet, path: Path) -> None:
     name = _text_name(study, use)
     text = study.texts[name]
     of, now = f"text {name!r}", text.model_dump(mode="json")
-    was = _add_defaults(type(text), manifest["text"])
-    if isinstance(text, FileText) and "text_sha256" in manifest:
-        _add_files(was, now, {Path(text.path).name: manifest["text_sha256"]}, Path(text.path).parent)
+    was = _add_defaults(type(text), manifest.text)
+    if isinstance(text, FileText) and manifest.text_sha256 is not None:
+        _add_files(was, now, {Path(text.path).name: manifest.text_sha256}, Path(text.path).parent)
     kind, _, owner = use.partition(".")
     if kind == "calibration":
         of = f"calibration {owner!r} or its {of}"
-        was |= {"windows": manifest["windows"], "length": manifest["length"], "pack": manifest["packed"]}
+        was |= {"windows": manifest.windows, "length": manifest.length, "pack": manifest.packed}
         now |= study.calibrations[owner].model_dump(mode="json", exclude={"text"})
     _refuse(f"The token set {use!r}", of, was, now, path)
 
@@ -122,17 +131,17 @@ def _add_calibration(
     if path.is_file():
         key = f"tokens of calibration {name!r}"
         was[key] = ", ".join(sorted({fingerprint[:12] for fingerprint in recorded.values()}))
-        now[key] = read_json(path)["fingerprint"][:12]
+        now[key] = TokenSet.read(path).fingerprint[:12]
 
 
-def _add_budgets(was: dict[str, Any], now: dict[str, Any], budgets: Iterable[int], recovery: Mapping[str, Any]) -> None:
+def _add_budgets(was: dict[str, Any], now: dict[str, Any], budgets: Iterable[int], recovery: RecoveryRecord) -> None:
     """Adds the rungs of the ladder of budgets that a recovery could reach: of its own ladder, and of the study's.
 
     A rung above the requested tokens, or above where training ended early, did not change the node.
     """
-    if "budgets" in recovery:
-        most = min(recovery["tokens"], recovery["tokens_asked"])
-        for rungs, ladder in ((was, recovery["budgets"]), (now, budgets)):
+    if recovery.budgets is not None:
+        most = min(recovery.tokens, recovery.tokens_requested)
+        for rungs, ladder in ((was, recovery.budgets), (now, budgets)):
             rungs["budgets"] = sorted({budget for budget in ladder if budget <= most})
 
 

@@ -9,7 +9,6 @@ All functions take a validated `Study`. A node may be given by its name alone, b
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -20,6 +19,7 @@ from typing import Any
 from coppice.methods.contracts import FROM_WINDOWS
 from coppice.methods.options import RecoverOptions
 from coppice.methods.registry import Method, method
+from coppice.records.node_name import NodeName
 from coppice.study.schema import BuiltinText, Evaluation, Quality, Recipe, Step, Study
 from coppice.study.schema.evaluations import protocols
 
@@ -83,28 +83,6 @@ def _parts(study: Study, steps: tuple[str, ...], seed: int) -> Iterator[str]:
         yield step + suffix
 
 
-def parent_of(name: str) -> str | None:
-    """The name of a node's parent; None for a dense model."""
-    return name.rpartition("/")[0] or None
-
-
-def model_of(name: str) -> str:
-    """The dense model that a node comes from."""
-    return name.partition("/")[0]
-
-
-def step_of(name: str) -> str | None:
-    """The name of the step that made a node; None for a dense model."""
-    parent, _, part = name.rpartition("/")
-    return part.partition("@")[0] if parent else None
-
-
-def seed_of(study: Study, name: str) -> int:
-    """The seed that a node was made with."""
-    _, _, seed = name.rpartition("/")[2].partition("@")
-    return int(seed) if seed else study.seed
-
-
 def method_of(study: Study, step: str) -> Method:
     """The method of a step."""
     return method(study.steps[step].method)
@@ -113,8 +91,7 @@ def method_of(study: Study, step: str) -> Method:
 def traits(study: Study, name: str) -> frozenset[str]:
     """The traits that the steps of a node's path give it."""
     gathered: frozenset[str] = frozenset()
-    for part in name.split("/")[1:]:
-        step = part.partition("@")[0]
+    for step in NodeName(name).steps:
         gathered = method_of(study, step).traits(gathered, study.steps[step].options)
     return gathered
 
@@ -166,14 +143,13 @@ def reference(study: Study, parent: str) -> str:
     The nearest one above the last run of steps that compressed layers; `parent` itself when there was none. Steps that
     leave the linears alone, as those of the cache, do not end the run.
     """
-    name: str | None = parent
-    uncompressed = parent
-    while name and (step := step_of(name)):
-        applied = method_of(study, step)
+    name = uncompressed = NodeName(parent)
+    while name.step and name.parent:
+        applied = method_of(study, name.step)
         if not (compresses_layers(applied) or applied.contract == "cache"):
             break
-        name = parent_of(name)
-        if name and compresses_layers(applied):
+        name = name.parent
+        if compresses_layers(applied):
             uncompressed = name
     return uncompressed
 
@@ -262,12 +238,7 @@ def evaluations(study: Study, name: str) -> list[str]:
 
 def _has_other_seed(study: Study, name: str) -> bool:
     """Whether a node was trained with another seed than the study's and holds no packed integers."""
-    return reference_seed_node(name) != name and "quantized" not in traits(study, name)
-
-
-def reference_seed_node(name: str) -> str:
-    """The node of the same steps with the study's seed: the path without its seeds."""
-    return re.sub(r"@\d+", "", name)
+    return NodeName(name).with_study_seed != name and "quantized" not in traits(study, name)
 
 
 def missing_seed_pairs(study: Study) -> list[str]:
@@ -283,10 +254,10 @@ def missing_seed_pairs(study: Study) -> list[str]:
                 f"evaluations.{name}: no node that matches its `nodes` was trained with another seed than the study's, "
                 f"{study.seed}, and holds weights that can be interpolated; give a recipe several `seeds`."
             )
-        lonely = [node for node in measured if reference_seed_node(node) not in tree]
+        lonely = [node for node in measured if NodeName(node).with_study_seed not in tree]
         if lonely:
             sentences.append(
-                f"evaluations.{name}: the node {lonely[0]!r} has no twin {reference_seed_node(lonely[0])!r} to be "
+                f"evaluations.{name}: the node {lonely[0]!r} has no twin {NodeName(lonely[0]).with_study_seed!r} to be "
                 f"compared with; add the study's seed, {study.seed}, to the `seeds` of its recipe."
             )
     return sentences
@@ -302,7 +273,7 @@ def render_tree(study: Study) -> str:
 
     def draw(parent: str | None, depth: int) -> None:
         for node in children.get(parent, []):
-            lines.append("  " * depth + node.name.rpartition("/")[2])
+            lines.append("  " * depth + NodeName(node.name).last_part)
             draw(node.name, depth + 1)
 
     draw(None, 1)

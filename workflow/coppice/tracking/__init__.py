@@ -17,11 +17,12 @@ from filelock import FileLock
 
 from coppice.errors import UserError
 from coppice.files import write_json
+from coppice.records.layout import ResultsLayout
 from coppice.study.loading import load_study
 from coppice.study.schema import Study
 from coppice.study.tree import nodes
 from coppice.tracking import server, watching
-from coppice.tracking.mirror import Mirror, mirrored
+from coppice.tracking.mirror import Mirror, study_mirrors
 from coppice.tracking.server import SQLITE, connect, tracking_uri
 
 __all__ = ["add_arguments", "connect", "run", "track", "tracking_uri", "watch"]
@@ -34,7 +35,7 @@ def track(study: Study, results: Path, uri: str | None) -> dict[str, str]:
 
     Raises UserError when the tables are missing, and when MLflow refuses or does not answer.
     """
-    shown, _ = _show(study, results, uri, mirrored)
+    shown, _ = _synchronize(study, results, uri, study_mirrors)
     return shown
 
 
@@ -44,32 +45,32 @@ def watch(study: Study, results: Path, uri: str | None, every: float = EVERY) ->
     A server that does not answer is asked again at the next look, as is a file that went while it was read.
     """
     results = Path(results).resolve()
-    ending, extension, said = watching.Ending(results), server.Extension(), ""
+    ending, extension, printed = watching.Ending(results), server.Extension(), ""
     while not ending.reached(study):
         try:
-            shown, mirrors = _show(study, results, uri, watching.live_mirrors, extension)
+            shown, mirrors = _synchronize(study, results, uri, watching.live_mirrors, extension)
             live = sum(mirror.live for mirror in mirrors)
-            told = f"{len(shown) - live} of {len(nodes(study))} nodes are in MLflow, {live} are under way."
+            message = f"{len(shown) - live} of {len(nodes(study))} nodes are in MLflow, {live} are under way."
         except (UserError, FileNotFoundError) as error:
-            told = str(error)
-        if told != said:
-            print(told, flush=True)
-        said = told
+            message = str(error)
+        if message != printed:
+            print(message, flush=True)
+        printed = message
         sleep(every)
     return track(study, results, uri)
 
 
-def _show(
+def _synchronize(
     study: Study,
     results: Path,
     uri: str | None,
     mirrors_of: Callable[[Study, Path], list[Mirror]],
     extension: server.Extension | None = None,
 ) -> tuple[dict[str, str], list[Mirror]]:
-    """Brings MLflow to what `mirrors_of` tells of the results. extension: of runs that grow while they stand."""
+    """Brings MLflow to what `mirrors_of` makes of the results. extension: of runs that grow while they stand."""
     results = Path(results).resolve()
     uri = tracking_uri(uri or study.tracking.uri, results)
-    with _alone(uri, results), server.speaking_to(uri, results):
+    with _database_lock(uri, results), server.mlflow_errors(uri, results):
         client = connect(uri)
         found = client.get_experiment_by_name(study.study)
         # Before the results are read: who reads later has the higher turn.
@@ -83,11 +84,15 @@ def _show(
     return shown, mirrors
 
 
-def _alone(uri: str, results: Path) -> AbstractContextManager:
+def _database_lock(uri: str, results: Path) -> AbstractContextManager:
     """A lock for a database: two processes that make its tables at once crash. A server needs none."""
     if uri.startswith("http"):
         return nullcontext()
-    lock = Path(f"{uri.removeprefix(SQLITE)}.lock") if uri.startswith(SQLITE) else results / "tracking" / ".lock"
+    lock = (
+        Path(f"{uri.removeprefix(SQLITE)}.lock")
+        if uri.startswith(SQLITE)
+        else ResultsLayout(results).tracking.with_name(".lock")
+    )
     lock.parent.mkdir(parents=True, exist_ok=True)
     return FileLock(lock)
 
@@ -117,7 +122,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     study = load_study(arguments.study)
     if not arguments.every > 0:
-        raise UserError(f"--every {arguments.every:g} is no pause; pass a number of seconds above 0.")
+        raise UserError(f"--every {arguments.every:g} is not a pause; pass a number of seconds above 0.")
     if not arguments.watch:
         write_json(arguments.output, track(study, arguments.results, arguments.uri))
         return

@@ -93,5 +93,5 @@ def _unwanted(active: list[Shown], known: bool, turn: Turn) -> list[str]:
 
 
 def _lost(run: Shown, best: Shown, turn: Turn) -> bool:
-    """Whether a run beside the one that stands goes: half a run of a newer view may yet replace it."""
+    """Whether a run goes that is not the one that stands: half a run of a newer view may yet replace it."""
     return run.whole or run.turn <= turn or run.fingerprint == best.fingerprint

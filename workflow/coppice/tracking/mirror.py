@@ -1,4 +1,4 @@
-"""What MLflow is to show of a study: a run for each node, and one for the study itself.
+"""What MLflow shows of a study: a run for each node, and one for the study itself.
 
 All of it is read from the tables and the checkpoints' folders. A run bears the fingerprint of what it shows; names of
 metrics are the same in every run, flat, and end in their unit where they have one.
@@ -7,41 +7,36 @@ metrics are the same in every run, flat, and end in their unit where they have o
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from coppice import storage
-from coppice.files import fingerprint, read_json, sha256
+from coppice.files import fingerprint, sha256
 from coppice.formatting import human_count
-from coppice.methods.replacements import form_of
-from coppice.records.compression import linear_entries, read_compression
-from coppice.results.failures import OUTPUTS
+from coppice.records.fit import FitRecord
+from coppice.records.layout import ResultsLayout
+from coppice.records.manifest import Manifest
+from coppice.records.node_name import NodeName
+from coppice.records.tokens import TokenSet
+from coppice.results.failures import STAGES
 from coppice.results.reading import pareto_front, read_table
 from coppice.results.schemas import SCHEMAS, Row
 from coppice.study.schema import Study
-from coppice.study.tree import model_of, nodes, parent_of
+from coppice.study.tree import nodes
 from coppice.tracking import notes
+from coppice.tracking.quantities import Metrics, curve, key, measurements, ranks_of, sizes
+
+Parameters = dict[str, str | int]
 
 STUDY = "."  # stands for the study's own run where nodes are named; no node can have this name
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 # Differ between two runs of the same work, and so are no reason for a new run.
 _TIMING = frozenset({"wall_seconds", "peak_memory_bytes", "seconds", "versions"})
-# Unit of the tables -> what a metric's name ends in, and how many of that unit are one of the tables'. Losses are in
-# nats per token wherever they stand, and ratios and scores have no unit.
-_UNITS = {
-    "s": ("_ms", 1e3),
-    "s/token": ("_ms_per_token", 1e3),
-    "tokens/s": ("_tokens_per_s", 1.0),
-    "bytes": ("_mb", 1e-6),
-    "bits/person": ("_bits_per_person", 1.0),
-}
-Metrics = list[tuple[str, float, int]]
 
 
 @dataclass(frozen=True)
@@ -52,7 +47,7 @@ class Dataset:
     digest: str
     use: str
     source: str = ""
-    profile: Mapping[str, Any] = field(default_factory=dict)
+    profile: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -67,21 +62,21 @@ class Mirror:
     name: str
     status: str
     fingerprint: str
-    parameters: dict[str, Any]
+    parameters: Parameters
     metrics: Metrics
     tags: dict[str, str]
     note: str
     start: int
     end: int
     files: dict[str, Path] = field(default_factory=dict)
-    texts: dict[str, Any] = field(default_factory=dict)
+    texts: dict[str, object] = field(default_factory=dict)
     datasets: list[Dataset] = field(default_factory=list)
     live: bool = False
 
 
-def mirrored(study: Study, results: Path) -> list[Mirror]:
+def study_mirrors(study: Study, results: Path) -> list[Mirror]:
     """The runs that MLflow is to show: every node made or failed, roots first, then the study's own."""
-    tables = {name: read_table(results / "tables", name).to_pylist() for name in SCHEMAS if name != "items"}
+    tables = {name: read_table(ResultsLayout(results).tables, name).to_pylist() for name in SCHEMAS if name != "items"}
     uploaded = _uploaded(study.tracking.weights, tables["nodes"], tables["metrics"])
     return [*node_mirrors(study, results, tables, uploaded), _study_mirror(study, results, tables)]
 
@@ -91,28 +86,28 @@ def node_mirrors(
 ) -> list[Mirror]:
     """The runs of the nodes that were made or failed, roots first. uploaded: whose weights go to MLflow too."""
     rows = {row["node"]: row for row in tables["nodes"]}
-    measured = {
+    rows_of_tables = {
         "metrics": tables["metrics"],
-        # What a manifest and the roofline say of a node is known from the node's row.
+        # What a manifest and the roofline say of a node follows from the node's row.
         "costs": [row for row in tables["costs"] if row["evaluation"]],
         "curves": tables["curves"],
         "failures": tables["failures"],
     }
-    of = {name: _by_node(entries) for name, entries in measured.items()}
-    repeated = _repeated(measured["metrics"] + measured["costs"])
-    best = on_front(tables["nodes"], tables["metrics"])
+    of = {name: _by_node(entries) for name, entries in rows_of_tables.items()}
+    repeated = _repeated(rows_of_tables["metrics"] + rows_of_tables["costs"])
+    best = on_pareto_front(tables["nodes"], tables["metrics"])
     mirrors = []
     for node in nodes(study):
         parts = {name: rows_of.get(node, []) for name, rows_of in of.items()}
         if node in rows:
-            path = [rows[name] for name in _path(node) if name in rows]
+            path = [rows[name] for name in NodeName(node).lineage if name in rows]
             mirrors.append(_node_mirror(study, results, path, parts, repeated, node in uploaded, node in best))
         elif parts["failures"]:
             mirrors.append(_failed_mirror(study, results, node, parts["failures"]))
     return mirrors
 
 
-def on_front(rows: list[Row], metrics: list[Row]) -> frozenset[str]:
+def on_pareto_front(rows: list[Row], metrics: list[Row]) -> frozenset[str]:
     """Nodes that no other one beats in both stored bytes and some quality: a perplexity or an accuracy."""
     return _best(rows, metrics, ("perplexity", "accuracy"))
 
@@ -161,44 +156,42 @@ def _node_mirror(
     best: bool,
 ) -> Mirror:
     row, recipe = path[-1], [step for step in path if step["step"]]
-    node, folder = row["node"], results / "models" / row["node"]
-    manifest = read_json(folder / "manifest.json")
-    end = int((folder / "manifest.json").stat().st_mtime * 1000)
+    node, layout = row["node"], ResultsLayout(results)
+    manifest = Manifest.read(layout.manifest(node))
+    end = int(layout.manifest(node).stat().st_mtime * 1000)
     return Mirror(
         name=node,
         status="FAILED" if parts["failures"] else "FINISHED",
         fingerprint=_identity(row, parts, repeated, upload),
         parameters=_parameters(row) | _recipe_parameters(recipe),
-        metrics=sizes(row, _ranks(folder)) + measurements(parts, repeated) + curve(parts["curves"]),
+        metrics=sizes(row, ranks_of(layout.checkpoint(node))) + measurements(parts, repeated) + curve(parts["curves"]),
         tags=_tags(study, path, best) | _errors(parts["failures"]),
         note=notes.node_note(study, row, path, parts["metrics"], parts["failures"]),
         start=end - int(1000 * (row["wall_seconds"] or 0)),
         end=end,
-        files=_node_files(results, node, manifest["files"] if upload else ()),
+        files=_node_files(layout, node, manifest.files if upload else ()),
         texts={
             "recipe.json": [
                 {key: step[key] for key in ("step", "method", "family", "seed", "options")} for step in recipe
             ],
-            "weights.json": {"folder": f"{study.study}/models/{node}", "files": manifest["files"]},
+            "weights.json": {
+                "folder": ResultsLayout(Path(study.study)).checkpoint(node).as_posix(),
+                "files": {name: asdict(entry) for name, entry in manifest.files.items()},
+            },
         },
-        datasets=_datasets(study, results, row),
+        datasets=_datasets(study, layout, row),
     )
 
 
-def _path(node: str) -> list[str]:
-    parts = node.split("/")
-    return ["/".join(parts[:count]) for count in range(1, len(parts) + 1)]
-
-
-def _node_files(results: Path, node: str, weights: Iterable[str]) -> dict[str, Path]:
-    folder = results / "models" / node
+def _node_files(layout: ResultsLayout, node: str, weights: Iterable[str]) -> dict[str, Path]:
+    folder = layout.checkpoint(node)
     files = {name: folder / name for name in ("manifest.json", "compression.json", "curve.parquet")}
     # Folders of further nodes lie in the same place, and have no metrics of their own.
-    for path in sorted((results / "evaluations" / node).glob("*/metrics.json")):
+    for path in layout.metrics_of(node):
         files[f"evaluations/{path.parent.name}/metrics.json"] = path
-    files |= {f"weights/{name}": folder / name for name in weights} | _job_files(results, node)
-    here = {place: storage.ensure_local(path) for place, path in files.items()}
-    return {place: path for place, path in here.items() if path.exists()}
+    files |= {f"weights/{name}": folder / name for name in weights} | _job_files(layout, node)
+    local = {place: storage.ensure_local(path) for place, path in files.items()}
+    return {place: path for place, path in local.items() if path.exists()}
 
 
 def _identity(row: Row, parts: dict[str, list[Row]], repeated: frozenset[str], upload: bool) -> str:
@@ -213,13 +206,13 @@ def _timeless(row: Row) -> Row:
     return {key: value for key, value in row.items() if key not in _TIMING}
 
 
-def _parameters(row: Row) -> dict[str, Any]:
+def _parameters(row: Row) -> Parameters:
     names = ("model", "recipe", "depth", "step", "seed", "calibration", "source", "source_revision")
     made_by = {name: row[name] or "dense" for name in ("method", "family")}
-    return {name: row[name] for name in names if row[name] is not None} | made_by | {"marks": ",".join(row["marks"])}
+    return {name: row[name] for name in names if row[name] is not None} | made_by | {"traits": ",".join(row["traits"])}
 
 
-def _recipe_parameters(recipe: list[Row]) -> dict[str, Any]:
+def _recipe_parameters(recipe: list[Row]) -> Parameters:
     """The options of every step of a path as `<family>.<option>`, `<family>2.<option>` where a family comes twice."""
     found: dict[str, Any] = {}
     seen: Counter[str] = Counter()
@@ -231,53 +224,6 @@ def _recipe_parameters(recipe: list[Row]) -> dict[str, Any]:
     return {key(name): value if isinstance(value, str) else json.dumps(value) for name, value in found.items()}
 
 
-def key(name: str) -> str:
-    """A name in the letters that MLflow allows."""
-    return re.sub(r"[^\w\-. /]", "_", name)[:250]
-
-
-def sizes(row: Row, ranks: list[int]) -> Metrics:
-    """One name for each size, whatever the method: how small, how sparse, how coarse, of what rank."""
-    values = {
-        "stored_mb": row["stored_bytes"] / 1e6,
-        "parameters_m": row["parameters"] / 1e6,
-        "nonzero_parameters_m": row["nonzero_parameters"] / 1e6,
-        "sparsity": 1 - row["nonzero_parameters"] / row["parameters"],
-        "rank_mean": sum(ranks) / len(ranks) if ranks else None,
-        "step_seconds": row["wall_seconds"],
-        "step_peak_memory_mb": None if row["peak_memory_bytes"] is None else row["peak_memory_bytes"] / 1e6,
-    }
-    same = "bits_per_weight bits_per_linear_weight rho rho_blocks rho_nonzero recovered_share path_recovery_tokens"
-    values |= {name: row[name] for name in same.split()}
-    return [(name, float(value), 0) for name, value in values.items() if value is not None]
-
-
-def _ranks(folder: Path) -> list[int]:
-    """Ranks of the linears that were decomposed."""
-    entries = linear_entries(read_compression(folder)).values()
-    return [rank for entry in entries if (rank := form_of(entry).decomposition_rank(entry)) is not None]
-
-
-def measurements(parts: Mapping[str, list[Row]], repeated: frozenset[str]) -> Metrics:
-    """Metrics and costs by name, with standard errors as <name>_stderr and spreads as <name>_spread."""
-    found = []
-    for row in parts["metrics"] + parts["costs"]:
-        unit, scale = _UNITS.get(row["unit"], ("", 1.0))
-        name = row["metric"]
-        if unit:
-            name = re.sub(r"_(latency|throughput|bytes)$", "", name) + unit
-        if row["metric"] in repeated:
-            name = f"{row['evaluation']}.{name}"
-        values = {"": row["value"], "_stderr": row.get("stderr"), "_spread": row.get("spread")}
-        found += [(f"{name}{suffix}", scale * value, 0) for suffix, value in values.items() if value is not None]
-    return found
-
-
-def curve(rows: list[Row]) -> Metrics:
-    """Losses of a recovery, with tokens as the step."""
-    return [(f"{row['split']}_loss", row["loss"], row["tokens"]) for row in rows if row["loss"] is not None]
-
-
 def _tags(study: Study, path: list[Row], best: bool) -> dict[str, str]:
     """What runs are grouped and filtered by."""
     row = path[-1]
@@ -287,63 +233,68 @@ def _tags(study: Study, path: list[Row], best: bool) -> dict[str, str]:
         "coppice.method": row["method"] or "dense",
         "coppice.composition": notes.composition(path),
         "coppice.budget": human_count(row["path_recovery_tokens"]) if row["path_recovery_tokens"] else "none",
-        "coppice.front": "yes" if best else "no",
+        "coppice.pareto": "yes" if best else "no",
     }
 
 
 def node_tags(study: Study, node: str) -> dict[str, str]:
-    """The tags that a node's name tells."""
-    parent = parent_of(node)
-    named = {"coppice.study": study.study, "coppice.model": model_of(node)}
-    return named | ({"coppice.parent": parent} if parent else {})
+    """The tags that follow from a node's name."""
+    name = NodeName(node)
+    tags = {"coppice.study": study.study, "coppice.model": name.model}
+    return tags | ({"coppice.parent": str(name.parent)} if name.parent else {})
 
 
 def _errors(failed: list[Row]) -> dict[str, str]:
     return {"coppice.error": "; ".join(f"{row['stage']}: {row['error']}" for row in failed)} if failed else {}
 
 
-def _job_files(results: Path, node: str) -> dict[str, Path]:
+def _job_files(layout: ResultsLayout, node: str) -> dict[str, Path]:
     """Logs and benchmarks of the jobs of one node, by the paths that they get: <kind>/<stage>[/<rest>].<suffix>."""
     found = {}
-    for kind, suffix in (("logs", "log"), ("benchmarks", "jsonl")):
-        for stage, (_, _, parts) in OUTPUTS.items():
-            folder = results / kind / stage
-            if parts == 0:
-                found[f"{kind}/{stage}.{suffix}"] = folder / f"{node}.{suffix}"
+    for kind, path_of in (("logs", layout.log), ("benchmarks", layout.benchmark)):
+        for name, stage in STAGES.items():
+            own = path_of(name, node)
+            if stage.parts == 0:
+                found[f"{kind}/{name}{own.suffix}"] = own
                 continue
-            for path in (folder / node).glob("*/" * (parts - 1) + f"*.{suffix}"):
-                found[f"{kind}/{stage}/{path.relative_to(folder / node).as_posix()}"] = path
+            folder = own.with_suffix("")
+            for path in folder.glob("*/" * (stage.parts - 1) + f"*{own.suffix}"):
+                found[f"{kind}/{name}/{path.relative_to(folder).as_posix()}"] = path
     return found
 
 
-def _datasets(study: Study, results: Path, row: Row) -> list[Dataset]:
+def _datasets(study: Study, layout: ResultsLayout, row: Row) -> list[Dataset]:
     """The token sets that a node was calibrated, trained and measured on."""
     found = []
-    folder = results / "tokens" / row["model"]
+    folder = layout.token_sets(row["model"])
     if row["calibration"]:
-        place = folder / f"calibration.{row['calibration']}"
-        there = (place / "manifest.json").exists()
-        data = _dataset(study, place, "calibration") if there else Dataset("", "", "calibration")
+        path = layout.tokens(row["model"], f"calibration.{row['calibration']}")
+        data = _dataset(study, path, "calibration") if path.exists() else Dataset("", "", "calibration")
         found.append(replace(data, name=row["calibration"], digest=row["calibration_fingerprint"]))
     trained = row["family"] == "recover"
     uses = {f"{use}.{row['step']}": use for use in ("recovery", "validation") if trained}
     uses |= {path.parent.name: "evaluation" for path in folder.glob("evaluation.*/manifest.json")}
     for name, use in uses.items():
-        if (folder / name / "manifest.json").exists():
-            found.append(_dataset(study, folder / name, use))
+        path = layout.tokens(row["model"], name)
+        if path.exists():
+            found.append(_dataset(study, path, use))
     return found
 
 
-def _dataset(study: Study, folder: Path, use: str) -> Dataset:
-    """A token set as MLflow describes data: rows are windows, elements are tokens."""
-    manifest = read_json(folder / "manifest.json")
-    counts = {"windows": "num_rows", "tokens": "num_elements", "documents": "documents", "length": "window_length"}
+def _dataset(study: Study, path: Path, use: str) -> Dataset:
+    """The token set of a manifest as MLflow describes data: rows are windows, elements are tokens."""
+    tokens, model, name = TokenSet.read(path), path.parents[1].name, path.parent.name
     return Dataset(
-        name=folder.name,
-        digest=manifest["fingerprint"],
+        name=name,
+        digest=tokens.fingerprint,
         use=use,
-        source=f"{study.study}/tokens/{folder.parent.name}/{folder.name}",
-        profile={shown: manifest[count] for count, shown in counts.items() if count in manifest},
+        source=ResultsLayout(Path(study.study)).tokens(model, name).parent.as_posix(),
+        profile={
+            "num_rows": tokens.windows,
+            "num_elements": tokens.tokens,
+            "documents": tokens.documents,
+            "window_length": tokens.length,
+        },
     )
 
 
@@ -356,20 +307,20 @@ def _failed_mirror(study: Study, results: Path, node: str, failed: list[Row]) ->
         name=node,
         status="FAILED",
         fingerprint=fingerprint({"version": FORMAT_VERSION, "node": node, "failures": failed}),
-        parameters=named_parameters(node),
+        parameters=name_parameters(node),
         metrics=[],
-        tags=node_tags(study, node) | {"coppice.front": "no"} | _errors(failed),
-        note=notes.failed_note(study, node, parent_of(node), failed),
+        tags=node_tags(study, node) | {"coppice.pareto": "no"} | _errors(failed),
+        note=notes.failed_note(study, node, NodeName(node).parent, failed),
         start=end,
         end=end,
-        files={place: path for place, path in _job_files(results, node).items() if path.exists()},
+        files={place: path for place, path in _job_files(ResultsLayout(results), node).items() if path.exists()},
     )
 
 
-def named_parameters(node: str) -> dict[str, Any]:
-    """The parameters that a node's name tells."""
-    model, _, recipe = node.partition("/")
-    return {"model": model, "recipe": recipe, "depth": node.count("/")}
+def name_parameters(node: str) -> Parameters:
+    """The parameters that follow from a node's name."""
+    name = NodeName(node)
+    return {"model": name.model, "recipe": name.recipe, "depth": name.depth}
 
 
 def _study_mirror(study: Study, results: Path, tables: dict[str, list[Row]]) -> Mirror:
@@ -379,14 +330,14 @@ def _study_mirror(study: Study, results: Path, tables: dict[str, list[Row]]) -> 
         path.relative_to(results).as_posix(): path for pattern in patterns for path in sorted(results.glob(pattern))
     }
     metrics = [("nodes", float(len(tables["nodes"])), 0), ("failures", float(len(tables["failures"])), 0)]
-    for path in sorted(results.glob("laws/*/fit.json")):
-        metrics += _law_metrics(path.parent.name, read_json(path))
-    shown = {place: sha256(path) for place, path in files.items()}
+    for name, path in ResultsLayout(results).fits.items():
+        metrics += _law_metrics(name, FitRecord.read(path))
+    digests = {place: sha256(path) for place, path in files.items()}
     end = int(max(path.stat().st_mtime for path in files.values()) * 1000)
     return Mirror(
         name=STUDY,
         status="FINISHED",
-        fingerprint=fingerprint({"version": FORMAT_VERSION, "study": study.study, "files": shown}),
+        fingerprint=fingerprint({"version": FORMAT_VERSION, "study": study.study, "files": digests}),
         parameters={"study": study.study, "seed": study.seed, "models": ",".join(study.models)},
         metrics=metrics,
         tags={"coppice.study": study.study},
@@ -397,8 +348,8 @@ def _study_mirror(study: Study, results: Path, tables: dict[str, list[Row]]) -> 
     )
 
 
-def _law_metrics(name: str, fit: dict[str, Any]) -> Metrics:
+def _law_metrics(name: str, fit: FitRecord) -> Metrics:
     """Quality of a fit and its held-out errors, as <law>_<metric> and <law>_<test>_rmse."""
-    values = {f"{name}_{metric}": value for metric, value in fit["metrics"].items()}
-    values |= {f"{name}_{test}_rmse": errors[fit["law"]].get("rmse") for test, errors in fit["held_out"].items()}
+    values = {f"{name}_{metric}": value for metric, value in fit.metrics.items()}
+    values |= {f"{name}_{test}_rmse": error.rmse for test, error in fit.own_errors.items()}
     return [(metric, float(value), 0) for metric, value in values.items() if value is not None]

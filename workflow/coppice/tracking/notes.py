@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from coppice.formatting import human_count, join_words, number, shortened
+from coppice.records.layout import ResultsLayout
 from coppice.results.schemas import Row
 from coppice.study.schema import Study
 from coppice.uncertainty import mean_interval
@@ -16,7 +18,7 @@ OPTIONS = 400  # characters of a step's options at most
 _LINK = re.compile(r"\[([^\]]+)\]\(node:([^)\s]+)\)")
 
 
-def linked(note: str, experiment: str, runs: Mapping[str, str]) -> str:
+def link_nodes(note: str, experiment: str, runs: Mapping[str, str]) -> str:
     """The note with its links to nodes as links to their runs in the UI; plain names where there is no run."""
 
     def link(found: re.Match[str]) -> str:
@@ -27,7 +29,7 @@ def linked(note: str, experiment: str, runs: Mapping[str, str]) -> str:
 
 
 def node_note(study: Study, row: Row, path: list[Row], metrics: list[Row], failed: list[Row]) -> str:
-    """Of a node: what failed, the recipe step by step, sizes, qualities with intervals, how to make it anew.
+    """Of a node: what failed, the recipe step by step, sizes, qualities with intervals, how to reproduce it.
 
     path: the rows of the nodes on its path, the dense model first.
     """
@@ -38,15 +40,15 @@ def node_note(study: Study, row: Row, path: list[Row], metrics: list[Row], faile
         _table(("step", "method", "options"), [_step(step) for step in path]),
         _table(("size", ""), _sizes(row)),
         _table(("quality", "value", "95% interval"), [_quality(metric) for metric in metrics]),
-        remake(study, row["node"]),
+        reproduction(study, row["node"]),
     ]
     return "\n\n".join(block for block in blocks if block)
 
 
-def failed_note(study: Study, node: str, parent: str, failed: list[Row]) -> str:
+def failed_note(study: Study, node: str, parent: str | None, failed: list[Row]) -> str:
     """Of a node that could not be made."""
     made_from = f", to be made from {_link(parent)}" if parent else ""
-    return "\n\n".join([f"**{node}**{made_from}: not made.", _failures(failed), remake(study, node)])
+    return "\n\n".join([f"**{node}**{made_from}: not made.", _failures(failed), reproduction(study, node)])
 
 
 def live_note(study: Study, node: str, parent: str | None) -> str:
@@ -78,7 +80,7 @@ def experiment_note(study: Study) -> str:
         '- ``tags.`coppice.family` = "prune"`` (the last step), ``tags.`coppice.composition` = "prune > recover"``\n'
         '- ``tags.`coppice.model` = "..."``, ``tags.`coppice.method` = "..."``, ``tags.`coppice.budget` = "..."`` '
         "(tokens of recovery)\n"
-        '- ``tags.`coppice.front` = "yes"``: no other node is both smaller and better on some quality'
+        '- ``tags.`coppice.pareto` = "yes"``: no other node is both smaller and better on some quality'
     )
 
 
@@ -87,10 +89,10 @@ def composition(path: list[Row]) -> str:
     return " > ".join(step["family"] for step in path if step["step"]) or "dense"
 
 
-def remake(study: Study, node: str) -> str:
-    target = f"results/{study.study}/models/{node}/manifest.json"
+def reproduction(study: Study, node: str) -> str:
+    target = ResultsLayout(Path("results") / study.study).manifest(node)
     return (
-        "To make it anew (`study.yaml` is an artifact of the study's own run):\n\n"
+        "To reproduce it (`study.yaml` is an artifact of the study's own run):\n\n"
         f"```\nsnakemake --cores all --configfile study.yaml --force {target}\n```"
     )
 
@@ -108,8 +110,8 @@ def _step(row: Row) -> tuple[str, ...]:
     if not row["step"]:
         return name, "dense model", f"{row['source_kind'] or ''} {row['source'] or ''}".strip()
     options = {key: value for key, value in json.loads(row["options"]).items() if value is not None}
-    said = ", ".join(f"{key} {_plain(value)}" for key, value in options.items())
-    return name, f"{row['method']} ({row['family']})", shortened(said, OPTIONS)
+    text = ", ".join(f"{key} {_plain(value)}" for key, value in options.items())
+    return name, f"{row['method']} ({row['family']})", shortened(text, OPTIONS)
 
 
 def _plain(value: Any) -> str:

@@ -1,6 +1,6 @@
-"""MLflow as it is spoken to: bounded retries, runs that are made whole, and several trackers at once.
+"""Requests to MLflow: bounded retries, runs that are made whole, and several trackers at once.
 
-How trackers agree is in `agreement`; here its plans are carried out.
+How trackers agree is in `agreement`; here its plans are applied.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ from typing import TYPE_CHECKING, Any
 
 from coppice.errors import UserError
 from coppice.files import write_json
+from coppice.records.node_name import NodeName
 from coppice.study.schema import Study
-from coppice.study.tree import model_of
 from coppice.tracking.agreement import FIRST, Plan, Shown, Turn, plan
-from coppice.tracking.mirror import STUDY, Mirror, key
-from coppice.tracking.notes import experiment_note, linked
+from coppice.tracking.mirror import STUDY, Mirror
+from coppice.tracking.notes import experiment_note, link_nodes
+from coppice.tracking.quantities import key
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -74,7 +75,7 @@ def connect(uri: str) -> MlflowClient:
 
 
 @contextmanager
-def speaking_to(uri: str, results: Path) -> Iterator[None]:
+def mlflow_errors(uri: str, results: Path) -> Iterator[None]:
     """Turns what goes wrong with MLflow into one sentence: what, that the results are whole, and what to run later."""
     from mlflow.exceptions import MlflowException, RestException
     from requests import RequestException
@@ -85,10 +86,10 @@ def speaking_to(uri: str, results: Path) -> Iterator[None]:
     except (MlflowException, RequestException, SQLAlchemyError) as error:
         reason = _reason(error)
         if uri.startswith("http") and not isinstance(error, RestException):
-            what = f"MLflow at {_shown(uri)} does not answer ({reason})"
+            what = f"MLflow at {_redact(uri)} does not answer ({reason})"
         else:
-            what = f"MLflow at {_shown(uri)} refused ({reason})"
-        again = f"coppice track --study {results}/study.yaml --results {results} --uri {_shown(uri)}"
+            what = f"MLflow at {_redact(uri)} refused ({reason})"
+        again = f"coppice track --study {results}/study.yaml --results {results} --uri {_redact(uri)}"
         raise UserError(
             f"{what}; the results in {results} are whole and were not touched, so once it answers run "
             f"`{again} --output {results}/tracking/runs.json`."
@@ -101,10 +102,10 @@ def _reason(error: Exception) -> str:
     for cause in ("Connection refused", "Read timed out", "Name or service not known", "No route to host"):
         if cause in text:
             return cause[0].lower() + cause[1:]
-    return _shown(text)[:300]
+    return _redact(text)[:300]
 
 
-def _shown(text: str) -> str:
+def _redact(text: str) -> str:
     """The text without the passwords of addresses in it."""
     return re.sub(r"(://[^/\s:@]*):\S*@", r"\1:...@", text)
 
@@ -130,14 +131,14 @@ def ready_experiment(client: MlflowClient, study: Study, artifacts: str | None) 
     # The UI then opens its table of runs, not that of traces.
     for tag, value in {_NOTE: experiment_note(study), "mlflow.experimentKind": "custom_model_development"}.items():
         if found.tags.get(tag) != value:
-            _asked_again("experiment_tag_pk", partial(client.set_experiment_tag, found.experiment_id, tag, value))
+            _retry_conflicts("experiment_tag_pk", partial(client.set_experiment_tag, found.experiment_id, tag, value))
     return found
 
 
-def _asked_again(key: str, request: Callable[[], None]) -> None:
+def _retry_conflicts(key: str, request: Callable[[], None]) -> None:
     """Makes a request that MLflow refuses where another tracker makes the same row at the same moment.
 
-    key: the name of what must be unique. Asked again, MLflow takes the row that is there.
+    key: the name of what must be unique. On the next request MLflow takes the row that is there.
     """
     from mlflow.exceptions import MlflowException
 
@@ -162,7 +163,7 @@ def runs_of(client: MlflowClient, experiment: str) -> list[Run]:
             return found
 
 
-def shown(run: Run) -> Shown:
+def listed_run(run: Run) -> Shown:
     tags, live = run.data.tags, run.data.tags.get(_LIVE) == "yes"
     number, finished, chance = tags.get(_TURN, "0-0-").split("-")
     return Shown(
@@ -178,7 +179,7 @@ def shown(run: Run) -> Shown:
 
 def next_turn(runs: list[Run], finished: bool = True) -> Turn:
     """A turn above all that the runs bear. finished: of a tracker that shows finished work only."""
-    return max((shown(run).turn for run in runs), default=FIRST)[0] + 1, int(finished), secrets.token_hex(4)
+    return max((listed_run(run).turn for run in runs), default=FIRST)[0] + 1, int(finished), secrets.token_hex(4)
 
 
 def synchronize(
@@ -195,12 +196,12 @@ def synchronize(
     wanted = {mirror.name: mirror.fingerprint for mirror in mirrors}
     for _ in range(CONFLICTS + len(mirrors)):
         runs = {run.info.run_id: run for run in runs_of(client, experiment)}
-        planned = plan([shown(run) for run in runs.values()], wanted, known | {STUDY}, turn)
+        planned = plan([listed_run(run) for run in runs.values()], wanted, known | {STUDY}, turn)
         try:
             if planned.settled:
                 _relabel(client, experiment, planned.stands, by_name, runs)
                 return planned.stands
-            _carry_out(client, experiment, planned, by_name, runs, turn)
+            _apply(client, experiment, planned, by_name, runs, turn)
         except MlflowException as error:
             if not _lost(error):
                 raise
@@ -212,7 +213,7 @@ def _lost(error: MlflowException) -> bool:
     return "must be in the 'active' state" in str(error) or error.error_code == "RESOURCE_DOES_NOT_EXIST"
 
 
-def _carry_out(
+def _apply(
     client: MlflowClient,
     experiment: str,
     planned: Plan,
@@ -223,7 +224,7 @@ def _carry_out(
     for run in planned.claimed:
         if runs[run].info.lifecycle_stage == "deleted":
             client.restore_run(run)
-        client.set_tag(run, _TURN, _written(turn))
+        client.set_tag(run, _TURN, _turn_text(turn))
     for node in _chosen(planned.missing or planned.contested):
         run = _begin(client, experiment, by_name[node], planned.stands, turn)
         _fill(client, run, by_name[node])
@@ -244,21 +245,21 @@ def _begin(client: MlflowClient, experiment: str, mirror: Mirror, stands: Mappin
     tags = _labels(experiment, mirror, stands) | {
         _NODE: mirror.name,
         _FINGERPRINT: mirror.fingerprint,
-        _TURN: _written(turn),
+        _TURN: _turn_text(turn),
         **({_LIVE: "yes"} if mirror.live else {}),
     }
     name = mirror.tags["coppice.study"] if mirror.name == STUDY else mirror.name
     return client.create_run(experiment, start_time=mirror.start, tags=tags, run_name=name).info.run_id
 
 
-def _written(turn: Turn) -> str:
+def _turn_text(turn: Turn) -> str:
     return "-".join(map(str, turn))
 
 
 def _labels(experiment: str, mirror: Mirror, stands: Mapping[str, str]) -> dict[str, str]:
     """The tags of a run that tell of other runs too, and so may change while it stands."""
-    tags = mirror.tags | {_NOTE: linked(mirror.note, experiment, stands)}
-    root = stands.get(model_of(mirror.name))
+    tags = mirror.tags | {_NOTE: link_nodes(mirror.note, experiment, stands)}
+    root = stands.get(NodeName(mirror.name).model)
     if root and "/" in mirror.name:
         tags[_PARENT] = root
     return {name: value[:_TAG] for name, value in tags.items()}
@@ -324,7 +325,7 @@ def log_metrics(client: MlflowClient, run: str, mirror: Mirror) -> None:
 def _log_inputs(client: MlflowClient, run: str, mirror: Mirror) -> None:
     """Data sets are unique in an experiment."""
     if mirror.datasets:
-        _asked_again("dataset_pk", lambda: client.log_inputs(run, _inputs(mirror)))
+        _retry_conflicts("dataset_pk", lambda: client.log_inputs(run, _inputs(mirror)))
 
 
 def _inputs(mirror: Mirror) -> list[Any]:

@@ -12,12 +12,16 @@ import time
 from pathlib import Path
 
 from coppice.files import fingerprint
-from coppice.results.collection import collected
-from coppice.results.schemas import SILENT, Row
+from coppice.records.failure import SILENT
+from coppice.records.layout import ResultsLayout
+from coppice.records.node_name import NodeName
+from coppice.results.collection import partial_rows
+from coppice.results.schemas import Row
 from coppice.study.schema import Study
-from coppice.study.tree import evaluations, nodes, parent_of
+from coppice.study.tree import evaluations, nodes
 from coppice.tracking import notes
-from coppice.tracking.mirror import Metrics, Mirror, named_parameters, node_mirrors, node_tags
+from coppice.tracking.mirror import Mirror, name_parameters, node_mirrors, node_tags
+from coppice.tracking.quantities import Metrics
 
 _LINE = re.compile(r"^([\d,]+) of [\d,]+ tokens: (.*)$")
 _LOSS = re.compile(r"(train|held-out) loss (\S+?)(?:,|$)")
@@ -27,15 +31,15 @@ STATE = "state.safetensors"
 
 
 def live_mirrors(study: Study, results: Path) -> list[Mirror]:
-    """The runs of a study under way: of nodes that are whole as `mirrored` has them, and of those under way."""
-    tables = collected(study, results)
+    """The runs of a study under way: of nodes that are whole as `study_mirrors` has them, and of those under way."""
+    tables = partial_rows(study, results)
     silent = {row["node"] for row in tables["failures"] if row["error"] == SILENT}
-    told = [row for row in tables["failures"] if row["error"] != SILENT]
-    failed = {row["node"] for row in told}
+    reported = [row for row in tables["failures"] if row["error"] != SILENT]
+    failed = {row["node"] for row in reported}
     made = {row["node"] for row in tables["nodes"]}
-    waiting = {node for node in made if node not in failed and not measured(study, results, node)}
+    waiting = {node for node in made if node not in failed and not is_measured(study, results, node)}
     uploaded = frozenset(made) if study.tracking.weights == "all" else frozenset()
-    mirrors = node_mirrors(study, results, {**tables, "failures": told}, uploaded)
+    mirrors = node_mirrors(study, results, {**tables, "failures": reported}, uploaded)
     whole = [mirror for mirror in mirrors if mirror.name not in waiting]
     shown = {mirror.name: mirror for mirror in mirrors if mirror.name in waiting}
     live = [
@@ -46,21 +50,21 @@ def live_mirrors(study: Study, results: Path) -> list[Mirror]:
     return whole + live
 
 
-def measured(study: Study, results: Path, node: str) -> bool:
+def is_measured(study: Study, results: Path, node: str) -> bool:
     """Whether all evaluations of a node are there."""
-    folder = results / "evaluations" / node
-    return all((folder / name / "metrics.json").exists() for name in evaluations(study, node))
+    layout = ResultsLayout(results)
+    return all(layout.metrics(node, name).exists() for name in evaluations(study, node))
 
 
 class Ending:
-    """Tells when a study that is followed has come to its end.
+    """When a study that is followed has come to its end.
 
     It has when all of it is there, or when its workflow, with failures, has tracked what it achieved; and no Snakemake
     holds the working directory, in which the results lie as results/<study>.
     """
 
     def __init__(self, results: Path) -> None:
-        self.results, self.tracked = results, results / "tracking" / "runs.json"
+        self.results, self.tracked = results, ResultsLayout(results).tracking
         self.before = self._tracked_at()
 
     def reached(self, study: Study) -> bool:
@@ -72,10 +76,10 @@ class Ending:
 
     def _complete(self, study: Study) -> bool:
         """Whether all nodes are made and measured, the laws fitted and the page written."""
-        folder = self.results
-        made = [folder / "models" / node / "manifest.json" for node in nodes(study)]
-        ends = [folder / "laws" / law / "fit.json" for law in study.laws] + [folder / "report" / "index.html"]
-        return all(map(Path.exists, made + ends)) and all(measured(study, folder, node) for node in nodes(study))
+        layout = ResultsLayout(self.results)
+        manifests = [layout.manifest(node) for node in nodes(study)]
+        outputs = [*manifests, *map(layout.fit, study.laws), layout.page]
+        return all(map(Path.exists, outputs)) and all(is_measured(study, self.results, node) for node in nodes(study))
 
 
 def _live_mirror(study: Study, results: Path, node: str, made: Mirror | None) -> Mirror:
@@ -88,10 +92,10 @@ def _live_mirror(study: Study, results: Path, node: str, made: Mirror | None) ->
         name=node,
         status="RUNNING",
         fingerprint=fingerprint({"live": node}),
-        parameters=named_parameters(node),
+        parameters=name_parameters(node),
         metrics=made.metrics if made else live_curve(results, node),
         tags=made.tags if made else node_tags(study, node),
-        note=notes.live_note(study, node, parent_of(node)),
+        note=notes.live_note(study, node, NodeName(node).parent),
         start=int(time.time() * 1000),
         end=0,
         live=True,
@@ -100,7 +104,8 @@ def _live_mirror(study: Study, results: Path, node: str, made: Mirror | None) ->
 
 def live_curve(results: Path, node: str) -> Metrics:
     """Losses so far of a recovery under way, with tokens as the step."""
-    state, log = results / "state" / node / STATE, results / "logs" / "recover" / f"{node}.log"
+    layout = ResultsLayout(results)
+    state, log = layout.state(node) / STATE, layout.log("recover", node)
     rows = _state_rows(state) if state.exists() else []
     points = {(name, row["tokens"]): row[name] for row in rows for name in _SPLITS.values() if row[name] is not None}
     points |= _printed(log.read_text(encoding="utf-8", errors="replace")) if log.exists() else {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from dataclasses import asdict
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from tiny import logits, tiny_model, tiny_tokens
 
 from coppice.errors import UserError
 from coppice.evaluation import roofline
-from coppice.files import described, read_json, write_json
+from coppice.files import read_json, write_json
 from coppice.methods import replacements
 from coppice.models import modules
 from coppice.models.checkpoint import load_model
@@ -96,6 +97,6 @@ def test_an_older_checkpoint_loads_with_its_values(tmp_path: Path) -> None:
     assert '"Codebook"' in text
     (node / "compression.json").write_text(text.replace('"Codebook"', '"Coded"'))
     manifest = read_json(node / "manifest.json")
-    manifest["files"]["compression.json"] = described(node)["compression.json"]
+    manifest["files"]["compression.json"] = asdict(describe_files(node)["compression.json"])
     write_json(node / "manifest.json", manifest)
     assert torch.equal(logits(load_model(node), tiny_tokens()), expected)

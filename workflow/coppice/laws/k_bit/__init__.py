@@ -264,7 +264,7 @@ LAW = Law(
     units={"value": "of the metric", "bits": "bits", "k": "bits per weight", "stderr": "of the metric"},
     columns={"run": str, "model": str, "k": float, "bits": float, "value": float, "stderr": float},
     needs={
-        "nodes": ("node", "parent", "model", "method", "options", "marks", "stored_bits", "bits_per_weight"),
+        "nodes": ("node", "parent", "model", "method", "options", "traits", "stored_bits", "bits_per_weight"),
         "metrics": METRICS,
     },
     points_are="they are the dense models, and the models quantized from them, that were measured by the metric.",

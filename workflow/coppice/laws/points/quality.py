@@ -120,7 +120,7 @@ def list_steps(nodes: pd.DataFrame, node: str) -> list[str]:
 
 def traits(nodes: pd.DataFrame, node: str) -> frozenset[str]:
     """The node's traits, such as `quantized`."""
-    value: Any = nodes.at[node, "marks"]
+    value: Any = nodes.at[node, "traits"]
     return frozenset(value)
 
 

@@ -15,6 +15,7 @@ from coppice.errors import UserError, did_you_mean
 from coppice.laws.contracts import Law
 from coppice.laws.engine.points import Points, count, select
 from coppice.laws.options import LawOptions
+from coppice.records.renamed import COLUMNS as RENAMED
 
 _READERS: dict[str, Callable[[Path], pd.DataFrame]] = {
     ".parquet": pd.read_parquet,
@@ -44,13 +45,15 @@ def _read_tables(law: Law, directory: Path | None) -> dict[str, pd.DataFrame]:
 
 def _read_table(path: Path, needed: tuple[str, ...]) -> pd.DataFrame:
     with _explained(path):
-        missing = [column for column in needed if column not in pq.read_schema(path).names]
+        stored = {RENAMED.get(name, name): name for name in pq.read_schema(path).names}
+        missing = [column for column in needed if column not in stored]
         if missing:
             raise UserError(
                 f"{path} has no column {missing[0]!r}: it was written by another version; remove it, and make the "
                 "tables again (`snakemake tables`)."
             )
-        return _without_repeats(pd.read_parquet(path, columns=list(needed)).reset_index(drop=True), path)
+        frame = pd.read_parquet(path, columns=[stored[column] for column in needed]).rename(columns=RENAMED)
+        return _without_repeats(frame.reset_index(drop=True), path)
 
 
 def _without_repeats(table: pd.DataFrame, path: Path) -> pd.DataFrame:

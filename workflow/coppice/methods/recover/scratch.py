@@ -11,7 +11,7 @@ FLOPs of a product that skips them.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
@@ -23,9 +23,9 @@ from coppice.methods.options import RecoverOptions
 from coppice.methods.training import mask_gradients
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from transformers import PreTrainedModel
+
+    from coppice.records.manifest import Manifest
 
 SOURCE = Source(
     title="Rethinking the Value of Network Pruning",
@@ -45,11 +45,11 @@ class Options(RecoverOptions):
     )
 
 
-def tokens(options: Options, parent: Mapping[str, Any]) -> int:
+def tokens(options: Options, parent: Manifest) -> int:
     """Tokens to train on: D, or D N_dense / N rounded up; both N from the parent's manifest."""
     if options.equal == "tokens":
         return options.tokens
-    return -(-options.tokens * parent["dense_parameters"] // parent["parameters"]["nonzero"])
+    return -(-options.tokens * parent.dense_parameters // parent.parameters.nonzero)
 
 
 def prepare(model: PreTrainedModel, options: Options) -> PreTrainedModel:

@@ -134,7 +134,7 @@ function drawNode() {
 }
 
 function badges(node) {
-  const words = [arrows(node.composition), ...(node.marks ?? [])];
+  const words = [arrows(node.composition), ...(node.traits ?? [])];
   if (node.budget) words.push(`${formatCount(node.budget)} recovery tokens`);
   return make(
     "p",
