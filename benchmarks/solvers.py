@@ -100,8 +100,8 @@ def ours(row: str) -> Callable[[Tensor, Tensor], Any]:
 
     Returns the replacement, and the weight and the moment that it replaces.
     """
-    from coppice.methods.contracts import Linear, LinearStatistics
     from coppice.methods.registry import method
+    from coppice.models.contracts import Linear, LinearStatistics
 
     found = method(row.partition(",")[0])
     options = found.validated(ROWS[row])
@@ -168,7 +168,7 @@ def rounds(size: str, rows: list[str], arguments: argparse.Namespace) -> tuple[l
 
     The first round prepares kernels and counts for slow runs only, which take no part in the others.
     """
-    from coppice.methods.contracts import Unchanged
+    from coppice.models.replacements import Unchanged
 
     weight, moment = layer(size, arguments.device)
     running, losses, failures = runs(rows), {}, {}
@@ -192,9 +192,9 @@ def rounds(size: str, rows: list[str], arguments: argparse.Namespace) -> tuple[l
 
 def loss(result: Any, weight: Tensor, moment: Tensor) -> float | None:
     """None where what stands in the weight's place is no plain matrix."""
-    from coppice.methods.contracts import Codebook, LowRank, Masked, Quantized
     from coppice.methods.solvers import codebook, grid
     from coppice.methods.solvers.loss import relative_error
+    from coppice.models.replacements import Codebook, LowRank, Masked, Quantized
 
     if isinstance(result, LowRank) and not isinstance(result.first, Codebook):
         made = result.second @ result.first

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from coppice.methods.contracts import Linear, LinearStatistics
+from coppice.models.contracts import Linear, LinearStatistics
 
 SHAPES = ("64 x 256", "96 x 160", "256 x 512", "64 x 256, one input dead")
 _ROWS = pytest.StashKey["dict[tuple[str, str, str], Agreement]"]()

@@ -9,7 +9,7 @@ from shlex import join
 
 from coppice.errors import UserError
 from coppice.files import fingerprint
-from coppice.methods.contracts import KINDS
+from coppice.models.contracts import KINDS
 from coppice.planning import patterns, requests
 from coppice.planning.jobs import JobGraph
 from coppice.planning.storage_environment import storage_environment

@@ -105,8 +105,9 @@ def _outer(each: Any, emulated: list[Emulated]) -> Any:
 
 
 def _failures(cases: dict[str, dict[str, Any]]) -> dict[str, str]:
-    from coppice.methods.contracts import Linear, LinearStatistics, Replacement
     from coppice.methods.registry import method
+    from coppice.models.contracts import Linear, LinearStatistics
+    from coppice.models.replacements import Replacement
 
     def tensors(found: Any) -> list[Tensor]:
         if isinstance(found, Replacement):

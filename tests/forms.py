@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from coppice.methods.replacements import Quantized, Replacement
 from coppice.models import modules
+from coppice.models.replacements import Quantized, Replacement
 
 
 def stored_form(replacement: Replacement, linear: nn.Module) -> modules.StoredForm:

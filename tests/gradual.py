@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from coppice.methods.contracts import Source
-from coppice.methods.declaration import Resources, TrainingMethod
+from coppice.methods.declaration import Resources, Source, TrainingMethod
 from coppice.methods.options import RecoverOptions
 from coppice.methods.registry import Method, methods
 from coppice.methods.training import Clock, ParameterGroup, distribute_like, full_tensor

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from coppice.source_files import imported_files
+from coppice.records.source_files import imported_files
 
 LILY = ["__init__.py", "alone.py", "beds/__init__.py", "beds/rose.py", "soil.py", "tools/__init__.py", "tools/rake.py"]
 

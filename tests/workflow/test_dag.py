@@ -24,7 +24,8 @@ ROOT = Path(__file__).resolve().parents[2]
 processes = multiprocessing.get_context("fork")
 PLUGIN = '''"""A method of another package."""
 from pydantic import Field
-from coppice.methods.contracts import Masked, Source
+from coppice.models.replacements import Masked
+from coppice.methods.declaration import Source
 from coppice.methods.declaration import LayerMethod
 from coppice.methods.options import LayerOptions
 

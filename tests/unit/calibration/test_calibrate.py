@@ -21,10 +21,10 @@ from coppice.calibration.reading import MOMENT_FIELDS, block_statistics, read_st
 from coppice.data.windows import load_windows, tokenize
 from coppice.data.windows import save_windows as write_windows
 from coppice.errors import UserError
-from coppice.methods.contracts import LinearStatistics
 from coppice.models import modules
 from coppice.models.architectures.base import blocks
 from coppice.models.checkpoint import load_model, read_manifest
+from coppice.models.contracts import LinearStatistics
 from coppice.records.statistics import Statistics
 
 DISTINCT = {

@@ -10,12 +10,12 @@ from pydantic import ValidationError
 
 from coppice.compression.allocation import allocate, outliers, sensitivity, spreading, svd_llm_v2
 from coppice.errors import UserError
-from coppice.methods.contracts import Linear, LinearStatistics
 from coppice.methods.decompose import svd_llm
 from coppice.methods.prune import magnitude, wanda
 from coppice.methods.quantize import rtn
 from coppice.methods.solvers import demand
 from coppice.methods.solvers.truncation import break_even, chosen_rank
+from coppice.models.contracts import Linear, LinearStatistics
 
 SHAPES = {"self_attn.q_proj": (16, 16), "self_attn.k_proj": (8, 16), "mlp.up_proj": (40, 16), "mlp.down_proj": (16, 40)}
 

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from coppice.compression.stage import compress
 from coppice.errors import UserError
 from coppice.files import read_json
-from coppice.methods.contracts import linear_seed
 from coppice.methods.registry import method
 from coppice.models import modules
 from coppice.models.architectures.base import blocks
 from coppice.models.checkpoint import load_model, read_manifest
+from coppice.models.contracts import linear_seed
 from coppice.models.densify import export_dense
 from coppice.records.manifest import Manifest
 from coppice.study import tree

@@ -18,12 +18,13 @@ from coppice.calibration.moments import Moments
 from coppice.calibration.reading import block_statistics, read_statistics_file
 from coppice.data.windows import load_windows
 from coppice.errors import UserError
-from coppice.methods.contracts import Linear, LinearStatistics, LowRank, Masked, Quantized, Replacement
 from coppice.methods.registry import method
 from coppice.methods.solvers.grid import dequantize
 from coppice.models import modules, surgery
 from coppice.models.architectures.base import blocks
 from coppice.models.checkpoint import load_model, read_manifest
+from coppice.models.contracts import Linear, LinearStatistics
+from coppice.models.replacements import LowRank, Masked, Quantized, Replacement
 from coppice.records.statistics import Statistics
 
 STEPS: dict[str, tuple[str, dict[str, Any]]] = {

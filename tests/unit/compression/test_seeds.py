@@ -10,9 +10,10 @@ from nodes import save_root
 
 from coppice.compression.stage import compress
 from coppice.methods import registry
-from coppice.methods.contracts import Linear, Source, Unchanged, linear_seed
-from coppice.methods.declaration import LayerMethod
+from coppice.methods.declaration import LayerMethod, Source
 from coppice.methods.options import LayerOptions
+from coppice.models.contracts import Linear, linear_seed
+from coppice.models.replacements import Unchanged
 
 
 def test_each_linear_has_a_seed_of_its_own_that_follows_the_study(

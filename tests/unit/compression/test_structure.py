@@ -14,11 +14,11 @@ from torch import Tensor
 
 from coppice.errors import UserError
 from coppice.methods import registry
-from coppice.methods.contracts import Decoder, Removal, Source
-from coppice.methods.declaration import Resources, StructureMethod
+from coppice.methods.declaration import Resources, Source, StructureMethod
 from coppice.methods.options import MethodOptions
 from coppice.models import surgery
 from coppice.models.checkpoint import load_model, read_manifest
+from coppice.models.contracts import Decoder, Removal
 
 UP, DOWN = "model.layers.0.mlp.up_proj", "model.layers.0.mlp.down_proj"
 Choose = Callable[[Decoder, Mapping[str, Tensor], MethodOptions], Removal]

@@ -30,8 +30,8 @@ from coppice.export import gguf, gguf_tokenizer
 from coppice.export.check import Difference, difference
 from coppice.export.stage import export
 from coppice.files import write_json
-from coppice.methods.contracts import Removal
 from coppice.models.checkpoint import load_model, save_checkpoint, stored_dtype
+from coppice.models.contracts import Removal
 from coppice.models.densify import densify
 from coppice.models.surgery import remove
 from tests.unit.export.test_gguf_tokenizer import PRE_TOKENIZERS, begins, byte_level, with_all_pairs

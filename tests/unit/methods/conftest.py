@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from coppice.methods.contracts import Linear, LinearStatistics
+from coppice.models.contracts import Linear, LinearStatistics
 
 
 def statistics_of(inputs: torch.Tensor) -> LinearStatistics:

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
-from coppice.methods.contracts import QuantizedActivations
 from coppice.methods.quantize.activation_quant import Options, compress
+from coppice.models.replacements import QuantizedActivations
 
 # Read by tests/rows.py.
 ROWS = [{"bits": 8}]

@@ -8,10 +8,11 @@ import torch
 from pydantic import ValidationError
 
 from coppice.errors import UserError
-from coppice.methods.contracts import Linear, LinearStatistics, Unchanged
 from coppice.methods.decompose import svd, svd_llm
 from coppice.methods.decompose.asvd import Candidate, Options, compress, plan, search
 from coppice.methods.solvers.ranks import RankTarget
+from coppice.models.contracts import Linear, LinearStatistics
+from coppice.models.replacements import Unchanged
 
 # Read by tests/rows.py.
 ROWS = [

@@ -7,12 +7,13 @@ import torch
 from pydantic import ValidationError
 
 from coppice.errors import UserError
-from coppice.methods.contracts import Linear, Unchanged
 from coppice.methods.prune import magnitude, wanda
 from coppice.methods.prune.awp import Options, compress, traits
 from coppice.methods.quantize import rtn
 from coppice.methods.solvers.grid import dequantize
 from coppice.methods.solvers.refit import refit
+from coppice.models.contracts import Linear
+from coppice.models.replacements import Unchanged
 
 # Read by tests/rows.py.
 ROWS = [

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from coppice.errors import UserError
-from coppice.methods.contracts import Linear, LinearStatistics
 from coppice.methods.quantize import rtn
 from coppice.methods.quantize.awq import Options, _candidate, compress, scales
 from coppice.methods.solvers.grid import dequantize
+from coppice.models.contracts import Linear, LinearStatistics
 
 # Read by tests/rows.py.
 ROWS = [{"bits": 4, "group_size": -1}, {"bits": 4, "duo_scaling": True, "clip": False, "group_size": -1}]

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from coppice.errors import UserError
-from coppice.methods.contracts import Linear, TensorTrain, Unchanged
 from coppice.methods.decompose.compactifai import Options, compress, least_increase, plan
 from coppice.methods.solvers.tensor_train import contract, split
+from coppice.models.contracts import Linear
+from coppice.models.replacements import TensorTrain, Unchanged
 
 # Read by tests/rows.py.
 ROWS = [

@@ -8,10 +8,10 @@ import torch
 from pydantic import ValidationError
 
 from coppice.errors import UserError
-from coppice.methods.contracts import Linear
 from coppice.methods.quantize import gptq, rtn
 from coppice.methods.quantize.coordinate_descent import Options, compress
 from coppice.methods.solvers.grid import dequantize
+from coppice.models.contracts import Linear
 
 # Read by tests/rows.py.
 ROWS = [{"bits": 3, "group_size": -1}, {"bits": 3, "start": "gptq", "block": 4, "group_size": -1}]

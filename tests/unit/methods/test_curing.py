@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from coppice.errors import UserError
-from coppice.methods.contracts import CUR, Linear, Role, Unchanged
 from coppice.methods.decompose.curing import (
     Options,
     affordable_rank,
@@ -21,6 +20,8 @@ from coppice.methods.decompose.curing import (
     plan,
     select,
 )
+from coppice.models.contracts import Linear, Role
+from coppice.models.replacements import CUR, Unchanged
 
 # Read by tests/rows.py.
 ROWS = [{"keep": 0.8}, {"rank": 3, "link": "data"}, {"rank": 3, "importance": "weight"}]

@@ -23,11 +23,12 @@ from coppice.compression.allocation import allocate
 from coppice.compression.inputs import Inputs
 from coppice.compression.replacement import replace
 from coppice.errors import UserError
-from coppice.methods.contracts import Linear, LinearStatistics, Replacement, Unchanged
 from coppice.methods.options import MethodOptions
 from coppice.methods.registry import Method, method, methods
 from coppice.models import folding, modules
 from coppice.models.architectures.base import blocks
+from coppice.models.contracts import Linear, LinearStatistics
+from coppice.models.replacements import Replacement, Unchanged
 
 NAME = "model.layers.0.mlp.gate_proj"
 LAYER_ROWS = {name: rows for name, rows in ROWS.items() if method(name).contract == "layer"}

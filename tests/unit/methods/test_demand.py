@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from coppice.errors import UserError
-from coppice.methods.contracts import Linear
 from coppice.methods.prune import wanda
 from coppice.methods.quantize import rtn
 from coppice.methods.solvers import demand
 from coppice.methods.solvers.grid import GridOptions, dequantize
 from coppice.methods.solvers.truncation import square_root, truncate
+from coppice.models.contracts import Linear
 
 
 def test_masking_loses_what_wanda_prunes(linear, statistics_with, statistics):

@@ -8,7 +8,6 @@ import torch
 from pydantic import ValidationError
 
 from coppice.errors import UserError
-from coppice.methods.contracts import Linear, Unchanged
 from coppice.methods.decompose import svd_llm
 from coppice.methods.decompose.dobi_svd import (
     Options,
@@ -22,6 +21,8 @@ from coppice.methods.decompose.dobi_svd import (
 )
 from coppice.methods.solvers.codebook import dequantize, dynamic_table
 from coppice.methods.solvers.ranks import PlannedRank, RankTarget
+from coppice.models.contracts import Linear
+from coppice.models.replacements import Unchanged
 
 # Read by tests/rows.py.
 ROWS = [{"keep": 0.6, "steps": 2}, {"keep": 0.6, "remap": False, "learn": False}]

@@ -6,13 +6,13 @@ from pydantic import ValidationError
 
 from coppice.compression.allocation import allocate
 from coppice.methods.compensate.eora import Options, compress
-from coppice.methods.contracts import Linear
 from coppice.methods.decompose import svd
 from coppice.methods.prune import magnitude
 from coppice.methods.quantize import rtn
 from coppice.methods.solvers.grid import dequantize
 from coppice.methods.solvers.loss import output_power
 from coppice.methods.solvers.truncation import truncate
+from coppice.models.contracts import Linear
 
 # Read by tests/rows.py.
 ROWS = [{"rank": 2}]

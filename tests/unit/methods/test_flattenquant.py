@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from coppice.errors import UserError
-from coppice.methods.contracts import Linear, LinearStatistics
 from coppice.methods.quantize.flattenquant import Options, compress, flatten, layout, scales, split
 from coppice.methods.solvers.loss import relative_error
+from coppice.models.contracts import Linear, LinearStatistics
 
 # Read by tests/rows.py.
 ROWS = [{"bits": 8}, {"solver": "gptq", "smoothing": 1, "fence": 0}]

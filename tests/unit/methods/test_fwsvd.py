@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from coppice.errors import UserError
-from coppice.methods.contracts import Linear, Unchanged
 from coppice.methods.decompose import svd, svd_llm
 from coppice.methods.decompose.fwsvd import Options, compress, plan
+from coppice.models.contracts import Linear
+from coppice.models.replacements import Unchanged
 
 # Read by tests/rows.py.
 ROWS = [{"rank": 3}]

@@ -7,10 +7,10 @@ import torch
 from pydantic import ValidationError
 
 from coppice.errors import UserError
-from coppice.methods.contracts import Linear
 from coppice.methods.quantize import rtn
 from coppice.methods.quantize.gptq import Options, compress
 from coppice.methods.solvers.grid import dequantize
+from coppice.models.contracts import Linear
 
 # Read by tests/rows.py.
 ROWS = [{"bits": 4, "group_size": -1}, {"bits": 3, "act_order": True, "symmetric": True, "block": 4, "group_size": -1}]

@@ -8,10 +8,10 @@ import torch
 from pydantic import ValidationError
 
 from coppice.errors import UserError
-from coppice.methods.contracts import Linear, Role
 from coppice.methods.quantize.k_bit import Options, Proxy, compress, plan, writers
 from coppice.methods.solvers.codebook import dequantize
 from coppice.models.architectures.base import architecture
+from coppice.models.contracts import Linear, Role
 
 # Read by tests/rows.py.
 ROWS = [{"bits": 4}, {"bits": 3, "type": "quantile"}, {"bits": 4, "type": "normal", "outliers": 0.3}]

@@ -7,10 +7,11 @@ import torch
 from pydantic import ValidationError
 
 from coppice.errors import UserError
-from coppice.methods.contracts import Codebook, Linear, Quantized
 from coppice.methods.quantize import rtn
 from coppice.methods.quantize.learned_rounding import Options, best_format, compress, gradient, pressure, soft_rounding
 from coppice.methods.solvers import codebook, grid
+from coppice.models.contracts import Linear
+from coppice.models.replacements import Codebook, Quantized
 
 # Read by tests/rows.py.
 ROWS = [{"bits": 4, "format": "float", "steps": 5}, {"bits": 3, "steps": 5, "group_size": -1}]

@@ -9,9 +9,9 @@ from tiny import ARCHITECTURES, NORMS_ACROSS_HEADS, logits, tiny_model, tiny_tok
 
 from coppice.calibration.gradients import IMPORTANCES, unit_scores
 from coppice.errors import UserError
-from coppice.methods.contracts import Structure
 from coppice.methods.prune.llm_pruner import Options, choose
 from coppice.methods.registry import method
+from coppice.models.contracts import Structure
 from coppice.models.surgery import achieved, remove, structure
 
 # Read by tests/rows.py.

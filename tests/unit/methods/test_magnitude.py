@@ -6,8 +6,9 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from coppice.methods.contracts import Linear, Unchanged
 from coppice.methods.prune.magnitude import Options, compress
+from coppice.models.contracts import Linear
+from coppice.models.replacements import Unchanged
 
 # Read by tests/rows.py.
 ROWS = [{"sparsity": 0.5}, {"pattern": "2:4"}, {"sparsity": 0.5, "scope": "row", "refit": True}]

@@ -8,9 +8,10 @@ import torch
 from pydantic import ValidationError
 
 from coppice.errors import UserError
-from coppice.methods.contracts import Linear, Unchanged
 from coppice.methods.prune.net_trim import Options, compress, kkt_residual
 from coppice.methods.solvers.loss import relative_error
+from coppice.models.contracts import Linear
+from coppice.models.replacements import Unchanged
 
 # Read by tests/rows.py.
 ROWS = [{"epsilon": 0.3, "iterations": 20}, {"sparsity": 0.5, "iterations": 20}]

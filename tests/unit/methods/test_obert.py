@@ -8,8 +8,9 @@ import torch
 from pydantic import ValidationError
 
 from coppice.errors import UserError
-from coppice.methods.contracts import Linear, Masked, Unchanged
 from coppice.methods.prune.obert import Options, compress, fisher, invert, plan, saliency
+from coppice.models.contracts import Linear
+from coppice.models.replacements import Masked, Unchanged
 
 # Read by tests/rows.py.
 ROWS = [{"sparsity": 0.5, "block": 8}, {"sparsity": 0.5, "block": 8, "unit": 4, "update": "joint", "scope": "layer"}]

@@ -7,10 +7,11 @@ import torch
 from pydantic import ValidationError
 
 from coppice.errors import UserError
-from coppice.methods.contracts import Linear, LinearStatistics, Masked, Quantized, Unchanged
 from coppice.methods.prune import wanda
 from coppice.methods.prune.obr import Options, compress, restore, traits
 from coppice.methods.solvers.grid import Grid, decode, dequantize, fit_groups
+from coppice.models.contracts import Linear, LinearStatistics
+from coppice.models.replacements import Masked, Quantized, Unchanged
 
 # Read by tests/rows.py.
 ROWS = [

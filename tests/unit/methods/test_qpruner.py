@@ -9,12 +9,12 @@ import torch
 from pydantic import ValidationError
 
 from coppice.errors import UserError
-from coppice.methods.contracts import Linear, LinearStatistics
 from coppice.methods.quantize import gptq, qpruner, rtn
 from coppice.methods.quantize.qpruner import Options, by_information, compress, mutual_information, plan, repair_levels
 from coppice.methods.registry import method
 from coppice.methods.solvers import demand
 from coppice.methods.solvers.grid import GridOptions, dequantize
+from coppice.models.contracts import Linear, LinearStatistics
 
 # Read by tests/rows.py.
 ROWS = [

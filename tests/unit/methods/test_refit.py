@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from coppice.errors import UserError
-from coppice.methods.contracts import Linear
 from coppice.methods.prune import magnitude, sparsegpt, wanda
 from coppice.methods.solvers import refit as solver
 from coppice.methods.solvers.damping import damp
 from coppice.methods.solvers.refit import compensate, refit, solve_free
+from coppice.models.contracts import Linear
 
 
 def uneven() -> torch.Tensor:

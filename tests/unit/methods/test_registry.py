@@ -14,12 +14,12 @@ import pytest
 from coppice.errors import UserError
 from coppice.methods import incompatible, registry
 from coppice.methods.catalogue import catalogue
-from coppice.methods.contracts import Source
-from coppice.methods.declaration import LayerMethod, Resources
+from coppice.methods.declaration import LayerMethod, Resources, Source
 from coppice.methods.options import LayerOptions
 
 HEAD = """
-from coppice.methods.contracts import Masked, Source
+from coppice.models.replacements import Masked
+from coppice.methods.declaration import Source
 from coppice.methods.declaration import CacheMethod, LayerMethod, Resources, StructureMethod, TrainingMethod
 from coppice.methods.options import LayerOptions, MethodOptions, RecoverOptions
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from coppice.errors import UserError
-from coppice.methods.contracts import Linear
 from coppice.methods.quantize.rtn import Options, compress
 from coppice.methods.solvers.grid import Grid, dequantize
+from coppice.models.contracts import Linear
 
 # Read by tests/rows.py.
 ROWS = [{"bits": 4, "group_size": -1}, {"bits": 2, "symmetric": True, "group_size": -1}]

@@ -9,9 +9,9 @@ from pydantic import ValidationError
 from tiny import ARCHITECTURES, logits, tiny_model, tiny_tokens
 
 from coppice.errors import UserError
-from coppice.methods.contracts import Structure
 from coppice.methods.prune.shortgpt import Options, choose
 from coppice.methods.registry import method
+from coppice.models.contracts import Structure
 from coppice.models.surgery import remove
 
 # Read by tests/rows.py.

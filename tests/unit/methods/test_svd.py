@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from coppice.methods.contracts import Unchanged
 from coppice.methods.decompose.svd import Options, compress
+from coppice.models.replacements import Unchanged
 
 # Read by tests/rows.py.
 ROWS = [{"rank": 3}]

@@ -7,10 +7,11 @@ import torch
 from pydantic import ValidationError
 
 from coppice.errors import UserError
-from coppice.methods.contracts import LinearStatistics, Unchanged
 from coppice.methods.decompose import asvd, fwsvd, svd
 from coppice.methods.decompose.svd_llm import Options, compress
 from coppice.methods.solvers.loss import relative_error
+from coppice.models.contracts import LinearStatistics
+from coppice.models.replacements import Unchanged
 
 # Read by tests/rows.py.
 ROWS = [{"rank": 5}, {"rank": 3, "whitening": "cholesky"}, {"rank": 3, "update": True}]

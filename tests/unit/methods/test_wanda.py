@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from coppice.errors import UserError
-from coppice.methods.contracts import Linear, Unchanged
 from coppice.methods.prune import magnitude
 from coppice.methods.prune.wanda import Options, compress
+from coppice.models.contracts import Linear
+from coppice.models.replacements import Unchanged
 
 # Read by tests/rows.py.
 ROWS = [{"sparsity": 0.5}, {"pattern": "2:4"}, {"sparsity": 0.5, "refit": True}]

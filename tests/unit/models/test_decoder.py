@@ -8,9 +8,9 @@ from tiny import ARCHITECTURES, logits, tiny_model, tiny_tokens
 from torch.nn.functional import cross_entropy
 
 from coppice.errors import UserError
-from coppice.methods.contracts import Linear, Removal, Structure
 from coppice.models import modules, surgery
 from coppice.models.architectures.base import blocks
+from coppice.models.contracts import Linear, Removal, Structure
 from coppice.models.decoder import WholeDecoder
 
 

@@ -17,8 +17,8 @@ from transformers import (
 )
 
 from coppice.errors import UserError
-from coppice.methods.contracts import Removal, Structure
 from coppice.models.architectures.base import architecture_of
+from coppice.models.contracts import Removal, Structure
 from coppice.models.surgery import achieved, remove, structure
 
 TOKENS = tiny_tokens()

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from coppice.files import read_json
-from coppice.plotting import svg
+from coppice.formatting.plotting import svg
 from coppice.report.figures import curves_figure, frontier_figure, layers_figure, profile_figure
 from coppice.report.law_lines import law_lines
 from coppice.results.reading import read_table

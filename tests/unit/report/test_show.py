@@ -12,8 +12,9 @@ from fake_results import fake_study, log, write_results
 from coppice.errors import UserError
 from coppice.records.failure import SILENT
 from coppice.records.layout import ResultsLayout
-from coppice.report.show import complete_node, match_node, p_value, show
+from coppice.report.show import p_value, show
 from coppice.results import collection as tables
+from coppice.results.lookup import complete_node, match_node
 from coppice.results.reading import read_table
 
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from coppice.calibration.reading import MOMENT_FIELDS, block_file
 from coppice.calibration.walk import Batch, embed, require_finite, run_block
-from coppice.methods.contracts import LinearStatistics
 from coppice.models import modules
 from coppice.models.architectures.base import architecture_of, blocks
+from coppice.models.contracts import LinearStatistics
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from coppice import storage
 from coppice.errors import UserError
-from coppice.methods.contracts import LinearStatistics
 from coppice.models.checkpoint import read_tensors
+from coppice.models.contracts import LinearStatistics
 from coppice.records.statistics import Statistics
 
 MOMENT_FIELDS = ("second_moment", "mean", "absmean", "absmax")

@@ -21,9 +21,9 @@ from coppice.calibration.walk import as_tensors
 from coppice.data.tokenizer import check_tokenizer
 from coppice.data.windows import load_windows
 from coppice.files import atomic_directory, fingerprint, sha256
-from coppice.methods.contracts import KINDS
 from coppice.models.architectures.base import blocks
 from coppice.models.checkpoint import computing_dtype, load_model, read_manifest, versions
+from coppice.models.contracts import KINDS
 from coppice.records.statistics import Statistics
 
 if TYPE_CHECKING:

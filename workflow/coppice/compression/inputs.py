@@ -13,12 +13,12 @@ from coppice.calibration import reading, walk
 from coppice.data.tokenizer import check_tokenizer
 from coppice.data.windows import Windows, load_windows
 from coppice.errors import UserError
-from coppice.methods.contracts import FROM_WINDOWS, LinearStatistics
 from coppice.methods.options import MethodOptions
 from coppice.methods.registry import Method
 from coppice.models import modules
 from coppice.models.architectures.base import blocks
 from coppice.models.checkpoint import computing_dtype, load_model
+from coppice.models.contracts import FROM_WINDOWS, LinearStatistics
 from coppice.records.statistics import Statistics
 
 if TYPE_CHECKING:

@@ -23,12 +23,12 @@ from coppice.compression.replacement import replace
 from coppice.compression.views import decoder_view, linear_view
 from coppice.data.windows import Windows
 from coppice.errors import UserError, did_you_mean, error_context
-from coppice.methods.contracts import Linear, LinearStatistics
 from coppice.methods.options import LayerOptions, TargetOptions
 from coppice.methods.registry import Method
 from coppice.methods.solvers.loss import relative_error
 from coppice.models import folding, modules
 from coppice.models.architectures.base import Architecture, architecture_of, blocks
+from coppice.models.contracts import Linear, LinearStatistics
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

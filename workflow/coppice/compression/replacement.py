@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from coppice.methods.replacements import Masked, QuantizedActivations, Replacement, Unchanged
 from coppice.models import modules
+from coppice.models.replacements import Masked, QuantizedActivations, Replacement, Unchanged
 
 
 def replace(

@@ -13,13 +13,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from coppice.compression.adapter import write_adapter
 from coppice.compression.inputs import load_reference, read_inputs
 from coppice.compression.layer_pass import LayerPass, compress_layers
 from coppice.errors import UserError
 from coppice.methods import registry
 from coppice.methods.options import LayerOptions
 from coppice.methods.registry import Method
+from coppice.models.adapter import write_adapter
 from coppice.models.checkpoint import computing_dtype, load_model, read_manifest, save_checkpoint, stored_dtype
 from coppice.records.base import Json
 from coppice.records.manifest import Manifest, Provenance, StepRecord

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from coppice.compression.inputs import Inputs
-from coppice.methods.contracts import Linear, linear_seed
 from coppice.models import modules
+from coppice.models.contracts import Linear, linear_seed
 from coppice.models.decoder import WholeDecoder
 
 if TYPE_CHECKING:

@@ -34,8 +34,8 @@ from math import ceil
 from typing import Any, NamedTuple
 
 from coppice.hardware import DEVICES, Device
-from coppice.methods.replacements import Place, Product, word_bytes
 from coppice.models.architectures.base import Shape, architecture, shape_of
+from coppice.models.replacements import Place, Product, word_bytes
 from coppice.records.compression import CACHE, Entries
 
 BITS = {"float32": 32, "bfloat16": 16, "float16": 16}

@@ -13,10 +13,10 @@ import torch
 
 from coppice.export.node import Node, Written, save_for_others
 from coppice.files import read_json, write_json
-from coppice.methods.replacements import LowRankCorrection
 from coppice.models import modules
 from coppice.models.architectures.base import blocks
 from coppice.models.checkpoint import load_model
+from coppice.models.replacements import LowRankCorrection
 from coppice.models.stock_formats import quantization_grids, stock_loaders_read
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ import torch
 
 from coppice import storage
 from coppice.files import read_json
-from coppice.methods.replacements import Replacement, form_of
 from coppice.models.checkpoint import read_manifest, save_checkpoint, stored_dtype
+from coppice.models.replacements import Replacement, form_of
 from coppice.records.compression import Entries, linear_entries, read_compression
 from coppice.records.manifest import Manifest, Provenance
 

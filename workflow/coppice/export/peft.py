@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from coppice.compression.adapter import write_adapter
 from coppice.export import compressed_tensors
 from coppice.export.node import Node, Written, save_for_others
 from coppice.files import read_json, write_json
-from coppice.methods.replacements import LowRankCorrection, form_of
 from coppice.models import modules
+from coppice.models.adapter import write_adapter
 from coppice.models.architectures.base import blocks
 from coppice.models.checkpoint import load_model
 from coppice.models.densify import densify
+from coppice.models.replacements import LowRankCorrection, form_of
 from coppice.models.stock_formats import quantization_grids
 
 if TYPE_CHECKING:

@@ -16,6 +16,7 @@ from coppice.errors import UserError
 from coppice.files import atomic_directory, read_json, write_json
 from coppice.formatting import number
 from coppice.records.layout import ResultsLayout
+from coppice.results.lookup import complete_node
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -64,8 +65,6 @@ def source_folder(node: str | None, results: Path | None, model: Path | None) ->
     if model is not None and node is None and results is None:
         return model
     if model is None and node is not None and results is not None:
-        from coppice.report.show import complete_node
-
         return ResultsLayout(results).checkpoint(complete_node(results, node))
     raise UserError("Pass a node's name and --results, or --model with the folder of a checkpoint, and not both.")
 

@@ -21,7 +21,7 @@ import coppice.laws
 from coppice.errors import UserError, did_you_mean
 from coppice.laws.contracts import Law, find_problems
 from coppice.laws.options import LawOptions
-from coppice.source_files import imported_files
+from coppice.records.source_files import imported_files
 
 _NOT_LAWS = frozenset({"contracts", "engine", "figure", "options", "points", "registry", "stage"})
 

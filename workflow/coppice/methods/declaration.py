@@ -12,16 +12,17 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from coppice.errors import did_you_mean
-from coppice.methods.contracts import FROM_WINDOWS, KINDS, Source
 from coppice.methods.options import LayerOptions, MethodOptions, RecoverOptions
 from coppice.methods.training import Clock, ParameterGroup, adamw, matrices_and_vectors
+from coppice.models.contracts import FROM_WINDOWS, KINDS
 
 if TYPE_CHECKING:
     from torch import Tensor
     from torch.optim import Optimizer
     from transformers import PreTrainedModel
 
-    from coppice.methods.contracts import Decoder, Linear, LinearStatistics, Removal, Replacement
+    from coppice.models.contracts import Decoder, Linear, LinearStatistics, Removal
+    from coppice.models.replacements import Replacement
     from coppice.records.manifest import Manifest
 
 # What a node is; the accounting, the exports and other methods go by these.
@@ -38,6 +39,19 @@ TRAITS = (
 
 
 Reach = Literal["linear", "block", "model"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a method comes from: the paper's title, its arXiv id (or another identifier) and the equation used.
+
+    claim: what its authors, or others in public, report, with model, data and unit; empty where none is attested.
+    """
+
+    title: str
+    identifier: str
+    equation: str
+    claim: str = ""
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ A method is one file under `methods/<family>/`; its name is the file's name with
 from __future__ import annotations
 
 import pkgutil
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -20,13 +19,13 @@ from typing import Any
 from pydantic import ValidationError
 
 from coppice.errors import UserError, did_you_mean
-from coppice.methods.contracts import Source
 from coppice.methods.declaration import (
     CacheMethod,
     Declaration,
     LayerMethod,
     Resources,
     RotationMethod,
+    Source,
     StructureMethod,
     TrainingMethod,
 )
@@ -90,7 +89,7 @@ class Method:
     @property
     def files(self) -> list[Path]:
         """The method's file and those of the solvers that it rests on: when one changes, its nodes are outdated."""
-        return [self.file, *solver_files(self.file)]
+        return [self.file, *imported_files(self.file, "coppice.methods.solvers")]
 
     @property
     def source(self) -> Source:
@@ -148,21 +147,6 @@ class Method:
         except ValidationError as error:
             problems = [f"{'.'.join(map(str, each['loc'])) or 'options'}: {each['msg']}" for each in error.errors()]
             raise UserError(f"The options of method {self.name!r} are not valid: {'; '.join(problems)}.") from None
-
-
-@cache
-def solver_files(file: Path) -> list[Path]:
-    """The files under `methods/solvers` that a file imports, and those that they import, sorted."""
-    files: set[Path] = set()
-    waiting = [file]
-    while waiting:
-        text = waiting.pop().read_text(encoding="utf-8")
-        for name in re.findall(r"^\s*from coppice\.methods\.solvers\.(\w+) import", text, re.MULTILINE):
-            solver = Path(__file__).parent / "solvers" / f"{name}.py"
-            if solver not in files:
-                files.add(solver)
-                waiting.append(solver)
-    return sorted(files)
 
 
 @cache

@@ -1,6 +1,6 @@
 """A whole decoder with its calibration windows, for methods that decide from the loss or from all layers at once.
 
-Implements `methods.contracts.Decoder`, on the device that the model is on. Weights, outputs and blocks are exchanged
+Implements `models.contracts.Decoder`, on the device that the model is on. Weights, outputs and blocks are exchanged
 for the time of one call and are then as before.
 """
 
@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from coppice.errors import UserError
-from coppice.methods.contracts import Linear, LinearStatistics
 from coppice.models import surgery
 from coppice.models.architectures.base import architecture_of, blocks, head_dim
+from coppice.models.contracts import Linear, LinearStatistics
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

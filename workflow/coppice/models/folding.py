@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from coppice.methods.contracts import LinearStatistics
 from coppice.models.architectures.base import SharedInput, architecture_of, head_dim
+from coppice.models.contracts import LinearStatistics
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

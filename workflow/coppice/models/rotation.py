@@ -19,14 +19,13 @@ Tied embeddings are untied first, as the norm before the head goes into one of t
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from coppice.errors import UserError
-from coppice.methods.options import MethodOptions
 from coppice.models.architectures.base import (
     ATTENTION_READERS,
     MLP_READERS,
@@ -36,14 +35,20 @@ from coppice.models.architectures.base import (
     head_dim,
 )
 
+
+class RotationOptions(Protocol):
+    """What is read of a rotation method's options: whether the values within heads are rotated too."""
+
+    @property
+    def heads(self) -> bool: ...
+
+
 # Rows of a matrix that are in float64 at a time: vocabularies are long.
 _ROWS = 8192
 
 
 @torch.no_grad()
-def rotate(
-    model: PreTrainedModel, rotation: Callable[[int, MethodOptions], Tensor], options: MethodOptions
-) -> PreTrainedModel:
+def rotate(model: PreTrainedModel, rotation: Callable[[int, Any], Tensor], options: RotationOptions) -> PreTrainedModel:
     """Rotates the model in place and returns it; rotation(width, options) gives the matrix, options have `heads`.
 
     Products are taken in float64 on the weights' device and rounded once to their type.
@@ -73,7 +78,7 @@ def rotate(
     return model
 
 
-def achieved(model: PreTrainedModel, options: MethodOptions) -> dict[str, Any]:
+def achieved(model: PreTrainedModel, options: RotationOptions) -> dict[str, Any]:
     """What the rotation will do to the model, before it does.
 
     residual_width: d. head_width: h, or None where heads are not rotated. norms_folded: how many. untied: whether

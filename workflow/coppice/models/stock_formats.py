@@ -11,9 +11,9 @@ import torch
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from coppice.files import write_json
-from coppice.methods.replacements import form_of
 from coppice.models import modules
 from coppice.models.modules.kv_cache import install_cache
+from coppice.models.replacements import form_of
 from coppice.records.compression import CACHE, Entries, Entry, linear_entries
 
 if TYPE_CHECKING:

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from coppice.errors import UserError
-from coppice.methods.contracts import Removal, Structure
 from coppice.models.architectures.base import Architecture, Substitute, architecture, architecture_of, blocks, head_dim
+from coppice.models.contracts import Removal, Structure
 
 
 def structure(model: PreTrainedModel) -> Structure:

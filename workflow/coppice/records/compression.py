@@ -1,6 +1,6 @@
 """compression.json of a checkpoint: what takes the place of each linear, by name, and how keys and values are kept.
 
-An entry has a type, which is the name of a stored form (`coppice.methods.replacements`), "Masked" or "Linear", and the
+An entry has a type, which is the name of a stored form (`coppice.models.replacements`), "Masked" or "Linear", and the
 fields that the form needs. `quantized_activations` says how a module rounds its inputs.
 """
 

@@ -15,7 +15,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from matplotlib.transforms import Bbox
 
 from coppice.formatting import human_count, number
-from coppice.plotting import COLORS, GREY, style
+from coppice.formatting.plotting import COLORS, GREY, style
 from coppice.report.law_lines import Line
 from coppice.report.view import perplexities
 from coppice.results.reading import pareto_front

@@ -7,7 +7,7 @@ from typing import Any
 
 from coppice.decisions import Answer
 from coppice.formatting import number, target_of
-from coppice.plotting import svg
+from coppice.formatting.plotting import svg
 from coppice.report import markup
 from coppice.report.figures import profile_figure
 

@@ -9,7 +9,7 @@ from statistics import median
 from typing import Any
 
 from coppice import storage
-from coppice.errors import UserError, did_you_mean
+from coppice.errors import UserError
 from coppice.formatting import (
     INTERVALS,
     format_table,
@@ -25,7 +25,8 @@ from coppice.records.manifest import Manifest
 from coppice.records.metrics import Metrics
 from coppice.records.node_name import NodeName
 from coppice.report.view import format_metric
-from coppice.results.failures import FailedJob, failed_jobs, final_error
+from coppice.results.failures import failed_jobs, final_error
+from coppice.results.lookup import known_nodes, match_node
 from coppice.results.measurements import Measurements, rows_of
 from coppice.results.nodes import curve_rows, recovery_losses
 from coppice.results.reading import read_table
@@ -73,47 +74,6 @@ def show(results: Path, pattern: str) -> str:
             lines += ["", *section]
     lines += ["", *place_lines(results, name, complete)]
     return "\n".join(line.rstrip() for line in lines)
-
-
-# Names
-
-
-def known_nodes(complete: list[str], missing: list[FailedJob]) -> list[str]:
-    """The nodes that have a checkpoint, or the log of a job without output."""
-    return sorted({*complete, *(node for node, _, _ in missing)})
-
-
-def complete_node(results: Path, pattern: str) -> str:
-    """The node that matches (see `match_node`). Raises UserError where it has no checkpoint, with what failed."""
-    layout = ResultsLayout(results)
-    complete, missing = layout.nodes, list(failed_jobs(layout))
-    name = match_node(pattern.strip("/"), known_nodes(complete, missing))
-    if name in complete:
-        return name
-    failed = [f"{stage} ({final_error(log)}), by {log}" for node, stage, log in missing if node == name]
-    raise UserError(f"The node {name!r} has no checkpoint: {join_words(failed)}. Fix that and run the study again.")
-
-
-def match_node(pattern: str, known: list[str]) -> str:
-    """The node of that name, or else the only one whose name ends in the pattern, or else begins with it.
-
-    Raises UserError with the candidates.
-    """
-    if not known:
-        raise UserError("There is no node yet; run the study, or give another folder with --results.")
-    if pattern in known:
-        return pattern
-    for candidates in (
-        [name for name in known if name.endswith(f"/{pattern}")],
-        [name for name in known if name.startswith(pattern)],
-    ):
-        if len(candidates) == 1:
-            return candidates[0]
-        if candidates:
-            raise UserError(f"{pattern!r} matches {join_first(candidates)}; give more of the name.")
-    close = did_you_mean(pattern, known)
-    hint = close if "Did you mean" in close else f" Known: {join_first(known)}."
-    raise UserError(f"There is no node {pattern!r}.{hint}")
 
 
 # Sections

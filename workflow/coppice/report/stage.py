@@ -9,7 +9,7 @@ from typing import Any
 
 from coppice.decisions.stage import overview
 from coppice.files import atomic_write
-from coppice.plotting import svg
+from coppice.formatting.plotting import svg
 from coppice.records.fit import FitRecord
 from coppice.records.layout import ResultsLayout
 from coppice.report.assembly import assemble

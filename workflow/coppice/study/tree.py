@@ -16,9 +16,9 @@ from itertools import product
 from math import ceil
 from typing import Any
 
-from coppice.methods.contracts import FROM_WINDOWS
 from coppice.methods.options import RecoverOptions
 from coppice.methods.registry import Method, method
+from coppice.models.contracts import FROM_WINDOWS
 from coppice.records.node_name import NodeName
 from coppice.study.schema import BuiltinText, Evaluation, Quality, Recipe, Step, Study
 from coppice.study.schema.evaluations import protocols

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from coppice.methods.replacements import form_of
+from coppice.models.replacements import form_of
 from coppice.records.compression import linear_entries, read_compression
 from coppice.results.schemas import Row
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from forms import dense_linear, stored_form
 
-from coppice.methods.replacements import Codebook
+from coppice.models.replacements import Codebook
 
 
 @pytest.mark.parametrize("transposed", [False, True])

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from forms import dense_linear, stored_form
 
-from coppice.methods.replacements import FlattenQuant
 from coppice.models import modules
+from coppice.models.replacements import FlattenQuant
 
 
 def test_flattened_inputs_add_up_and_stay_within_the_threshold() -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from forms import dense_linear, stored_form
 
-from coppice.methods.replacements import Codebook, LowRank
 from coppice.models import modules
+from coppice.models.replacements import Codebook, LowRank
 
 
 def test_a_factor_may_be_packed_in_its_turn() -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import ast
-from dataclasses import asdict
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,8 @@ from tiny import logits, tiny_model, tiny_tokens
 
 from coppice.errors import UserError
 from coppice.evaluation import roofline
-from coppice.files import read_json, write_json
-from coppice.methods import replacements
-from coppice.models import modules
+from coppice.files import describe_files, read_json, write_json
+from coppice.models import modules, replacements
 from coppice.models.checkpoint import load_model
 from coppice.records.compression import read_compression
 

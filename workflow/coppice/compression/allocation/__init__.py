@@ -25,8 +25,8 @@ from coppice.compression.allocation.entries import Entry, Target
 from coppice.compression.allocation.rank import RankTarget
 from coppice.compression.allocation.sparsity import SparsityTarget
 from coppice.errors import UserError, error_context
-from coppice.methods.contracts import Linear, LinearStatistics
 from coppice.methods.options import Allocation, TargetOptions
+from coppice.models.contracts import Linear, LinearStatistics
 
 # By the option that holds the target.
 TARGETS: dict[str, Callable[[Any], Target]] = {

@@ -9,11 +9,11 @@ from typing import Any
 from coppice.compression.allocation import knapsack, sensitivity
 from coppice.compression.allocation.entries import Entry, comparable_losses, relative_error, shape_of
 from coppice.compression.allocation.spreading import highest_levels, raise_levels
-from coppice.methods.contracts import Linear, LinearStatistics
 from coppice.methods.solvers import demand
 from coppice.methods.solvers.grid import GridOptions
 from coppice.methods.solvers.loss import output_power
 from coppice.methods.solvers.moments import second_moment
+from coppice.models.contracts import Linear, LinearStatistics
 
 
 class BitsTarget:

@@ -7,11 +7,11 @@ from typing import Any, Protocol
 
 from coppice.compression.allocation import water_filling
 from coppice.compression.allocation.entries import Entry, comparable_losses, shape_of
-from coppice.methods.contracts import Linear, LinearStatistics
 from coppice.methods.options import Allocation
 from coppice.methods.solvers import demand
 from coppice.methods.solvers.loss import output_power
 from coppice.methods.solvers.moments import second_moment
+from coppice.models.contracts import Linear, LinearStatistics
 
 
 class CorrectionOptions(Protocol):

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from coppice.methods.contracts import Linear, LinearStatistics
 from coppice.methods.options import Allocation
+from coppice.models.contracts import Linear, LinearStatistics
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ import numpy
 
 from coppice.compression.allocation.entries import Entry, block_and_kind
 from coppice.compression.allocation.spreading import Array, Limits, same_kinds, shifted, spread_groups
-from coppice.methods.contracts import Linear, LinearStatistics
 from coppice.methods.options import Allocation
 from coppice.methods.solvers import demand
+from coppice.models.contracts import Linear, LinearStatistics
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -14,10 +14,10 @@ from typing import Any
 from coppice.compression.allocation import knapsack, sensitivity, svd_llm_v2, water_filling
 from coppice.compression.allocation.entries import Entry, comparable_losses, relative_error, shape_of
 from coppice.compression.allocation.spreading import ROUNDING, highest_levels, proportional, same_kinds
-from coppice.methods.contracts import Linear, LinearStatistics
 from coppice.methods.solvers import demand
 from coppice.methods.solvers.selection import share_of
 from coppice.methods.solvers.truncation import RankOptions, align_rank, break_even, chosen_rank
+from coppice.models.contracts import Linear, LinearStatistics
 
 
 class RankTarget:

@@ -10,11 +10,11 @@ from typing import Any, Protocol
 from coppice.compression.allocation import knapsack, outliers, sensitivity
 from coppice.compression.allocation.entries import Entry, comparable_losses, relative_error, shape_of
 from coppice.compression.allocation.spreading import limits_of, proportional, shifted, whole
-from coppice.methods.contracts import Linear, LinearStatistics
 from coppice.methods.options import Allocation
 from coppice.methods.solvers import demand
 from coppice.methods.solvers.knapsack import knapsack as solve
 from coppice.methods.solvers.selection import share_of
+from coppice.models.contracts import Linear, LinearStatistics
 
 
 class SparsityOptions(Protocol):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from coppice.compression.allocation.entries import Entry, Target, shape_of
-from coppice.methods.contracts import Linear, LinearStatistics
+from coppice.models.contracts import Linear, LinearStatistics
 
 
 def entries(linears: Iterable[tuple[str, Linear, LinearStatistics | None]]) -> list[Entry]:

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from coppice.methods.contracts import Linear, LinearStatistics, LowRankCorrection, Source
-from coppice.methods.declaration import LayerMethod
+from coppice.methods.declaration import LayerMethod, Source
 from coppice.methods.incompatible import COMPENSATE
 from coppice.methods.options import TargetOptions
 from coppice.methods.solvers.truncation import truncate_outputs
+from coppice.models.contracts import Linear, LinearStatistics
+from coppice.models.replacements import LowRankCorrection
 
 SOURCE = Source(
     "EoRA: Fine-tuning-free Compensation for Compressed LLM with Eigenspace Low-Rank Approximation",

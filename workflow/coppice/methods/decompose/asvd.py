@@ -24,8 +24,7 @@ from pydantic import Field, field_validator, model_validator
 
 from coppice.errors import UserError, error_context
 from coppice.lazy import torch
-from coppice.methods.contracts import Decoder, Linear, LinearStatistics, LowRank, Source, Unchanged
-from coppice.methods.declaration import LayerMethod, Resources
+from coppice.methods.declaration import LayerMethod, Resources, Source
 from coppice.methods.incompatible import DECOMPOSE
 from coppice.methods.solvers.moments import input_size
 from coppice.methods.solvers.ranks import PlannedRank, RankTarget
@@ -40,6 +39,8 @@ from coppice.methods.solvers.truncation import (
     stays_dense,
     truncate,
 )
+from coppice.models.contracts import Decoder, Linear, LinearStatistics
+from coppice.models.replacements import LowRank, Unchanged
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -17,8 +17,7 @@ from pydantic import Field, model_validator
 
 from coppice.errors import UserError, error_context
 from coppice.lazy import torch
-from coppice.methods.contracts import Decoder, Linear, LinearStatistics, Source, TensorTrain, Unchanged
-from coppice.methods.declaration import LayerMethod, Resources
+from coppice.methods.declaration import LayerMethod, Resources, Source
 from coppice.methods.incompatible import DECOMPOSE
 from coppice.methods.options import LayerOptions
 from coppice.methods.solvers.moments import input_power
@@ -33,6 +32,8 @@ from coppice.methods.solvers.tensor_train import (
     split,
     unscale,
 )
+from coppice.models.contracts import Decoder, Linear, LinearStatistics
+from coppice.models.replacements import TensorTrain, Unchanged
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -19,13 +19,14 @@ from pydantic import Field, model_validator
 
 from coppice.errors import UserError
 from coppice.lazy import torch
-from coppice.methods.contracts import CUR, Decoder, Linear, LinearStatistics, Source, Unchanged
-from coppice.methods.declaration import LayerMethod, Resources
+from coppice.methods.declaration import LayerMethod, Resources, Source
 from coppice.methods.incompatible import DECOMPOSE
 from coppice.methods.options import LayerOptions
 from coppice.methods.solvers.moments import input_power, second_moment
 from coppice.methods.solvers.selection import lowest, share_of
 from coppice.methods.solvers.truncation import require_finite
+from coppice.models.contracts import Decoder, Linear, LinearStatistics
+from coppice.models.replacements import CUR, Unchanged
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -30,8 +30,7 @@ from pydantic import Field, model_validator
 
 from coppice.errors import UserError
 from coppice.lazy import torch
-from coppice.methods.contracts import Codebook, Decoder, Linear, LinearStatistics, LowRank, Source, Unchanged
-from coppice.methods.declaration import LayerMethod, Resources
+from coppice.methods.declaration import LayerMethod, Resources, Source
 from coppice.methods.incompatible import DECOMPOSE
 from coppice.methods.solvers.codebook import dynamic_table, quantize_blocks
 from coppice.methods.solvers.ranks import PlannedRank, RankTarget
@@ -48,6 +47,8 @@ from coppice.methods.solvers.truncation import (
     stays_dense,
     truncate_outputs,
 )
+from coppice.models.contracts import Decoder, Linear, LinearStatistics
+from coppice.models.replacements import Codebook, LowRank, Unchanged
 
 if TYPE_CHECKING:
     from torch import Tensor

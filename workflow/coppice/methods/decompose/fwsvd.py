@@ -13,8 +13,7 @@ from pydantic import Field
 
 from coppice.errors import UserError
 from coppice.lazy import torch
-from coppice.methods.contracts import Decoder, Linear, LinearStatistics, LowRank, Source, Unchanged
-from coppice.methods.declaration import LayerMethod, Resources
+from coppice.methods.declaration import LayerMethod, Resources, Source
 from coppice.methods.incompatible import DECOMPOSE
 from coppice.methods.solvers.truncation import (
     RankOptions,
@@ -24,6 +23,8 @@ from coppice.methods.solvers.truncation import (
     stays_dense,
     truncate,
 )
+from coppice.models.contracts import Decoder, Linear, LinearStatistics
+from coppice.models.replacements import LowRank, Unchanged
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -6,8 +6,7 @@ W = U Sigma V^T; first = Sigma_k^(1/2) V_k^T [k, n], second = U_k Sigma_k^(1/2) 
 
 from __future__ import annotations
 
-from coppice.methods.contracts import Linear, LinearStatistics, LowRank, Source, Unchanged
-from coppice.methods.declaration import LayerMethod
+from coppice.methods.declaration import LayerMethod, Source
 from coppice.methods.incompatible import DECOMPOSE
 from coppice.methods.solvers.truncation import (
     RankOptions,
@@ -17,6 +16,8 @@ from coppice.methods.solvers.truncation import (
     stays_dense,
     truncate,
 )
+from coppice.models.contracts import Linear, LinearStatistics
+from coppice.models.replacements import LowRank, Unchanged
 
 SOURCE = Source(
     "The approximation of one matrix by another of lower rank",

@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, model_validator
 
 from coppice.lazy import torch
-from coppice.methods.contracts import Linear, LinearStatistics, LowRank, Source, Unchanged
-from coppice.methods.declaration import LayerMethod
+from coppice.methods.declaration import LayerMethod, Source
 from coppice.methods.incompatible import DECOMPOSE
 from coppice.methods.solvers.loss import relative_error
 from coppice.methods.solvers.moments import second_moment
@@ -32,6 +31,8 @@ from coppice.methods.solvers.truncation import (
     truncate,
     truncate_outputs,
 )
+from coppice.models.contracts import Linear, LinearStatistics
+from coppice.models.replacements import LowRank, Unchanged
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -27,8 +27,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, model_validator
 
 from coppice.lazy import torch
-from coppice.methods.contracts import Linear, LinearStatistics, Masked, Quantized, Source, Unchanged
-from coppice.methods.declaration import LayerMethod
+from coppice.methods.declaration import LayerMethod, Source
 from coppice.methods.incompatible import PRUNE_AND_ROUND
 from coppice.methods.solvers.grid import (
     OptionalGridOptions,
@@ -51,6 +50,8 @@ from coppice.methods.solvers.mask import (
 )
 from coppice.methods.solvers.moments import second_moment
 from coppice.methods.solvers.refit import refit
+from coppice.models.contracts import Linear, LinearStatistics
+from coppice.models.replacements import Masked, Quantized, Unchanged
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -15,11 +15,11 @@ from pydantic import Field
 
 from coppice.errors import UserError
 from coppice.lazy import torch
-from coppice.methods.contracts import Decoder, Removal, Source
-from coppice.methods.declaration import Resources, StructureMethod
+from coppice.methods.declaration import Resources, Source, StructureMethod
 from coppice.methods.incompatible import REMOVE_UNITS
 from coppice.methods.options import MethodOptions
 from coppice.methods.solvers.selection import lowest, whole_units
+from coppice.models.contracts import Decoder, Removal
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -10,8 +10,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from coppice.methods.contracts import Linear, LinearStatistics, Masked, Source, Unchanged
-from coppice.methods.declaration import LayerMethod
+from coppice.methods.declaration import LayerMethod, Source
 from coppice.methods.incompatible import PRUNE
 from coppice.methods.solvers.mask import (
     SparsityOptions,
@@ -20,6 +19,8 @@ from coppice.methods.solvers.mask import (
     masked_replacement,
     nothing_to_prune,
 )
+from coppice.models.contracts import Linear, LinearStatistics
+from coppice.models.replacements import Masked, Unchanged
 
 SOURCE = Source(
     "Learning both Weights and Connections for Efficient Neural Networks",

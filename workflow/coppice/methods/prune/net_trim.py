@@ -31,8 +31,7 @@ from pydantic import Field, model_validator
 
 from coppice.errors import UserError
 from coppice.lazy import torch
-from coppice.methods.contracts import Linear, LinearStatistics, Masked, Source, Unchanged
-from coppice.methods.declaration import LayerMethod
+from coppice.methods.declaration import LayerMethod, Source
 from coppice.methods.incompatible import PRUNE
 from coppice.methods.options import TargetOptions
 from coppice.methods.solvers.damping import damp
@@ -41,6 +40,8 @@ from coppice.methods.solvers.mask import REFIT_DAMPING, REFIT_DAMPING_DESCRIPTIO
 from coppice.methods.solvers.moments import second_moment
 from coppice.methods.solvers.refit import refit, solve_free
 from coppice.methods.solvers.selection import share_of
+from coppice.models.contracts import Linear, LinearStatistics
+from coppice.models.replacements import Masked, Unchanged
 
 if TYPE_CHECKING:
     from torch import Tensor

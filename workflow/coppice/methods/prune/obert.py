@@ -25,12 +25,13 @@ from pydantic import Field, model_validator
 
 from coppice.errors import UserError
 from coppice.lazy import torch
-from coppice.methods.contracts import Decoder, Linear, LinearStatistics, Masked, Source, Unchanged
-from coppice.methods.declaration import LayerMethod, Resources
+from coppice.methods.declaration import LayerMethod, Resources, Source
 from coppice.methods.incompatible import PRUNE
 from coppice.methods.options import LayerOptions
 from coppice.methods.solvers.mask import keep_largest, nothing_to_prune
 from coppice.methods.solvers.selection import share_of
+from coppice.models.contracts import Decoder, Linear, LinearStatistics
+from coppice.models.replacements import Masked, Unchanged
 
 if TYPE_CHECKING:
     from torch import Tensor

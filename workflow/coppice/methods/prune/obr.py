@@ -24,8 +24,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field, model_validator
 
 from coppice.lazy import torch
-from coppice.methods.contracts import Linear, LinearStatistics, Masked, Quantized, Source, Unchanged
-from coppice.methods.declaration import LayerMethod
+from coppice.methods.declaration import LayerMethod, Source
 from coppice.methods.incompatible import PRUNE_AND_ROUND
 from coppice.methods.solvers.damping import damp
 from coppice.methods.solvers.grid import (
@@ -49,6 +48,8 @@ from coppice.methods.solvers.moments import input_power
 from coppice.methods.solvers.refit import compensate
 from coppice.methods.solvers.selection import share_of
 from coppice.methods.solvers.sweep import CholeskyFactor, Quantizer, cholesky_factor, sweep
+from coppice.models.contracts import Linear, LinearStatistics
+from coppice.models.replacements import Masked, Quantized, Unchanged
 
 if TYPE_CHECKING:
     from torch import Tensor

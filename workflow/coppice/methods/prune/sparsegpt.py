@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field, model_validator
 
-from coppice.methods.contracts import Linear, LinearStatistics, Masked, Quantized, Source, Unchanged
-from coppice.methods.declaration import LayerMethod
+from coppice.methods.declaration import LayerMethod, Source
 from coppice.methods.incompatible import PRUNE
 from coppice.methods.solvers.grid import (
     OptionalGridOptions,
@@ -35,6 +34,8 @@ from coppice.methods.solvers.mask import (
     pruning_record,
 )
 from coppice.methods.solvers.sweep import Quantizer, Selection, cholesky_factor, sweep
+from coppice.models.contracts import Linear, LinearStatistics
+from coppice.models.replacements import Masked, Quantized, Unchanged
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from coppice.methods.contracts import Linear, LinearStatistics, Masked, Source, Unchanged
-from coppice.methods.declaration import LayerMethod
+from coppice.methods.declaration import LayerMethod, Source
 from coppice.methods.incompatible import PRUNE
 from coppice.methods.solvers.mask import (
     SparsityOptions,
@@ -20,6 +19,8 @@ from coppice.methods.solvers.mask import (
     nothing_to_prune,
 )
 from coppice.methods.solvers.moments import input_power
+from coppice.models.contracts import Linear, LinearStatistics
+from coppice.models.replacements import Masked, Unchanged
 
 SOURCE = Source(
     "A Simple and Effective Pruning Approach for Large Language Models",

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from coppice.methods.contracts import Linear, LinearStatistics, QuantizedActivations, Source
-from coppice.methods.declaration import LayerMethod
+from coppice.methods.declaration import LayerMethod, Source
 from coppice.methods.incompatible import QUANTIZE_ACTIVATIONS
 from coppice.methods.options import LayerOptions
+from coppice.models.contracts import Linear, LinearStatistics
+from coppice.models.replacements import QuantizedActivations
 
 SOURCE = Source(
     "QuaRot: Outlier-Free 4-Bit Inference in Rotated LLMs",

@@ -19,8 +19,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from coppice.lazy import torch
-from coppice.methods.contracts import Linear, LinearStatistics, Quantized, Source
-from coppice.methods.declaration import LayerMethod
+from coppice.methods.declaration import LayerMethod, Source
 from coppice.methods.incompatible import QUANTIZE
 from coppice.methods.solvers.grid import (
     Grid,
@@ -34,6 +33,8 @@ from coppice.methods.solvers.grid import (
 )
 from coppice.methods.solvers.loss import output_power
 from coppice.methods.solvers.moments import input_size, second_moment
+from coppice.models.contracts import Linear, LinearStatistics
+from coppice.models.replacements import Quantized
 
 if TYPE_CHECKING:
     from torch import Tensor

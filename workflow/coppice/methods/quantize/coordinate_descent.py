@@ -17,13 +17,14 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from coppice.lazy import torch
-from coppice.methods.contracts import Linear, LinearStatistics, Quantized, Source
-from coppice.methods.declaration import LayerMethod
+from coppice.methods.declaration import LayerMethod, Source
 from coppice.methods.incompatible import QUANTIZE
 from coppice.methods.quantize import gptq, rtn
 from coppice.methods.solvers.grid import GridOptions, decode, dequantize, make_grid
 from coppice.methods.solvers.loss import output_power
 from coppice.methods.solvers.moments import second_moment
+from coppice.models.contracts import Linear, LinearStatistics
+from coppice.models.replacements import Quantized
 
 if TYPE_CHECKING:
     from torch import Tensor

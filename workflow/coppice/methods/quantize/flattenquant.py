@@ -31,8 +31,7 @@ from pydantic import Field
 
 from coppice.errors import UserError
 from coppice.lazy import torch
-from coppice.methods.contracts import FlattenQuant, Linear, LinearStatistics, Source
-from coppice.methods.declaration import LayerMethod
+from coppice.methods.declaration import LayerMethod, Source
 from coppice.methods.incompatible import QUANTIZE, QUANTIZE_ACTIVATIONS
 from coppice.methods.options import LayerOptions
 from coppice.methods.solvers.codebook import require_finite
@@ -41,6 +40,8 @@ from coppice.methods.solvers.loss import relative_error
 from coppice.methods.solvers.moments import input_power, second_moment
 from coppice.methods.solvers.selection import share_of
 from coppice.methods.solvers.sweep import Quantizer, cholesky_factor, sweep
+from coppice.models.contracts import Linear, LinearStatistics
+from coppice.models.replacements import FlattenQuant
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -12,8 +12,7 @@ from typing import Any
 
 from pydantic import Field
 
-from coppice.methods.contracts import Source
-from coppice.methods.declaration import CacheMethod
+from coppice.methods.declaration import CacheMethod, Source
 from coppice.methods.incompatible import QUANTIZE_CACHE
 from coppice.methods.options import CacheOptions
 

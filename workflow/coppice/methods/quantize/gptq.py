@@ -6,10 +6,11 @@ algorithm 1 (see `solvers.rounding`).
 
 from __future__ import annotations
 
-from coppice.methods.contracts import Linear, LinearStatistics, Quantized, Source
-from coppice.methods.declaration import LayerMethod
+from coppice.methods.declaration import LayerMethod, Source
 from coppice.methods.incompatible import QUANTIZE
 from coppice.methods.solvers.rounding import SweptGridOptions, sweep_to_grid
+from coppice.models.contracts import Linear, LinearStatistics
+from coppice.models.replacements import Quantized
 
 SOURCE = Source(
     "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers",

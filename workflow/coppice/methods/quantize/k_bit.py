@@ -24,8 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, model_validator
 
 from coppice.lazy import torch
-from coppice.methods.contracts import Codebook, Decoder, Linear, LinearStatistics, Role, Source
-from coppice.methods.declaration import LayerMethod, Resources
+from coppice.methods.declaration import LayerMethod, Resources, Source
 from coppice.methods.incompatible import QUANTIZE
 from coppice.methods.options import LayerOptions
 from coppice.methods.solvers.codebook import (
@@ -37,6 +36,8 @@ from coppice.methods.solvers.codebook import (
     quantize_blocks,
 )
 from coppice.methods.solvers.selection import share_of
+from coppice.models.contracts import Decoder, Linear, LinearStatistics, Role
+from coppice.models.replacements import Codebook
 
 if TYPE_CHECKING:
     from torch import Tensor

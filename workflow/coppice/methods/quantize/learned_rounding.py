@@ -25,8 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, model_validator
 
 from coppice.lazy import torch
-from coppice.methods.contracts import Codebook, Linear, LinearStatistics, Quantized, Source
-from coppice.methods.declaration import LayerMethod
+from coppice.methods.declaration import LayerMethod, Source
 from coppice.methods.incompatible import QUANTIZE
 from coppice.methods.solvers.codebook import encode, float_table, require_finite
 from coppice.methods.solvers.grid import (
@@ -41,6 +40,8 @@ from coppice.methods.solvers.grid import (
 )
 from coppice.methods.solvers.loss import output_power
 from coppice.methods.solvers.moments import second_moment
+from coppice.models.contracts import Linear, LinearStatistics
+from coppice.models.replacements import Codebook, Quantized
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -27,14 +27,15 @@ from pydantic import Field, field_validator, model_validator
 
 from coppice.errors import UserError, error_context
 from coppice.lazy import LazyModule, torch
-from coppice.methods.contracts import Decoder, Linear, LinearStatistics, Quantized, Source
-from coppice.methods.declaration import LayerMethod, Resources
+from coppice.methods.declaration import LayerMethod, Resources, Source
 from coppice.methods.incompatible import QUANTIZE
 from coppice.methods.solvers.demand import rounding_losses
 from coppice.methods.solvers.grid import GroupOptions, dequantize
 from coppice.methods.solvers.knapsack import knapsack
 from coppice.methods.solvers.rounding import SweepOptions, SweptGridOptions, round_to_nearest, sweep_to_grid
 from coppice.methods.solvers.selection import share_of
+from coppice.models.contracts import Decoder, Linear, LinearStatistics
+from coppice.models.replacements import Quantized
 
 if TYPE_CHECKING:
     from torch import Tensor

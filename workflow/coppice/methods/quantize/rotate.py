@@ -21,8 +21,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from coppice.lazy import torch
-from coppice.methods.contracts import Source
-from coppice.methods.declaration import RotationMethod
+from coppice.methods.declaration import RotationMethod, Source
 from coppice.methods.incompatible import ROTATE
 from coppice.methods.options import MethodOptions
 

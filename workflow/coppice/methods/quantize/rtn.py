@@ -5,11 +5,12 @@ The baseline of Frantar et al., GPTQ (arXiv 2210.17323), section 4; the rounding
 
 from __future__ import annotations
 
-from coppice.methods.contracts import Linear, LinearStatistics, Quantized, Source
-from coppice.methods.declaration import LayerMethod
+from coppice.methods.declaration import LayerMethod, Source
 from coppice.methods.incompatible import QUANTIZE
 from coppice.methods.solvers.grid import GridOptions
 from coppice.methods.solvers.rounding import round_to_nearest
+from coppice.models.contracts import Linear, LinearStatistics
+from coppice.models.replacements import Quantized
 
 SOURCE = Source(
     "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers",

@@ -11,8 +11,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from coppice.methods.contracts import Source
-from coppice.methods.declaration import Resources, TrainingMethod
+from coppice.methods.declaration import Resources, Source, TrainingMethod
 from coppice.methods.incompatible import QUANTIZED_CACHE
 from coppice.methods.options import RecoverOptions
 from coppice.methods.training import mask_gradients

@@ -17,8 +17,7 @@ from pydantic import Field
 
 from coppice.errors import UserError
 from coppice.lazy import torch
-from coppice.methods.contracts import Source
-from coppice.methods.declaration import Resources, TrainingMethod
+from coppice.methods.declaration import Resources, Source, TrainingMethod
 from coppice.methods.options import RecoverOptions
 from coppice.methods.training import mask_gradients
 

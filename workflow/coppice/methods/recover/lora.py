@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from coppice.lazy import torch
-from coppice.methods.contracts import Source
-from coppice.methods.declaration import Resources, TrainingMethod
+from coppice.methods.declaration import Resources, Source, TrainingMethod
 from coppice.methods.incompatible import QUANTIZED_CACHE
 from coppice.methods.options import MethodOptions, RecoverOptions
 from coppice.models.architectures.base import blocks

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from coppice.errors import UserError
 from coppice.lazy import torch
-from coppice.methods.contracts import Codebook
+from coppice.models.replacements import Codebook
 
 if TYPE_CHECKING:
     from torch import Tensor

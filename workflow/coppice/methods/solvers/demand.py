@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING
 
 from coppice.errors import UserError
 from coppice.lazy import torch
-from coppice.methods.contracts import Linear
 from coppice.methods.solvers.grid import GridOptions, dequantize
 from coppice.methods.solvers.loss import output_power
 from coppice.methods.solvers.moments import input_power, second_moment
 from coppice.methods.solvers.rounding import round_to_nearest
 from coppice.methods.solvers.selection import share_of
 from coppice.methods.solvers.truncation import outputs_spectrum
+from coppice.models.contracts import Linear
 
 if TYPE_CHECKING:
     from torch import Tensor

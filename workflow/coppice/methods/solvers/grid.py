@@ -20,8 +20,9 @@ from pydantic import Field, field_validator, model_validator
 
 from coppice.errors import UserError
 from coppice.lazy import torch
-from coppice.methods.contracts import Linear, Quantized
 from coppice.methods.options import LayerOptions, TargetOptions
+from coppice.models.contracts import Linear
+from coppice.models.replacements import Quantized
 
 if TYPE_CHECKING:
     from torch import Tensor

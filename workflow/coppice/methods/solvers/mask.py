@@ -12,10 +12,11 @@ from pydantic import Field, field_validator, model_validator
 
 from coppice.errors import UserError
 from coppice.lazy import torch
-from coppice.methods.contracts import LinearStatistics, Masked, Unchanged
 from coppice.methods.options import TargetOptions
 from coppice.methods.solvers.refit import refit
 from coppice.methods.solvers.selection import share_of
+from coppice.models.contracts import LinearStatistics
+from coppice.models.replacements import Masked, Unchanged
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from coppice.methods.contracts import Decoder
 from coppice.methods.solvers.selection import share_of
 from coppice.methods.solvers.truncation import align_rank, break_even
+from coppice.models.contracts import Decoder
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from coppice.lazy import torch
-from coppice.methods.contracts import Linear, Quantized
 from coppice.methods.options import LayerOptions
 from coppice.methods.solvers.grid import GridOptions, fit_groups, grid_record, group_of_inputs, group_width, make_grid
 from coppice.methods.solvers.moments import input_power
 from coppice.methods.solvers.sweep import Quantizer, cholesky_factor, sweep
+from coppice.models.contracts import Linear
+from coppice.models.replacements import Quantized
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -21,10 +21,10 @@ from pydantic import Field, model_validator
 
 from coppice.errors import UserError
 from coppice.lazy import torch
-from coppice.methods.contracts import LowRank, Unchanged
 from coppice.methods.options import TargetOptions
 from coppice.methods.solvers.moments import once_for_shared, second_moment
 from coppice.methods.solvers.selection import share_of
+from coppice.models.replacements import LowRank, Unchanged
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 from coppice.errors import UserError
-from coppice.methods.contracts import Role
+from coppice.models.contracts import Role
 
 if TYPE_CHECKING:
     from torch import nn

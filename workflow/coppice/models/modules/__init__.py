@@ -1,6 +1,6 @@
 """What can take a linear's place: one file for each stored form, how to find them, and compressed caches.
 
-A new form is a file here and a dataclass of the same name in `coppice.methods.replacements`.
+A new form is a file here and a dataclass of the same name in `coppice.models.replacements`.
 """
 
 from importlib import import_module

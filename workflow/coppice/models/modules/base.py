@@ -1,6 +1,6 @@
 """The contract of a stored form: a module that takes the place of a linear, or of a factor inside another form.
 
-A form's class is named after its replacement (`coppice.methods.replacements`) plus `Linear`; the replacement's name is
+A form's class is named after its replacement (`coppice.models.replacements`) plus `Linear`; the replacement's name is
 the type in `compression.json`. A form registers when its class is defined.
 
 A checkpoint that stock classes cannot read carries copies of the files that it needs. So files of this folder import

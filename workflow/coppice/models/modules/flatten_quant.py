@@ -17,7 +17,7 @@ class FlattenQuantLinear(PackedForm):
 
     y = W' round(x') with x' [n'] of `flatten_inputs`, rounded to threshold / (2^(bits-1) - 1) and held within the
     threshold. weight_packed: [m, words] codes stored from 0, zero at 2^(bits-1); weight_scale, weight_threshold: [1];
-    weight_source, weight_piece: [n'] int32, see `methods.replacements.FlattenQuant`. Arithmetic is simulated in floats.
+    weight_source, weight_piece: [n'] int32, see `models.replacements.FlattenQuant`. Arithmetic is simulated in floats.
     """
 
     weight_packed: Tensor

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from coppice.methods.contracts import KINDS
+from coppice.models.contracts import KINDS
 
 # Names become folders next to these.
 RESERVED = {"adapter", "models", "tokens", "statistics", "evaluations", "tables", "laws", "report", "tracking"} | {

@@ -1,6 +1,6 @@
-"""What methods see and return: linears with their statistics, a whole decoder, replacements and removals.
+"""What a method sees of a model: linears with their statistics, and a whole decoder; and what it removes.
 
-How a method declares itself is in `methods.declaration`.
+What it puts in a linear's place is in `models.replacements`.
 """
 
 from __future__ import annotations
@@ -9,40 +9,6 @@ import hashlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
-
-from coppice.methods.replacements import (
-    CUR,
-    Codebook,
-    FlattenQuant,
-    LowRank,
-    LowRankCorrection,
-    Masked,
-    Quantized,
-    QuantizedActivations,
-    Replacement,
-    TensorTrain,
-    Unchanged,
-)
-
-__all__ = [
-    "CUR",
-    "Codebook",
-    "Decoder",
-    "FlattenQuant",
-    "Linear",
-    "LinearStatistics",
-    "LowRank",
-    "LowRankCorrection",
-    "Masked",
-    "Quantized",
-    "QuantizedActivations",
-    "Removal",
-    "Replacement",
-    "Source",
-    "Structure",
-    "TensorTrain",
-    "Unchanged",
-]
 
 if TYPE_CHECKING:
     import torch
@@ -53,19 +19,6 @@ Role = Literal["q", "k", "v", "o", "gate", "up", "down"]
 KINDS = ("moments", "blocks", "gradients")
 # What a step can read besides kinds of statistics of its parent: both come from the calibration windows.
 FROM_WINDOWS = frozenset({"sequential_moments", "windows"})
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where a method comes from: the paper's title, its arXiv id (or another identifier) and the equation used.
-
-    claim: what its authors, or others in public, report, with model, data and unit; empty where none is attested.
-    """
-
-    title: str
-    identifier: str
-    equation: str
-    claim: str = ""
 
 
 @dataclass(frozen=True)
