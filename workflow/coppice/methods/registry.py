@@ -30,6 +30,7 @@ from coppice.methods.declaration import (
     TrainingMethod,
 )
 from coppice.methods.options import MethodOptions, TargetOptions
+from coppice.records.source_files import imported_files
 
 # The contracts that a family's methods may have.
 CONTRACTS: Mapping[str, tuple[type[Declaration], ...]] = {
