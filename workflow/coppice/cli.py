@@ -34,7 +34,6 @@ STAGES = {
     "methods": ("coppice.methods.catalogue", "list the registered methods"),
     "fetch": ("coppice.storage", "bring a study's manifests, tables and logs here from where they are stored"),
     "export": ("coppice.export.stage", "write a node in a form that other programs read, and check its logits"),
-    "pretrain": ("coppice.recovery.pretraining", "train a small dense model on the built-in biographies"),
 }
 RUNS_MODELS = ("calibrate", "compress", "recover", "evaluate")
 

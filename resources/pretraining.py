@@ -1,6 +1,6 @@
 """Trains a small Llama from scratch on the built-in world of biographies (`coppice.data.biographies`).
 
-This stage trained the shipped models. The corpus is a stream: each time a person comes up, the biography is
+`python resources/pretraining.py` trained the shipped models. The corpus is a stream: each time a person comes up, the biography is
 rendered again, after "Physics of Language Models: Part 3.3" (Allen-Zhu and Li, arXiv 2404.05405): AdamW and packed
 windows. The learning rate warms up, stays, and falls linearly to zero at the end ("MiniCPM", Hu et al., arXiv
 2404.06395), so that it does not depend on the length of the training until the fall begins: a training that was
@@ -25,7 +25,7 @@ from coppice.data import biographies
 from coppice.data.biographies import World
 from coppice.errors import UserError
 from coppice.files import atomic_directory, atomic_write
-from coppice.recovery.pretraining_metrics import (
+from pretraining_metrics import (
     accuracy,
     batch_items,
     log_likelihood,
@@ -280,7 +280,7 @@ def flag(group: str, field: str) -> str:
 
 def command(plan: dict, output: Path) -> str:
     """The command that makes the model again: every option that is not the default."""
-    parts = ["coppice", "pretrain"]
+    parts = ["python", "resources/pretraining.py"]
     for group, kind in GROUPS:
         for field in dataclasses.fields(kind):
             if plan[group][field.name] != field.default:
@@ -289,7 +289,7 @@ def command(plan: dict, output: Path) -> str:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of `coppice pretrain`."""
+    """Adds the options of the command."""
     for group, kind in GROUPS:
         options = parser.add_argument_group(group)
         for field in dataclasses.fields(kind):
@@ -316,7 +316,7 @@ def field_values(arguments: argparse.Namespace, group: str, kind: type) -> dict[
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Runs `coppice pretrain` and prints what the model knows."""
+    """Trains the model and prints what it knows."""
     output = arguments.output
     record = pretrain(
         World(**field_values(arguments, "world", World)),
@@ -332,3 +332,9 @@ def run(arguments: argparse.Namespace) -> None:
         f"{record['question_accuracy']:.3f}, {knowledge['bits_per_person']:.2f} of "
         f"{knowledge['bits_per_person_max']:.2f} bits a person, {knowledge['bits_per_parameter']:.3f} bits a parameter"
     )
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Train a small dense model on the built-in biographies.")
+    add_arguments(parser)
+    run(parser.parse_args())

@@ -13,11 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import pretraining
+import pretraining_metrics
 from coppice.data import biographies
 from coppice.data.biographies import World
 from coppice.errors import UserError
-from coppice.recovery import pretraining, pretraining_metrics
-from coppice.recovery.pretraining import Architecture, Schedule
+from pretraining import Architecture, Schedule
 
 WORLD = World(people=8)
 ARCHITECTURE = Architecture(hidden=32, layers=1, heads=2, key_value_heads=2, head_dim=16, intermediate=32)
@@ -153,7 +154,7 @@ def test_a_training_may_be_lengthened_until_its_rate_falls(tmp_path: Path, token
 def test_the_recorded_command_gives_the_same_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = {"world": WORLD, "architecture": ARCHITECTURE, "schedule": SCHEDULE}
     text = pretraining.command({name: asdict(group) for name, group in plan.items()}, Path("a model"))
-    assert text.startswith("coppice pretrain --world-people 8 --hidden 32 ")
+    assert text.startswith("python resources/pretraining.py --world-people 8 --hidden 32 ")
     parser = argparse.ArgumentParser()
     pretraining.add_arguments(parser)
     called = {}
