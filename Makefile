@@ -31,6 +31,8 @@ lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/snakefmt --check Snakefile rules
+	$(BIN)/mypy
+	$(BIN)/lint-imports
 	$(BIN)/snakemake --lint
 	$(BIN)/python -m coppice.documentation --check
 
@@ -57,7 +59,7 @@ clean:
 	$(BIN)/python -m pip install --quiet uv==0.13.9
 	$(BIN)/python -m pip install --quiet --no-deps $(shell grep '^torch==' requirements.lock)
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --requirement requirements.lock
-	$(BIN)/python -m pip install --quiet --no-deps --editable .
+	$(BIN)/python -m pip install --quiet --no-deps --editable . $(addprefix --editable ,$(wildcard contrib/*/))
 	touch .venv/ready
 
 .venv/storage/ready: tests/storage-requirements.txt .venv/ready

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -23,6 +24,7 @@ LONGEST = (
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 STARTUP = Path(__file__).with_name("workflow") / "startup"
+ROOT = Path(__file__).resolve().parents[1]
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 # Debian's Chromium, without what it would ask of the network by itself.
 ARGUMENTS = (
@@ -81,3 +83,17 @@ def forks() -> Iterator[dict[str, str]]:
         assert server.stdout.readline() == b"Ready.\n"
         yield {"FORKS": address, "PYTHONPATH": str(STARTUP)}
         server.terminate()
+
+
+@pytest.fixture(scope="session")
+def without_messages(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Snakefile whose rules have no messages: Snakemake then prints what a job reads, writes and asks for."""
+    folder = tmp_path_factory.mktemp("without_messages")
+    shutil.copyfile(ROOT / "Snakefile", folder / "Snakefile")
+    shutil.copytree(ROOT / "rules", folder / "rules")
+    for name in ("workflow", "config", "envs", "resources"):
+        (folder / name).symlink_to(ROOT / name)
+    for file in (folder / "rules").glob("*.smk"):
+        text = file.read_text()
+        file.write_text(re.sub(r'^    message:\n        ".*"\n', "", text, flags=re.MULTILINE))
+    return folder / "Snakefile"

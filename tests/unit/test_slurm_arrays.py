@@ -122,7 +122,7 @@ def test_whoever_stops_a_run_leaves_no_job_in_slurm(tmp_path: Path, monkeypatch:
 
 
 @pytest.fixture(scope="module")
-def recovery(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
+def recovery(tmp_path_factory: pytest.TempPathFactory, without_messages: Path) -> dict[str, int]:
     """What a recovery on four GPUs asks for, as Snakemake plans it with the profile for Slurm."""
     folder = tmp_path_factory.mktemp("study")
     study = small_study()
@@ -130,7 +130,7 @@ def recovery(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
     tiny_folder(folder)
     (folder / "study.yaml").write_text(yaml.safe_dump(study))
     node = "results/small/models/tiny/wanda-50/full-5k/manifest.json"
-    command = [sys.executable, "-m", "snakemake", node, "--snakefile", ROOT / "Snakefile", "--dry-run"]
+    command = [sys.executable, "-m", "snakemake", node, "--snakefile", without_messages, "--dry-run"]
     command += ["--configfile", "study.yaml", "--workflow-profile", ROOT / "profiles/slurm"]
     planned = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, text=True, check=True).stdout
     [resources] = re.findall(r"^rule recover:\n(?:    .*\n)*?    resources: (.*)$", planned, re.MULTILINE)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -29,20 +28,6 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
         else:
             shutil.copyfile(ROOT / part, folder / part)
     return folder
-
-
-@pytest.fixture(scope="session")
-def without_messages(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Snakefile whose rules have no messages: Snakemake then prints what a job reads, writes and asks for."""
-    folder = tmp_path_factory.mktemp("without_messages")
-    shutil.copyfile(ROOT / "Snakefile", folder / "Snakefile")
-    shutil.copytree(ROOT / "rules", folder / "rules")
-    for name in ("workflow", "config", "envs", "resources"):
-        (folder / name).symlink_to(ROOT / name)
-    for file in (folder / "rules").glob("*.smk"):
-        text = file.read_text()
-        file.write_text(re.sub(r'^    message:\n        ".*"\n', "", text, flags=re.MULTILINE))
-    return folder / "Snakefile"
 
 
 @pytest.fixture(scope="session")
