@@ -319,6 +319,7 @@ def clocked_compress(name: str, device: str) -> Iterator[list[float]]:
             methods()[name] = registered
 
 
+@contextlib.contextmanager
 def clocked(holder: Any, name: str, device: str) -> Iterator[list[float]]:
     """The seconds of each call of holder.name within the block."""
     function, spent = getattr(holder, name), []
