@@ -205,7 +205,7 @@ def compress(parent: Path, output: Path, method: str, *words: str, **options: An
         (b"", "words.txt holds no documents."),
         (b"\n \n\n", "words.txt holds no documents."),
         (b"w5 w6\nw7 \xff\xfe w8\n", "words.txt, line 2: not UTF-8"),
-        (b"w5 w6 w7\n", "words.txt has 0 windows of 16 tokens for the role 'calibration', but 8 are asked for"),
+        (b"w5 w6 w7\n", "words.txt has 0 windows of 16 tokens for the role 'calibration', but 8 are requested"),
     ],
     ids=["missing", "empty", "blank", "not UTF-8", "too short"],
 )
@@ -225,7 +225,7 @@ def test_a_calibration_that_is_too_short_says_how_much_there_is(
     text = save_text(tmp_path / "words.txt", documents=40, words=31)
     # 40 documents of 31 words, each after a token that begins it, are 80 windows of 16 tokens.
     words = tokenize(root, tmp_path / "tokens", text | {"splits": {"calibration": 1.0}}, windows=81)
-    assert "has 80 windows of 16 tokens for the role 'calibration', but 81 are asked for" in refusal(capsys, *words)
+    assert "has 80 windows of 16 tokens for the role 'calibration', but 81 are requested" in refusal(capsys, *words)
     assert not (tmp_path / "tokens").exists()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import re
@@ -15,6 +14,7 @@ from typing import TextIO
 
 import pytest
 import yaml
+from manifests import manifest
 from snakemake.cli import main as snakemake_command
 from studies import small_study, tiny_folder
 
@@ -230,8 +230,9 @@ def write_root(results: Path) -> None:
     """The manifest of a root of 8e9 parameters, in 16 bits and without weights."""
     path = results / "models/tiny/manifest.json"
     path.parent.mkdir(parents=True)
-    parameters = {"total": 8_030_000_000, "blocks": 6_980_000_000, "decoder_linears": 6_980_000_000}
-    path.write_text(json.dumps({"parameters": parameters, "dense": parameters, "stored_bytes": 16_000_000_000}))
+    dense = {"total": 8_030_000_000, "blocks": 6_980_000_000, "decoder_linears": 6_980_000_000}
+    parameters = dense | {"nonzero": dense["total"]}
+    manifest(parameters=parameters, dense=dense, stored_bytes=16_000_000_000).write(path)
 
 
 def asked(printed: str) -> dict[str, dict[str, int]]:
@@ -335,7 +336,7 @@ def test_a_changed_law_is_fitted_anew_and_a_changed_engine_fits_all(
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(study))
     engine = repository / "workflow" / "coppice" / "laws"
     done = ["study.yaml", "models/tiny/manifest.json", *(f"tables/{table}.parquet" for table in SCHEMAS)]
-    now = max(file.stat().st_mtime for file in (*engine.glob("*.py"), tmp_path / "points.csv")) + 10
+    now = max(file.stat().st_mtime for file in (*engine.rglob("*.py"), tmp_path / "points.csv")) + 10
     for output in done + [f"laws/{law}/{file}" for law in LAWS for file in FITTED]:
         file = tmp_path / "results" / "small" / output
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -357,7 +358,7 @@ def test_a_changed_law_is_fitted_anew_and_a_changed_engine_fits_all(
         return {re.search(r"--output \$\(dirname results/small/laws/(\w+)/fit.json\)", line)[1] for line in lines}
 
     assert fitted(engine / "p2.py", tmp_path / "points.csv") == {"recovery", "compression", "points"}
-    assert fitted(engine / "held_out.py") == set(LAWS)
+    assert fitted(engine / "engine" / "held_out.py") == set(LAWS)
 
 
 def test_the_snakefile_sets_up_and_rules_are_commands():

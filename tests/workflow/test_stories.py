@@ -27,6 +27,7 @@ from coppice.evaluation.harness import write_task
 from coppice.evaluation.roofline import DEVICES
 from coppice.files import read_json
 from coppice.models.architectures.base import blocks
+from coppice.records.statistics import Statistics
 from coppice.uncertainty import paired_difference
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "config" / "examples" / "stories.yaml"
@@ -205,7 +206,7 @@ def test_eora_lowers_the_error_of_every_layer(study: Finished) -> None:
     from coppice.models.modules import effective_weight, replaceable_modules
 
     statistics = study.results / "statistics" / "stories" / "rtn-3" / "default" / "moments"
-    manifest = read_json(statistics / "manifest.json")
+    manifest = Statistics.read(statistics / "manifest.json")
     models = [load_model(study.checkpoint(node)) for node in ("stories", "stories/rtn-3", "stories/rtn-3/eora-4")]
     checked = 0
     for index, (dense, rounded, compensated) in enumerate(zip(*map(blocks, models), strict=True)):
