@@ -14,6 +14,7 @@ from coppice.decisions import Answer, Basis
 from coppice.errors import UserError, did_you_mean
 from coppice.formatting import join_words
 from coppice.laws import registry as laws
+from coppice.laws.contracts import Law
 from coppice.laws.engine.forms import Parameters
 from coppice.laws.engine.points import Points
 from coppice.records.fit import FitRecord
@@ -28,14 +29,14 @@ class Fitted:
     """A fit as `coppice fit` left it: points [n] in the fit's units, samples [k, 1] of the parameters."""
 
     name: str
-    law: laws.Law
+    law: Law
     report: FitRecord
     points: Points
     samples: Parameters
 
     @property
     def parameters(self) -> dict[str, float]:
-        return {name: entry.value for name, entry in self.report.parameters.items()}
+        return {name: entry.value for name, entry in self.report.parameters.items() if entry.value is not None}
 
     @property
     def scales(self) -> dict[str, float]:
@@ -47,9 +48,11 @@ class Fitted:
 
         p: the number of parameters that are identified.
         """
-        points = self.report.points
+        points, rmse = self.report.points, self.report.metrics["rmse"]
+        if rmse is None:  # of a fit without points
+            return float("nan")
         free = sum(entry.identified for entry in self.report.parameters.values())
-        return self.report.metrics["rmse"] * float(np.sqrt(points / max(points - free, 1)))
+        return rmse * float(np.sqrt(points / max(points - free, 1)))
 
     def predicted(self, points: Points) -> tuple[np.ndarray, np.ndarray]:
         """The law's values at `points`: [n], and with every sample of the parameters [k, n]."""

@@ -150,7 +150,7 @@ def scores_of(items: pa.Table, evaluation: str, metric: str) -> dict[str, Scores
     return {
         node: scores
         for start, end in zip(starts.tolist(), ends.tolist(), strict=True)
-        for (node, *_, kind), scores in node_scores(chosen.slice(start, end - start), {evaluation: protocols})
+        for node, (*_, kind), scores in node_scores(chosen.slice(start, end - start), {evaluation: protocols})
         if kind == measure
     }
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from coppice.export import gguf_tokenizer, gguf_vocabulary
 from coppice.export.node import Node, Written
 from coppice.models import modules
-from coppice.models.architectures.base import architecture, architecture_of, blocks, head_dim
+from coppice.models.architectures.base import Gguf, architecture, architecture_of, blocks, head_dim
 from coppice.models.checkpoint import TOKENIZER_FILES, load_model
 from coppice.models.densify import densify
 
@@ -77,6 +77,14 @@ def reason_against(node: Node) -> str | None:
     return None
 
 
+def holder_of(model_type: str) -> Gguf:
+    """How GGUF holds an architecture. Raises KeyError for one that it does not hold; `reason_against` refuses it."""
+    holder = architecture(model_type).gguf
+    if holder is None:
+        raise KeyError(model_type)
+    return holder
+
+
 def write(node: Node, folder: Path) -> Written:
     import gguf
 
@@ -85,7 +93,7 @@ def write(node: Node, folder: Path) -> Written:
     packed = packed_linears(model)
     replaced = {name for name, form in node.forms.items() if not form.keeps_linear}
     densify(model)
-    writer = gguf.GGUFWriter(folder / FILE, architecture(node.config["model_type"]).gguf.name)
+    writer = gguf.GGUFWriter(folder / FILE, holder_of(node.config["model_type"]).name)
     kinds = {stored.kind for stored in packed.values()}
     common = f"MOSTLY_{max(kinds)}" if kinds else FLOATS[node.dtype][1]
     write_metadata(writer, model.config, node.name, gguf.LlamaFileType[common])
@@ -140,10 +148,11 @@ def stored_tensors(model: PreTrainedModel, packed: dict[str, Stored], kind: str)
     import gguf
 
     config, family = model.config, architecture_of(model)
-    member = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == family.gguf.name)
+    holder = holder_of(config.model_type)
+    member = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == holder.name)
     names = gguf.get_tensor_name_map(member, config.num_hidden_layers)
     heads = {}
-    if family.gguf.adjacent_rotary:
+    if holder.adjacent_rotary:
         for index in range(config.num_hidden_layers):
             heads[family.full_name(index, family.linears["q"])] = config.num_attention_heads
             heads[family.full_name(index, family.linears["k"])] = config.num_key_value_heads

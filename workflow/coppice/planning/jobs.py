@@ -24,6 +24,7 @@ from coppice.records.layout import TABLES, ResultsLayout
 from coppice.records.node_name import NodeName
 from coppice.study import tree
 from coppice.study.schema import FileText, HubModel, Study
+from coppice.study.schema.evaluations import protocols
 
 LAYOUT = ResultsLayout(Path())
 RUNS_MODELS = ("calibrate", "compress", "recover", "evaluate")
@@ -78,7 +79,7 @@ class Job:
 
 
 class JobGraph:
-    """The jobs of a study, each built once it is asked for, and all of them in an order in which they can run."""
+    """The jobs of a study, each built when it is first requested, and all of them in an order in which they can run."""
 
     def __init__(self, study: Study) -> None:
         self.study = study
@@ -97,10 +98,10 @@ class JobGraph:
         read |= {path for job in statistics for path in job.after}
         tokens = [job for job in self._tokens() if job.output in read]
         roots = [job for job in nodes if job.stage == "root"]
-        made = [job for job in nodes if job.stage != "root"]
+        downstream = [job for job in nodes if job.stage != "root"]
         fits = [self.fit(law) for law in self.study.laws]
-        # Statistics of a node come after the node, and before what is made from it.
-        placed = sorted([*statistics, *made], key=_depth)
+        # Statistics of a node come after the node and before its children.
+        placed = sorted([*statistics, *downstream], key=_depth)
         gather = [self.tables, *fits, self.report, self.track]
         return [self.effective_study, *roots, *tokens, *placed, *evaluations, *gather]
 
@@ -220,11 +221,10 @@ class JobGraph:
             gpus=1,
         )
 
-    def _compression(self, node: tree.Node) -> Job:
+    def _compression(self, node: tree.StepNode) -> Job:
         step, method = self.study.steps[node.step], tree.method_of(self.study, node.step)
         calibration = tree.calibration(self.study, node.step)
         kinds = tree.kinds(self.study, node.step)
-        windows = tree.reads_windows(step)
         reference = tree.reference(self.study, node.parent) if method.family == "compensate" else None
         return Job(
             "compress",
@@ -232,8 +232,10 @@ class JobGraph:
             (str(LAYOUT.manifest(node.name)),),
             {
                 "parent": (str(LAYOUT.manifest(node.parent)),),
-                "statistics": tuple(str(LAYOUT.statistics(node.parent, calibration, kind)) for kind in kinds),
-                "tokens": (_tokens(node.model, f"calibration.{calibration}"),) if windows else (),
+                "statistics": tuple(
+                    str(LAYOUT.statistics(node.parent, calibration, kind)) for kind in kinds if calibration
+                ),
+                "tokens": (_tokens(node.model, f"calibration.{calibration}"),) if tree.reads_windows(step) else (),
                 "reference": (str(LAYOUT.manifest(reference)),) if reference else (),
             },
             sources=tuple(method.files),
@@ -244,10 +246,10 @@ class JobGraph:
             gpus=1,
         )
 
-    def _recovery(self, node: tree.Node) -> Job:
-        step, method = self.study.steps[node.step], tree.method_of(self.study, node.step)
-        # A method that says itself how many tokens it trains on may train on more.
-        most = inf if method.training.tokens else step.options.tokens
+    def _recovery(self, node: tree.StepNode) -> Job:
+        method, options = tree.method_of(self.study, node.step), tree.training_options(self.study, node.step)
+        # A method that computes how many tokens it trains on may train on more.
+        most = inf if method.training.tokens else options.tokens
         return Job(
             "recover",
             node.name,
@@ -260,17 +262,17 @@ class JobGraph:
             },
             sources=tuple(method.files),
             model=node.parent,
-            kind=step.method,
+            kind=method.name,
             parameters={
                 "step": self._step(node, method),
                 "seed": node.seed,
                 "budgets": [budget for budget in sorted(set(self.study.budgets)) if budget <= most],
             },
-            options={**step.options.model_dump(mode="json"), "resources": method.resources, "kinds": []},
-            gpus=step.options.gpus,
+            options={**options.model_dump(mode="json"), "resources": method.resources, "kinds": []},
+            gpus=options.gpus,
         )
 
-    def _step(self, node: tree.Node, method: Method) -> str:
+    def _step(self, node: tree.StepNode, method: Method) -> str:
         """The step as its command takes it. On how many GPUs it runs changes nothing of the node."""
         options = self.study.steps[node.step].options.model_dump(mode="json", exclude={"gpus"})
         return json.dumps({"name": node.step, "method": method.name, "options": options})
@@ -281,7 +283,7 @@ class JobGraph:
         inputs = {"model": (str(LAYOUT.manifest(node)),), "tokens": self._protocol_tokens(node, evaluation)}
         if body.kind == "connectivity":
             inputs["other"] = (str(LAYOUT.manifest(NodeName(node).with_study_seed)),)
-        lengths = [protocol.length for protocol in tree.protocols(body).values()]
+        lengths = [protocol.length for protocol in protocols(body).values()]
         return Job(
             "evaluate",
             f"{node}/{evaluation}",
@@ -291,7 +293,7 @@ class JobGraph:
             kind=evaluation,
             parameters={
                 "evaluation": json.dumps(tree.evaluation_options(self.study, evaluation)),
-                "protocols": tuple(tree.protocols(body)),
+                "protocols": tuple(protocols(body)),
             },
             options={"kind": body.kind, **({"length": max(lengths)} if lengths else {})},
             gpus=1,
@@ -301,8 +303,8 @@ class JobGraph:
     def _protocol_tokens(self, node: str, evaluation: str) -> tuple[str, ...]:
         """The token sets of an evaluation, in the order of its protocols."""
         model = NodeName(node).model
-        protocols = tree.protocols(self.study.evaluations[evaluation])
-        return tuple(_tokens(model, f"evaluation.{evaluation}.{protocol}") for protocol in protocols)
+        names = protocols(self.study.evaluations[evaluation])
+        return tuple(_tokens(model, f"evaluation.{evaluation}.{name}") for name in names)
 
     @property
     def tables(self) -> Job:
@@ -347,8 +349,9 @@ class JobGraph:
         """The statistics that the steps of the nodes read, each once."""
         parents: dict[str, Job] = {}
         for node in self.nodes.values():
-            if node.step and not tree.trains(self.study, node.step):
-                calibration = tree.calibration(self.study, node.step)
+            if node.step is None or tree.trains(self.study, node.step):
+                continue
+            if calibration := tree.calibration(self.study, node.step):
                 for kind in tree.kinds(self.study, node.step):
                     job = self.calibration(node.parent, calibration, kind)
                     parents.setdefault(job.output, job)

@@ -30,7 +30,8 @@ from coppice.results.reading import sorted_table
 from coppice.results.schemas import SCHEMAS, Row
 from coppice.study.loading import load_study
 from coppice.study.schema import Study
-from coppice.study.tree import evaluations, nodes, protocols
+from coppice.study.schema.evaluations import protocols
+from coppice.study.tree import evaluations, nodes
 
 T = TypeVar("T")
 
@@ -110,10 +111,11 @@ def collect(study: Study, results: Path, partial: bool = False, itemized: bool =
     add_relations(checkpoints, curves)
     metrics: list[Row] = []
     costs = [row for checkpoint in checkpoints.values() for row in manifest_costs(checkpoint)]
-    for name in checkpoints if study.roofline else ():
-        path = layout.checkpoint(name) / "config.json"
-        for rows in reader.read(name, path, partial_of(roofline_rows, study, name)):
-            costs += rows
+    if study.roofline:
+        for name in checkpoints:
+            path = layout.checkpoint(name) / "config.json"
+            for rows in reader.read(name, path, partial_of(roofline_rows, study, study.roofline, name)):
+                costs += rows
     items: list[pa.Table] = []
     for name, evaluation in [(node, evaluation) for node in checkpoints for evaluation in evaluations(study, node)]:
         rows_of = partial_of(evaluation_rows, study, name, evaluation, layout)

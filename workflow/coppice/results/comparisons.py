@@ -12,7 +12,7 @@ many (Eureka, arXiv 2409.10566).
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -67,14 +67,14 @@ def compare(nodes: Iterable[Row], items: Iterable[pa.Table], protocols: Mapping[
     """
     measured: dict[Measure, dict[str, Scores]] = {}
     for table in items:
-        for (node, *measure), scores in node_scores(table, protocols):
-            measured.setdefault(tuple(measure), {})[node] = scores
+        for node, measure, scores in node_scores(table, protocols):
+            measured.setdefault(measure, {})[node] = scores
     nodes = list(nodes)
     return [row for measure, scores in sorted(measured.items()) for row in _measure_rows(measure, scores, nodes)]
 
 
-def node_scores(table: pa.Table, protocols: Mapping[str, Collection[str]]) -> Iterable[tuple[tuple[str, ...], Scores]]:
-    """((node, evaluation, task, measure), scores) of all that one node's items of one evaluation allow.
+def node_scores(table: pa.Table, protocols: Mapping[str, Collection[str]]) -> Iterator[tuple[str, Measure, Scores]]:
+    """(node, (evaluation, task, measure), scores) of all that one node's items of one evaluation allow.
 
     accuracy: 1 where an item was answered rightly; log_probability: ln p of its right choice, where it has one;
     loss: the negative log-likelihood of a document, by its tokens.
@@ -89,12 +89,12 @@ def node_scores(table: pa.Table, protocols: Mapping[str, Collection[str]]) -> It
         right = rows.filter(pc.fill_null(rows["answer"], False))
         documents = rows.filter(pc.invert(graded)) if task in protocols[evaluation] else rows.slice(0, 0)
         if len(first):
-            yield (node, evaluation, task, "accuracy"), _scores(first, first["correct"])
+            yield node, (evaluation, task, "accuracy"), _scores(first, first["correct"])
         if len(right) and len(pc.unique(right["item"])) == len(right):
-            yield (node, evaluation, task, "log_probability"), _scores(right, right["log_likelihood"])
+            yield node, (evaluation, task, "log_probability"), _scores(right, right["log_likelihood"])
         if len(documents):
             losses = pc.negate(documents["log_likelihood"])
-            yield (node, evaluation, task, "loss"), _scores(documents, losses, documents["length"])
+            yield node, (evaluation, task, "loss"), _scores(documents, losses, documents["length"])
 
 
 def _scores(rows: pa.Table, values: pa.ChunkedArray, weights: pa.ChunkedArray | None = None) -> Scores:
@@ -198,7 +198,7 @@ def _seed_variances(scores: Mapping[str, Scores]) -> dict[str, float]:
     Two tell so little of it that twice the root would pass 14 pairs of a hundred that do not differ (simulated, without
     noise of items); three pass 7.
     """
-    variances = {}
+    variances: dict[str, float] = {}
     for group in seed_groups(scores).values():
         if len(group) > 2:
             variance = float(np.var([scores[node].mean for node in group], ddof=1))

@@ -82,7 +82,7 @@ def node_row(study: Study, node: Node, path: Path, tokens: Path) -> Row:
 
 def _calibration(study: Study, node: Node, fingerprints: Mapping[str, str] | None) -> Row:
     """Name and fingerprint of a step's calibration; all kinds of statistics share one."""
-    if not fingerprints:
+    if not fingerprints or node.step is None:
         return {"calibration": None, "calibration_fingerprint": None}
     name = calibration_of(study, node.step)
     return {"calibration": name, "calibration_fingerprint": next(iter(fingerprints.values()))}

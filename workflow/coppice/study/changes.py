@@ -9,19 +9,20 @@ import os
 from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
 from coppice import storage
 from coppice.errors import UserError
 from coppice.files import sha256
-from coppice.methods.options import MethodOptions, RecoverOptions
+from coppice.methods.options import MethodOptions
 from coppice.models.sources import locate
 from coppice.records.manifest import Manifest, RecoveryRecord, StepRecord
 from coppice.records.tokens import TokenSet
 from coppice.study import tree
 from coppice.study.schema import FileText, HubModel, Study
+from coppice.study.schema.evaluations import protocols
 from coppice.study.schema.steps import current_method, current_options
 from coppice.study.tree import calibration_of
 
@@ -115,8 +116,8 @@ def _text_name(study: Study, use: str) -> str:
         return study.calibrations[name].text
     if kind == "evaluation":
         evaluation, _, protocol = name.partition(".")
-        return tree.protocols(study.evaluations[evaluation])[protocol].text
-    options = cast(RecoverOptions, study.steps[name].options)  # only training steps have token sets of their own
+        return protocols(study.evaluations[evaluation])[protocol].text
+    options = tree.training_options(study, name)  # only training steps have token sets of their own
     return options.text if kind == "recovery" else options.validation
 
 

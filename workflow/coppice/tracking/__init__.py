@@ -35,8 +35,8 @@ def track(study: Study, results: Path, uri: str | None) -> dict[str, str]:
 
     Raises UserError when the tables are missing, and when MLflow refuses or does not answer.
     """
-    shown, _ = _synchronize(study, results, uri, study_mirrors)
-    return shown
+    run_ids, _ = _synchronize(study, results, uri, study_mirrors)
+    return run_ids
 
 
 def watch(study: Study, results: Path, uri: str | None, every: float = EVERY) -> dict[str, str]:
@@ -48,9 +48,9 @@ def watch(study: Study, results: Path, uri: str | None, every: float = EVERY) ->
     ending, extension, printed = watching.Ending(results), server.Extension(), ""
     while not ending.reached(study):
         try:
-            shown, mirrors = _synchronize(study, results, uri, watching.live_mirrors, extension)
+            run_ids, mirrors = _synchronize(study, results, uri, watching.live_mirrors, extension)
             live = sum(mirror.live for mirror in mirrors)
-            message = f"{len(shown) - live} of {len(nodes(study))} nodes are in MLflow, {live} are under way."
+            message = f"{len(run_ids) - live} of {len(nodes(study))} nodes are in MLflow, {live} are under way."
         except (UserError, FileNotFoundError) as error:
             message = str(error)
         if message != printed:
@@ -77,11 +77,12 @@ def _synchronize(
         turn = server.next_turn(server.runs_of(client, found.experiment_id) if found else [], extension is None)
         mirrors = mirrors_of(study, results)
         experiment = server.ready_experiment(client, study, _artifacts(uri, results)).experiment_id
-        shown = server.synchronize(client, experiment, mirrors, frozenset(nodes(study)), turn)
-        for mirror in mirrors if extension else ():
-            if mirror.live:
-                extension.send(client, shown[mirror.name], mirror)
-    return shown, mirrors
+        run_ids = server.synchronize(client, experiment, mirrors, frozenset(nodes(study)), turn)
+        if extension:
+            for mirror in mirrors:
+                if mirror.live:
+                    extension.send(client, run_ids[mirror.name], mirror)
+    return run_ids, mirrors
 
 
 def _database_lock(uri: str, results: Path) -> AbstractContextManager:

@@ -119,7 +119,7 @@ def _plain(value: Any) -> str:
 
 
 def _sizes(row: Row) -> list[tuple[str, ...]]:
-    sizes = [
+    sizes: list[tuple[str, ...]] = [
         ("stored", f"{number(row['stored_bytes'] / 1e6)} MB"),
         ("bits per weight of the dense model", number(row["bits_per_weight"])),
         ("parameters", f"{human_count(row['parameters'])} of {human_count(row['dense_parameters'])}"),
