@@ -140,7 +140,9 @@ def test_a_changed_step_is_left_with_all_that_follows_from_it(finished: Path) ->
     ]
     assert "sparsity (was 0.5, is 0.9)" in made["changed"][1]["why"]
     text = lines(made)
-    assert text[1] == "Changed since they were computed: 1 node (tiny/wanda-50). What follows from them is recomputed too."
+    assert (
+        text[1] == "Changed since they were computed: 1 node (tiny/wanda-50). What follows from them is recomputed too."
+    )
     [row] = [line for line in text if line.strip().startswith("wanda-50")]
     assert row.split()[1] == "changed"
 

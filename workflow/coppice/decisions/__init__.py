@@ -10,13 +10,16 @@ from __future__ import annotations
 
 from typing import Any, Required, TypedDict
 
+from coppice.laws.contracts import Recommendation
+from coppice.records.base import Json
+
 
 class Basis(TypedDict):
     """The law that an answer rests on, whether it fails its own test, and its held-out errors."""
 
     law: str
     refused: bool
-    held_out: dict[str, Any]
+    held_out: dict[str, Json]
 
 
 class Answer(TypedDict, total=False):
@@ -33,10 +36,10 @@ class Answer(TypedDict, total=False):
     table: list[list[str]]
     law: str
     refused: bool
-    held_out: dict[str, Any]
-    recommendation: list[dict[str, Any]]
+    held_out: dict[str, Json]
+    recommendation: list[Json]
     node: str
-    tokens: list[dict[str, Any]]
+    tokens: list[Recommendation]
     at_tokens: float
     value: float
     low: float | None

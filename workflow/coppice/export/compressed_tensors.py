@@ -7,7 +7,7 @@ A node on an integer grid is stored so already. The export leaves out what only 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -18,6 +18,7 @@ from coppice.models.architectures.base import blocks
 from coppice.models.checkpoint import load_model
 from coppice.models.replacements import LowRankCorrection
 from coppice.models.stock_formats import quantization_grids, stock_loaders_read
+from coppice.records.base import Json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -77,7 +78,7 @@ def save_packed(model: PreTrainedModel, node: Node, folder: Path, dequantize: bo
     write_json(folder / "config.json", {**config, "quantization_config": described})
 
 
-def quantization_config(grids: dict[tuple[int, int, bool], list[str]], every_linear: bool) -> dict[str, Any]:
+def quantization_config(grids: dict[tuple[int, int, bool], list[str]], every_linear: bool) -> Json:
     """The library's description of grids (see `stock_formats.quantization_grids`).
 
     every_linear: whether all linears of the blocks are on a grid, so that a single one names them all.

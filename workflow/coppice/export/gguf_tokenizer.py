@@ -19,12 +19,12 @@ from collections import Counter
 from collections.abc import Iterable
 from itertools import permutations
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from unicodedata import normalize
 
 from coppice.data.tokenizer import load_tokenizer, optional_json
 from coppice.errors import UserError
-from coppice.export.gguf_vocabulary import BYTES, FAMILIES, SPACE, SPECIAL, Vocabulary, read_back, tokenize
+from coppice.export.gguf_vocabulary import BYTES, FAMILIES, SPACE, SPECIAL, Definition, Vocabulary, read_back, tokenize
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -33,7 +33,7 @@ CONVERTER = "export it to dense and convert that with convert_hf_to_gguf.py of l
 
 # Normalizer and pre-tokenizer of the second kind, and whether a space is put before each stretch of text.
 REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
-SPACES: tuple[tuple[list[dict[str, Any]], list[dict[str, Any]], bool], ...] = (
+SPACES: tuple[tuple[list[Definition], list[Definition], bool], ...] = (
     ([{"type": "Prepend", "prepend": SPACE}, REPLACE], [], True),
     ([REPLACE], [], False),
     ([], [{"type": "Metaspace", "replacement": SPACE, "prepend_scheme": "never", "split": False}], False),
@@ -107,7 +107,7 @@ def unwritten(reason: str) -> str:
     )
 
 
-def reason_against_model(model: dict[str, Any]) -> str | None:
+def reason_against_model(model: Definition) -> str | None:
     if model["type"] != "BPE":
         return f"llama.cpp has no tokenizer of its kind, {model['type']}"
     if any(model[key] for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix")):
@@ -133,7 +133,7 @@ def reason_against_controls(tokens: list[str], types: list[int]) -> str | None:
     return None
 
 
-def reason_against_bytes(definition: dict[str, Any]) -> str | None:
+def reason_against_bytes(definition: Definition) -> str | None:
     """Of a byte-level BPE."""
     from tokenizers import pre_tokenizers
 
@@ -150,13 +150,13 @@ def reason_against_bytes(definition: dict[str, Any]) -> str | None:
     return None
 
 
-def family(definition: dict[str, Any]) -> str | None:
+def family(definition: Definition) -> str | None:
     """The name of its pre-tokenizer in llama.cpp."""
     found = (steps(definition["pre_tokenizer"], "pretokenizers"), definition["model"]["ignore_merges"])
     return next((name for name, known in FAMILIES.items() if known == found), None)
 
 
-def steps(definition: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
+def steps(definition: Definition | None, key: str) -> list[Definition]:
     """The steps of a normalizer or pre-tokenizer in order, without what only moves the offsets of tokens."""
     if definition is None:
         return []
@@ -165,7 +165,7 @@ def steps(definition: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
     return [{name: value for name, value in definition.items() if name != "trim_offsets"}]
 
 
-def reason_against_characters(definition: dict[str, Any], tokens: list[str]) -> str | None:
+def reason_against_characters(definition: Definition, tokens: list[str]) -> str | None:
     """Of a BPE over characters that falls back on bytes, with (a) and (b) of the module's text; tokens: those to
     be written."""
     model = definition["model"]
@@ -192,13 +192,13 @@ def reason_against_characters(definition: dict[str, Any], tokens: list[str]) -> 
     return None
 
 
-def spaces(definition: dict[str, Any]) -> bool | None:
+def spaces(definition: Definition) -> bool | None:
     """Whether a space is put before each stretch of text; None where llama.cpp has no such treatment of spaces."""
     found = (steps(definition["normalizer"], "normalizers"), steps(definition["pre_tokenizer"], "pretokenizers"))
     return next((prefix for *known, prefix in SPACES if tuple(known) == found), None)
 
 
-def reason_against_added(definition: dict[str, Any]) -> str | None:
+def reason_against_added(definition: Definition) -> str | None:
     """llama.cpp cuts a text at added tokens, the longest first, as they stand; tokenizers takes the leftmost first."""
     tokens = definition["added_tokens"]
     for token in tokens:
@@ -260,7 +260,7 @@ def special_ids(folder: Path, tokenizer: Tokenizer, size: int) -> dict[str, int]
     return found
 
 
-def token_list(definition: dict[str, Any], vocabulary: dict[str, int], size: int) -> tuple[list[str], list[int]]:
+def token_list(definition: Definition, vocabulary: dict[str, int], size: int) -> tuple[list[str], list[int]]:
     """The texts of `size` tokens and their types; ids without a token are of the type `UNUSED`."""
     from gguf import TokenType
 
@@ -278,13 +278,13 @@ def token_list(definition: dict[str, Any], vocabulary: dict[str, int], size: int
     return tokens, types
 
 
-def written_merges(model: dict[str, Any]) -> list[str]:
+def written_merges(model: Definition) -> list[str]:
     """Merges as llama.cpp reads them, two parts and a space between. One whose part holds a space is left out: bytes
     are written as letters here, a space as one too, so that it never applies."""
     return [f"{left} {right}" for left, right in model["merges"] if " " not in left + right]
 
 
-def scores_of(model: dict[str, Any], tokens: list[str]) -> list[float]:
+def scores_of(model: Definition, tokens: list[str]) -> list[float]:
     """Of each token: 0, -1 ... in the order of merges; floats of 32 bits hold these exactly below 2^24."""
     order = {token: place for place, token in enumerate(dict.fromkeys(left + right for left, right in model["merges"]))}
     return [float(-order.get(token, 0)) for token in tokens]

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
+
+Definition = Mapping[str, Any]  # of a tokenizer or one of its parts, as tokenizer.json has it
 
 SPECIAL = ("bos", "eos", "unk", "pad")
 SPACE = "▁"
@@ -22,14 +24,14 @@ LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
-def isolated(pattern: str) -> dict[str, Any]:
+def isolated(pattern: str) -> Definition:
     """A step that cuts every match out."""
     return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
 
 
 # Steps of the pre-tokenizer, and whether a piece that is a token stays whole, under the name that has llama.cpp do so
 # (src/llama-vocab.cpp). Names whose pattern only comes near their tokenizer's there, such as tekken, are left out.
-FAMILIES: dict[str, tuple[list[dict[str, Any]], bool]] = {
+FAMILIES: dict[str, tuple[list[Definition], bool]] = {
     "gpt-2": ([WORDS], False),
     "smollm": ([DIGITS, WORDS], False),
     "qwen2": ([isolated(LETTERS + r"\p{N}" + REST), WHOLE], False),
@@ -145,7 +147,7 @@ def by_rank(vocabulary: Vocabulary) -> Callable[[str], list[int]]:
         "added_tokens": [],
         "pre_tokenizer": {
             "type": "Sequence",
-            "pretokenizers": [step | {"trim_offsets": False} if step in (WORDS, WHOLE) else step for step in pieces],
+            "pretokenizers": [{**step, "trim_offsets": False} if step in (WORDS, WHOLE) else step for step in pieces],
         },
         "model": {
             "type": "BPE",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -25,7 +26,7 @@ class Node:
 
     folder: Path
     manifest: Manifest
-    config: dict[str, Any]
+    config: Mapping[str, Any]
     entries: Entries
 
     @property

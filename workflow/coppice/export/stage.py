@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from coppice.errors import UserError
 from coppice.files import atomic_directory, read_json, write_json
 from coppice.formatting import number
+from coppice.records.base import Json
 from coppice.records.layout import ResultsLayout
 from coppice.results.lookup import complete_node
 
@@ -115,7 +116,7 @@ def described(found: Difference, limit: Tolerance) -> str:
     return words if limit.divergence == math.inf else f"{words} (tolerance {limit.divergence:g})"
 
 
-def record(manifest: Manifest, to: str, reader: str, found: Difference, limit: Tolerance) -> dict[str, Any]:
+def record(manifest: Manifest, to: str, reader: str, found: Difference, limit: Tolerance) -> Json:
     """What `export.json` says: what was exported, and how it was checked."""
     return {
         "format": to,
@@ -124,7 +125,7 @@ def record(manifest: Manifest, to: str, reader: str, found: Difference, limit: T
         "read_back_by": reader,
         "difference": asdict(found),
         "tolerance": {name: value for name, value in asdict(limit).items() if value != math.inf},
-        "versions": manifest.versions,
+        "versions": dict(manifest.versions),
     }
 
 

@@ -47,7 +47,7 @@ class LawReport(TypedDict):
     notes: list[str]
     converged: bool
     starts_within_tolerance: NotRequired[int]
-    details: NotRequired[dict[str, Any]]
+    details: NotRequired[Mapping[str, object]]
     predicted: NotRequired[np.ndarray]
 
 

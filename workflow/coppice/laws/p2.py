@@ -13,13 +13,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from pydantic import Field
 
 from coppice.formatting import human_count
-from coppice.laws.contracts import Advice, Law, Source, Tables
+from coppice.laws.contracts import Advice, Law, Recommendation, Source, Tables
 from coppice.laws.engine.forms import Form, Parameter, Parameters, Reduction, without
 from coppice.laws.engine.held_out import HoldOut, highest_of_each, largest, later_tokens
 from coppice.laws.engine.points import Points, is_single, points_from, powers_of_a_thousand
@@ -227,7 +227,7 @@ def recommend(fit: Fit, samples: Parameters, points: Points, scales: dict[str, f
     return [entry | {"sentence": _sentence(entry, bool(len(drawn)))} for entry in entries], []
 
 
-def _sentence(entry: dict[str, Any], drawn: bool) -> str:
+def _sentence(entry: Recommendation, drawn: bool) -> str:
     """A recommended number of recovery tokens, with its interval and its caveat."""
     between = f" [{human_count(entry['low'])}, {human_count(entry['high'])}]" if drawn else ""
     sentence = (

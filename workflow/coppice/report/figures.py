@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -16,7 +15,9 @@ from matplotlib.transforms import Bbox
 
 from coppice.formatting import human_count, number
 from coppice.formatting.plotting import COLORS, GREY, style
+from coppice.records.fit import Parameter
 from coppice.report.law_lines import Line
+from coppice.report.layer_records import LayerTable
 from coppice.report.view import perplexities
 from coppice.results.reading import pareto_front
 from coppice.results.schemas import Row
@@ -155,7 +156,7 @@ def _draw_law(axes: Axes, line: Line, color: str) -> None:
         axes.fill_between(line.tokens, line.low, line.high, color=color, alpha=0.12, linewidth=0)
 
 
-def layers_figure(layers: dict[str, dict[str, Any]]) -> Figure:
+def layers_figure(layers: Mapping[str, LayerTable]) -> Figure:
     """The relative squared error that each node's last step left in every block of the decoder, as a heat map.
 
     layers: of each node its modules and their columns. A cell is the mean over a block's linears of the error of their
@@ -190,11 +191,11 @@ def layers_figure(layers: dict[str, dict[str, Any]]) -> Figure:
     return figure
 
 
-def _row_name(node: str, entry: dict[str, Any]) -> str:
+def _row_name(node: str, entry: LayerTable) -> str:
     return _shorten(node, 40) + ("" if "error" in entry["columns"] else " (weights)")
 
 
-def _block_errors(entry: dict[str, Any]) -> dict[int, float]:
+def _block_errors(entry: LayerTable) -> dict[int, float]:
     """Of each block the mean error of its linears; empty where the node's step recorded none."""
     title = next((title for title in ("error", "weight error") if title in entry["columns"]), None)
     if title is None:
@@ -206,16 +207,18 @@ def _block_errors(entry: dict[str, Any]) -> dict[int, float]:
     return {block: sum(errors) / len(errors) for block, errors in blocks.items()}
 
 
-def profile_figure(name: str, profile: dict[str, list[float]], parameter: dict[str, Any]) -> Figure:
+def profile_figure(name: str, profile: Mapping[str, Sequence[float | None]], parameter: Parameter) -> Figure:
     """The best objective at each value of a parameter, its fitted value (line) and its 95% interval (shaded)."""
     with style():
         figure = Figure(figsize=(4.7, 2.6), layout="constrained")
         axes = figure.add_subplot(title=f"Profile of {name}", xlabel=name, ylabel="objective")
-        axes.plot(profile["values"], profile["objective"], color=COLORS[0])
+        values, objective = (np.array(profile[name], float) for name in ("values", "objective"))
+        axes.plot(values, objective, color=COLORS[0])
         limits = axes.get_xlim()
-        if parameter["low"] is not None:
-            axes.axvspan(parameter["low"], parameter["high"], color=COLORS[0], alpha=0.1, linewidth=0)
-        axes.axvline(parameter["value"], color=GREY)
+        if parameter.low is not None and parameter.high is not None:
+            axes.axvspan(parameter.low, parameter.high, color=COLORS[0], alpha=0.1, linewidth=0)
+        if parameter.value is not None:
+            axes.axvline(parameter.value, color=GREY)
         axes.set_xlim(limits)
     return figure
 

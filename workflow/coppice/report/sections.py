@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from html import escape
-from typing import Any
 
 from coppice.decisions import Answer
 from coppice.formatting import human_count, number
+from coppice.records.fit import FitRecord
 from coppice.report import markup
 from coppice.report.cost_sections import costs_table, roofline_table
 from coppice.report.law_sections import decisions, law_section
@@ -42,11 +42,11 @@ _ALONE = (
 
 
 def sections_of(
-    study: Study, tables: dict[str, list[Row]], fits: dict[str, dict[str, Any]], answers: list[Answer]
+    study: Study, tables: dict[str, list[Row]], fits: Mapping[str, FitRecord], answers: list[Answer]
 ) -> str:
     """The sections that the study has rows for, each folded under its heading, as HTML.
 
-    tables: rows by table; fits: the content of each law's fit.json; answers: the recommendations.
+    tables: rows by table; fits: the fit of each law; answers: the recommendations.
     """
     rows, metrics, comparisons = tables["nodes"], tables["metrics"], tables["comparisons"]
     sections = [

@@ -11,13 +11,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, JsonValue, ValidationError
 
 from coppice import storage
 from coppice.errors import UserError
 from coppice.files import sha256
 from coppice.methods.options import MethodOptions
 from coppice.models.sources import locate
+from coppice.records.base import Json
 from coppice.records.manifest import Manifest, RecoveryRecord, StepRecord
 from coppice.records.tokens import TokenSet
 from coppice.study import tree
@@ -56,7 +57,7 @@ def refuse_other_node(study: Study, node: tree.Node, manifest: Manifest, path: P
     _refuse(f"The node {node.name!r}", of, {**was, "seed": manifest.seed}, {**now, "seed": node.seed}, path)
 
 
-def _recorded_step(recorded: StepRecord, options: type[MethodOptions]) -> dict[str, Any]:
+def _recorded_step(recorded: StepRecord, options: type[MethodOptions]) -> Json:
     """The method and the options of a recorded step, under the names of this version."""
     return {
         "method": current_method(recorded.method),
@@ -121,9 +122,7 @@ def _text_name(study: Study, use: str) -> str:
     return options.text if kind == "recovery" else options.validation
 
 
-def _add_calibration(
-    was: dict[str, Any], now: dict[str, Any], name: str, recorded: Mapping[str, str], tokens: Path
-) -> None:
+def _add_calibration(was: Json, now: Json, name: str, recorded: Mapping[str, str], tokens: Path) -> None:
     """Adds the first digits of the fingerprint of a calibration's tokens: as recorded, and as they are, if there.
 
     recorded: by the kind of statistics, or `windows`, the fingerprint of the tokens that it was gathered over.
@@ -135,7 +134,7 @@ def _add_calibration(
         now[key] = TokenSet.read(path).fingerprint[:12]
 
 
-def _add_budgets(was: dict[str, Any], now: dict[str, Any], budgets: Iterable[int], recovery: RecoveryRecord) -> None:
+def _add_budgets(was: Json, now: Json, budgets: Iterable[int], recovery: RecoveryRecord) -> None:
     """Adds the rungs of the ladder of budgets that a recovery could reach: of its own ladder, and of the study's.
 
     A rung above the requested tokens, or above where training ended early, did not change the node.
@@ -143,10 +142,10 @@ def _add_budgets(was: dict[str, Any], now: dict[str, Any], budgets: Iterable[int
     if recovery.budgets is not None:
         most = min(recovery.tokens, recovery.tokens_requested)
         for rungs, ladder in ((was, recovery.budgets), (now, budgets)):
-            rungs["budgets"] = sorted({budget for budget in ladder if budget <= most})
+            rungs["budgets"] = list[JsonValue](sorted({budget for budget in ladder if budget <= most}))
 
 
-def _add_files(was: dict[str, Any], now: dict[str, Any], recorded: Mapping[str, str], folder: Path) -> None:
+def _add_files(was: Json, now: Json, recorded: Mapping[str, str], folder: Path) -> None:
     """Adds the first digits of the SHA-256 of files: as recorded, and as they are, of those that are in the folder.
 
     Only where results lie elsewhere: otherwise the files' dates count.
@@ -163,7 +162,7 @@ def _digest(path: Path, size: int, changed: int) -> str:
     return sha256(path)
 
 
-def _add_defaults(options: type[BaseModel], recorded: Mapping[str, Any]) -> dict[str, Any]:
+def _add_defaults(options: type[BaseModel], recorded: Mapping[str, Any]) -> Json:
     """Recorded options, with the defaults of those that the recording version did not have."""
     try:
         return options.model_validate(recorded).model_dump(mode="json")

@@ -20,6 +20,7 @@ from pydantic_core import ErrorDetails
 
 from coppice.errors import UserError
 from coppice.files import atomic_write
+from coppice.records.base import Json
 from coppice.study import tree
 from coppice.study.schema import Study, calibrations, evaluations, laws, models, names, recipes, steps, texts
 
@@ -96,7 +97,7 @@ def _shorten(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def effective(study: Study) -> dict[str, Any]:
+def effective(study: Study) -> Json:
     """The study as plain values after defaults; `load_study` reads it back as the same study."""
     return study.model_dump(mode="json")
 

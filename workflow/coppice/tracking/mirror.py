@@ -12,11 +12,11 @@ from collections.abc import Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from coppice import storage
 from coppice.files import fingerprint, sha256
 from coppice.formatting import human_count
+from coppice.records.base import Json
 from coppice.records.fit import FitRecord
 from coppice.records.layout import ResultsLayout
 from coppice.records.manifest import Manifest
@@ -214,14 +214,14 @@ def _parameters(row: Row) -> Parameters:
 
 def _recipe_parameters(recipe: list[Row]) -> Parameters:
     """The options of every step of a path as `<family>.<option>`, `<family>2.<option>` where a family comes twice."""
-    found: dict[str, Any] = {}
-    seen: Counter[str] = Counter()
+    options: Json = {}
+    steps: Counter[str] = Counter()
     for row in recipe:
-        seen[row["family"]] += 1
-        place = row["family"] + (str(seen[row["family"]]) if seen[row["family"]] > 1 else "")
-        found[f"{place}.method"] = row["method"]
-        found |= {f"{place}.{option}": value for option, value in json.loads(row["options"]).items()}
-    return {key(name): value if isinstance(value, str) else json.dumps(value) for name, value in found.items()}
+        steps[row["family"]] += 1
+        place = row["family"] + (str(steps[row["family"]]) if steps[row["family"]] > 1 else "")
+        options[f"{place}.method"] = row["method"]
+        options |= {f"{place}.{option}": value for option, value in json.loads(row["options"]).items()}
+    return {key(name): value if isinstance(value, str) else json.dumps(value) for name, value in options.items()}
 
 
 def _tags(study: Study, path: list[Row], best: bool) -> dict[str, str]:

@@ -12,6 +12,7 @@ from pydantic import Field
 from coppice.errors import UserError
 from coppice.laws.contracts import Tables
 from coppice.laws.options import LawOptions
+from coppice.records.base import Json
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -124,7 +125,7 @@ def traits(nodes: pd.DataFrame, node: str) -> frozenset[str]:
     return frozenset(value)
 
 
-def step_options(nodes: pd.DataFrame, node: str) -> dict[str, Any]:
+def step_options(nodes: pd.DataFrame, node: str) -> Json:
     """The options of the step that made the node; none of a dense model."""
     value = nodes.at[node, "options"]
     return json.loads(value) if isinstance(value, str) else {}
