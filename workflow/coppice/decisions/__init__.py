@@ -23,7 +23,7 @@ class Basis(TypedDict):
 
 
 class Answer(TypedDict, total=False):
-    """An answer: sentences, perhaps a table (titles, then rows), and the numbers behind them.
+    """An answer: sentences, perhaps a table (titles, then rows), and their numbers.
 
     law, refused, held_out: of an answer that rests on a law, its name, whether it fails its own test, and its errors;
     recommendation: what the law itself recommends. node, tokens: what to buy for a node. at_tokens, value, low,

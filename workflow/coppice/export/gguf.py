@@ -73,7 +73,7 @@ def reason_against(node: Node) -> str | None:
         )
     window = config.get("sliding_window")
     if window is not None and window < config["max_position_embeddings"]:
-        return f"its attention looks back {window} tokens only, which the architecture does not say; {CONVERTER}"
+        return f"its attention looks back {window} tokens only, which GGUF's architecture does not express; {CONVERTER}"
     return None
 
 
@@ -117,7 +117,7 @@ def write_metadata(writer: GGUFWriter, config: Any, name: str, file_type: int) -
     import gguf
 
     writer.add_type(gguf.GGUFType.MODEL)
-    writer.add_name(written_name(name))
+    writer.add_name(name_in_file(name))
     writer.add_file_type(file_type)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_vocab_size(config.vocab_size)
@@ -134,14 +134,14 @@ def write_metadata(writer: GGUFWriter, config: Any, name: str, file_type: int) -
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
 
 
-def written_name(name: str) -> str:
+def name_in_file(name: str) -> str:
     """A node's name after a word without which transformers would take one named after its architecture for another
     one; the word alone for a name that llama.cpp would read something into."""
     return "coppice" if any(family in name.lower() for family in NAMED_FAMILIES) else f"coppice {name}"
 
 
 def stored_tensors(model: PreTrainedModel, packed: dict[str, Stored], kind: str) -> Iterator[tuple[str, Stored]]:
-    """Every tensor of a dense model under its name in GGUF; vectors in float32, as ggml wants them.
+    """Every tensor of a dense model under its name in GGUF; vectors in float32, as ggml requires.
 
     packed: weights that are stored as blocks, by the name of their linear; kind: the type of the others.
     """

@@ -145,7 +145,7 @@ def _reduce_without_irreducible_loss(points: Points) -> Reduction:
     return fixed | ({"beta": 0.0} if one_count else {}), []
 
 
-def _tied(parameters: Parameters, points: Points) -> np.ndarray:
+def _predict_tied(parameters: Parameters, points: Points) -> np.ndarray:
     """E + A / N^alpha + B / D^alpha."""
     return predict(parameters | {"beta": parameters["alpha"]}, points)
 
@@ -159,7 +159,7 @@ def _reduce_tied(points: Points) -> Reduction:
 # Comparators of ours: enough parameters and tokens remove all loss; size and tokens have one exponent.
 RIVALS = {
     "without_irreducible_loss": replace(without(FORM, "E"), reduce=_reduce_without_irreducible_loss),
-    "one_exponent": replace(without(FORM, "beta"), predict=_tied, reduce=_reduce_tied),
+    "one_exponent": replace(without(FORM, "beta"), predict=_predict_tied, reduce=_reduce_tied),
 }
 
 HELD_OUT: dict[str, HoldOut] = {

@@ -163,12 +163,12 @@ def points(tables: Tables, options: Options) -> Points:
     dense_parameters and tokens are numbers of parameters and tokens, not yet in units.
     """
     rows = join_recoveries(tables, options)
-    rows["rho"] = _removed(rows) if options.ratio == "rho_linears" else rows[f"parent.{options.ratio}"]
+    rows["rho"] = _removed_part(rows) if options.ratio == "rho_linears" else rows[f"parent.{options.ratio}"]
     rows["dense_parameters"] = rows["dense.parameters"]
     return points_from(rows[rows["rho"] > 0], COLUMNS)
 
 
-def _removed(rows: pd.DataFrame) -> pd.Series:
+def _removed_part(rows: pd.DataFrame) -> pd.Series:
     """Part of the weights of the blocks' linears that the parent lost: gone, or zeros of a mask."""
     zeros = rows["parent.parameters"] - rows["parent.nonzero_parameters"]
     return 1 - (rows["parent.linear_parameters"] - zeros) / rows["dense.linear_parameters"]

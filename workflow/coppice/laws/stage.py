@@ -65,7 +65,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 class Judgement(TypedDict):
-    """Whether a law may recommend anything, and the sentences that say why not."""
+    """Whether a law may recommend anything, and the reasons why not, as sentences."""
 
     ok: bool
     reasons: list[str]
@@ -86,12 +86,12 @@ class FitReport(LawReport):
     options: Json
     units: dict[str, Unit]
     target: NotRequired[str]
-    passes: Judgement
+    passes: NotRequired[Judgement]
 
 
 @dataclass(frozen=True)
 class _Outcome:
-    """What a fit found: the report, the predictions for the points [n], curves to draw, and the bootstrap's samples."""
+    """The outcome of a fit: the report, the predictions for the points [n], curves to draw, the bootstrap's samples."""
 
     report: LawReport
     predicted: np.ndarray
@@ -123,10 +123,10 @@ def fit_law(
         "units": _units(law, points),
         **outcome.report,
         "notes": notes + outcome.report["notes"],
-        "passes": judge(law_name, outcome.report, law_options.tolerance),
     }
     if law.form is not None:
         report["target"] = law.form.target
+    report["passes"] = judge(law_name, outcome.report, law_options.tolerance)
     _write(law, law_name, report, points, outcome, Path(output))
     return report
 
@@ -214,12 +214,12 @@ def _units(law: Law, points: Points) -> dict[str, Unit]:
 
 
 def _fit_notes(fit: Fit) -> list[str]:
-    """Sentences on what the fit cannot say."""
+    """Sentences on what the fit leaves open."""
     notes = []
     points, target = fit.problem.points, fit.problem.form.target
     runs = len(np.unique(points["run"]))
     if np.ptp(points[target]) == 0:
-        notes.append(f"All {count(points)} points have the same {target}, so there is nothing for the law to explain.")
+        notes.append(f"All {count(points)} points have the same {target}, so the law has nothing to explain.")
     if fit.unidentified:
         notes.append(
             f"The points do not identify {join_words(fit.unidentified)}: other values fit them equally well, so the "
@@ -237,7 +237,7 @@ def _fit_notes(fit: Fit) -> list[str]:
     elif runs < FEWEST_RUNS:
         notes.append(
             f"No interval is given: it comes from resampling runs, which needs at least {FEWEST_RUNS} runs, and "
-            f"there {'is' if runs == 1 else 'are'} {runs}."
+            f"the points have {runs}."
         )
     elif runs < _MANY_RUNS:
         notes.append(f"The intervals come from {runs} runs, and from so few they are narrower than they should be.")
@@ -285,7 +285,7 @@ def judge(law_name: str, report: LawReport, tolerance: float) -> Judgement:
 
 
 def _report_nothing(law: Law, law_name: str, points: Points) -> _Outcome:
-    """The outcome where there is no point to fit."""
+    """The outcome of a fit without points."""
     unknown: ParameterReport = {
         "value": None,
         "low": None,
@@ -325,5 +325,5 @@ def _write(law: Law, law_name: str, report: FitReport, points: Points, outcome: 
             pq.write_table(content, path)
     with atomic_write(output / "fit.svg") as path:
         draw(law, law_name, points, outcome.curves, path)
-    # Last, since whoever finds fit.json should find the others with it.
+    # Last, so that the other files exist wherever fit.json does.
     FitRecord.model_validate(report).write(output / "fit.json")

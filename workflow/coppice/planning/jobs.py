@@ -38,11 +38,11 @@ REPORT_FILES = ("index.html", "frontier.svg", "curves.svg", "layers.svg")
 class Job:
     """A job of the workflow.
 
-    name: as its log and benchmark are named. outputs: the first is the one that says that the job is done. inputs:
+    name: as its log and benchmark are named. outputs: the job is done when the first exists. inputs:
     outputs of other jobs, by the name that the rule gives them. files: what it reads outside the results. sources:
     source files of the package on which its result rests. model: the node whose weights it loads, or None. kind: which
     of the stage's jobs are alike. parameters: what its command is given, by the option's name. options: as
-    `planning.resources` reads them. gpus: how many it asks for where there are any. alone: it takes the whole machine.
+    `planning.resources` reads them. gpus: how many it requests where GPUs exist. alone: it takes the whole machine.
     """
 
     stage: str
@@ -85,13 +85,13 @@ class JobGraph:
         self.study = study
         self.nodes = tree.nodes(study)
         self.uses = tree.token_uses(study)
-        self._named: dict[tuple[str, ...], Job] = {}
+        self._by_key: dict[tuple[str, ...], Job] = {}
 
     @cached_property
     def jobs(self) -> list[Job]:
         """Every job of the target `all`; what a job reads comes before it."""
         nodes = [self.node(name) for name in self.nodes]
-        evaluations = [self.evaluation(node, name) for node, name in self.measured]
+        evaluations = [self.evaluation(node, name) for node, name in self.measurements]
         leaves = [*nodes, *evaluations]
         read = {path for job in leaves for path in job.after}
         statistics = [job for job in self._statistics() if job.output in read]
@@ -106,7 +106,7 @@ class JobGraph:
         return [self.effective_study, *roots, *tokens, *placed, *evaluations, *gather]
 
     @cached_property
-    def measured(self) -> list[tuple[str, str]]:
+    def measurements(self) -> list[tuple[str, str]]:
         """(node, evaluation) of every measurement."""
         return [(node, name) for node in self.nodes for name in tree.evaluations(self.study, node)]
 
@@ -116,7 +116,7 @@ class JobGraph:
 
     @cached_property
     def metrics(self) -> tuple[str, ...]:
-        return tuple(str(LAYOUT.metrics(node, evaluation)) for node, evaluation in self.measured)
+        return tuple(str(LAYOUT.metrics(node, evaluation)) for node, evaluation in self.measurements)
 
     @cached_property
     def token_sets(self) -> tuple[str, ...]:
@@ -140,12 +140,12 @@ class JobGraph:
         """The study after defaults, as YAML."""
         return Job("study", "study", (str(LAYOUT.study),))
 
-    def named(self, **wildcards: str) -> Job:
+    def job(self, **wildcards: str) -> Job:
         """The job by the wildcards of its output in the rules. Raises UserError for a node that is not the study's."""
         key = tuple(wildcards.values())
-        if key not in self._named:
-            self._named[key] = self._by_wildcards(wildcards)
-        return self._named[key]
+        if key not in self._by_key:
+            self._by_key[key] = self._by_wildcards(wildcards)
+        return self._by_key[key]
 
     def _by_wildcards(self, wildcards: Mapping[str, str]) -> Job:
         match wildcards:
@@ -162,7 +162,7 @@ class JobGraph:
         return self.node(wildcards["model"])
 
     def node(self, name: str) -> Job:
-        """The job that makes a node. Raises UserError for a name that is not a node of the study."""
+        """The job that computes a node. Raises UserError for a name that is not a node of the study."""
         if name not in self.nodes:
             raise UserError(f"{name} is not a node of the study {self.study.study}; `coppice study` prints its tree.")
         node = self.nodes[name]

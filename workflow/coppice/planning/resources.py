@@ -77,7 +77,7 @@ class DenseCounts(Protocol):
 
 
 class ModelSize(Protocol):
-    """What a job's needs follow from: a manifest has it, as has an estimate of a node that is not there yet."""
+    """What a job's needs follow from: a manifest has it, as has an estimate of a node without a checkpoint."""
 
     @property
     def parameters(self) -> Counts: ...

@@ -19,7 +19,7 @@ from coppice.hardware import DEVICES, GPU_MEMORY
 from coppice.planning.contents import ChangedRow, Count, Machine, NodeRow, Pair, Plan, StageRow, Total, UnknownModel
 from coppice.planning.jobs import LAYOUT, RUNS_MODELS, STAGES, Job, JobGraph
 from coppice.planning.sizes import Size, child_size, node_sizes, size_of_source
-from coppice.planning.text import GIGABYTE, between, gigabytes, lines
+from coppice.planning.text import GIGABYTE, format_range, gigabytes, lines
 from coppice.planning.times import Range, Record, benchmarks, gpu_memory, makespan, memory_range, seconds_range
 from coppice.planning.work import SizedJob, sized_jobs
 from coppice.records.layout import ResultsLayout
@@ -329,7 +329,7 @@ def memory_problems(left: list[SizedJob], memory: Mapping[str, Range], machine: 
         value, job = known[-1]
         return [
             f"Memory: {len(too_large)} of the jobs that are left need more than the {installed} of this machine; "
-            f"the largest is {job.stage} {job.name} with {between(value, gigabytes)}. Run them on a machine "
+            f"the largest is {job.stage} {job.name} with {format_range(value, gigabytes)}. Run them on a machine "
             "with more memory, or shorten their batches (micro_batch_size) and windows (length)."
         ]
     perhaps = [job for value, job in known if value.high > machine["memory"]]

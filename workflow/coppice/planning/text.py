@@ -18,8 +18,9 @@ def lines(plan: Plan) -> list[str]:
     nodes, total = plan["nodes"], plan["total"]
     done = sum(node["done"] for node in nodes)
     text = [
-        f"Study {plan['study']}: {many(len(nodes), 'node')}, {many(plan['evaluations']['total'], 'evaluation')}, "
-        f"{many(plan['laws']['total'], 'law')}; {total['left']} of {total['jobs']} jobs are left",
+        f"Study {plan['study']}: {format_count(len(nodes), 'node')}, "
+        f"{format_count(plan['evaluations']['total'], 'evaluation')}, "
+        f"{format_count(plan['laws']['total'], 'law')}; {total['left']} of {total['jobs']} jobs are left",
         *changed_lines(plan),
         "",
         *tree_lines(nodes),
@@ -49,11 +50,11 @@ def changed_lines(plan: Plan) -> list[str]:
             names.setdefault(NOUNS[row["stage"]], []).append(row["name"])
     if not names:
         return wrapped(f"{changed[0]['why']} Tables, laws, page and tracking are recomputed.")
-    kinds = [f"{many(len(group), kind)} ({join_first(group)})" for kind, group in names.items()]
+    kinds = [f"{format_count(len(group), kind)} ({join_first(group)})" for kind, group in names.items()]
     return wrapped(f"Changed since they were computed: {join_words(kinds)}. What follows from them is recomputed too.")
 
 
-def many(count: int, noun: str) -> str:
+def format_count(count: int, noun: str) -> str:
     """A count of things."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
@@ -85,8 +86,8 @@ def stage_lines(plan: Plan) -> list[str]:
     for row in plan["stages"]:
         if not row["left"]:
             continue
-        memory = between(row["memory_bytes"], gigabytes) if row["memory_bytes"] else "?"
-        hours = [between(row["gpu_hours"], hours_of) if row["gpu_hours"][1] else ""] if on_gpu else []
+        memory = format_range(row["memory_bytes"], gigabytes) if row["memory_bytes"] else "?"
+        hours = [format_range(row["gpu_hours"], hours_of) if row["gpu_hours"][1] else ""] if on_gpu else []
         table.append(
             [
                 row["stage"],
@@ -99,7 +100,7 @@ def stage_lines(plan: Plan) -> list[str]:
             ]
         )
     total = plan["total"]
-    hours = [between(total["gpu_hours"], hours_of)] if on_gpu else []
+    hours = [format_range(total["gpu_hours"], hours_of)] if on_gpu else []
     left = f"{total['left']}/{total['jobs']}"
     table.append(["all", left, known_sum(total), "", *hours, gigabytes(total["disk_bytes"]), ""])
     return format_table(table)
@@ -109,15 +110,17 @@ def known_sum(row: StageRow | Total) -> str:
     """The time of a row's jobs, with a `+ ?` where some of them are unknown."""
     if row["unknown"] == row["left"]:
         return "?"
-    return between(row["seconds"], duration) + (" + ?" if row["unknown"] else "")
+    return format_range(row["seconds"], duration) + (" + ?" if row["unknown"] else "")
 
 
 def elapsed_lines(plan: Plan) -> list[str]:
     elapsed, machine = plan["total"]["elapsed_seconds"], plan["machine"]
     if elapsed is None:
         return []
-    gpus = f" on {many(machine['gpus'], 'GPU')}" if machine["gpus"] else ""
-    return wrapped(f"With {many(machine['cores'], 'job')} at once{gpus}: {between(elapsed, duration)} in all.")
+    gpus = f" on {format_count(machine['gpus'], 'GPU')}" if machine["gpus"] else ""
+    return wrapped(
+        f"With {format_count(machine['cores'], 'job')} at once{gpus}: {format_range(elapsed, duration)} in all."
+    )
 
 
 def notes(plan: Plan) -> list[str]:
@@ -148,7 +151,7 @@ def notes(plan: Plan) -> list[str]:
     return text
 
 
-def between(ends: Iterable[float], format_end: Callable[[float], str]) -> str:
+def format_range(ends: Iterable[float], format_end: Callable[[float], str]) -> str:
     """Two ends as text; one where they read the same."""
     low, high = map(format_end, ends)
     return low if low == high else f"{low} to {high}"

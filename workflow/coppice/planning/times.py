@@ -1,9 +1,9 @@
 """How long jobs take and how much they hold: by the benchmarks of a study's jobs, or else by their operations.
 
 A job takes the seconds of its start, and its operations over a rate. Both come from a line through the benchmarks
-(`measured`) or, without any (`predicted`), are a constant and a share of what the roofline model gives for a device
-(`evaluation.roofline`). Ranges are those of the benchmarks about the line, 30% at least, or a factor of two. Memory is
-that of `planning.resources`, times the share of it that the benchmarks held.
+(`measured`) or, without any (`predicted`), are a constant and a share of a device's roofline (`evaluation.roofline`).
+Ranges are those of the benchmarks about the line, 30% at least, or a factor of two. Memory is that of
+`planning.resources`, times the share of it that the benchmarks held.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def benchmarks(jobs: list[SizedJob], sizes: Mapping[str, Size | None], results: 
     return records
 
 
-def alike(job: SizedJob, records: Mapping[str, list[Record]]) -> list[Record]:
+def similar_benchmarks(job: SizedJob, records: Mapping[str, list[Record]]) -> list[Record]:
     """The benchmarks nearest to a job: three of its own kind, or all of the stage."""
     stage = records.get(job.stage, [])
     own = [record for record in stage if record.kind == job.kind]
@@ -110,7 +110,7 @@ def seconds_range(
     """Seconds of a job; None where its model's size is unknown."""
     if job.operations is None:
         return None
-    pool = alike(job, records)
+    pool = similar_benchmarks(job, records)
     if not pool:
         start = START.get(job.stage, START_OF_MODELS)
         size = sizes[job.model] if job.model else None
@@ -164,7 +164,7 @@ def memory_range(job: SizedJob, sizes: Mapping[str, Size | None], records: Mappi
     if job.operations is None:
         return None
     expected = expected_memory(job, sizes)
-    ratios = [record.memory / record.expected for record in alike(job, records) if record.memory]
+    ratios = [record.memory / record.expected for record in similar_benchmarks(job, records) if record.memory]
     if not ratios:
         return Range(expected, expected * resources.HEADROOM)
     return Range(expected * min(ratios) / 1.1, expected * max(ratios) * 1.1)
@@ -193,12 +193,12 @@ def makespan(left: list[SizedJob], seconds: Mapping[str, float], machine: Machin
     running: list[tuple[float, str]] = []
     clock, cores, gpus = 0.0, machine["cores"], machine["gpus"]
 
-    def takes(name: str) -> tuple[int, int]:
+    def resources_of(name: str) -> tuple[int, int]:
         return machine["cores"] if jobs[name].alone else 1, min(jobs[name].gpus, machine["gpus"])
 
     while ready or running:
         for name in ready:
-            needed_cores, needed_gpus = takes(name)
+            needed_cores, needed_gpus = resources_of(name)
             if not cores:
                 break
             if needed_cores <= cores and needed_gpus <= gpus:
@@ -207,7 +207,7 @@ def makespan(left: list[SizedJob], seconds: Mapping[str, float], machine: Machin
         begun = {name for _, name in running}
         ready = [name for name in ready if name not in begun]
         clock, ended = heapq.heappop(running)
-        freed_cores, freed_gpus = takes(ended)
+        freed_cores, freed_gpus = resources_of(ended)
         cores, gpus = cores + freed_cores, gpus + freed_gpus
         for name in after[ended]:
             before[name] -= 1

@@ -99,7 +99,7 @@ def disk(graph: JobGraph, job: Job, sizes: Sizes) -> float:
     """Bytes that a job leaves in the results."""
     match job.stage:
         case "root" | "compress" | "recover":
-            return stored(sizes[job.name])
+            return stored_bytes(sizes[job.name])
         case "tokenize":
             return 8 * use_tokens(graph, job.kind)
         case "calibrate":
@@ -107,7 +107,7 @@ def disk(graph: JobGraph, job: Job, sizes: Sizes) -> float:
             return resources.moments_bytes(widths_of(size)) if size and job.kind == "moments" else 0.0
         case "track":
             # Weights that are mirrored are stored twice.
-            return sum(map(stored, sizes.values())) if graph.study.tracking.weights == "all" else 0.0
+            return sum(map(stored_bytes, sizes.values())) if graph.study.tracking.weights == "all" else 0.0
     return 0.0
 
 
@@ -117,7 +117,7 @@ def use_tokens(graph: JobGraph, use: str) -> int:
     return (body.windows or USUAL_WINDOWS) * body.length
 
 
-def stored(size: Size | None) -> float:
+def stored_bytes(size: Size | None) -> float:
     return size.stored if size else 0.0
 
 

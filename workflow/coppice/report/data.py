@@ -95,7 +95,7 @@ def page_data(
     tables: rows by table; fits: the fit of each law; lines: of each law its line along each run.
     """
     rows, metrics, costs = tables["nodes"], tables["metrics"], tables["costs"]
-    measured = _ordered(metrics)
+    measured = _rows_by_quality(metrics)
     data: PageData = {
         "study": study.study,
         "lead": lead(study, tables),
@@ -187,7 +187,7 @@ def _versions(rows: list[Row]) -> dict[str, str]:
 # Qualities and sizes
 
 
-def _ordered(metrics: list[Row]) -> dict[str, list[Row]]:
+def _rows_by_quality(metrics: list[Row]) -> dict[str, list[Row]]:
     """The rows of each quality by `<evaluation>/<metric>`: perplexities first, then accuracies, then the others."""
     first = perplexities(metrics) + scores(metrics)
     rest = sorted({(row["evaluation"], row["metric"]) for row in metrics} - set(first))
@@ -264,7 +264,7 @@ def _cost_id(row: Row) -> str:
 
 
 def _cost_title(row: Row, several: bool) -> str:
-    """The metric and its device: 'decode latency, H200, simulated'; with the evaluation where there are several."""
+    """The metric and its device: 'decode latency, H200, simulated'; with the evaluation where several did."""
     device = (row["device"] or "").removesuffix(" (roofline)")
     title = ", ".join(filter(None, (_title(row["metric"]), device)))
     if several and row["evaluation"]:

@@ -25,7 +25,7 @@ from coppice.uncertainty import interval
 
 _WIDTH = 9.6  # inches
 _MOST_NODES = 60  # rows of the figure of layers
-_WIDE = 0.42  # inches: a cell of this width has room for its number
+_WIDE = 0.42  # inches: a cell of this width has space for its number
 
 # Where a name may be placed at its point: points (1/72 inch) to the right and up, and its alignment.
 _PLACES = ((5, 5, "left"), (-5, -13, "right"), (6, -3, "left"), (-6, -3, "right"), (0, -15, "center"))
@@ -73,9 +73,9 @@ def _draw_frontier(axes: Axes, measured: list[Row], by_node: dict[str, Row]) -> 
         lengths = np.abs(ends[:, own] - values[own])
         axes.errorbar(sizes[own], values[own], lengths, fmt="none", ecolor=color, elinewidth=1, alpha=0.5)
         for filled in (True, False):
-            chosen = own & (recovered == filled)
+            marked = own & (recovered == filled)
             face = color if filled else "white"
-            axes.plot(sizes[chosen], values[chosen], "o", color=color, markerfacecolor=face, gid=_gid(model, filled))
+            axes.plot(sizes[marked], values[marked], "o", color=color, markerfacecolor=face, gid=_gid(model, filled))
         axes.plot([], [], "o", color=color, label=model)
     # Very wide intervals are cut, lest they flatten the points.
     low, high = max(ends[0].min(), values.min() / 2), min(ends[1].max(), values.max() * 2)
@@ -143,8 +143,8 @@ def _draw_curves(axes: Axes, model: str, runs: dict[str, list[Row]], lines: dict
     _set_log_ticks(axes.xaxis, human_count)
     # A very wide band is cut, lest it flatten the curves.
     low, high = min(losses), max(losses)
-    room = 0.06 * (high - low) or 0.05
-    axes.set_ylim(low - room, high + room)
+    margin = 0.06 * (high - low) or 0.05
+    axes.set_ylim(low - margin, high + margin)
     axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1))
 
 
@@ -165,19 +165,19 @@ def layers_figure(layers: Mapping[str, LayerTable]) -> Figure:
     rows = {node: errors for node, entry in layers.items() if (errors := _block_errors(entry))}
     if not rows:
         return _message("No step compressed linears.")
-    shown = dict(sorted(rows.items(), key=lambda pair: pair[0].split("/"))[:_MOST_NODES])
-    blocks = sorted({block for errors in shown.values() for block in errors})
-    cells = np.array([[errors.get(block, math.nan) for block in blocks] for errors in shown.values()])
+    visible = dict(sorted(rows.items(), key=lambda pair: pair[0].split("/"))[:_MOST_NODES])
+    blocks = sorted({block for errors in visible.values() for block in errors})
+    cells = np.array([[errors.get(block, math.nan) for block in blocks] for errors in visible.values()])
     positive = cells[cells > 0]
     norm = LogNorm(positive.min(), positive.max()) if positive.size and positive.min() < positive.max() else None
     with style():
-        figure = Figure(figsize=(_WIDTH, 1.3 + 0.25 * len(shown)))
+        figure = Figure(figsize=(_WIDTH, 1.3 + 0.25 * len(visible)))
         height = figure.get_figheight()
         axes = figure.add_axes((0.36, 0.55 / height, 0.61, 1 - 1.2 / height))
         axes.imshow(np.where(cells > 0, cells, np.nan) if norm else cells, cmap="Blues", norm=norm, aspect="auto")
         axes.grid(visible=False)
         axes.set(title="Error by block of the decoder", xlabel="block")
-        axes.set_yticks(range(len(shown)), [_row_name(node, layers[node]) for node in shown])
+        axes.set_yticks(range(len(visible)), [_row_name(node, layers[node]) for node in visible])
         every = math.ceil(len(blocks) / 24)
         axes.set_xticks(range(0, len(blocks), every), [str(block) for block in blocks[::every]])
         if 0.61 * _WIDTH / len(blocks) > _WIDE:
@@ -186,8 +186,8 @@ def layers_figure(layers: Mapping[str, LayerTable]) -> Figure:
                     dark = norm is not None and error > 0 and norm(error) > 0.6
                     color = "white" if dark else "black"
                     axes.text(column, row, number(error, 2), ha="center", va="center", fontsize=8, color=color)
-        if len(rows) > len(shown):
-            axes.set_xlabel(f"block ({len(rows) - len(shown)} more nodes are in the page)")
+        if len(rows) > len(visible):
+            axes.set_xlabel(f"block ({len(rows) - len(visible)} more nodes are in the page)")
     return figure
 
 

@@ -20,7 +20,7 @@ _FURTHEST = 4  # times the tokens of the last point fitted
 @dataclass(frozen=True)
 class Line:
     """A law's loss along one run, nats per token: at `tokens` [n]; low, high [n]: the 95% interval over the bootstrap's
-    refits, None where there are none. Beyond `fitted_to` tokens it is extrapolated."""
+    refits, None without refits. Beyond `fitted_to` tokens it is extrapolated."""
 
     tokens: np.ndarray
     loss: np.ndarray

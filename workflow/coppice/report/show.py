@@ -33,7 +33,7 @@ from coppice.results.nodes import curve_rows, recovery_losses
 from coppice.results.reading import read_table
 from coppice.results.schemas import Row
 
-REQUESTED = ("_requested", "_asked")  # of a layer's record: what the step's options say; the older suffix is _asked
+REQUESTED = ("_requested", "_asked")  # of a layer's record: what the step's options request; the older suffix is _asked
 HIGHER_IS_WORSE = ("error", "weight_error", "truncation_error")
 POINTS = 6  # of a recovery's curve
 LOG_LINES = 8
@@ -125,14 +125,14 @@ def format_setting(value: JsonValue) -> str:
 
 def size_lines(manifests: Mapping[NodeName, Manifest], nodes: list[NodeName]) -> list[str]:
     """The sizes of the node, its parent and its dense model."""
-    shown = [manifests[name] for name in nodes]
+    columns = [manifests[name] for name in nodes]
     rows = {
-        "parameters": [human_count(entry.parameters.total) for entry in shown],
-        "of which nonzero": [human_count(entry.parameters.nonzero) for entry in shown],
-        "removed": [f"{entry.rho:.1%}" for entry in shown],
-        "stored MB": [number(entry.stored_bytes / 1e6) for entry in shown],
-        "bits per weight": [f"{entry.bits_per_weight:.2f}" for entry in shown],
-        "bits per weight of the linears": [f"{entry.bits_per_linear_weight:.2f}" for entry in shown],
+        "parameters": [human_count(entry.parameters.total) for entry in columns],
+        "of which nonzero": [human_count(entry.parameters.nonzero) for entry in columns],
+        "removed": [f"{entry.rho:.1%}" for entry in columns],
+        "stored MB": [number(entry.stored_bytes / 1e6) for entry in columns],
+        "bits per weight": [f"{entry.bits_per_weight:.2f}" for entry in columns],
+        "bits per weight of the linears": [f"{entry.bits_per_linear_weight:.2f}" for entry in columns],
     }
     return format_table([["Size", *titles(nodes)], *([title, *cells] for title, cells in rows.items())])
 
@@ -171,7 +171,7 @@ def quality_lines(results: Path, nodes: Sequence[str]) -> list[str]:
 
 
 def comparison_lines(results: Path, name: str) -> list[str]:
-    """The paired tests against the parent and the dense model; empty before there are tables."""
+    """The paired tests against the parent and the dense model; empty before the tables are written."""
     layout = ResultsLayout(results)
     if not layout.table("comparisons").exists():
         return []
@@ -224,11 +224,11 @@ def recovery_lines(results: Path, name: str, manifest: Manifest) -> list[str]:
         f"Recovery: {human_count(recovery.tokens)} tokens ({recovery.epochs:.2g} epochs) in "
         f"{recovery.steps} steps{early}, {number(recovery.seconds)} s{regained}."
     )
-    shown = rows[:: -(-len(rows) // POINTS)]
-    shown = shown if shown[-1] is rows[-1] else [*shown, rows[-1]]
+    points = rows[:: -(-len(rows) // POINTS)]
+    points = points if points[-1] is rows[-1] else [*points, rows[-1]]
     table = [
-        ["  tokens", *(human_count(row["tokens"]) for row in shown), "dense"],
-        ["  held-out loss, nats/token", *(number(row["loss"], 4) for row in shown), number(losses["dense_loss"], 4)],
+        ["  tokens", *(human_count(row["tokens"]) for row in points), "dense"],
+        ["  held-out loss, nats/token", *(number(row["loss"], 4) for row in points), number(losses["dense_loss"], 4)],
     ]
     return [*wrapped(text), *format_table(table)]
 

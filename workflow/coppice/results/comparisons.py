@@ -1,6 +1,6 @@
 """Which nodes differ: pairs of nodes item by item, and nodes that differ in the seed of their recovery only.
 
-Two nodes are significantly different on a measure where a paired bootstrap over the items that they share says so,
+Two nodes are significantly different on a measure by a paired bootstrap over the items that they share,
 adjusted by Holm for all pairs compared on that measure. Where both were recovered with three seeds or more, their
 difference must also be more than 2 sqrt(variance of one over its seeds + that of the other) (Madaan et al., arXiv
 2406.10229).
@@ -120,7 +120,7 @@ def _measure_rows(measure: Measure, scores: Mapping[str, Scores], nodes: list[Ro
     rows = []
     for relation, node, other in compared:
         pair = _canonical(node, other)
-        test = tests[pair] if pair == (node, other) else _reversed(tests[pair])
+        test = tests[pair] if pair == (node, other) else _reverse(tests[pair])
         seeds = [variances[one] for one in pair if one in variances]
         noise = 2 * math.sqrt(sum(seeds)) if len(seeds) == 2 else 0.0
         row = {
@@ -150,7 +150,7 @@ def _measure_rows(measure: Measure, scores: Mapping[str, Scores], nodes: list[Ro
 
 def relations(nodes: list[Row], goodness: Mapping[str, float]) -> list[tuple[str, str, str]]:
     """(relation, node, other) of the nodes that have a `goodness` (more is better): to the dense model, to the parent,
-    and to the next better node of the same dense model, where equals stand in order of their names."""
+    and to the next better node of the same dense model, where equals are ordered by name."""
     measured = [row for row in nodes if row["node"] in goodness]
     pairs = [("dense", row["node"], row["model"]) for row in measured if row["node"] != row["model"]]
     pairs += [("parent", row["node"], row["parent"]) for row in measured if row["parent"]]
@@ -165,7 +165,7 @@ def _canonical(node: str, other: str) -> Pair:
     return (node, other) if node < other else (other, node)
 
 
-def _reversed(test: Row) -> Row:
+def _reverse(test: Row) -> Row:
     """The test of a pair the other way round."""
     return test | {"difference": 0.0 - test["difference"], "low": 0.0 - test["high"], "high": 0.0 - test["low"]}
 
@@ -195,8 +195,8 @@ def _tests(pairs: list[Pair], scores: Mapping[str, Scores]) -> dict[Pair, Row]:
 def _seed_variances(scores: Mapping[str, Scores]) -> dict[str, float]:
     """Of each node that was made with three seeds or more: the variance of its mean score over them.
 
-    Two tell so little of it that twice the root would pass 14 pairs of a hundred that do not differ (simulated, without
-    noise of items); three pass 7.
+    Two give so rough an estimate that twice the root would pass 14 pairs of a hundred that do not differ (simulated,
+    without noise of items); three pass 7.
     """
     variances: dict[str, float] = {}
     for group in seed_groups(scores).values():

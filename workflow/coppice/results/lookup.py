@@ -32,7 +32,7 @@ def match_node(pattern: str, known: list[str]) -> str:
     Raises UserError with the candidates.
     """
     if not known:
-        raise UserError("There is no node yet; run the study, or give another folder with --results.")
+        raise UserError("No node exists yet; run the study, or give another folder with --results.")
     if pattern in known:
         return pattern
     for candidates in (
@@ -45,4 +45,4 @@ def match_node(pattern: str, known: list[str]) -> str:
             raise UserError(f"{pattern!r} matches {join_first(candidates)}; give more of the name.")
     close = did_you_mean(pattern, known)
     hint = close if "Did you mean" in close else f" Known: {join_first(known)}."
-    raise UserError(f"There is no node {pattern!r}.{hint}")
+    raise UserError(f"{pattern!r} is not a node.{hint}")

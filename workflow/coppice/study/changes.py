@@ -38,7 +38,7 @@ def refuse_other_node(study: Study, node: tree.Node, manifest: Manifest, path: P
     rungs of the ladder of budgets; and, where results lie elsewhere, where a file of a model that the study names by
     path has changed.
 
-    tokens: the folder of the model's token sets. A calibration whose token set is not there is not compared, nor are
+    tokens: the folder of the model's token sets. A calibration without a token set is not compared, nor are
     the budgets of a recovery of a version that did not record them.
     """
     if node.step is None:
@@ -87,7 +87,7 @@ def refuse_other_tokens(study: Study, uses: Iterable[str], tokens: Path) -> None
     It also raises where a calibration has other windows (those of steps and evaluations are among their options) and,
     where results lie elsewhere, where the text's file has changed.
 
-    tokens: the folder of a model's token sets; those that are not there are not compared.
+    tokens: the folder of a model's token sets; those that do not exist are not compared.
     """
     for use in uses:
         path = tokens / use / "manifest.json"
@@ -173,8 +173,8 @@ def _add_defaults(options: type[BaseModel], recorded: Mapping[str, Any]) -> Json
 def _refuse(what: str, of: str, was: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> None:
     changed = [key for key in now if key not in WITHOUT_EFFECT and was.get(key) != now[key]]
     if changed:
-        listed = ", ".join(f"{key} (was {was.get(key)}, is {now[key]})" for key in changed)
+        differences = ", ".join(f"{key} (was {was.get(key)}, is {now[key]})" for key in changed)
         raise UserError(
-            f"{what} was made before the study's {of} changed: {listed}. Give what changed a new name, or remove "
+            f"{what} was made before the study's {of} changed: {differences}. Give what changed a new name, or remove "
             f"{path} from where the results are stored and run again."
         )

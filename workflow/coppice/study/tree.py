@@ -78,7 +78,7 @@ def nodes(study: Study) -> dict[str, Node]:
 
 
 def expand_recipes(study: Study) -> Iterator[tuple[int, str, tuple[str, ...], int]]:
-    """(index of the recipe, model, steps, seed) of every single recipe that the study's recipes stand for."""
+    """(index of the recipe, model, steps, seed) of every single recipe that the study's recipes expand to."""
     for i, recipe in enumerate(study.recipes):
         for model in recipe.models or study.models:
             for steps in expand_steps(recipe):
@@ -87,7 +87,7 @@ def expand_recipes(study: Study) -> Iterator[tuple[int, str, tuple[str, ...], in
 
 
 def expand_steps(recipe: Recipe) -> list[tuple[str, ...]]:
-    """The lists of steps that a recipe stands for, without its nulls."""
+    """The lists of steps that a recipe expands to, without its nulls."""
     combinations = [recipe.steps] if recipe.steps is not None else product(*recipe.product or ())
     return [tuple(step for step in steps if step is not None) for steps in combinations]
 
@@ -241,7 +241,7 @@ def evaluation_options(study: Study, evaluation: str) -> Json:
     """How an evaluation measures, as `coppice evaluate` takes it: which nodes it measures is not part of it.
 
     Options that are null are left out, so that a new option that is off measures nothing again; within a protocol null
-    says something: all windows.
+    has a meaning: all windows.
     """
     body = study.evaluations[evaluation]
     options = {k: v for k, v in body.model_dump(mode="json", exclude={"nodes", "world"}).items() if v is not None}

@@ -43,7 +43,7 @@ class QualityOptions(LawOptions):
 def join_quality(
     tables: Tables, evaluation: str | None, metric: str | None, nodes: list[str] | None, kind: Kind = "perplexity"
 ) -> pd.DataFrame:
-    """The chosen nodes, one row each, with the columns of the table `nodes` that were read, and `value`, `stderr`.
+    """The selected nodes, one row each, with the columns of the table `nodes` that were read, and `value`, `stderr`.
 
     A perplexity becomes a loss ln(perplexity) in nats per token, with stderr by the delta method. The metric is chosen
     by `choose_metric`, the nodes by glob patterns (None: all). Rows without a finite value are kept, for the caller to
@@ -58,8 +58,8 @@ def join_quality(
             f"The metric {metric} has several units ({', '.join(units)}); evaluate its nodes again with one version."
         )
     joined = tables["nodes"].merge(rows[["node", "value", "stderr"]], on="node", how="inner")
-    chosen = np.array([matches(node, nodes) for node in joined["node"]], bool)
-    joined = joined[chosen].reset_index(drop=True)
+    selected = np.array([matches(node, nodes) for node in joined["node"]], bool)
+    joined = joined[selected].reset_index(drop=True)
     if metric.startswith("perplexity_"):
         joined["stderr"] = joined["stderr"] / joined["value"]
         joined["value"] = np.log(joined["value"])

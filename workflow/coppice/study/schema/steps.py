@@ -46,7 +46,7 @@ class Step(BaseModel):
         return {"method": name, "calibration": calibration, "options": options_class.model_validate(options)}
 
     @model_serializer(mode="plain")
-    def _flat(self) -> dict[str, object]:
+    def _flatten(self) -> dict[str, object]:
         calibration = {} if self.calibration is None else {"calibration": self.calibration}
         return {"method": self.method, **calibration, **self.options.model_dump(mode="json")}
 
