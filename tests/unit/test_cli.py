@@ -102,10 +102,16 @@ def test_a_broken_pipe_of_a_stage_s_own_shows_where(
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["recommend", "--results", "r", "--max-bytes", "300k"], "--max-bytes: '300k' is no number above zero; write"),
-        (["recommend", "--results", "r", "--tokens", "0"], "--tokens: '0' is no number above zero; write one"),
-        (["fit", "--law", "p2", "--output", "o", "--options", "{file}"], "--options: '{file}' is no JSON (Expecting"),
-        (["fit", "--law", "p2", "--output", "o", "--options", "[1]"], "--options: '[1]' maps no options to values; "),
+        (
+            ["recommend", "--results", "r", "--max-bytes", "300k"],
+            "--max-bytes: '300k' is not a number above zero; write",
+        ),
+        (["recommend", "--results", "r", "--tokens", "0"], "--tokens: '0' is not a number above zero; write one"),
+        (["fit", "--law", "p2", "--output", "o", "--options", "{file}"], "--options: '{file}' is not JSON (Expecting"),
+        (
+            ["fit", "--law", "p2", "--output", "o", "--options", "[1]"],
+            "--options: '[1]' does not map options to values; ",
+        ),
     ],
 )
 def test_values_that_cannot_be_read_are_sentences(

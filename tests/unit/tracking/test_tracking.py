@@ -95,7 +95,7 @@ def test_every_node_becomes_a_run_with_all_it_has(results: Path) -> None:
     assert {len(entry.dataset.digest) for entry in run.inputs.dataset_inputs} == {36}
     note = run.data.tags["mlflow.note.content"]
     parent = made["small/laco-25/full-1m"]
-    assert f"made from [small/laco-25/full-1m](#/experiments/{run.info.experiment_id}/runs/{parent})" in note
+    assert f"computed from [small/laco-25/full-1m](#/experiments/{run.info.experiment_id}/runs/{parent})" in note
     assert "| gptq (quantize) | bits 4, group_size 32 |" in note
     assert "snakemake --cores all --configfile study.yaml --force results/demo/models/small/laco-25/full-1m/" in note
     stderr = run.data.metrics["perplexity_stories_stderr"]

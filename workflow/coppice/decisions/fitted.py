@@ -159,6 +159,6 @@ def points_of(fitted: Fitted, nodes: Sequence[Row], node: str) -> np.ndarray:
         return rows[np.argsort(fitted.points["tokens"][rows], kind="stable")]
     known = {row["node"] for row in nodes} | set(runs)
     if node not in known:
-        raise UserError(f"{node!r} is not a node of the study.{did_you_mean(node, known)}")
+        raise UserError(f"There is no node {node!r}.{did_you_mean(node, known)}")
     belong = f"they belong to: {', '.join(sorted(set(started)))}" if len(started) else "it has none"
     raise UserError(f"No recovery of {node!r} is among the points of law {fitted.name}; {belong}.")

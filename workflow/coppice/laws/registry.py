@@ -89,7 +89,7 @@ def names() -> tuple[str, ...]:
 def find(name: str) -> RegisteredLaw:
     """The law of that name with its module. Raises UserError, with the nearest name, where there is none."""
     if name not in laws():
-        raise UserError(f"'{name}' is not a law.{did_you_mean(name, names())}")
+        raise UserError(f"There is no law named '{name}'.{did_you_mean(name, names())}")
     return laws()[name]
 
 
@@ -102,7 +102,7 @@ def validate_options(name: str, options: Mapping[str, Any]) -> LawOptions:
     """A law's options, checked. Raises UserError with every problem in one sentence."""
     known = load(name).options
     unknown = [
-        f"{key!r} is not an option.{did_you_mean(key, known.model_fields)}"
+        f"there is no option {key!r}.{did_you_mean(key, known.model_fields)}"
         for key in options
         if key not in known.model_fields
     ]

@@ -45,4 +45,4 @@ def match_node(pattern: str, known: list[str]) -> str:
             raise UserError(f"{pattern!r} matches {join_first(candidates)}; give more of the name.")
     close = did_you_mean(pattern, known)
     hint = close if "Did you mean" in close else f" Known: {join_first(known)}."
-    raise UserError(f"{pattern!r} is not a node.{hint}")
+    raise UserError(f"There is no node {pattern!r}.{hint}")
