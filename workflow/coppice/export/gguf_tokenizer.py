@@ -6,10 +6,10 @@ pre-tokenizers by name, so that one is written only if its definition equals tha
 BPE over characters with bytes as fallback, as converted from SentencePiece, which llama.cpp calls `llama`. There the
 neighbours whose union has the best score become one, the leftmost of equals; in tokenizer.json it is the best-ranked
 pair. The two agree on every text if (a) any neighbours whose union is a token are a pair of the merges, and (b) the
-pairs of one token follow each other, so that a score can replace their ranks. Proof by the length of a text: where a token
-is formed, the merges inside it before are those of its text alone, in either way. If both ways agree on shorter texts,
-any shorter token is formed from one pair, the same both ways, however many pairs it has. The leftmost of the
-best-scored neighbours are then the leftmost of the best-ranked pair. The last merge of a text has no choice.
+pairs of one token follow each other, so that a score can replace their ranks. Proof by the length of a text: where
+a token is formed, the merges inside it before are those of its text alone, in either way. If both ways agree on
+shorter texts, any shorter token is formed from one pair, the same both ways, however many pairs it has. The leftmost
+of the best-scored neighbours are then the leftmost of the best-ranked pair. The last merge of a text has no choice.
 """
 
 from __future__ import annotations

@@ -68,14 +68,14 @@ class Law:
     """A law, as its file defines it: `LAW = Law(...)`.
 
     source: title, arxiv, equation; units: of each number among the columns; columns: of the points, with their types,
-    `run` (str: what the bootstrap draws) among them; needs: the columns that it reads of each table; points_are: a
+    `run` (str: what the bootstrap draws) among them. needs: the columns that it reads of each table; points_are: a
     sentence that names the rows of a study that are points; options: its type of options; points(tables, options) finds
     them. axis: the column on the horizontal axis of the figure, and its label. base: the column that holds what the
     target starts from, such as the dense model's loss, where there is one.
 
-    A parametric law has a `form`, and may have rival forms, held-out tests, scales (column -> the unit that it is
-    divided by before the fit), notes on the points (sentences), and recommendations (entries and sentences) from
-    (fit, samples [k, 1] of the parameters, points in scaled units, scales, options). A law that is not a single formula
+    A parametric law has a `form`, and may have rival forms, held-out tests, and scales (column -> the unit that it is
+    divided by before the fit). It may have notes on the points (sentences), and recommendations (entries and sentences)
+    from (fit, samples [k, 1] of the parameters, points in scaled units, scales, options). A law that is not a single formula
     has `report(points, options)` instead, which gives the content of fit.json.
     """
 

@@ -8,7 +8,7 @@ factor of two. It prints no formula for what lies between; this one is ours:
     K = (K_max^-s + (R N)^-s)^(-1/s) e^-delta,    delta = c (K_max / N)^p e^(-b / gamma)
 
 K: bits that a node holds; K_max: bits of its world; N: parameters; b: stored bits per weight of the blocks' linears,
-which is what quantization lowers; R: bits of knowledge a parameter; s: how sharp the bend is from one limit to the
+which is what quantization lowers. R: bits of knowledge a parameter; s: how sharp the bend is from one limit to the
 other. delta is the damage that rounding does: it falls with the bits as the degradation of Scaling Laws for Precision
 (arXiv 2411.04330) does, and grows with the bits that a parameter has to hold. Where the damage is as the variance of
 rounding, 4^-b, gamma is 1 / ln 4 = 0.72. What is fitted is the share K / K_max, in which nodes that hold nothing count
@@ -182,8 +182,8 @@ HELD_OUT: dict[str, HoldOut] = {
 def points(tables: Tables, options: Options) -> Points:
     """One row a node whose knowledge was measured.
 
-    knowledge [n]: K, bits, which is negative for a node that does worse than chance; world [n]: K_max; share [n] =
-    K / K_max, 0 for such a node, since what it could hold is not less than nothing; bits [n]: stored per weight of the
+    knowledge [n]: K, bits, which is negative for a node that does worse than chance. world [n]: K_max; share [n] =
+    K / K_max, 0 for such a node, since what it could hold is not less than nothing. bits [n]: stored per weight of the
     blocks' linears, scales and zero points included; width [n]: the bits requested of the quantization, 0 for a
     dense model. A run is a model: its nodes share their training. Without a measurement of knowledge there is no row.
     """

@@ -163,7 +163,7 @@ def points(tables: Tables, options: Options) -> Points:
     points included, so that 4 bits in groups with their own scales count as more than 4. `parameters` [n] are all of
     the dense model's; `tokens` [n] those of its pretraining, 1 for all where the options do not name every model's;
     `degradation` [n] is the node's loss less the dense root's in the same measurement, in nats per token, which noise
-    can take below zero; not a number where the root was not measured.
+    can take below zero. It is not a number where the root was not measured.
     """
     measured = join_quality(tables, options.evaluation, options.metric, None)
     losses = measured.set_index("node")["value"]

@@ -21,7 +21,7 @@ disk holds the stored bytes of all checkpoints that it reads, and
     compress     S for what it writes, and the second moments that it reads
     recover      S for what it writes, or 24 P: two states of weights and two moments, the newest and the one before
 
-Sizes of the blocks are not in a manifest; they are taken as those of common decoders with as many parameters: a hidden
+Sizes of the blocks are not in a manifest. They are taken as those of common decoders with as many parameters: a hidden
 size of 128 times the number of blocks (Kaplan et al., arXiv 2001.08361, find losses flat around it), 3.5 times as many
 neurons. By these, second moments are a quarter too few of a model with many neurons (Qwen2.5-7B), and right within a
 tenth of Llama 3.1; the headroom of the request covers either.

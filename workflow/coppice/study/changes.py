@@ -35,8 +35,8 @@ def refuse_other_node(study: Study, node: tree.Node, manifest: Manifest, path: P
     """Raises UserError where the manifest at `path` is of another model, method, seed or option than the study's.
 
     It also raises where a step was calibrated on other tokens than those of its calibration, or trained with other
-    rungs of the ladder of budgets; and, where results lie elsewhere, where a file of a model that the study names by
-    path has changed.
+    rungs of the ladder of budgets. Where results lie elsewhere, it raises for a changed file of a model that the study
+    names by path, too.
 
     tokens: the folder of the model's token sets. A calibration without a token set is not compared, nor are
     the budgets of a recovery of a version that did not record them.

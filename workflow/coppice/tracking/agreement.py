@@ -45,8 +45,8 @@ class ListedRun:
 class Plan:
     """The next steps of a tracker.
 
-    current: the run of each node that needs nothing; claimed: runs to fetch from the trash, or to take over, under
-    the tracker's own turn; missing: nodes that need a run; contested: those of them that another tracker has begun;
+    current: the run of each node that needs nothing. claimed: runs to fetch from the trash, or to take over, under
+    the tracker's own turn. missing: nodes that need a run; contested: those of them that another tracker has begun;
     trash: runs to move there.
     """
 
