@@ -74,9 +74,9 @@ class Law:
     target starts from, such as the dense model's loss, where there is one.
 
     A parametric law has a `form`, and may have rival forms, held-out tests, and scales (column -> the unit that it is
-    divided by before the fit). It may have notes on the points (sentences), and recommendations (entries and sentences)
-    from (fit, samples [k, 1] of the parameters, points in scaled units, scales, options). A law that is not a single formula
-    has `report(points, options)` instead, which gives the content of fit.json.
+    divided by before the fit). It may have notes on the points (sentences), and recommendations (entries and
+    sentences) from (fit, samples [k, 1] of the parameters, points in scaled units, scales, options). A law that is not
+    a single formula has `report(points, options)` instead, which gives the content of fit.json.
     """
 
     source: Source
