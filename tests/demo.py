@@ -36,7 +36,7 @@ def cut_demo() -> dict[str, Any]:
     quality["perplexity"]["biographies"]["windows"] = 32
     quality |= {"limit": 16, "nodes": [*study["models"], "medium/[!w]*", "*/width-50/full"]}
     study["evaluations"]["cost"] |= {"prompt": 16, "generate": 4, "repeats": 2, "nodes": ["large/width-50/full"]}
-    study["laws"]["p2"]["options"] |= {"bootstrap": 20, "starts": 8}
+    study["laws"]["p2"] |= {"bootstrap": 20, "starts": 8}
     return study
 
 
