@@ -21,7 +21,7 @@ from coppice.study.loading import effective, load_study
 def job_of(wildcards):
     """The job whose output has these wildcards."""
     try:
-        return JOBS.named(**dict(wildcards.items()))
+        return JOBS.job(**dict(wildcards.items()))
     except UserError as error:
         raise WorkflowError(str(error)) from None
 

@@ -158,7 +158,7 @@ def test_threads_and_device_reach_torch(stage: str, settings: None, monkeypatch:
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["--threads", "0"], "error: --threads 0 is no number of threads; pass 1 or more."),
+        (["--threads", "0"], "error: --threads 0 is not a number of threads; pass 1 or more."),
         (["--device", "abacus"], "error: --device abacus cannot be used"),
     ],
 )

@@ -435,8 +435,8 @@ def test_laws_that_cannot_be_fitted_are_failures_and_the_others_are_fitted(
         assert (results / f"logs/fit/{law}.log").read_text().splitlines()[-1] == f"error: {sentence}"
         assert f"error: {sentence}" in done.stdout
         assert not (results / "laws" / law).exists()
-    # That there is no page keeps nothing else from being told.
-    assert "There is no report of this run: " in done.stdout
+    # A missing page does not suppress the other messages.
+    assert "No report of this run was written: " in done.stdout
     assert statuses(tmp_path)["tiny"] == "FINISHED"
 
 

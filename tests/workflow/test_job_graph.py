@@ -86,7 +86,7 @@ def test_a_job_is_named_by_the_wildcards_of_its_output(place: Path, monkeypatch:
     graph = graph_of(place, monkeypatch)
     for job in graph.jobs:
         for wildcards in names_of(job):
-            assert graph.named(**wildcards) == job
+            assert graph.job(**wildcards) == job
 
 
 def names_of(job: Job) -> list[dict[str, str]]:

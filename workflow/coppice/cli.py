@@ -1,4 +1,4 @@
-"""`coppice <stage>`: argument parsing only; each stage's module is imported when it is asked for."""
+"""`coppice <stage>`: argument parsing only; each stage's module is imported only when it runs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from coppice.recovery.distributed import is_launched, launch, local_device, repo
 
 STAGES = {
     "study": ("coppice.study.loading", "check a study and print its tree"),
-    "plan": ("coppice.planning.stage", "say what a study will take: time, memory, GPU hours, disk"),
+    "plan": ("coppice.planning.stage", "predict what a study will take: time, memory, GPU hours, disk"),
     "root": ("coppice.models.sources", "bring a dense model into a study"),
     "tokenize": ("coppice.data.stage", "pack a text into windows of tokens"),
     "calibrate": ("coppice.calibration.stage", "gather statistics of a node's activations or gradients"),
@@ -30,7 +30,10 @@ STAGES = {
     "salvage": ("coppice.tracking.salvage", "gather, report and track what a run with failures achieved"),
     "summary": ("coppice.report.summary", "print a study's results"),
     "show": ("coppice.report.show", "show a node's lineage, sizes and metrics"),
-    "recommend": ("coppice.decisions.stage", "say what a study's tables and laws advise, and how sure that is"),
+    "recommend": (
+        "coppice.decisions.stage",
+        "recommend nodes, tokens and next runs from a study's tables and laws, with their uncertainty",
+    ),
     "methods": ("coppice.methods.catalogue", "list the registered methods"),
     "fetch": ("coppice.storage", "bring a study's manifests, tables and logs here from where they are stored"),
     "export": ("coppice.export.stage", "write a node in a form that other programs read, and check its logits"),
@@ -50,38 +53,38 @@ def main(words: list[str] | None = None) -> int:
                 return 0
             prepare_device(arguments)
         import_module(STAGES[arguments.stage][0]).run(arguments)
-        sys.stdout.flush()  # here, so that a reader who has gone is found out
+        sys.stdout.flush()  # here, so that a closed pipe is noticed
     except UserError as error:
-        return failed(str(error))
+        return report_failure(str(error))
     except KeyboardInterrupt:
         print("error: Interrupted; run the same command again to go on.", file=sys.stderr)
         return 130
     except BrokenPipeError as error:
-        return left_unread() or fault(error)
+        return 1 if is_output_unread() else report_fault(error)
     except Exception as error:
-        return fault(error)
+        return report_fault(error)
     return 0
 
 
-def left_unread() -> int:
-    """Exit code 1 where who reads the output has gone, as `head` does, and nothing is to be said; 0 where not."""
+def is_output_unread() -> bool:
+    """Whether the reader of the output has closed it, as `head` does; the rest of the output is then discarded."""
     try:
-        print(flush=True)  # an empty line tells; of what did not get through nothing may be left to flush
+        print(flush=True)  # an empty line shows it
     except BrokenPipeError:
-        # What is left is thrown away when Python ends, which would complain of it otherwise.
+        # Python flushes once more when it ends, and would complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    return 0
+        return True
+    return False
 
 
-def fault(error: Exception) -> int:
-    """Shows where; the log keeps the traceback, and its last line stays one that tables can read. Exit code 1."""
+def report_fault(error: Exception) -> int:
+    """Prints the traceback for the log, and a last line that the tables can read. Exit code 1."""
     traceback.print_exception(error)
-    return failed(f"{type(error).__name__}: {error}".splitlines()[0])
+    return report_failure(f"{type(error).__name__}: {error}".splitlines()[0])
 
 
-def failed(sentence: str) -> int:
-    """Says why, as the last line; one of several processes leaves that to the one that launched them. Exit code 1."""
+def report_failure(sentence: str) -> int:
+    """Prints the error as the last line; one of several processes leaves that to its launcher. Exit code 1."""
     if is_launched():
         report(sentence)
     else:
@@ -104,15 +107,15 @@ def parse(words: list[str]) -> argparse.Namespace:
 
 
 def processes(arguments: argparse.Namespace) -> int:
-    """How many the stage runs in: one, but for a step that trains on several GPUs."""
-    named = getattr(arguments, "step", {}).get("options", {}).get("gpus", 1)
-    return getattr(arguments, "gpus", None) or named
+    """How many processes the stage runs in: one, but for a step that trains on several GPUs."""
+    of_step = getattr(arguments, "step", {}).get("options", {}).get("gpus", 1)
+    return getattr(arguments, "gpus", None) or of_step
 
 
 def claim_devices(arguments: argparse.Namespace) -> None:
-    """Makes GPUs that no other job has the job's own, where it is left to Coppice which (see `devices`).
+    """Claims free GPUs for the job, where Coppice may choose them (see `devices`).
 
-    Raises UserError where there are fewer than the step asks for.
+    Raises UserError where fewer are free than the step requests.
     """
     if arguments.device == "auto" and not is_launched():
         from coppice.recovery.devices import claim
@@ -127,10 +130,10 @@ def claim_devices(arguments: argparse.Namespace) -> None:
 def prepare_device(arguments: argparse.Namespace) -> None:
     """Hands the threads to every library that makes its own, and resolves `auto` to a device.
 
-    Raises UserError when there is no such device.
+    Raises UserError when the device cannot be used.
     """
     if arguments.threads < 1:
-        raise UserError(f"--threads {arguments.threads} is no number of threads; pass 1 or more.")
+        raise UserError(f"--threads {arguments.threads} is not a number of threads; pass 1 or more.")
     if is_launched():
         arguments.threads = max(1, arguments.threads // processes(arguments))
     for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):

@@ -222,7 +222,7 @@ def test_without_resamples_there_is_no_interval() -> None:
     fit = fitted(spread=0)
     answer = expected_loss(fit, node_rows(fit), "m1/cut-30", 32e3)
     assert (answer["low"], answer["high"]) == (None, None)
-    assert "no interval" in " ".join(answer["sentences"])
+    assert "No interval" in " ".join(answer["sentences"])
     assert next_runs(fit, node_rows(fit))["runs"] == []
 
 
@@ -517,7 +517,7 @@ def test_every_question_has_an_answer(results: Path, capsys: pytest.CaptureFixtu
     ("words", "sentence"),
     [
         (["--tokens", "1e9"], "--tokens and --gain are about one node"),
-        (["--device", "cpu"], "--device and --cost say where --max-latency holds"),
+        (["--device", "cpu"], "--device and --cost choose the measurement for --max-latency"),
         (["--next", "--top", "0"], "--top 0 is not a number of runs"),
         (["--node", "smal/laco-25"], "Did you mean 'small/laco-25'"),
         (["--next", "--law", "p3"], "--law p3: no law of that name was fitted. Did you mean 'p2'"),

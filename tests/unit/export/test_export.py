@@ -278,7 +278,7 @@ def test_an_export_is_written_over_its_like_alone(
 def test_a_difference_is_what_its_definition_says() -> None:
     ours = torch.tensor([[0.5, 0.5], [0.25, 0.75]]).double().log()
     theirs = torch.tensor([[0.5, 0.5], [0.75, 0.25]]).double().log()
-    found = check.difference(ours, theirs)
+    found = check.compute_difference(ours, theirs)
     assert found.largest == pytest.approx(math.log(3))
     assert found.divergence == pytest.approx(0.5 * (0.25 * math.log(1 / 3) + 0.75 * math.log(3)))
     assert found.tokens == 2

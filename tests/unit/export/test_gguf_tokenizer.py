@@ -191,10 +191,10 @@ def test_the_public_model_keeps_its_tokenizer(shared_data: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"pre_tokenizer": pre_tokenizers.Whitespace()}, r"none of those .* \(gpt-2, .*convert_hf_to_gguf.py"),
-        ({"pre_tokenizer": split(LLAMA_3.replace("3}", "4}"))}, r"its pre-tokenizer is none of those"),
+        ({"pre_tokenizer": pre_tokenizers.Whitespace()}, r"not one that is known .* \(gpt-2, .*convert_hf_to_gguf.py"),
+        ({"pre_tokenizer": split(LLAMA_3.replace("3}", "4}"))}, r"its pre-tokenizer is not one that is known"),
         ({"normalizer": normalizers.Lowercase()}, "does not know its normalizer"),
-        ({"decoder": decoders.WordPiece()}, "it is no byte-level BPE"),
+        ({"decoder": decoders.WordPiece()}, "it is not a byte-level BPE"),
     ],
 )
 def test_what_llama_cpp_would_do_otherwise_is_not_written(
@@ -240,7 +240,7 @@ def test_merges_that_no_scores_can_stand_for_are_not_written(tmp_path: Path) -> 
     several = next(place for place, token in enumerate(made) if made.count(token) > 1)
     for merges, sentence in (
         ([*pairs[:several], *pairs[several + 1 :]], "llama.cpp would merge"),
-        ([*pairs[:several], *pairs[several + 1 :], pairs[several]], "no scores can stand for the order"),
+        ([*pairs[:several], *pairs[several + 1 :], pairs[several]], "no scores can express the order"),
     ):
         changed = json.dumps(definition | {"model": definition["model"] | {"merges": merges}})
         assert sentence in reason(tmp_path, Tokenizer.from_str(changed))

@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from coppice.data.tokenizer import load_tokenizer
 from coppice.export import gguf, gguf_tokenizer
-from coppice.export.check import Difference, difference
+from coppice.export.check import Difference, compute_difference
 from coppice.export.stage import export
 from coppice.files import write_json
 from coppice.models.checkpoint import load_model, save_checkpoint, stored_dtype
@@ -220,7 +220,7 @@ def compared(llama_cpp: LlamaCpp, model: PreTrainedModel, exported: Path) -> Dif
     with torch.no_grad():
         logits = [model(input_ids=torch.tensor([prompt])).logits[0, -1] for prompt in prompts()]
     theirs = [llama_cpp.log_probabilities(exported, prompt) for prompt in prompts()]
-    return difference(torch.log_softmax(torch.stack(logits).double(), dim=-1), torch.stack(theirs))
+    return compute_difference(torch.log_softmax(torch.stack(logits).double(), dim=-1), torch.stack(theirs))
 
 
 def as_ggml_multiplies(node: Path) -> PreTrainedModel:

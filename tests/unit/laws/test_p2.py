@@ -358,7 +358,7 @@ def test_no_data_break_the_stage(tmp_path: Path, case: str, unidentified: set[st
     said = " ".join(report["notes"])
     expected = {
         "one rate and size": "gamma is not identified",
-        "one run": "there is 1.",
+        "one run": "the points have 1.",
         "two points of one run": "3 free parameters for 2 points",
         "three points of three sizes": "7 free parameters for 3 points",
         "duplicates of one point": "No token count is recommended",

@@ -74,7 +74,7 @@ def test_losses_of_trained_models_give_back_the_whole_law(noise: float, toleranc
 def test_effective_parameters_by_bits() -> None:
     # T-F1
     bits = np.array([2.0, 3, 4, 6, 8, 16])
-    kept = precision.retained(bits, 2.6745)
+    kept = precision.retention(bits, 2.6745)
     assert kept == pytest.approx([0.527, 0.674, 0.776, 0.894, 0.950, 0.997], abs=5e-4)
     points = {"parameters": np.full(6, 3.0), "weight_bits": bits, "activation_bits": bits[::-1], "cache_bits": bits}
     gammas = {"gamma_w": 2.6745, "gamma_a": 2.6745, "gamma_kv": 0.5}

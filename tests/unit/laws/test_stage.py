@@ -82,7 +82,7 @@ def test_designs_that_say_little_have_their_sentences(tmp_path: Path) -> None:
     assert any("5 free parameters for 3 points" in note for note in few["notes"])
     assert not few["passes"]["ok"]
     constant = fitted(tmp_path, frame[frame["size"] == 1e9].assign(final=2.5), starts=1)
-    assert "All 5 points have the same loss, so there is nothing for the law to explain." in constant["notes"]
+    assert "All 5 points have the same loss, so the law has nothing to explain." in constant["notes"]
     assert constant["metrics"]["r2"] is None
     nothing = fitted(tmp_path, frame.assign(final=np.nan))
     assert nothing["points"] == 0

@@ -218,7 +218,7 @@ def test_jobs_side_by_side() -> None:
     assert times.makespan(left, seconds, machine(cores=1)) == 11
     # One GPU: a recovery after the other.
     assert times.makespan(left, seconds, machine(cores=8, gpus=1)) == 11
-    # Two GPUs: one job takes both; one that asks for more than there are gets them all.
+    # Two GPUs: one job takes both; one that requests more than the machine has gets them all.
     for asked in (2, 3):
         pair = [job("a", gpus=asked), job("b"), job("c")]
         assert times.makespan(pair, {"a": 3, "b": 1, "c": 2}, machine(cores=8, gpus=2)) == 5
@@ -228,7 +228,7 @@ def test_what_will_not_fit(tmp_path: Path) -> None:
     value = study()
     assert plan(value, tmp_path, machine())["problems"] == []
     [sentence] = plan(value, tmp_path, machine(memory=0.3e9))["problems"]
-    assert "of the jobs that are left need more than the 0.30 GB that there are" in sentence
+    assert "of the jobs that are left need more than the 0.30 GB of this machine" in sentence
     [sentence] = plan(value, tmp_path, machine(memory=1.0e9))["problems"]
     assert "largest jobs at once may hold" in sentence
     [sentence] = plan(value, tmp_path, machine(disk=1e5))["problems"]
@@ -247,7 +247,7 @@ def test_several_gpus_for_a_job(tmp_path: Path) -> None:
     assert several["seconds"][0] < single["seconds"][0]
     assert several["gpu_hours"][0] == pytest.approx(4 * several["seconds"][0] / 3600)
     [sentence] = plan(four, tmp_path, machine(gpus=2, device="H200"))["problems"]
-    assert sentence.startswith("GPUs: recover tiny/wanda-50/full asks for 4, and there are 2;")
+    assert sentence.startswith("GPUs: recover tiny/wanda-50/full requests 4, and the machine has 2;")
 
 
 def steps_with(gpus: int) -> dict[str, Any]:

@@ -140,7 +140,9 @@ def test_a_changed_step_is_left_with_all_that_follows_from_it(finished: Path) ->
     ]
     assert "sparsity (was 0.5, is 0.9)" in made["changed"][1]["why"]
     text = lines(made)
-    assert text[1] == "Changed since they were made: 1 node (tiny/wanda-50). What follows from them is made again too."
+    assert (
+        text[1] == "Changed since they were computed: 1 node (tiny/wanda-50). What follows from them is recomputed too."
+    )
     [row] = [line for line in text if line.strip().startswith("wanda-50")]
     assert row.split()[1] == "changed"
 
@@ -148,7 +150,7 @@ def test_a_changed_step_is_left_with_all_that_follows_from_it(finished: Path) ->
 def test_another_seed_leaves_every_job(finished: Path) -> None:
     made = planned(finished, seed=7)
     assert made["total"]["left"] == made["total"]["jobs"]
-    assert lines(made)[1].startswith("Changed since they were made: 4 nodes (")
+    assert lines(made)[1].startswith("Changed since they were computed: 4 nodes (")
 
 
 @pytest.mark.parametrize(
@@ -175,12 +177,12 @@ def test_what_else_changed_is_named_and_left(
     assert [row["name"] for row in made["changed"]] == ["study", *changed]
     assert left(made) == expected | GATHERED
     [key] = changes
-    assert made["changed"][0]["why"] == f"The study's {key} are others than in {finished / 'study.yaml'}."
+    assert made["changed"][0]["why"] == f"The study's {key} differ from those in {finished / 'study.yaml'}."
     assert (key if not changed else changed[0]) in " ".join(lines(made)[1:3])
 
 
 def test_what_gathers_a_missing_result_is_left(finished: Path, tmp_path: Path) -> None:
-    """As after an interruption, or a failure: tables and page are there, and are made again."""
+    """As after an interruption, or a failure: tables and page are there, and are recomputed."""
     results = shutil.copytree(finished, tmp_path / "results")
     (results / "models/tiny/rtn-4/manifest.json").unlink()
     (results / "evaluations/tiny/rtn-4/quality/metrics.json").unlink()

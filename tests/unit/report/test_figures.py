@@ -11,8 +11,8 @@ from fake_results import BUDGETS
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from coppice.files import read_json
 from coppice.formatting.plotting import svg
+from coppice.records.fit import FitRecord, Parameter
 from coppice.report.figures import curves_figure, frontier_figure, layers_figure, profile_figure
 from coppice.report.law_lines import law_lines
 from coppice.results.reading import read_table
@@ -75,7 +75,7 @@ def test_neighbours_that_do_not_differ_significantly_are_joined(kept: Path, fron
 
 
 def test_curves_have_the_measured_points_and_the_fitted_law(kept: Path) -> None:
-    fit = read_json(kept / "laws/p2/fit.json")
+    fit = FitRecord.read(kept / "laws/p2/fit.json")
     runs = {row["node"] for row in rows_of(kept, "curves")}
     figure = curves_figure(rows_of(kept, "nodes"), rows_of(kept, "curves"), law_lines(fit, kept / "laws/p2", runs))
     assert [axes.get_title(loc="left") for axes in figure.axes] == ["Recovery of medium", "Recovery of small"]
@@ -108,7 +108,7 @@ def test_layers_are_the_mean_errors_of_blocks() -> None:
 
 
 def test_a_profile_has_its_lowest_objective_at_the_fitted_value() -> None:
-    parameter = {"value": 2.0, "low": 1.5, "high": 9.0}
+    parameter = Parameter(value=2.0, low=1.5, high=9.0, identified=True)
     (axes,) = profile_figure("beta", {"values": [1, 2, 3], "objective": [3, 1, 2]}, parameter).axes
     curve, fitted = (line.get_xydata() for line in axes.get_lines())
     assert curve.tolist() == [[1, 3], [2, 1], [3, 2]]
@@ -118,7 +118,8 @@ def test_a_profile_has_its_lowest_objective_at_the_fitted_value() -> None:
 
 def test_the_same_figure_is_the_same_text() -> None:
     def drawn() -> Figure:
-        return profile_figure("a<b", {"values": [1, 2], "objective": [1, 2]}, {"value": 1, "low": None, "high": None})
+        parameter = Parameter(value=1, low=None, high=None, identified=True)
+        return profile_figure("a<b", {"values": [1, 2], "objective": [1, 2]}, parameter)
 
     assert svg(drawn(), "beta") == svg(drawn(), "beta")
     assert "Profile of a&lt;b" in svg(drawn(), "beta")

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from fake_results import BUDGETS, fake_study, log
 
+from coppice.records.fit import FitRecord
 from coppice.records.layout import ResultsLayout
 from coppice.report import data as page
 from coppice.report.law_lines import law_lines
@@ -128,7 +129,7 @@ def test_pairs_are_the_comparisons(kept: Path, data: dict[str, Any]) -> None:
 def test_a_line_is_the_law_and_its_band_the_refits(kept: Path, data: dict[str, Any]) -> None:
     folder = kept / "laws/p2"
     fit = json.loads((folder / "fit.json").read_text())
-    lines = law_lines(fit, folder, {RUN, "another"})
+    lines = law_lines(FitRecord.model_validate(fit), folder, {RUN, "another"})
     assert list(lines) == [RUN]
     line = lines[RUN]
     assert line.tokens[[0, -1]].tolist() == pytest.approx([BUDGETS[0] / 2, 4 * BUDGETS[-1]])
@@ -154,10 +155,11 @@ def test_no_line_of_a_law_without_values_and_no_band_without_refits(results: Pat
     folder = results / "laws/p2"
     fit = json.loads((folder / "fit.json").read_text())
     (folder / "samples.parquet").unlink()
-    assert law_lines(fit, folder, {RUN})[RUN].low is None
+    assert law_lines(FitRecord.model_validate(fit), folder, {RUN})[RUN].low is None
     fit["parameters"]["beta"]["value"] = None
-    assert law_lines(fit, folder, {RUN}) == {}
-    assert law_lines(fit | {"law": "learning-curve", "parameters": {}}, folder, {RUN}) == {}
+    assert law_lines(FitRecord.model_validate(fit), folder, {RUN}) == {}
+    other = FitRecord.model_validate(fit | {"law": "learning-curve", "parameters": {}})
+    assert law_lines(other, folder, {RUN}) == {}
 
 
 def with_layers(results: Path, node: str, **changes: Any) -> None:

@@ -169,5 +169,5 @@ def test_names_that_are_not_clear(before: Path, pattern: str, sentence: str) -> 
 def test_results_that_are_not_there(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is not a folder; give the folder"):
         show(tmp_path / "none", "small")
-    with pytest.raises(UserError, match="There is no node yet; run the study"):
+    with pytest.raises(UserError, match="No node exists yet; run the study"):
         show(tmp_path, "small")

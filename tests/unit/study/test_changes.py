@@ -220,7 +220,7 @@ def test_names_that_an_older_version_recorded_are_not_a_change(tokens: Path, mon
     monkeypatch.setitem(methods(), "new-name", entry)
     monkeypatch.setitem(renamed.METHODS, "old-name", "new-name")
     steps = small_study()["steps"] | {"new": {"method": "new-name", "sequential": True}}
-    node, path = tree.Node("tiny/new", "tiny", "tiny", "new", 0), Path("manifest.json")
+    node, path = tree.StepNode("tiny/new", "tiny", "tiny", "new", 0), Path("manifest.json")
     step = {"name": "new", "method": "old-name", "family": "quantize", "options": {"propagate": True}}
     changes.refuse_other_node(study(steps=steps), node, manifest(step=step), path, tokens)
     other = manifest(step=step | {"options": {"propagate": False}})

@@ -57,7 +57,7 @@ def test_seeds_are_borne_from_the_first_step_that_recovers_on():
         "tiny/wanda-50/full-5k@1/rtn-4@1",
     ]
     last = found["tiny/wanda-50/full-5k@1/rtn-4@1"]
-    assert last == tree.Node(last.name, "tiny", "tiny/wanda-50/full-5k@1", "rtn-4", 1)
+    assert last == tree.StepNode(last.name, "tiny", "tiny/wanda-50/full-5k@1", "rtn-4", 1)
     assert found["tiny/wanda-50"].seed == 0
 
 

@@ -21,7 +21,7 @@ from coppice.errors import UserError
 from coppice.formatting import number
 from coppice.results import collection as tables
 from coppice.tracking import server, watching
-from coppice.tracking.agreement import Shown, plan
+from coppice.tracking.agreement import ListedRun, plan
 from coppice.tracking.mirror import Mirror
 
 
@@ -95,7 +95,7 @@ def test_every_node_becomes_a_run_with_all_it_has(results: Path) -> None:
     assert {len(entry.dataset.digest) for entry in run.inputs.dataset_inputs} == {36}
     note = run.data.tags["mlflow.note.content"]
     parent = made["small/laco-25/full-1m"]
-    assert f"made from [small/laco-25/full-1m](#/experiments/{run.info.experiment_id}/runs/{parent})" in note
+    assert f"computed from [small/laco-25/full-1m](#/experiments/{run.info.experiment_id}/runs/{parent})" in note
     assert "| gptq (quantize) | bits 4, group_size 32 |" in note
     assert "snakemake --cores all --configfile study.yaml --force results/demo/models/small/laco-25/full-1m/" in note
     stderr = run.data.metrics["perplexity_stories_stderr"]
@@ -278,7 +278,7 @@ def test_a_file_that_goes_while_it_is_read_ends_no_watching(
     ends = iter([False, False, True])
     monkeypatch.setattr(tracking, "_synchronize", look)
     monkeypatch.setattr(tracking, "sleep", lambda seconds: None)
-    monkeypatch.setattr(watching.Ending, "reached", lambda self, study: next(ends))
+    monkeypatch.setattr(watching.Ending, "is_over", lambda self, study: next(ends))
     assert tracking.watch(fake_study(), tmp_path, None) == {".": "1"}
     assert "0 of 12 nodes are in MLflow" in capsys.readouterr().out
 
@@ -293,24 +293,24 @@ def test_uri(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_plan_by_hand() -> None:
     mine = (5, 1, "b")
     shown = [
-        Shown("old", "a", "1", (3, 1, ""), whole=True, active=True),
-        Shown("new", "a", "2", (4, 1, ""), whole=True, active=True),
-        Shown("half", "a", "2", (5, 1, "a"), whole=False, active=True),
-        Shown("coming", "a", "3", (6, 1, "a"), whole=False, active=True),  # of a newer view: it may yet stand
-        Shown("outdated", "b", "1", (4, 1, ""), whole=True, active=True),
-        Shown("trashed", "b", "2", (3, 1, ""), whole=True, active=False),
-        Shown("begun", "c", "2", (5, 1, "a"), whole=False, active=True),
-        Shown("newer", "d", "3", (6, 1, ""), whole=True, active=True),
-        Shown("left", "gone", "1", (1, 1, ""), whole=True, active=True),
-        Shown("kept", "unmade", "1", (1, 1, ""), whole=True, active=True),
-        Shown("stale", "unmade", "1", (2, 0, ""), whole=True, active=True, live=True),
+        ListedRun("old", "a", "1", (3, 1, ""), whole=True, active=True),
+        ListedRun("new", "a", "2", (4, 1, ""), whole=True, active=True),
+        ListedRun("half", "a", "2", (5, 1, "a"), whole=False, active=True),
+        ListedRun("coming", "a", "3", (6, 1, "a"), whole=False, active=True),  # of a newer view: it may yet stand
+        ListedRun("outdated", "b", "1", (4, 1, ""), whole=True, active=True),
+        ListedRun("trashed", "b", "2", (3, 1, ""), whole=True, active=False),
+        ListedRun("begun", "c", "2", (5, 1, "a"), whole=False, active=True),
+        ListedRun("newer", "d", "3", (6, 1, ""), whole=True, active=True),
+        ListedRun("left", "gone", "1", (1, 1, ""), whole=True, active=True),
+        ListedRun("kept", "unmade", "1", (1, 1, ""), whole=True, active=True),
+        ListedRun("stale", "unmade", "1", (2, 0, ""), whole=True, active=True, live=True),
     ]
     wanted = dict.fromkeys("abcde", "2")
     made = plan(shown, wanted, {*wanted, "unmade"}, mine)
-    assert made.stands == {"a": "new", "d": "newer"}
+    assert made.current == {"a": "new", "d": "newer"}
     assert made.claimed == ["trashed"]
     assert (made.missing, made.contested) == (["e"], ["c"])
-    # What stands in for a node that is to be shown anew stays until it is.
+    # The previous run of a node stays until its new one is complete.
     assert sorted(made.trash) == ["half", "left", "old", "stale"]
 
 
@@ -519,10 +519,10 @@ def test_a_workflow_that_runs_is_not_at_its_end(tmp_path: Path) -> None:
     study = fake_study().model_copy(update={"models": {}, "laws": {}, "recipes": []})
     (results / "report").mkdir(parents=True)
     ending = watching.Ending(results)
-    assert not ending.reached(study)
+    assert not ending.is_over(study)
     (results / "report/index.html").touch()
-    assert ending.reached(study)
+    assert ending.is_over(study)
     lock = tmp_path / ".snakemake/locks/0.input.lock"
     lock.parent.mkdir(parents=True)
     lock.touch()
-    assert not ending.reached(study)
+    assert not ending.is_over(study)

@@ -10,17 +10,20 @@ from __future__ import annotations
 
 from typing import Any, Required, TypedDict
 
+from coppice.laws.contracts import Recommendation
+from coppice.records.base import Json
+
 
 class Basis(TypedDict):
     """The law that an answer rests on, whether it fails its own test, and its held-out errors."""
 
     law: str
     refused: bool
-    held_out: dict[str, Any]
+    held_out: dict[str, Json]
 
 
 class Answer(TypedDict, total=False):
-    """An answer: sentences, perhaps a table (titles, then rows), and the numbers behind them.
+    """An answer: sentences, perhaps a table (titles, then rows), and their numbers.
 
     law, refused, held_out: of an answer that rests on a law, its name, whether it fails its own test, and its errors;
     recommendation: what the law itself recommends. node, tokens: what to buy for a node. at_tokens, value, low,
@@ -33,10 +36,10 @@ class Answer(TypedDict, total=False):
     table: list[list[str]]
     law: str
     refused: bool
-    held_out: dict[str, Any]
-    recommendation: list[dict[str, Any]]
+    held_out: dict[str, Json]
+    recommendation: list[Json]
     node: str
-    tokens: list[dict[str, Any]]
+    tokens: list[Recommendation]
     at_tokens: float
     value: float
     low: float | None

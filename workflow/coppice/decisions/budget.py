@@ -8,7 +8,7 @@ from statistics import NormalDist
 import numpy as np
 
 from coppice.decisions import Answer
-from coppice.decisions.fitted import Fitted, held_out, points_of, refused, rests_on
+from coppice.decisions.fitted import Fitted, basis_of, held_out_sentences, points_of, refusal_answer
 from coppice.formatting import human_count, number
 from coppice.laws.engine.points import select
 from coppice.laws.engine.problem import Problem
@@ -27,13 +27,13 @@ def tokens_to_buy(fitted: Fitted, nodes: Sequence[Row], node: str, gain: float |
     """
     title = f"Recovery tokens to buy for {node}"
     rows = points_of(fitted, nodes, node)
-    if answer := refused(fitted, title):
+    if answer := refusal_answer(fitted, title):
         return answer
     advice, reasons = fitted.law.recommend(
         _restore_fit(fitted), fitted.samples, select(fitted.points, rows), fitted.scales, _options(fitted, gain)
     )
-    sentences = [entry["sentence"] for entry in advice] + reasons + [held_out(fitted.name, fitted.report)]
-    return {"title": title, "node": node, **rests_on(fitted), "tokens": advice, "sentences": sentences}
+    sentences = [entry["sentence"] for entry in advice] + reasons + [held_out_sentences(fitted.name, fitted.report)]
+    return {"title": title, "node": node, **basis_of(fitted), "tokens": advice, "sentences": sentences}
 
 
 def _restore_fit(fitted: Fitted) -> Fit:
@@ -50,7 +50,7 @@ def _restore_fit(fitted: Fitted) -> Fit:
 
 
 def _options(fitted: Fitted, gain: float | None) -> LawOptions:
-    """The options of a fit, with another `gain` if there is one; those that the law has no longer are left out."""
+    """The options of a fit, with another `gain` where one is given; options that the law no longer has are left out."""
     known = fitted.law.options.model_fields
     options = {name: value for name, value in fitted.report.options.items() if name in known}
     return fitted.law.options.model_validate(options if gain is None else options | {"gain": gain})
@@ -63,11 +63,11 @@ def expected_loss(fitted: Fitted, nodes: Sequence[Row], node: str, tokens: float
     """
     title = f"Loss of {node} after {human_count(tokens)} recovery tokens"
     rows = points_of(fitted, nodes, node)
-    if answer := refused(fitted, title):
+    if answer := refusal_answer(fitted, title):
         return answer
     scale, unit = fitted.scales["tokens"], fitted.law.units["loss"]
     point = select(fitted.points, rows[:1]) | {"tokens": np.array([tokens / scale])}
-    value, drawn = fitted.predicted(point)
+    value, drawn = fitted.predict(point)
     low, high = (None, None)
     if len(drawn):
         low, high = predictive_interval(drawn[:, 0], fitted.noise)
@@ -80,17 +80,17 @@ def expected_loss(fitted: Fitted, nodes: Sequence[Row], node: str, tokens: float
             f"This is an extrapolation: {human_count(fewest)} to {human_count(most)} tokens were measured."
         )
     if low is None:
-        sentences.append("There is no interval, since the fit has no resamples of its runs.")
+        sentences.append("No interval is given, since the fit has no resamples of its runs.")
     return {
         "title": title,
         "node": node,
-        **rests_on(fitted),
+        **basis_of(fitted),
         "at_tokens": tokens,
         "value": float(value[0]),
         "low": low,
         "high": high,
         "extrapolation": outside,
-        "sentences": [*sentences, held_out(fitted.name, fitted.report)],
+        "sentences": [*sentences, held_out_sentences(fitted.name, fitted.report)],
     }
 
 

@@ -14,6 +14,7 @@ from coppice.decisions import Answer, Basis
 from coppice.errors import UserError, did_you_mean
 from coppice.formatting import join_words
 from coppice.laws import registry as laws
+from coppice.laws.contracts import Law
 from coppice.laws.engine.forms import Parameters
 from coppice.laws.engine.points import Points
 from coppice.records.fit import FitRecord
@@ -28,14 +29,14 @@ class Fitted:
     """A fit as `coppice fit` left it: points [n] in the fit's units, samples [k, 1] of the parameters."""
 
     name: str
-    law: laws.Law
+    law: Law
     report: FitRecord
     points: Points
     samples: Parameters
 
     @property
     def parameters(self) -> dict[str, float]:
-        return {name: entry.value for name, entry in self.report.parameters.items()}
+        return {name: entry.value for name, entry in self.report.parameters.items() if entry.value is not None}
 
     @property
     def scales(self) -> dict[str, float]:
@@ -47,11 +48,13 @@ class Fitted:
 
         p: the number of parameters that are identified.
         """
-        points = self.report.points
+        points, rmse = self.report.points, self.report.metrics["rmse"]
+        if rmse is None:  # of a fit without points
+            return float("nan")
         free = sum(entry.identified for entry in self.report.parameters.values())
-        return self.report.metrics["rmse"] * float(np.sqrt(points / max(points - free, 1)))
+        return rmse * float(np.sqrt(points / max(points - free, 1)))
 
-    def predicted(self, points: Points) -> tuple[np.ndarray, np.ndarray]:
+    def predict(self, points: Points) -> tuple[np.ndarray, np.ndarray]:
         """The law's values at `points`: [n], and with every sample of the parameters [k, n]."""
         predict = self.law.require_form().predict
         count = len(points["run"])
@@ -96,45 +99,45 @@ def refusal(name: str, report: FitRecord) -> str | None:
     return f"Nothing is recommended from law {name}, which fails its own test. {' '.join(report.passes.reasons)}"
 
 
-def held_out(name: str, report: FitRecord) -> str:
+def held_out_sentences(name: str, report: FitRecord) -> str:
     """A law's held-out errors as sentences."""
     own = {test.replace("_", " "): error for test, error in report.own_errors.items()}
-    shown = {test: error for test, error in own.items() if error.reason is None} or own
-    if not shown:
+    errors = {test: error for test, error in own.items() if error.reason is None} or own
+    if not errors:
         return f"Law {name} has no held-out test."
     return " ".join(
         f"Held-out error of law {name}, {test}: {error.sentence(*report.target_and_unit)}"
-        for test, error in shown.items()
+        for test, error in errors.items()
     )
 
 
-def of_recoveries(report: FitRecord) -> bool:
+def follows_recoveries(report: FitRecord) -> bool:
     """Whether a fit's law follows recoveries of pruned models by size, ratio and tokens."""
     law = laws.load(report.law)
     return law.form is not None and set(law.columns) >= _OF_RECOVERIES
 
 
-def law_of_recoveries(results: Path, name: str | None) -> Fitted:
-    """The fitted law of recoveries, by its name where there are several. Raises UserError where there is none."""
+def read_law_of_recoveries(results: Path, name: str | None) -> Fitted:
+    """The fitted law of recoveries, by its name where several were fitted. Raises UserError where none was fitted."""
     reports = read_reports(results)
     if name is not None and name not in reports:
         raise UserError(f"--law {name}: no law of that name was fitted.{did_you_mean(name, reports)}")
-    chosen = [key for key, report in reports.items() if name in (None, key) and of_recoveries(report)]
-    if not chosen and name is not None:
+    candidates = [key for key, report in reports.items() if name in (None, key) and follows_recoveries(report)]
+    if not candidates and name is not None:
         raise UserError(f"--law {name}: it is not a law of recoveries (such as p2), which this question needs.")
-    if not chosen:
+    if not candidates:
         raise UserError(f"No law of recoveries was fitted in {results}/laws; add p2 to the study's `laws`, and run it.")
-    if len(chosen) > 1:
-        raise UserError(f"Several laws of recoveries were fitted ({join_words(chosen)}); choose one by --law.")
-    return read_fit(results, chosen[0], reports[chosen[0]])
+    if len(candidates) > 1:
+        raise UserError(f"Several laws of recoveries were fitted ({join_words(candidates)}); choose one by --law.")
+    return read_fit(results, candidates[0], reports[candidates[0]])
 
 
-def refused(fitted: Fitted, title: str) -> Answer | None:
+def refusal_answer(fitted: Fitted, title: str) -> Answer | None:
     reason = refusal(fitted.name, fitted.report)
     return None if reason is None else {"title": title, "law": fitted.name, "refused": True, "sentences": [reason]}
 
 
-def rests_on(fitted: Fitted) -> Basis:
+def basis_of(fitted: Fitted) -> Basis:
     errors = {test: error.model_dump(exclude_unset=True) for test, error in fitted.report.own_errors.items()}
     return {"law": fitted.name, "refused": False, "held_out": errors}
 
@@ -148,7 +151,7 @@ def starting_points(fitted: Fitted, nodes: Sequence[Row]) -> np.ndarray:
 def points_of(fitted: Fitted, nodes: Sequence[Row], node: str) -> np.ndarray:
     """Indices, by tokens, of the points of a recovery, or of all recoveries of a pruned node.
 
-    Raises UserError where there are none.
+    Raises UserError where it has none.
     """
     runs, started = fitted.points["run"], starting_points(fitted, nodes)
     rows = np.flatnonzero((runs == node) | (started == node))

@@ -13,7 +13,7 @@ from typing import TypedDict
 import numpy as np
 
 from coppice.decisions import Answer
-from coppice.decisions.fitted import Fitted, held_out, points_of, refused, rests_on, starting_points
+from coppice.decisions.fitted import Fitted, basis_of, held_out_sentences, points_of, refusal_answer, starting_points
 from coppice.formatting import human_count, number
 from coppice.laws.engine.points import Points, levels, select
 from coppice.results.schemas import Row
@@ -69,18 +69,18 @@ def next_runs(
     title = "Next run"
     if node is not None:
         points_of(fitted, nodes, node)
-    if answer := refused(fitted, title):
+    if answer := refusal_answer(fitted, title):
         return answer
     if not len(next(iter(fitted.samples.values()))):
         reason = (
             f"Law {fitted.name} has no resamples of its runs, so which run would shrink the uncertainty is unknown."
         )
-        return {"title": title, **rests_on(fitted), "runs": [], "sentences": [reason]}
+        return {"title": title, **basis_of(fitted), "runs": [], "sentences": [reason]}
     scale = fitted.scales["tokens"]
     target, target_node = _choose_target(fitted, nodes, node, tokens)
     points, candidates = _list_candidates(fitted, nodes)
-    _, target_samples = fitted.predicted(target)
-    _, samples = fitted.predicted(points)
+    _, target_samples = fitted.predict(target)
+    _, samples = fitted.predict(points)
     before = float(np.var(target_samples[:, 0], ddof=1))
     reduction = variance_reduction(target_samples[:, 0], samples, fitted.noise)
     order = np.argsort(-reduction, kind="stable")[:top]
@@ -105,11 +105,11 @@ def next_runs(
             f"{human_count(unit)} tokens."
             for place, run in enumerate(runs, 1)
         ),
-        held_out(fitted.name, fitted.report),
+        held_out_sentences(fitted.name, fitted.report),
     ]
     return {
         "title": title,
-        **rests_on(fitted),
+        **basis_of(fitted),
         "node": target_node,
         "at_tokens": at,
         "deviation": before**0.5,
@@ -125,7 +125,7 @@ def _choose_target(fitted: Fitted, nodes: Sequence[Row], node: str | None, token
         return point if tokens is None else point | {"tokens": np.array([tokens / fitted.scales["tokens"]])}, node
     started = starting_points(fitted, nodes)
     last = np.array(_last_of_each(started, fitted.points["tokens"]))
-    _, drawn = fitted.predicted(select(fitted.points, last))
+    _, drawn = fitted.predict(select(fitted.points, last))
     widths = np.subtract(*np.quantile(drawn, [0.975, 0.025], axis=0))
     widest = last[np.argmax(widths)]
     return select(fitted.points, np.array([widest])), str(started[widest])

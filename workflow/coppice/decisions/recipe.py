@@ -56,14 +56,16 @@ def choose_metric(metrics: Sequence[Row], metric: str | None, evaluation: str | 
 
 
 def lower_is_better(metric: str, unit: str, prefer: str | None = None) -> bool:
-    """Whether less of a metric is better. Raises UserError where neither its name, its unit nor `prefer` says."""
+    """Whether less of a metric is better. Raises UserError where neither its name, its unit nor `prefer` implies it."""
     if prefer is not None:
         return prefer == "lower"
     if metric.startswith(("perplexity_", "loss_")):
         return True
     if unit == "accuracy" or metric.startswith("knowledge_"):
         return False
-    raise UserError(f"--metric {metric}: it does not say which way is better; add --prefer lower or --prefer higher.")
+    raise UserError(
+        f"--metric {metric}: its name does not imply which direction is better; add --prefer lower or --prefer higher."
+    )
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ class Compared:
 
     def notes(self) -> list[str]:
         """Sentences on what could not be compared, or not fairly."""
-        exact = [row["node"] for row in self.rows if not _known(row["stderr"])]
+        exact = [row["node"] for row in self.rows if not _is_finite(row["stderr"])]
         notes = ["Probabilities are over the items measured, not over the seeds of training."]
         if self.unmeasured:
             notes.append(f"Not compared, since they have no finite {self.metric}: {join_first(self.unmeasured)}.")
@@ -102,7 +104,7 @@ def compare(
     rows = [
         node | {key: values[node["node"]][key] for key in _VALUE}
         for node in nodes
-        if node["node"] in values and _known(values[node["node"]]["value"])
+        if node["node"] in values and _is_finite(values[node["node"]]["value"])
     ]
     with_value = {row["node"] for row in rows}
     link = np.exp if pair[1].startswith("perplexity_") else np.asarray
@@ -120,7 +122,7 @@ def draw_jointly(
     for itself; without a standard error a value counts as exact.
     """
     values = np.array([row["value"] for row in rows])
-    spread = np.array([row["stderr"] if _known(row["stderr"]) else 0.0 for row in rows])
+    spread = np.array([row["stderr"] if _is_finite(row["stderr"]) else 0.0 for row in rows])
     drawn = values + spread * np.random.default_rng(seed).standard_normal((draws, len(rows)))
     groups: dict[bytes, list[int]] = {}
     for place, row in enumerate(rows):
@@ -138,11 +140,11 @@ def draw_jointly(
 
 
 def scores_of(items: pa.Table, evaluation: str, metric: str) -> dict[str, Scores]:
-    """Of each node the scores that a metric is made of: losses of documents, or rightness of answers."""
+    """Of each node the scores behind a metric: losses of documents, or rightness of answers."""
     documents = metric.startswith(("perplexity_", "loss_"))
     task = metric.partition("_")[2] if documents else metric.removesuffix("_acc").removesuffix("_exact_match")
-    chosen = items.filter((pc.field("evaluation") == evaluation) & (pc.field("task") == task))
-    owners = np.asarray(chosen["node"].to_pylist(), dtype=str)
+    rows = items.filter((pc.field("evaluation") == evaluation) & (pc.field("task") == task))
+    owners = np.asarray(rows["node"].to_pylist(), dtype=str)
     measure, protocols = ("loss", {task}) if documents else ("accuracy", set())
     # The table is sorted by node.
     ends = np.append(np.flatnonzero(owners[1:] != owners[:-1]) + 1, len(owners))
@@ -150,12 +152,12 @@ def scores_of(items: pa.Table, evaluation: str, metric: str) -> dict[str, Scores
     return {
         node: scores
         for start, end in zip(starts.tolist(), ends.tolist(), strict=True)
-        for (node, *_, kind), scores in node_scores(chosen.slice(start, end - start), {evaluation: protocols})
+        for node, (*_, kind), scores in node_scores(rows.slice(start, end - start), {evaluation: protocols})
         if kind == measure
     }
 
 
-def _known(value: float | None) -> bool:
+def _is_finite(value: float | None) -> bool:
     return value is not None and math.isfinite(value)
 
 
@@ -204,13 +206,13 @@ def best_within(compared: Compared, bounds: Sequence[Limit]) -> Answer:
     tied = int(np.sum(values == values[order[0]]))
     likeliest = order[np.argsort(-probabilities[order], kind="stable")]
     covering = int(np.searchsorted(np.cumsum(probabilities[likeliest]), COVERED - 1e-9)) + 1
-    listed = [place for place in order if place == order[0] or place in likeliest[:covering]]
+    table_places = [place for place in order if place == order[0] or place in likeliest[:covering]]
     nodes: list[RankedNode] = [
         {
             **_describe(compared.rows[within[place]], float(probabilities[place])),
             "path_recovery_tokens": compared.rows[within[place]]["path_recovery_tokens"],
         }
-        for place in listed
+        for place in table_places
     ]
     best = nodes[0]
     those = "1 node" if len(within) == 1 else f"{len(within)} nodes"

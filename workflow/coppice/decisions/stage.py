@@ -1,4 +1,4 @@
-"""`coppice recommend`: the answers to what the command line asks, or to everything."""
+"""`coppice recommend`: the answers to the questions on the command line, or to all questions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,14 @@ from pathlib import Path
 
 from coppice.decisions import Answer
 from coppice.decisions.budget import expected_loss, tokens_to_buy
-from coppice.decisions.fitted import held_out, law_of_recoveries, of_recoveries, read_fit, read_reports, refusal
+from coppice.decisions.fitted import (
+    follows_recoveries,
+    held_out_sentences,
+    read_fit,
+    read_law_of_recoveries,
+    read_reports,
+    refusal,
+)
 from coppice.decisions.limits import read_limits
 from coppice.decisions.next_run import next_runs
 from coppice.decisions.recipe import (
@@ -31,13 +38,17 @@ from coppice.results.schemas import Row
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--results", required=True, type=Path, help="folder of the study's results")
-    add("--law", help="the fitted law of recoveries to use, where there are several")
+    add("--law", help="the fitted law of recoveries to use, where several were fitted")
     add("--node", help="a pruned node, or a recovery of it: the tokens to buy for it, or its loss after --tokens")
     add("--gain", type=_positive, help="nats/token that one more doubling of the tokens must gain (default: the law's)")
     add("--tokens", type=_positive, help="recovery tokens, such as 1e9, at which a loss is predicted")
     add("--metric", help="the best node by this metric, within the limits below")
     add("--evaluation", help="the evaluation that measured it, where several did")
-    add("--prefer", choices=["lower", "higher"], help="which way the metric is better, where its name does not say")
+    add(
+        "--prefer",
+        choices=["lower", "higher"],
+        help="the better direction of the metric, where its name leaves it open",
+    )
     add("--max-bytes", type=_positive, help="limit of the stored bytes")
     add("--max-latency", type=_positive, help="limit of the decoding latency, s/token")
     add("--max-recovery-tokens", type=_positive, help="limit of the recovery tokens on a node's path")
@@ -59,27 +70,27 @@ def _positive(text: str) -> float:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    given = answer_questions(arguments)
+    answers = answer_questions(arguments)
     if arguments.json:
-        print(json.dumps(given, indent=1, allow_nan=False))
+        print(json.dumps(answers, indent=1, allow_nan=False))
         return
-    print("\n\n".join("\n".join(answer_lines(answer)) for answer in given))
+    print("\n\n".join("\n".join(answer_lines(answer)) for answer in answers))
 
 
 def answer_questions(arguments: argparse.Namespace) -> list[Answer]:
-    """The answers to what the command line asks; to everything where it asks nothing."""
+    """The answers to the questions on the command line, or to all where it has none."""
     results = Path(arguments.results)
     if arguments.top < 1:
         raise UserError(f"--top {arguments.top} is not a number of runs; pass 1 or more.")
     if arguments.node is None and (arguments.tokens is not None or arguments.gain is not None):
         raise UserError("--tokens and --gain are about one node; name it by --node.")
     if arguments.max_latency is None and (arguments.device is not None or arguments.cost is not None):
-        raise UserError("--device and --cost say where --max-latency holds; add it.")
+        raise UserError("--device and --cost choose the measurement for --max-latency; add it.")
     folder = ResultsLayout(results).tables
     tables = {name: read_table(folder, name).to_pylist() for name in ("nodes", "metrics", "costs")}
     answers = []
     if arguments.node is not None or arguments.next:
-        fitted = law_of_recoveries(results, arguments.law)
+        fitted = read_law_of_recoveries(results, arguments.law)
         if arguments.gain is not None or (arguments.tokens is None and not arguments.next):
             answers.append(tokens_to_buy(fitted, tables["nodes"], arguments.node, arguments.gain))
         if arguments.tokens is not None:
@@ -113,7 +124,7 @@ def _answer_best(arguments: argparse.Namespace, results: Path, tables: dict[str,
 
 
 def _answer_nothing(results: Path, metrics: Sequence[Row]) -> Answer:
-    """What there is to say where no law was fitted and no node has a perplexity."""
+    """The answer where no law was fitted and no node has a perplexity."""
     names = sorted({row["metric"] for row in metrics})
     measured = f" Choose one of the metrics measured by --metric: {', '.join(names)}." if names else ""
     sentence = (
@@ -138,7 +149,7 @@ def overview(results: Path, tables: Mapping[str, Sequence[Row]], top: int = 3) -
         compared = (compare(tables["nodes"], tables["metrics"], items, pair, True) for pair in perplexities)
         answers += [best_at_each_size(each) for each in compared if each.rows]
     for name, report in reports.items():
-        if refusal(name, report) is None and of_recoveries(report):
+        if refusal(name, report) is None and follows_recoveries(report):
             answers.append(next_runs(read_fit(results, name, report), tables["nodes"], top=top))
     return answers
 
@@ -156,7 +167,7 @@ def advice(name: str, report: FitRecord) -> Answer:
         "law": name,
         "refused": False,
         "recommendation": report.recommendation,
-        "sentences": [*recommended, held_out(name, report)],
+        "sentences": [*recommended, held_out_sentences(name, report)],
     }
 
 

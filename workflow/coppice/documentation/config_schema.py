@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 from coppice.laws import registry as laws
 from coppice.methods.registry import Method, methods
+from coppice.records.base import Json
 from coppice.study.schema import Step, Study
 
 PATH = Path("config/schema.json")
@@ -18,7 +18,7 @@ def render(root: Path) -> str:
     return json.dumps(schema(), indent=1) + "\n"
 
 
-def schema() -> dict[str, Any]:
+def schema() -> Json:
     """The JSON schema of a study, with the options of every registered method and of every law."""
     study = Study.model_json_schema()
     definitions = study["$defs"]
@@ -30,7 +30,7 @@ def schema() -> dict[str, Any]:
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "A study of Coppice", **study}
 
 
-def step_schema(method: Method, definitions: dict[str, Any]) -> dict[str, Any]:
+def step_schema(method: Method, definitions: Json) -> Json:
     """The JSON schema of a step by `method`; types that its options refer to are added to `definitions`."""
     options = method.options.model_json_schema()
     definitions.update(options.pop("$defs", {}))
@@ -49,7 +49,7 @@ def step_schema(method: Method, definitions: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def law_schema(name: str, definitions: dict[str, Any]) -> dict[str, Any]:
+def law_schema(name: str, definitions: Json) -> Json:
     """The JSON schema of a law of a study; types that its options refer to are added to `definitions`."""
     options = laws.load(name).options.model_json_schema()
     definitions.update(options.pop("$defs", {}))

@@ -68,7 +68,7 @@ def of_node(folder: Path) -> tuple[list[Tensor], Tensor]:
     return inputs, log_probabilities(model, inputs)
 
 
-def difference(ours: Tensor, theirs: Tensor) -> Difference:
+def compute_difference(ours: Tensor, theirs: Tensor) -> Difference:
     """Of two tensors of `log_probabilities`."""
     largest = (ours - theirs).abs().max()
     divergence = (ours.exp() * (ours - theirs)).sum(-1).mean()
@@ -80,6 +80,6 @@ def tolerance(rounded: bool, dtype: torch.dtype) -> Tolerance:
     return ROUNDED[dtype] if rounded else SAME_NUMBERS
 
 
-def within(found: Difference, limit: Tolerance) -> bool:
-    """Whether a difference is none to speak of; NaN is one."""
-    return found.largest <= limit.largest and found.divergence <= limit.divergence
+def within(difference: Difference, limit: Tolerance) -> bool:
+    """Whether a difference is within the tolerance; NaN is not."""
+    return difference.largest <= limit.largest and difference.divergence <= limit.divergence

@@ -7,7 +7,7 @@ A node on an integer grid is stored so already. The export leaves out what only 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -18,6 +18,7 @@ from coppice.models.architectures.base import blocks
 from coppice.models.checkpoint import load_model
 from coppice.models.replacements import LowRankCorrection
 from coppice.models.stock_formats import quantization_grids, stock_loaders_read
+from coppice.records.base import Json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -36,7 +37,7 @@ def reason_against(node: Node) -> str | None:
     if others:
         names = ", ".join(sorted(form.__name__ for form in others))
         return f"the format holds integer grids alone and the node holds {names}; export it to dense"
-    if not packed(node):
+    if not packed_names(node):
         zeros = "its zeros are stored as numbers, and compressed-tensors 0.20 no longer compresses sparse weights"
         return f"{zeros if node.entries else 'none of its linears is quantized'}; export it to dense"
     if not stock_loaders_read(quantization_grids(node.entries)):
@@ -47,13 +48,13 @@ def reason_against(node: Node) -> str | None:
 def write(node: Node, folder: Path) -> Written:
     model = load_model(node.folder, dtype=node.dtype)
     save_packed(model, node, folder)
-    beyond = {node.entries[name]["bits"] for name in packed(node)} - VLLM_BITS
+    beyond = {node.entries[name]["bits"] for name in packed_names(node)} - VLLM_BITS
     note = f"vLLM's kernels take 4 or 8 bits, not {', '.join(map(str, sorted(beyond)))}; transformers reads the export."
     # Readers put a weight together in the type of its scales.
     return Written(rounded=True, notes=(note,) if beyond else ())
 
 
-def packed(node: Node) -> list[str]:
+def packed_names(node: Node) -> list[str]:
     """The linears that are stored as packed integers, by name."""
     return [name for name, form in node.forms.items() if form.pack_quantized]
 
@@ -77,7 +78,7 @@ def save_packed(model: PreTrainedModel, node: Node, folder: Path, dequantize: bo
     write_json(folder / "config.json", {**config, "quantization_config": described})
 
 
-def quantization_config(grids: dict[tuple[int, int, bool], list[str]], every_linear: bool) -> dict[str, Any]:
+def quantization_config(grids: dict[tuple[int, int, bool], list[str]], every_linear: bool) -> Json:
     """The library's description of grids (see `stock_formats.quantization_grids`).
 
     every_linear: whether all linears of the blocks are on a grid, so that a single one names them all.

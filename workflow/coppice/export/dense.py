@@ -1,4 +1,4 @@
-"""To dense: an ordinary checkpoint of transformers, every replaced linear as the matrix that it stands for."""
+"""To dense: an ordinary checkpoint of transformers, every replaced linear as its effective matrix."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from coppice.export import gguf_tokenizer, gguf_vocabulary
 from coppice.export.node import Node, Written
 from coppice.models import modules
-from coppice.models.architectures.base import architecture, architecture_of, blocks, head_dim
+from coppice.models.architectures.base import Gguf, architecture, architecture_of, blocks, head_dim
 from coppice.models.checkpoint import TOKENIZER_FILES, load_model
 from coppice.models.densify import densify
 
@@ -73,8 +73,16 @@ def reason_against(node: Node) -> str | None:
         )
     window = config.get("sliding_window")
     if window is not None and window < config["max_position_embeddings"]:
-        return f"its attention looks back {window} tokens only, which the architecture does not say; {CONVERTER}"
+        return f"its attention looks back {window} tokens only, which GGUF's architecture does not express; {CONVERTER}"
     return None
+
+
+def holder_of(model_type: str) -> Gguf:
+    """How GGUF holds an architecture. Raises KeyError for one that it does not hold; `reason_against` refuses it."""
+    holder = architecture(model_type).gguf
+    if holder is None:
+        raise KeyError(model_type)
+    return holder
 
 
 def write(node: Node, folder: Path) -> Written:
@@ -85,7 +93,7 @@ def write(node: Node, folder: Path) -> Written:
     packed = packed_linears(model)
     replaced = {name for name, form in node.forms.items() if not form.keeps_linear}
     densify(model)
-    writer = gguf.GGUFWriter(folder / FILE, architecture(node.config["model_type"]).gguf.name)
+    writer = gguf.GGUFWriter(folder / FILE, holder_of(node.config["model_type"]).name)
     kinds = {stored.kind for stored in packed.values()}
     common = f"MOSTLY_{max(kinds)}" if kinds else FLOATS[node.dtype][1]
     write_metadata(writer, model.config, node.name, gguf.LlamaFileType[common])
@@ -109,7 +117,7 @@ def write_metadata(writer: GGUFWriter, config: Any, name: str, file_type: int) -
     import gguf
 
     writer.add_type(gguf.GGUFType.MODEL)
-    writer.add_name(written_name(name))
+    writer.add_name(name_in_file(name))
     writer.add_file_type(file_type)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_vocab_size(config.vocab_size)
@@ -126,24 +134,25 @@ def write_metadata(writer: GGUFWriter, config: Any, name: str, file_type: int) -
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
 
 
-def written_name(name: str) -> str:
+def name_in_file(name: str) -> str:
     """A node's name after a word without which transformers would take one named after its architecture for another
     one; the word alone for a name that llama.cpp would read something into."""
     return "coppice" if any(family in name.lower() for family in NAMED_FAMILIES) else f"coppice {name}"
 
 
 def stored_tensors(model: PreTrainedModel, packed: dict[str, Stored], kind: str) -> Iterator[tuple[str, Stored]]:
-    """Every tensor of a dense model under its name in GGUF; vectors in float32, as ggml wants them.
+    """Every tensor of a dense model under its name in GGUF; vectors in float32, as ggml requires.
 
     packed: weights that are stored as blocks, by the name of their linear; kind: the type of the others.
     """
     import gguf
 
     config, family = model.config, architecture_of(model)
-    member = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == family.gguf.name)
+    holder = holder_of(config.model_type)
+    member = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == holder.name)
     names = gguf.get_tensor_name_map(member, config.num_hidden_layers)
     heads = {}
-    if family.gguf.adjacent_rotary:
+    if holder.adjacent_rotary:
         for index in range(config.num_hidden_layers):
             heads[family.full_name(index, family.linears["q"])] = config.num_attention_heads
             heads[family.full_name(index, family.linears["k"])] = config.num_key_value_heads

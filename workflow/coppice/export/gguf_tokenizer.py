@@ -6,10 +6,10 @@ pre-tokenizers by name, so that one is written only if its definition equals tha
 BPE over characters with bytes as fallback, as converted from SentencePiece, which llama.cpp calls `llama`. There the
 neighbours whose union has the best score become one, the leftmost of equals; in tokenizer.json it is the best-ranked
 pair. The two agree on every text if (a) any neighbours whose union is a token are a pair of the merges, and (b) the
-pairs of one token follow each other, so that a score can stand for them. For where a token is made, what was merged
-inside it before is what either way merges in its text alone. Say both agree on shorter texts: then any shorter token
-is made of one pair, the same both ways, however many pairs it has, and the leftmost of the best-scored neighbours are
-the leftmost of the best-ranked pair; the last merge of a text has no choice.
+pairs of one token follow each other, so that a score can replace their ranks. Proof by the length of a text: where
+a token is formed, the merges inside it before are those of its text alone, in either way. If both ways agree on
+shorter texts, any shorter token is formed from one pair, the same both ways, however many pairs it has. The leftmost
+of the best-scored neighbours are then the leftmost of the best-ranked pair. The last merge of a text has no choice.
 """
 
 from __future__ import annotations
@@ -19,12 +19,21 @@ from collections import Counter
 from collections.abc import Iterable
 from itertools import permutations
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from unicodedata import normalize
 
 from coppice.data.tokenizer import load_tokenizer, optional_json
 from coppice.errors import UserError
-from coppice.export.gguf_vocabulary import BYTES, FAMILIES, SPACE, SPECIAL, Vocabulary, read_back, tokenize
+from coppice.export.gguf_vocabulary import (
+    BYTES,
+    FAMILIES,
+    SPACE,
+    SPECIAL,
+    Definition,
+    Vocabulary,
+    read_vocabulary,
+    tokenize,
+)
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -33,7 +42,7 @@ CONVERTER = "export it to dense and convert that with convert_hf_to_gguf.py of l
 
 # Normalizer and pre-tokenizer of the second kind, and whether a space is put before each stretch of text.
 REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
-SPACES: tuple[tuple[list[dict[str, Any]], list[dict[str, Any]], bool], ...] = (
+SPACES: tuple[tuple[list[Definition], list[Definition], bool], ...] = (
     ([{"type": "Prepend", "prepend": SPACE}, REPLACE], [], True),
     ([REPLACE], [], False),
     ([], [{"type": "Metaspace", "replacement": SPACE, "prepend_scheme": "never", "split": False}], False),
@@ -88,7 +97,7 @@ def read(folder: Path, size: int) -> tuple[Vocabulary | None, tuple[str, ...]]:
         or reason_against_ends(ids, added_around(tokenizer))
     )
     if reason is not None:
-        return None, (unwritten(reason),)
+        return None, (format_refusal(reason),)
     before, after = added_around(tokenizer) or ([], [])
     adds = {"bos": bool(before), "eos": bool(after)}
     common = (tokens, types, ids, adds, chat_template(folder))
@@ -96,22 +105,22 @@ def read(folder: Path, size: int) -> tuple[Vocabulary | None, tuple[str, ...]]:
         scores, prefix = scores_of(model, tokens), spaces(definition)
         return Vocabulary("llama", "default", *common, scores=scores, prefix=prefix), ()
     notes = () if definition["normalizer"] is None else (COMPOSED,)
-    # Where the family is None, there is a reason against the tokenizer.
-    return Vocabulary("gpt2", family(definition) or "", *common, merges=written_merges(model)), notes
+    # Where the family is None, the tokenizer was refused above.
+    return Vocabulary("gpt2", family(definition) or "", *common, merges=merges_of(model)), notes
 
 
-def unwritten(reason: str) -> str:
+def format_refusal(reason: str) -> str:
     return (
         f"The file holds no tokenizer, because {reason}. Programs must pass tokens, of the tokenizer.json next to it; "
         "llama-server gives embeddings alone without a tokenizer."
     )
 
 
-def reason_against_model(model: dict[str, Any]) -> str | None:
+def reason_against_model(model: Definition) -> str | None:
     if model["type"] != "BPE":
         return f"llama.cpp has no tokenizer of its kind, {model['type']}"
     if any(model[key] for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix")):
-        return "its merges drop out, or mark parts of words, which llama.cpp does not know"
+        return "its merges drop out, or mark parts of words, which llama.cpp does not support"
     return None
 
 
@@ -127,36 +136,34 @@ def reason_against_controls(tokens: list[str], types: list[int]) -> str | None:
 
     for token, kind in zip(tokens, types, strict=True):
         if kind == TokenType.NORMAL and token in CONTROLS:
-            return f"llama.cpp takes its token {token!r}, which is none of the added ones, for a control token"
+            return f"llama.cpp takes its token {token!r}, which is not an added token, for a control token"
     if {"</s>", "<|tool_response>"} <= set(tokens):
         return "llama.cpp does not find '</s>' in the text of a tokenizer that knows '<|tool_response>' too"
     return None
 
 
-def reason_against_bytes(definition: dict[str, Any]) -> str | None:
+def reason_against_bytes(definition: Definition) -> str | None:
     """Of a byte-level BPE."""
     from tokenizers import pre_tokenizers
 
     if (definition["decoder"] or {}).get("type") != "ByteLevel":
-        return f"it is no byte-level BPE; {CONVERTER}"
+        return f"it is not a byte-level BPE; {CONVERTER}"
     if family(definition) is None:
-        return (
-            f"its pre-tokenizer is none of those that are known to be llama.cpp's ({', '.join(FAMILIES)}); {CONVERTER}"
-        )
+        return f"its pre-tokenizer is not one that is known to be llama.cpp's ({', '.join(FAMILIES)}); {CONVERTER}"
     if definition["normalizer"] not in (None, {"type": "NFC"}):
-        return f"llama.cpp does not know its normalizer; {CONVERTER}, if other tokens are near enough"
+        return f"llama.cpp does not know its normalizer; {CONVERTER}, if other tokens are close enough"
     if not set(pre_tokenizers.ByteLevel.alphabet()) <= definition["model"]["vocab"].keys():
-        return "some bytes are no tokens of it"
+        return "some bytes are not among its tokens"
     return None
 
 
-def family(definition: dict[str, Any]) -> str | None:
+def family(definition: Definition) -> str | None:
     """The name of its pre-tokenizer in llama.cpp."""
-    found = (steps(definition["pre_tokenizer"], "pretokenizers"), definition["model"]["ignore_merges"])
-    return next((name for name, known in FAMILIES.items() if known == found), None)
+    parts = (steps(definition["pre_tokenizer"], "pretokenizers"), definition["model"]["ignore_merges"])
+    return next((name for name, known in FAMILIES.items() if known == parts), None)
 
 
-def steps(definition: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
+def steps(definition: Definition | None, key: str) -> list[Definition]:
     """The steps of a normalizer or pre-tokenizer in order, without what only moves the offsets of tokens."""
     if definition is None:
         return []
@@ -165,7 +172,7 @@ def steps(definition: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
     return [{name: value for name, value in definition.items() if name != "trim_offsets"}]
 
 
-def reason_against_characters(definition: dict[str, Any], tokens: list[str]) -> str | None:
+def reason_against_characters(definition: Definition, tokens: list[str]) -> str | None:
     """Of a BPE over characters that falls back on bytes, with (a) and (b) of the module's text; tokens: those to
     be written."""
     model = definition["model"]
@@ -173,13 +180,13 @@ def reason_against_characters(definition: dict[str, Any], tokens: list[str]) -> 
     if spaces(definition) is None:
         return f"llama.cpp does not treat spaces as its normalizer and pre-tokenizer do; {CONVERTER}"
     if model["ignore_merges"] or not vocabulary.keys() >= set(BYTES):
-        return "its words stay whole, or some bytes are no tokens of it, which llama.cpp does not know"
+        return "its words stay whole, or some bytes are not among its tokens, which llama.cpp does not support"
     if any(part in BYTES for pair in pairs for part in pair):
         return "it merges bytes, which llama.cpp does not"
     order = [left + right for left, right in model["merges"]]
     changes = [token for token, before in zip(order, [None, *order], strict=False) if token != before]
     if len(set(changes)) < len(changes):
-        return "no scores can stand for the order of its merges"
+        return "no scores can express the order of its merges"
     added = [token["content"] for token in definition["added_tokens"]]
     for token in tokens:
         # Text that holds an added token is cut there before anything is merged.
@@ -192,20 +199,21 @@ def reason_against_characters(definition: dict[str, Any], tokens: list[str]) -> 
     return None
 
 
-def spaces(definition: dict[str, Any]) -> bool | None:
+def spaces(definition: Definition) -> bool | None:
     """Whether a space is put before each stretch of text; None where llama.cpp has no such treatment of spaces."""
-    found = (steps(definition["normalizer"], "normalizers"), steps(definition["pre_tokenizer"], "pretokenizers"))
-    return next((prefix for *known, prefix in SPACES if tuple(known) == found), None)
+    parts = (steps(definition["normalizer"], "normalizers"), steps(definition["pre_tokenizer"], "pretokenizers"))
+    return next((prefix for *known, prefix in SPACES if tuple(known) == parts), None)
 
 
-def reason_against_added(definition: dict[str, Any]) -> str | None:
-    """llama.cpp cuts a text at added tokens, the longest first, as they stand; tokenizers takes the leftmost first."""
+def reason_against_added(definition: Definition) -> str | None:
+    """llama.cpp cuts a text at added tokens, the longest first, as they are; tokenizers takes the leftmost first."""
     tokens = definition["added_tokens"]
     for token in tokens:
         content = token["content"]
         if token["lstrip"] or token["rstrip"] or token["single_word"]:
             return (
-                f"its added token {content!r} takes in spaces or wants a word of its own, which llama.cpp does not know"
+                f"its added token {content!r} takes in spaces or must be a word of its own, which llama.cpp does not "
+                "support"
             )
         plain = content.isascii() and definition["normalizer"] == {"type": "NFC"}
         if token["normalized"] and definition["normalizer"] is not None and not plain:
@@ -217,11 +225,11 @@ def reason_against_added(definition: dict[str, Any]) -> str | None:
     for content in contents:
         for start in range(1, len(content)):
             if starts[content[start:]] > content.startswith(content[start:]):
-                return f"its added token {content!r} ends as another begins, which llama.cpp settles in another way"
+                return f"its added token {content!r} ends as another begins, which llama.cpp resolves in another way"
     if len({token["normalized"] for token in tokens}) > 1 and any(
         one in other for one, other in permutations(contents, 2)
     ):
-        return "some of its added tokens hold others, which llama.cpp settles in another way"
+        return "some of its added tokens hold others, which llama.cpp resolves in another way"
     return None
 
 
@@ -247,7 +255,7 @@ def added_around(tokenizer: Tokenizer) -> tuple[list[int], list[int]] | None:
 def special_ids(folder: Path, tokenizer: Tokenizer, size: int) -> dict[str, int]:
     """By short name, below `size`: what tokenizer_config.json names, else the first id that config.json does."""
     settings, config = (optional_json(folder / name) for name in ("tokenizer_config.json", "config.json"))
-    found = {}
+    ids = {}
     for name in SPECIAL:
         token = settings.get(f"{name}_token")
         content = token.get("content") if isinstance(token, dict) else token
@@ -256,11 +264,11 @@ def special_ids(folder: Path, tokenizer: Tokenizer, size: int) -> dict[str, int]
             index = config.get(f"{name}_token_id")
             index = index[0] if isinstance(index, list) and index else index
         if isinstance(index, int) and 0 <= index < size:
-            found[name] = index
-    return found
+            ids[name] = index
+    return ids
 
 
-def token_list(definition: dict[str, Any], vocabulary: dict[str, int], size: int) -> tuple[list[str], list[int]]:
+def token_list(definition: Definition, vocabulary: dict[str, int], size: int) -> tuple[list[str], list[int]]:
     """The texts of `size` tokens and their types; ids without a token are of the type `UNUSED`."""
     from gguf import TokenType
 
@@ -278,13 +286,13 @@ def token_list(definition: dict[str, Any], vocabulary: dict[str, int], size: int
     return tokens, types
 
 
-def written_merges(model: dict[str, Any]) -> list[str]:
+def merges_of(model: Definition) -> list[str]:
     """Merges as llama.cpp reads them, two parts and a space between. One whose part holds a space is left out: bytes
     are written as letters here, a space as one too, so that it never applies."""
     return [f"{left} {right}" for left, right in model["merges"] if " " not in left + right]
 
 
-def scores_of(model: dict[str, Any], tokens: list[str]) -> list[float]:
+def scores_of(model: Definition, tokens: list[str]) -> list[float]:
     """Of each token: 0, -1 ... in the order of merges; floats of 32 bits hold these exactly below 2^24."""
     order = {token: place for place, token in enumerate(dict.fromkeys(left + right for left, right in model["merges"]))}
     return [float(-order.get(token, 0)) for token in tokens]
@@ -295,10 +303,10 @@ def chat_template(folder: Path) -> str | None:
     path = folder / "chat_template.jinja"
     if path.is_file():
         return path.read_text(encoding="utf-8")
-    found = optional_json(folder / "tokenizer_config.json").get("chat_template")
-    if isinstance(found, list):
-        return next((choice["template"] for choice in found if choice["name"] == "default"), None)
-    return found
+    template = optional_json(folder / "tokenizer_config.json").get("chat_template")
+    if isinstance(template, list):
+        return next((choice["template"] for choice in template if choice["name"] == "default"), None)
+    return template
 
 
 def check(path: Path, vocabulary: Vocabulary, folder: Path) -> None:
@@ -308,14 +316,14 @@ def check(path: Path, vocabulary: Vocabulary, folder: Path) -> None:
     """
     from tokenizers import normalizers
 
-    found, tokenizer = read_back(path), load_tokenizer(folder)
-    different = [name for name in Vocabulary._fields if getattr(found, name) != getattr(vocabulary, name)]
+    written, tokenizer = read_vocabulary(path), load_tokenizer(folder)
+    different = [name for name in Vocabulary._fields if getattr(written, name) != getattr(vocabulary, name)]
     if different:
         raise UserError(f"The tokenizer of {path.name} reads back with other {', '.join(different)}.")
     special = [token.content for token in tokenizer.get_added_tokens_decoder().values()]
     texts = [*SAMPLES, *(f"a {content} b{content}{content}7" for content in special)]
     if isinstance(tokenizer.normalizer, normalizers.NFC):
         texts = [normalize("NFC", text) for text in texts]
-    for text, tokens in zip(texts, tokenize(found, texts), strict=True):
+    for text, tokens in zip(texts, tokenize(written, texts), strict=True):
         if tokens != tokenizer.encode(text).ids:
             raise UserError(f"The tokenizer of {path.name} gives other tokens than the node's for {text!r}.")

@@ -1,15 +1,17 @@
-"""What a GGUF file says of a tokenizer: writing it, reading it back, and the tokens that llama.cpp makes of a text."""
+"""The tokenizer in a GGUF file: writing it, reading it back, and llama.cpp's tokens of a text."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
+
+Definition = Mapping[str, Any]  # of a tokenizer or one of its parts, as tokenizer.json has it
 
 SPECIAL = ("bos", "eos", "unk", "pad")
 SPACE = "▁"
@@ -22,26 +24,26 @@ LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
-def isolated(pattern: str) -> dict[str, Any]:
+def split_step(pattern: str) -> Definition:
     """A step that cuts every match out."""
     return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
 
 
 # Steps of the pre-tokenizer, and whether a piece that is a token stays whole, under the name that has llama.cpp do so
 # (src/llama-vocab.cpp). Names whose pattern only comes near their tokenizer's there, such as tekken, are left out.
-FAMILIES: dict[str, tuple[list[dict[str, Any]], bool]] = {
+FAMILIES: dict[str, tuple[list[Definition], bool]] = {
     "gpt-2": ([WORDS], False),
     "smollm": ([DIGITS, WORDS], False),
-    "qwen2": ([isolated(LETTERS + r"\p{N}" + REST), WHOLE], False),
-    "llama-bpe": ([isolated(LETTERS + r"\p{N}{1,3}" + REST), WHOLE], True),
-    "smaug-bpe": ([isolated(LETTERS + r"\p{N}{1,3}" + REST), WHOLE], False),
+    "qwen2": ([split_step(LETTERS + r"\p{N}" + REST), WHOLE], False),
+    "llama-bpe": ([split_step(LETTERS + r"\p{N}{1,3}" + REST), WHOLE], True),
+    "smaug-bpe": ([split_step(LETTERS + r"\p{N}{1,3}" + REST), WHOLE], False),
 }
 
 
 class Vocabulary(NamedTuple):
-    """What the file says of the tokenizer. tokens, types: one for each row of the model's embedding; ids, adds: of the
-    special tokens, and whether a text gets them, by short name; merges are there for `gpt2`, scores and prefix (whether
-    a space is put before each stretch of text) for `llama`."""
+    """The file's tokenizer. tokens, types: one for each row of the model's embedding; ids, adds: of the
+    special tokens, and whether a text gets them, by short name. merges belong to `gpt2`; scores and prefix (whether a
+    space is put before each stretch of text) belong to `llama`."""
 
     model: str
     pre: str
@@ -56,7 +58,7 @@ class Vocabulary(NamedTuple):
 
 
 def write(writer: GGUFWriter, vocabulary: Vocabulary | None) -> None:
-    """Under the names that llama.cpp reads; None says that there is no tokenizer."""
+    """Under the names that llama.cpp reads; None: without a tokenizer."""
     if vocabulary is None:
         writer.add_tokenizer_model("none")
         return
@@ -77,7 +79,7 @@ def write(writer: GGUFWriter, vocabulary: Vocabulary | None) -> None:
         writer.add_chat_template(vocabulary.template)
 
 
-def read_back(path: Path) -> Vocabulary:
+def read_vocabulary(path: Path) -> Vocabulary:
     """The vocabulary that a GGUF file holds."""
     from gguf import GGUFReader, Keys
 
@@ -145,7 +147,7 @@ def by_rank(vocabulary: Vocabulary) -> Callable[[str], list[int]]:
         "added_tokens": [],
         "pre_tokenizer": {
             "type": "Sequence",
-            "pretokenizers": [step | {"trim_offsets": False} if step in (WORDS, WHOLE) else step for step in pieces],
+            "pretokenizers": [{**step, "trim_offsets": False} if step in (WORDS, WHOLE) else step for step in pieces],
         },
         "model": {
             "type": "BPE",

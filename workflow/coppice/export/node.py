@@ -1,7 +1,8 @@
-"""What the formats need to know of a node, and what each of them answers."""
+"""The input of the export formats, and the result of each."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -25,7 +26,7 @@ class Node:
 
     folder: Path
     manifest: Manifest
-    config: dict[str, Any]
+    config: Mapping[str, Any]
     entries: Entries
 
     @property
@@ -45,7 +46,7 @@ class Node:
 
 class Written(NamedTuple):
     """rounded: whether the export's reader multiplies by weights that were rounded to the stored type again, where the
-    node multiplies by what they stand for; notes: sentences for the user."""
+    node multiplies by their exact values; notes: sentences for the user."""
 
     rounded: bool
     notes: tuple[str, ...] = ()
@@ -59,7 +60,7 @@ def read_node(folder: Path) -> Node:
 
 
 def save_for_others(model: PreTrainedModel, node: Node, folder: Path) -> None:
-    """Writes a model that was made from a node as a checkpoint, without the two files that only Coppice reads."""
+    """Writes a model derived from a node as a checkpoint, without the two files that only Coppice reads."""
     provenance = Provenance(**{name: getattr(node.manifest, name) for name in Provenance.model_fields})
     save_checkpoint(model, folder, node.folder, provenance, node.dtype, node.manifest.dense, travels=False)
     for name in ("compression.json", "manifest.json"):

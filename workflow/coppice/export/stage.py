@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from coppice.errors import UserError
 from coppice.files import atomic_directory, read_json, write_json
 from coppice.formatting import number
+from coppice.records.base import Json
 from coppice.records.layout import ResultsLayout
 from coppice.results.lookup import complete_node
 
@@ -70,10 +71,10 @@ def source_folder(node: str | None, results: Path | None, model: Path | None) ->
 
 
 def export(folder: Path, to: str, output: Path, tolerance: float | None = None) -> Difference:
-    """Writes the checkpoint of `folder` as `to`, one of `FORMATS`, and prints how near its logits are.
+    """Writes the checkpoint of `folder` as `to`, one of `FORMATS`, and prints how close its logits are.
 
     tolerance: the largest difference of log-probabilities [nats], the only test then; None for those of `check`.
-    Raises UserError, and leaves nothing behind, when the node has no such form, the folder to write holds something
+    Raises UserError, and writes nothing, when the node has no such form, the folder to write holds something
     else, the format's own reader cannot read the export, or it gives other logits.
     """
     from coppice.export import check
@@ -86,49 +87,50 @@ def export(folder: Path, to: str, output: Path, tolerance: float | None = None) 
     if reason is not None:
         raise UserError(f"The node {node.name!r} cannot go to {to}, because {reason}.")
     refuse_other_files(output, to)
-    with removed_when_it_fails(output), atomic_directory(output, last=RECORD) as temporary:
+    with remove_on_failure(output), atomic_directory(output, last=RECORD) as temporary:
         inputs, ours = check.of_node(folder)
         written = form.write(node, temporary)
-        found = check.difference(ours, check.log_probabilities(read_back(form, temporary), inputs))
+        difference = check.compute_difference(ours, check.log_probabilities(load_with_reader(form, temporary), inputs))
         limit = check.tolerance(written.rounded, node.dtype)
         if tolerance is not None:
             limit = check.Tolerance(tolerance, math.inf)
-        if not check.within(found, limit):
+        if not check.within(difference, limit):
             raise UserError(
-                f"The export of {node.name!r} to {to} gives other logits than the node: {described(found, limit)}. "
-                "Nothing was written; pass a wider --tolerance if that is near enough."
+                f"The export of {node.name!r} to {to} gives other logits than the node: "
+                f"{describe_difference(difference, limit)}. Nothing was written; pass a wider --tolerance if "
+                "that is close enough."
             )
-        write_json(temporary / RECORD, record(node.manifest, to, form.READER, found, limit))
+        write_json(temporary / RECORD, record(node.manifest, to, form.READER, difference, limit))
     print(
-        f"{output}: {node.name} as {to}, read back by {form.READER}. Over {found.tokens} tokens, "
-        f"{described(found, limit)}."
+        f"{output}: {node.name} as {to}, read back by {form.READER}. Over {difference.tokens} tokens, "
+        f"{describe_difference(difference, limit)}."
     )
     for note in written.notes:
         print(note)
-    return found
+    return difference
 
 
-def described(found: Difference, limit: Tolerance) -> str:
+def describe_difference(difference: Difference, limit: Tolerance) -> str:
     """A difference and its tolerance in words."""
-    words = f"log-probabilities differ by up to {number(found.largest)} nats (tolerance {limit.largest:g})"
-    words += f", and the divergence is {number(found.divergence)} nats a token"
+    words = f"log-probabilities differ by up to {number(difference.largest)} nats (tolerance {limit.largest:g})"
+    words += f", and the divergence is {number(difference.divergence)} nats a token"
     return words if limit.divergence == math.inf else f"{words} (tolerance {limit.divergence:g})"
 
 
-def record(manifest: Manifest, to: str, reader: str, found: Difference, limit: Tolerance) -> dict[str, Any]:
-    """What `export.json` says: what was exported, and how it was checked."""
+def record(manifest: Manifest, to: str, reader: str, difference: Difference, limit: Tolerance) -> Json:
+    """The content of `export.json`: what was exported, and how it was checked."""
     return {
         "format": to,
         "node": manifest.node,
         "fingerprint": manifest.fingerprint,
         "read_back_by": reader,
-        "difference": asdict(found),
+        "difference": asdict(difference),
         "tolerance": {name: value for name, value in asdict(limit).items() if value != math.inf},
-        "versions": manifest.versions,
+        "versions": dict(manifest.versions),
     }
 
 
-def read_back(form: Any, folder: Path) -> PreTrainedModel:
+def load_with_reader(form: Any, folder: Path) -> PreTrainedModel:
     """The model that the format's own reader makes of an export. Raises UserError with its reason when it cannot."""
     from transformers.utils import logging
 
@@ -155,12 +157,12 @@ def refuse_other_files(output: Path, to: str) -> None:
 
 
 @contextmanager
-def removed_when_it_fails(output: Path) -> Iterator[None]:
+def remove_on_failure(output: Path) -> Iterator[None]:
     """Removes the folder after an error, if it was not there before."""
-    there = output.exists()
+    existed = output.exists()
     try:
         yield
     except BaseException:
-        if not there and output.exists():
+        if not existed and output.exists():
             output.rmdir()
         raise

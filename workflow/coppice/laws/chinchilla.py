@@ -21,7 +21,7 @@ import numpy as np
 from pydantic import Field
 
 from coppice.formatting import human_count, join_words, number
-from coppice.laws.contracts import Advice, Law, Source, Tables
+from coppice.laws.contracts import Advice, Law, Recommendation, Source, Tables
 from coppice.laws.engine.forms import Form, Objective, Parameter, Parameters, Reduction, without
 from coppice.laws.engine.held_out import HoldOut, largest, later_tokens, leave_one_out
 from coppice.laws.engine.inference import sample_interval
@@ -31,8 +31,9 @@ from coppice.laws.options import Huber, Residuals
 from coppice.laws.points.recoveries import CURVES, RecoveryOptions, join_recoveries
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
+Ends = tuple[float, float] | tuple[None, None]  # of an interval
 
 SOURCE: Source = {
     "title": "Chinchilla Scaling: A Replication Attempt",
@@ -144,7 +145,7 @@ def _reduce_without_irreducible_loss(points: Points) -> Reduction:
     return fixed | ({"beta": 0.0} if one_count else {}), []
 
 
-def _tied(parameters: Parameters, points: Points) -> np.ndarray:
+def _predict_tied(parameters: Parameters, points: Points) -> np.ndarray:
     """E + A / N^alpha + B / D^alpha."""
     return predict(parameters | {"beta": parameters["alpha"]}, points)
 
@@ -158,7 +159,7 @@ def _reduce_tied(points: Points) -> Reduction:
 # Comparators of ours: enough parameters and tokens remove all loss; size and tokens have one exponent.
 RIVALS = {
     "without_irreducible_loss": replace(without(FORM, "E"), reduce=_reduce_without_irreducible_loss),
-    "one_exponent": replace(without(FORM, "beta"), predict=_tied, reduce=_reduce_tied),
+    "one_exponent": replace(without(FORM, "beta"), predict=_predict_tied, reduce=_reduce_tied),
 }
 
 HELD_OUT: dict[str, HoldOut] = {
@@ -183,7 +184,7 @@ scales = partial(powers_of_a_thousand, names=("parameters", "tokens"))
 # Compute
 
 
-def compute_optimal(parameters: Parameters, compute: Any) -> tuple[Any, Any]:
+def compute_optimal(parameters: Parameters, compute: float | np.ndarray) -> tuple[Any, Any]:
     """N* and D* that minimise L where 6 N D = C; all in one unit of N and one of D, and C in six times their product.
 
     N* = G (C / 6)^(beta / (alpha + beta)) and D* = C / (6 N*), with G = (alpha A / (beta B))^(1 / (alpha + beta)).
@@ -203,16 +204,17 @@ def recommend(fit: Fit, samples: Parameters, points: Points, scales: dict[str, f
     if lost:
         return [], [f"No compute-optimal size is recommended, since the points do not identify {join_words(lost)}."]
     in_units = compute / (scales["parameters"] * scales["tokens"])
-    entry: dict[str, Any] = {"compute": compute}
-    optimum, drawn = _optimum(fit.parameters, in_units, scales), _optimum(samples, in_units, scales)
+    optimum = {name: float(value) for name, value in _optimum(fit.parameters, in_units, scales).items()}
+    ends = {name: sample_interval(values) for name, values in _optimum(samples, in_units, scales).items()}
+    note = _range_note(optimum, points, scales)
+    entry: Recommendation = {"compute": compute}
     for name, value in optimum.items():
-        low, high = sample_interval(drawn[name])
-        entry |= {name: float(value), f"{name}_low": low, f"{name}_high": high}
-    entry["note"] = _range_note(entry, points, scales)
-    return [entry | {"sentence": _sentence(entry)}], []
+        low, high = ends[name]
+        entry |= {name: value, f"{name}_low": low, f"{name}_high": high}
+    return [entry | {"note": note, "sentence": _sentence(compute, optimum, ends, note)}], []
 
 
-def _optimum(parameters: Parameters, compute: float, scales: dict[str, float]) -> dict[str, Any]:
+def _optimum(parameters: Parameters, compute: float, scales: dict[str, float]) -> dict[str, np.ndarray]:
     """N*, D*, their ratio and the loss there, in parameters, tokens and nats; `parameters` and `compute` in units."""
     size, tokens = compute_optimal(parameters, compute)
     return {
@@ -223,30 +225,37 @@ def _optimum(parameters: Parameters, compute: float, scales: dict[str, float]) -
     }
 
 
-def _range_note(entry: dict[str, Any], points: Points, scales: dict[str, float]) -> str | None:
+def _range_note(optimum: Mapping[str, float], points: Points, scales: dict[str, float]) -> str | None:
     """A sentence where the recommended size or tokens lie outside those measured."""
     outside = [
         name
         for name in ("parameters", "tokens")
-        if not points[name].min() <= entry[name] / scales[name] <= points[name].max()
+        if not points[name].min() <= optimum[name] / scales[name] <= points[name].max()
     ]
     return f"Its {' and '.join(outside)} lie outside those measured: an extrapolation." if outside else None
 
 
-def _sentence(entry: dict[str, Any]) -> str:
-    size, tokens = (_with_interval(entry, name, human_count) for name in ("parameters", "tokens"))
-    ratio = _with_interval(entry, "tokens_per_parameter", number)
-    note = f" {entry['note']}" if entry["note"] else ""
+def _sentence(compute: float, optimum: Mapping[str, float], ends: Mapping[str, Ends], note: str | None) -> str:
+    names: dict[str, Callable[[float], str]] = {
+        "parameters": human_count,
+        "tokens": human_count,
+        "tokens_per_parameter": number,
+    }
+    size, tokens, ratio = (
+        _format_with_interval(optimum[name], ends[name], format_value) for name, format_value in names.items()
+    )
     return (
-        f"For {entry['compute']:.3g} floating-point operations the loss is least, {number(entry['loss'], 4)} nats per "
-        f"token, with {size} parameters trained on {tokens} tokens, {ratio} tokens per parameter.{note}"
+        f"For {compute:.3g} floating-point operations the loss is least, {number(optimum['loss'], 4)} nats per "
+        f"token, with {size} parameters trained on {tokens} tokens, {ratio} tokens per parameter."
+        f"{f' {note}' if note else ''}"
     )
 
 
-def _with_interval(entry: dict[str, Any], name: str, written: Callable[[float], str]) -> str:
-    low, high = entry[f"{name}_low"], entry[f"{name}_high"]
-    interval = "" if low is None else f" ({written(low)} to {written(high)})"
-    return f"{written(entry[name])}{interval}"
+def _format_with_interval(value: float, ends: Ends, format_value: Callable[[float], str]) -> str:
+    low, high = ends
+    if low is None or high is None:
+        return format_value(value)
+    return f"{format_value(value)} ({format_value(low)} to {format_value(high)})"
 
 
 LAW = Law(

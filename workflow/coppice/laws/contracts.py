@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 Tables = Mapping[str, "pd.DataFrame"]  # the columns that a law needs of each table, by the table's name
 Recommendation = dict[str, Any]  # `sentence`, and the numbers behind it
-Advice = tuple[list[Recommendation], list[str]]  # recommendations, and sentences on why there are none
+Advice = tuple[list[Recommendation], list[str]]  # recommendations, and sentences on why none are given
 Options = Any  # a law's own type of options: a subclass of LawOptions
 
 
@@ -33,7 +33,7 @@ class Source(TypedDict):
 
 
 class LawReport(TypedDict):
-    """What a fit found, as fit.json has it; of a law with a `report` of its own with `details`, perhaps `predicted`."""
+    """The outcome of a fit, as fit.json has it; with a law's own `report` also `details`, perhaps `predicted`."""
 
     parameters: Mapping[str, Any]
     metrics: dict[str, float | None]
@@ -47,7 +47,7 @@ class LawReport(TypedDict):
     notes: list[str]
     converged: bool
     starts_within_tolerance: NotRequired[int]
-    details: NotRequired[dict[str, Any]]
+    details: NotRequired[Mapping[str, object]]
     predicted: NotRequired[np.ndarray]
 
 
@@ -68,15 +68,15 @@ class Law:
     """A law, as its file defines it: `LAW = Law(...)`.
 
     source: title, arxiv, equation; units: of each number among the columns; columns: of the points, with their types,
-    `run` (str: what the bootstrap draws) among them; needs: the columns that it reads of each table; points_are: a
-    sentence that says which rows of a study are points; options: its type of options; points(tables, options) finds
+    `run` (str: what the bootstrap draws) among them. needs: the columns that it reads of each table; points_are: a
+    sentence that names the rows of a study that are points; options: its type of options; points(tables, options) finds
     them. axis: the column on the horizontal axis of the figure, and its label. base: the column that holds what the
     target starts from, such as the dense model's loss, where there is one.
 
-    A parametric law has a `form`, and may have rival forms, held-out tests, scales (column -> the unit that it is
-    divided by before the fit), notes on the points (sentences), and recommendations (entries and sentences) from
-    (fit, samples [k, 1] of the parameters, points in scaled units, scales, options). A law that is not a single formula
-    has `report(points, options)` instead, which gives the content of fit.json.
+    A parametric law has a `form`, and may have rival forms, held-out tests, and scales (column -> the unit that it is
+    divided by before the fit). It may have notes on the points (sentences), and recommendations (entries and
+    sentences) from (fit, samples [k, 1] of the parameters, points in scaled units, scales, options). A law that is not
+    a single formula has `report(points, options)` instead, which gives the content of fit.json.
     """
 
     source: Source

@@ -8,7 +8,7 @@ factor of two. It prints no formula for what lies between; this one is ours:
     K = (K_max^-s + (R N)^-s)^(-1/s) e^-delta,    delta = c (K_max / N)^p e^(-b / gamma)
 
 K: bits that a node holds; K_max: bits of its world; N: parameters; b: stored bits per weight of the blocks' linears,
-which is what quantization lowers; R: bits of knowledge a parameter; s: how sharp the bend is from one limit to the
+which is what quantization lowers. R: bits of knowledge a parameter; s: how sharp the bend is from one limit to the
 other. delta is the damage that rounding does: it falls with the bits as the degradation of Scaling Laws for Precision
 (arXiv 2411.04330) does, and grows with the bits that a parameter has to hold. Where the damage is as the variance of
 rounding, 4^-b, gamma is 1 / ln 4 = 0.72. What is fitted is the share K / K_max, in which nodes that hold nothing count
@@ -32,7 +32,7 @@ from coppice.laws.engine.points import Points, is_single
 from coppice.laws.engine.search import Fit
 from coppice.laws.options import LawOptions
 from coppice.laws.points.quality import LOW_BIT_COMPUTE, METRICS, join_quality, list_steps, parent, step_options, traits
-from coppice.laws.precision import retained
+from coppice.laws.precision import retention
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -147,7 +147,7 @@ def _capacity_by_bits(parameters: Parameters, points: Points) -> np.ndarray:
     So arXiv 2411.04330 has it of models that are trained at b bits; here they are rounded after training.
     """
     s = parameters["s"]
-    held = capacity(parameters, points) * retained(points["bits"], parameters["gamma"])
+    held = capacity(parameters, points) * retention(points["bits"], parameters["gamma"])
     return (1 + (points["world"] / held) ** s) ** (-1 / s)
 
 
@@ -182,8 +182,8 @@ HELD_OUT: dict[str, HoldOut] = {
 def points(tables: Tables, options: Options) -> Points:
     """One row a node whose knowledge was measured.
 
-    knowledge [n]: K, bits, which is negative for a node that does worse than chance; world [n]: K_max; share [n] =
-    K / K_max, 0 for such a node, since what it could hold is not less than nothing; bits [n]: stored per weight of the
+    knowledge [n]: K, bits, which is negative for a node that does worse than chance. world [n]: K_max; share [n] =
+    K / K_max, 0 for such a node, since what it could hold is not less than nothing. bits [n]: stored per weight of the
     blocks' linears, scales and zero points included; width [n]: the bits requested of the quantization, 0 for a
     dense model. A run is a model: its nodes share their training. Without a measurement of knowledge there is no row.
     """
@@ -231,7 +231,7 @@ def _width(nodes: pd.DataFrame, node: str) -> float:
     return float(bits) if isinstance(bits, int) else 0.0
 
 
-# What the points say by themselves
+# What the points show without a law
 
 
 def notes(points: Points) -> list[str]:
@@ -270,25 +270,25 @@ def _finding(points: Points, width: int) -> list[str]:
     sentences = []
     for method in np.unique(points["method"][points["width"] == width]):
         rows = np.flatnonzero((points["method"] == method) & (points["width"] == width))
-        kept = {
+        shares = {
             str(points["node"][row]): points["knowledge"][row] / dense[points["run"][row]]
             for row in rows
             if points["run"][row] in dense
         }
-        if kept:
-            sentences.append(_finding_sentence(str(method), width, kept))
+        if shares:
+            sentences.append(_finding_sentence(str(method), width, shares))
     return sentences
 
 
-def _finding_sentence(method: str, width: int, kept: dict[str, float]) -> str:
-    shares = join_words([f"{share:.1%} ({node})" for node, share in kept.items()])
+def _finding_sentence(method: str, width: int, shares: dict[str, float]) -> str:
+    text = join_words([f"{share:.1%} ({node})" for node, share in shares.items()])
     if width == 8:
-        paper, agree = "8 bits change next to nothing", sum(share >= NEGLIGIBLE for share in kept.values())
+        paper, agree = "8 bits change next to nothing", sum(share >= NEGLIGIBLE for share in shares.values())
     else:
-        paper, agree = "4 bits lose more than a factor of two", sum(share < HALF for share in kept.values())
+        paper, agree = "4 bits lose more than a factor of two", sum(share < HALF for share in shares.values())
     return (
-        f"{method} at {width} bits keeps {shares} of the dense model's knowledge. The paper reports of GPTQ that "
-        f"{paper}: so it is for {agree} of {len(kept)} nodes here."
+        f"{method} at {width} bits keeps {text} of the dense model's knowledge. The paper reports of GPTQ that "
+        f"{paper}: so it is for {agree} of {len(shares)} nodes here."
     )
 
 

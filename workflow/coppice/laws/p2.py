@@ -13,13 +13,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from pydantic import Field
 
 from coppice.formatting import human_count
-from coppice.laws.contracts import Advice, Law, Source, Tables
+from coppice.laws.contracts import Advice, Law, Recommendation, Source, Tables
 from coppice.laws.engine.forms import Form, Parameter, Parameters, Reduction, without
 from coppice.laws.engine.held_out import HoldOut, highest_of_each, largest, later_tokens
 from coppice.laws.engine.points import Points, is_single, points_from, powers_of_a_thousand
@@ -163,12 +163,12 @@ def points(tables: Tables, options: Options) -> Points:
     dense_parameters and tokens are numbers of parameters and tokens, not yet in units.
     """
     rows = join_recoveries(tables, options)
-    rows["rho"] = _removed(rows) if options.ratio == "rho_linears" else rows[f"parent.{options.ratio}"]
+    rows["rho"] = _removed_part(rows) if options.ratio == "rho_linears" else rows[f"parent.{options.ratio}"]
     rows["dense_parameters"] = rows["dense.parameters"]
     return points_from(rows[rows["rho"] > 0], COLUMNS)
 
 
-def _removed(rows: pd.DataFrame) -> pd.Series:
+def _removed_part(rows: pd.DataFrame) -> pd.Series:
     """Part of the weights of the blocks' linears that the parent lost: gone, or zeros of a mask."""
     zeros = rows["parent.parameters"] - rows["parent.nonzero_parameters"]
     return 1 - (rows["parent.linear_parameters"] - zeros) / rows["dense.linear_parameters"]
@@ -227,7 +227,7 @@ def recommend(fit: Fit, samples: Parameters, points: Points, scales: dict[str, f
     return [entry | {"sentence": _sentence(entry, bool(len(drawn)))} for entry in entries], []
 
 
-def _sentence(entry: dict[str, Any], drawn: bool) -> str:
+def _sentence(entry: Recommendation, drawn: bool) -> str:
     """A recommended number of recovery tokens, with its interval and its caveat."""
     between = f" [{human_count(entry['low'])}, {human_count(entry['high'])}]" if drawn else ""
     sentence = (

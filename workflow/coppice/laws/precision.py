@@ -110,7 +110,7 @@ def reduce(points: Points) -> Reduction:
 
 
 def _why_without_tokens(points: Points) -> str | None:
-    """The sentence that says why D has no part, or None where it has one."""
+    """The reason why D has no part, as a sentence; None where it has one."""
     tokens = points["tokens"]
     if is_single(tokens):
         return (
@@ -163,7 +163,7 @@ def points(tables: Tables, options: Options) -> Points:
     points included, so that 4 bits in groups with their own scales count as more than 4. `parameters` [n] are all of
     the dense model's; `tokens` [n] those of its pretraining, 1 for all where the options do not name every model's;
     `degradation` [n] is the node's loss less the dense root's in the same measurement, in nats per token, which noise
-    can take below zero; not a number where the root was not measured.
+    can take below zero. It is not a number where the root was not measured.
     """
     measured = join_quality(tables, options.evaluation, options.metric, None)
     losses = measured.set_index("node")["value"]
@@ -216,11 +216,11 @@ def effective_parameters(parameters: Parameters, points: Points) -> np.ndarray:
     """N_eff [n], or [k, n] with parameters [k, 1], in the unit of N; the bits [n] are the columns of PRECISIONS."""
     effective = points["parameters"]
     for name, column in PRECISIONS.items():
-        effective = effective * retained(points[column], parameters[name])
+        effective = effective * retention(points[column], parameters[name])
     return effective
 
 
-def retained(bits: Any, gamma: Any) -> Any:
+def retention(bits: Any, gamma: Any) -> Any:
     """1 - e^(-P / gamma): the part of the parameters that P `bits` leave in effect, for one kind of tensor."""
     return 1 - np.exp(-bits / gamma)
 
@@ -259,7 +259,7 @@ def optimal_training_bits(gamma: float) -> float:
     N_eff D = (N D P) (1 - e^-u)^3 / (gamma u) with u = P / gamma, so that 3 u e^-u = 1 - e^-u whatever the compute:
     u = -1/3 - W(-e^(-1/3) / 3), W the lower branch of Lambert's function, near 1.9038.
     """
-    # scipy is slow to import, and reading a study asks a law for its options.
+    # scipy is slow to import, and reading a study reads a law's options.
     from scipy.special import lambertw
 
     return float(-1 / 3 - lambertw(-np.exp(-1 / 3) / 3, -1).real) * gamma

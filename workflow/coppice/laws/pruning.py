@@ -121,12 +121,12 @@ def points(tables: Tables, options: Options) -> Points:
     steps = {node: list_steps(nodes, node) for node in measured["node"]}
     methods = {node: "+".join(nodes.loc[steps[node], "method"]) for node in measured["node"]}
 
-    def chosen(node: str) -> bool:
+    def is_chosen(node: str) -> bool:
         pruned = options.nodes is not None or set(nodes.loc[steps[node], "family"]) == {"prune"}
         return pruned and matches(node, options.nodes) and options.method in (None, methods[node])
 
-    kept = np.array([bool(steps[node]) and chosen(node) for node in measured["node"]], bool)
-    rows = measured[kept & (measured[options.ratio] > 0).to_numpy()]
+    selected = np.array([bool(steps[node]) and is_chosen(node) for node in measured["node"]], bool)
+    rows = measured[selected & (measured[options.ratio] > 0).to_numpy()]
     method = [methods[node] for node in rows["node"]]
     return {
         "run": np.array([f"{model} {name}" for model, name in zip(rows["model"], method, strict=True)], str),

@@ -62,7 +62,7 @@ def _load(entry_point: EntryPoint) -> tuple[object, ModuleType]:
         return entry_point.load(), import_module(entry_point.module)
     except Exception as error:
         raise UserError(
-            f"Law {entry_point.name!r} ({entry_point.value}) cannot be loaded: {type(error).__name__}: {error}. Mend "
+            f"Law {entry_point.name!r} ({entry_point.value}) cannot be loaded: {type(error).__name__}: {error}. Repair "
             "or remove the package that provides it."
         ) from error
 

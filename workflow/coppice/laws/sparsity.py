@@ -5,8 +5,8 @@ Source: Frantar et al., Scaling Laws for Sparsely-Connected Foundation Models (a
     L(S, N, D) = (a_S (1 - S)^b_S + c_S) N^-b_N + (a_D / D)^b_D + c
 
 S: part of the weights that is zero; N: non-zero parameters; D: tokens trained on; L: loss in nats per token. The paper
-trains from random weights and prunes on the way; a study prunes a trained model and lets it recover, so that its D are
-the tokens of the recovery, and a_D and b_D say how fast a recovery is, not how fast learning is.
+trains from random weights and prunes on the way; a study prunes a trained model and lets it recover. Its D are then
+the tokens of the recovery, and a_D and b_D describe the speed of a recovery, not of learning.
 """
 
 from __future__ import annotations

@@ -9,16 +9,17 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import NotRequired, TypedDict
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import JsonValue
 
 from coppice.files import atomic_write
 from coppice.formatting import join_words, number
 from coppice.laws import registry
-from coppice.laws.contracts import Law, LawReport
+from coppice.laws.contracts import Law, LawReport, Source
 from coppice.laws.engine.forms import parameter_columns
 from coppice.laws.engine.held_out import HeldOutError, Rank, held_out_test
 from coppice.laws.engine.inference import (
@@ -34,6 +35,7 @@ from coppice.laws.engine.search import Fit, fit_form
 from coppice.laws.figure import draw, spread_along_axis
 from coppice.laws.options import LawOptions
 from coppice.laws.points.reading import read_points
+from coppice.records.base import Json
 from coppice.records.fit import FitRecord
 
 _MANY_RUNS = 10
@@ -48,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", required=True, type=Path, help="folder of the fit")
 
 
-def _mapping(text: str) -> dict[str, Any]:
+def _mapping(text: str) -> Json:
     try:
         options = json.loads(text)
     except json.JSONDecodeError as error:
@@ -62,9 +64,34 @@ def run(arguments: argparse.Namespace) -> None:
     fit_law(arguments.law, arguments.tables, arguments.options, arguments.output, arguments.threads)
 
 
+class Judgement(TypedDict):
+    """Whether a law may recommend anything, and the reasons why not, as sentences."""
+
+    ok: bool
+    reasons: list[str]
+
+
+class Unit(TypedDict):
+    """Unit of a column, and the number of it that is 1 in the fit (None where there are no points)."""
+
+    unit: str
+    scale: float | None
+
+
+class FitReport(LawReport):
+    """The content of fit.json. target: of a law with a form."""
+
+    law: str
+    source: Source
+    options: Json
+    units: dict[str, Unit]
+    target: NotRequired[str]
+    passes: NotRequired[Judgement]
+
+
 @dataclass(frozen=True)
 class _Outcome:
-    """What a fit found: the report, the predictions for the points [n], curves to draw, and the bootstrap's samples."""
+    """The outcome of a fit: the report, the predictions for the points [n], curves to draw, the bootstrap's samples."""
 
     report: LawReport
     predicted: np.ndarray
@@ -73,33 +100,33 @@ class _Outcome:
 
 
 def fit_law(
-    law_name: str, tables: Path | None, options: Mapping[str, Any], output: Path, threads: int = 1
-) -> dict[str, Any]:
+    law_name: str, tables: Path | None, options: Mapping[str, JsonValue], output: Path, threads: int = 1
+) -> FitReport:
     """Fits a law and writes points.parquet, samples.parquet, fit.svg and fit.json, each whole or not at all.
 
     tables: the folder of the study's tables; None where the option `file` names the points. Returns the content of
     fit.json. Raises UserError for a law, an option, a table or a column that does not exist, and for units that differ.
     """
     law = registry.load(law_name)
-    chosen = registry.validate_options(law_name, options)
-    points, notes = read_points(law, tables, chosen)
+    law_options = registry.validate_options(law_name, options)
+    points, notes = read_points(law, tables, law_options)
     if count(points) == 0:
         outcome = _report_nothing(law, law_name, points)
     elif law.report is not None:
-        outcome = _report_by_itself(law.report(points, chosen), points)
+        outcome = _report_by_itself(law.report(points, law_options), points)
     else:
-        outcome = _fit(law, law_name, points, chosen, threads)
-    report: dict[str, Any] = {
+        outcome = _fit(law, law_name, points, law_options, threads)
+    report: FitReport = {
         "law": law_name,
         "source": law.source,
-        "options": chosen.model_dump(),
+        "options": law_options.model_dump(),
         "units": _units(law, points),
         **outcome.report,
+        "notes": notes + outcome.report["notes"],
     }
     if law.form is not None:
         report["target"] = law.form.target
-    report["notes"] = notes + outcome.report["notes"]
-    report["passes"] = judge(law_name, outcome.report, chosen.tolerance)
+    report["passes"] = judge(law_name, outcome.report, law_options.tolerance)
     _write(law, law_name, report, points, outcome, Path(output))
     return report
 
@@ -172,13 +199,6 @@ def _divide(points: Points, scales: Mapping[str, float]) -> Points:
     return points | {name: points[name] / scale for name, scale in scales.items()}
 
 
-class Unit(TypedDict):
-    """Unit of a column, and the number of it that is 1 in the fit (None where there are no points)."""
-
-    unit: str
-    scale: float | None
-
-
 def _units(law: Law, points: Points) -> dict[str, Unit]:
     scales = law.scales(points) if count(points) else {}
     scale = 1.0 if count(points) else None
@@ -194,12 +214,12 @@ def _units(law: Law, points: Points) -> dict[str, Unit]:
 
 
 def _fit_notes(fit: Fit) -> list[str]:
-    """Sentences on what the fit cannot say."""
+    """Sentences on what the fit leaves open."""
     notes = []
     points, target = fit.problem.points, fit.problem.form.target
     runs = len(np.unique(points["run"]))
     if np.ptp(points[target]) == 0:
-        notes.append(f"All {count(points)} points have the same {target}, so there is nothing for the law to explain.")
+        notes.append(f"All {count(points)} points have the same {target}, so the law has nothing to explain.")
     if fit.unidentified:
         notes.append(
             f"The points do not identify {join_words(fit.unidentified)}: other values fit them equally well, so the "
@@ -217,7 +237,7 @@ def _fit_notes(fit: Fit) -> list[str]:
     elif runs < FEWEST_RUNS:
         notes.append(
             f"No interval is given: it comes from resampling runs, which needs at least {FEWEST_RUNS} runs, and "
-            f"there {'is' if runs == 1 else 'are'} {runs}."
+            f"the points have {runs}."
         )
     elif runs < _MANY_RUNS:
         notes.append(f"The intervals come from {runs} runs, and from so few they are narrower than they should be.")
@@ -232,13 +252,6 @@ def _held_out_notes(law_name: str, held_out: dict[str, dict[str, HeldOutError]])
         for test, errors in held_out.items()
         if errors[law_name].get("unidentified")
     ]
-
-
-class Judgement(TypedDict):
-    """Whether a law may recommend anything, and the sentences that say why not."""
-
-    ok: bool
-    reasons: list[str]
 
 
 def judge(law_name: str, report: LawReport, tolerance: float) -> Judgement:
@@ -272,7 +285,7 @@ def judge(law_name: str, report: LawReport, tolerance: float) -> Judgement:
 
 
 def _report_nothing(law: Law, law_name: str, points: Points) -> _Outcome:
-    """The outcome where there is no point to fit."""
+    """The outcome of a fit without points."""
     unknown: ParameterReport = {
         "value": None,
         "low": None,
@@ -303,7 +316,7 @@ def _report_nothing(law: Law, law_name: str, points: Points) -> _Outcome:
 # Output
 
 
-def _write(law: Law, law_name: str, report: dict[str, Any], points: Points, outcome: _Outcome, output: Path) -> None:
+def _write(law: Law, law_name: str, report: FitReport, points: Points, outcome: _Outcome, output: Path) -> None:
     types = [(name, pa.string() if kind is str else pa.float64()) for name, kind in law.columns.items()]
     columns = {name: points[name] for name in law.columns} | {"predicted": outcome.predicted}
     table = pa.table(columns, schema=pa.schema([*types, ("predicted", pa.float64())]))
@@ -312,5 +325,5 @@ def _write(law: Law, law_name: str, report: dict[str, Any], points: Points, outc
             pq.write_table(content, path)
     with atomic_write(output / "fit.svg") as path:
         draw(law, law_name, points, outcome.curves, path)
-    # Last, since whoever finds fit.json should find the others with it.
+    # Last, so that the other files exist wherever fit.json does.
     FitRecord.model_validate(report).write(output / "fit.json")

@@ -24,6 +24,7 @@ from coppice.records.layout import TABLES, ResultsLayout
 from coppice.records.node_name import NodeName
 from coppice.study import tree
 from coppice.study.schema import FileText, HubModel, Study
+from coppice.study.schema.evaluations import protocols
 
 LAYOUT = ResultsLayout(Path())
 RUNS_MODELS = ("calibrate", "compress", "recover", "evaluate")
@@ -37,11 +38,11 @@ REPORT_FILES = ("index.html", "frontier.svg", "curves.svg", "layers.svg")
 class Job:
     """A job of the workflow.
 
-    name: as its log and benchmark are named. outputs: the first is the one that says that the job is done. inputs:
+    name: as its log and benchmark are named. outputs: the job is done when the first exists. inputs:
     outputs of other jobs, by the name that the rule gives them. files: what it reads outside the results. sources:
     source files of the package on which its result rests. model: the node whose weights it loads, or None. kind: which
     of the stage's jobs are alike. parameters: what its command is given, by the option's name. options: as
-    `planning.resources` reads them. gpus: how many it asks for where there are any. alone: it takes the whole machine.
+    `planning.resources` reads them. gpus: how many it requests where GPUs exist. alone: it takes the whole machine.
     """
 
     stage: str
@@ -78,34 +79,34 @@ class Job:
 
 
 class JobGraph:
-    """The jobs of a study, each built once it is asked for, and all of them in an order in which they can run."""
+    """The jobs of a study, each built when it is first requested, and all of them in an order in which they can run."""
 
     def __init__(self, study: Study) -> None:
         self.study = study
         self.nodes = tree.nodes(study)
         self.uses = tree.token_uses(study)
-        self._named: dict[tuple[str, ...], Job] = {}
+        self._by_key: dict[tuple[str, ...], Job] = {}
 
     @cached_property
     def jobs(self) -> list[Job]:
         """Every job of the target `all`; what a job reads comes before it."""
         nodes = [self.node(name) for name in self.nodes]
-        evaluations = [self.evaluation(node, name) for node, name in self.measured]
+        evaluations = [self.evaluation(node, name) for node, name in self.measurements]
         leaves = [*nodes, *evaluations]
         read = {path for job in leaves for path in job.after}
         statistics = [job for job in self._statistics() if job.output in read]
         read |= {path for job in statistics for path in job.after}
         tokens = [job for job in self._tokens() if job.output in read]
         roots = [job for job in nodes if job.stage == "root"]
-        made = [job for job in nodes if job.stage != "root"]
+        downstream = [job for job in nodes if job.stage != "root"]
         fits = [self.fit(law) for law in self.study.laws]
-        # Statistics of a node come after the node, and before what is made from it.
-        placed = sorted([*statistics, *made], key=_depth)
+        # Statistics of a node come after the node and before its children.
+        placed = sorted([*statistics, *downstream], key=_depth)
         gather = [self.tables, *fits, self.report, self.track]
         return [self.effective_study, *roots, *tokens, *placed, *evaluations, *gather]
 
     @cached_property
-    def measured(self) -> list[tuple[str, str]]:
+    def measurements(self) -> list[tuple[str, str]]:
         """(node, evaluation) of every measurement."""
         return [(node, name) for node in self.nodes for name in tree.evaluations(self.study, node)]
 
@@ -115,7 +116,7 @@ class JobGraph:
 
     @cached_property
     def metrics(self) -> tuple[str, ...]:
-        return tuple(str(LAYOUT.metrics(node, evaluation)) for node, evaluation in self.measured)
+        return tuple(str(LAYOUT.metrics(node, evaluation)) for node, evaluation in self.measurements)
 
     @cached_property
     def token_sets(self) -> tuple[str, ...]:
@@ -139,12 +140,12 @@ class JobGraph:
         """The study after defaults, as YAML."""
         return Job("study", "study", (str(LAYOUT.study),))
 
-    def named(self, **wildcards: str) -> Job:
+    def job(self, **wildcards: str) -> Job:
         """The job by the wildcards of its output in the rules. Raises UserError for a node that is not the study's."""
         key = tuple(wildcards.values())
-        if key not in self._named:
-            self._named[key] = self._by_wildcards(wildcards)
-        return self._named[key]
+        if key not in self._by_key:
+            self._by_key[key] = self._by_wildcards(wildcards)
+        return self._by_key[key]
 
     def _by_wildcards(self, wildcards: Mapping[str, str]) -> Job:
         match wildcards:
@@ -161,7 +162,7 @@ class JobGraph:
         return self.node(wildcards["model"])
 
     def node(self, name: str) -> Job:
-        """The job that makes a node. Raises UserError for a name that is not a node of the study."""
+        """The job that computes a node. Raises UserError for a name that is not a node of the study."""
         if name not in self.nodes:
             raise UserError(f"{name} is not a node of the study {self.study.study}; `coppice study` prints its tree.")
         node = self.nodes[name]
@@ -220,11 +221,10 @@ class JobGraph:
             gpus=1,
         )
 
-    def _compression(self, node: tree.Node) -> Job:
+    def _compression(self, node: tree.StepNode) -> Job:
         step, method = self.study.steps[node.step], tree.method_of(self.study, node.step)
         calibration = tree.calibration(self.study, node.step)
         kinds = tree.kinds(self.study, node.step)
-        windows = tree.reads_windows(step)
         reference = tree.reference(self.study, node.parent) if method.family == "compensate" else None
         return Job(
             "compress",
@@ -232,8 +232,10 @@ class JobGraph:
             (str(LAYOUT.manifest(node.name)),),
             {
                 "parent": (str(LAYOUT.manifest(node.parent)),),
-                "statistics": tuple(str(LAYOUT.statistics(node.parent, calibration, kind)) for kind in kinds),
-                "tokens": (_tokens(node.model, f"calibration.{calibration}"),) if windows else (),
+                "statistics": tuple(
+                    str(LAYOUT.statistics(node.parent, calibration, kind)) for kind in kinds if calibration
+                ),
+                "tokens": (_tokens(node.model, f"calibration.{calibration}"),) if tree.reads_windows(step) else (),
                 "reference": (str(LAYOUT.manifest(reference)),) if reference else (),
             },
             sources=tuple(method.files),
@@ -244,10 +246,10 @@ class JobGraph:
             gpus=1,
         )
 
-    def _recovery(self, node: tree.Node) -> Job:
-        step, method = self.study.steps[node.step], tree.method_of(self.study, node.step)
-        # A method that says itself how many tokens it trains on may train on more.
-        most = inf if method.training.tokens else step.options.tokens
+    def _recovery(self, node: tree.StepNode) -> Job:
+        method, options = tree.method_of(self.study, node.step), tree.training_options(self.study, node.step)
+        # A method that computes how many tokens it trains on may train on more.
+        most = inf if method.training.tokens else options.tokens
         return Job(
             "recover",
             node.name,
@@ -260,17 +262,17 @@ class JobGraph:
             },
             sources=tuple(method.files),
             model=node.parent,
-            kind=step.method,
+            kind=method.name,
             parameters={
                 "step": self._step(node, method),
                 "seed": node.seed,
                 "budgets": [budget for budget in sorted(set(self.study.budgets)) if budget <= most],
             },
-            options={**step.options.model_dump(mode="json"), "resources": method.resources, "kinds": []},
-            gpus=step.options.gpus,
+            options={**options.model_dump(mode="json"), "resources": method.resources, "kinds": []},
+            gpus=options.gpus,
         )
 
-    def _step(self, node: tree.Node, method: Method) -> str:
+    def _step(self, node: tree.StepNode, method: Method) -> str:
         """The step as its command takes it. On how many GPUs it runs changes nothing of the node."""
         options = self.study.steps[node.step].options.model_dump(mode="json", exclude={"gpus"})
         return json.dumps({"name": node.step, "method": method.name, "options": options})
@@ -281,7 +283,7 @@ class JobGraph:
         inputs = {"model": (str(LAYOUT.manifest(node)),), "tokens": self._protocol_tokens(node, evaluation)}
         if body.kind == "connectivity":
             inputs["other"] = (str(LAYOUT.manifest(NodeName(node).with_study_seed)),)
-        lengths = [protocol.length for protocol in tree.protocols(body).values()]
+        lengths = [protocol.length for protocol in protocols(body).values()]
         return Job(
             "evaluate",
             f"{node}/{evaluation}",
@@ -291,7 +293,7 @@ class JobGraph:
             kind=evaluation,
             parameters={
                 "evaluation": json.dumps(tree.evaluation_options(self.study, evaluation)),
-                "protocols": tuple(tree.protocols(body)),
+                "protocols": tuple(protocols(body)),
             },
             options={"kind": body.kind, **({"length": max(lengths)} if lengths else {})},
             gpus=1,
@@ -301,8 +303,8 @@ class JobGraph:
     def _protocol_tokens(self, node: str, evaluation: str) -> tuple[str, ...]:
         """The token sets of an evaluation, in the order of its protocols."""
         model = NodeName(node).model
-        protocols = tree.protocols(self.study.evaluations[evaluation])
-        return tuple(_tokens(model, f"evaluation.{evaluation}.{protocol}") for protocol in protocols)
+        names = protocols(self.study.evaluations[evaluation])
+        return tuple(_tokens(model, f"evaluation.{evaluation}.{name}") for name in names)
 
     @property
     def tables(self) -> Job:
@@ -347,8 +349,9 @@ class JobGraph:
         """The statistics that the steps of the nodes read, each once."""
         parents: dict[str, Job] = {}
         for node in self.nodes.values():
-            if node.step and not tree.trains(self.study, node.step):
-                calibration = tree.calibration(self.study, node.step)
+            if node.step is None or tree.trains(self.study, node.step):
+                continue
+            if calibration := tree.calibration(self.study, node.step):
                 for kind in tree.kinds(self.study, node.step):
                     job = self.calibration(node.parent, calibration, kind)
                     parents.setdefault(job.output, job)

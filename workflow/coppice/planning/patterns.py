@@ -10,7 +10,7 @@ from coppice.study.schema import Study
 
 
 def alternation(names: Iterable[str]) -> str:
-    """A pattern that matches one of the names, and nothing when there are none."""
+    """A pattern that matches one of the names, and nothing where no names are given."""
     escaped = [re.escape(name) for name in names]
     return f"(?:{'|'.join(escaped)})" if escaped else "(?!)"
 

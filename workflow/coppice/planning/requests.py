@@ -1,7 +1,7 @@
-"""What a job asks a scheduler for: memory, disk space and minutes, by the manifests of the checkpoints that it reads.
+"""What a job requests from a scheduler: memory, disk space and minutes, by the checkpoints that it reads.
 
-A first attempt asks for these, and each further one for as many more. Memory and disk are whole gigabytes, so that jobs
-that ask for the same can be one array.
+A first attempt requests these, and each further one as much more. Memory and disk are whole gigabytes, so that jobs
+with equal requests can be one array.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ def disk_megabytes(job: Job, checkpoint: str, others: Iterable[str], attempt: in
 
 
 def available_manifest(path: str) -> Manifest | None:
-    """The manifest of a checkpoint, or of its root where that one is not there yet.
+    """The manifest of a checkpoint, or of its root where the checkpoint does not exist yet.
 
-    A root is seldom smaller than what is made from it. None as long as neither is there, or where it is broken, which
-    the job itself will report.
+    A root is seldom smaller than its descendants. None as long as neither exists, or where it is damaged, which the job
+    itself will report.
     """
     before, _, below = path.rpartition(MODELS)
     node = NodeName(below.removesuffix("/manifest.json"))

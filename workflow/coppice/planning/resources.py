@@ -1,4 +1,4 @@
-"""What a job needs: bytes of memory and of disk by stage, from the manifest of the model that it reads.
+"""The memory and disk space of a job: bytes by stage, from the manifest of the model that it reads.
 
 With P parameters of the model, D of its dense root and S bytes stored, computing in float32 (a GPU computes in 16 bits,
 so that these are upper bounds there), a job holds at its largest
@@ -11,20 +11,20 @@ so that these are upper bounds there), a job holds at its largest
     recover      16 P + S: weights, gradients and two moments; 4 P + S where most weights stay frozen; the
                  activations of a micro-batch on each GPU; 4 D for a teacher. At the end 4 P + 4 D + S, as the dense
                  root is measured too. On n GPUs n times 4 P on the host, as every process loads whole models before
-                 they are divided; n (4 P + 4 D) with a teacher, n 8 P where weights are drawn anew
+                 they are divided; n (4 P + 4 D) with a teacher, n 8 P where weights are initialized again
     evaluate     4 P + S, and the logits of a batch; 12 P + 2 S for a connectivity: two models, and one between them
 
-beside Python and its libraries, once for each process. On its disk lie, where results are stored elsewhere and what it
-reads is fetched, the stored bytes of all checkpoints that it reads, and
+plus Python and its libraries, once for each process. Where results are stored elsewhere and inputs are fetched, its
+disk holds the stored bytes of all checkpoints that it reads, and
 
     calibrate    4 per entry of all blocks' second moments
     compress     S for what it writes, and the second moments that it reads
-    recover      S for what it writes, or 24 P: two states of weights and two moments, one beside the one before
+    recover      S for what it writes, or 24 P: two states of weights and two moments, the newest and the one before
 
-Sizes of the blocks are not in a manifest; they are taken as those of common decoders with as many parameters: a hidden
+Sizes of the blocks are not in a manifest. They are taken as those of common decoders with as many parameters: a hidden
 size of 128 times the number of blocks (Kaplan et al., arXiv 2001.08361, find losses flat around it), 3.5 times as many
 neurons. By these, second moments are a quarter too few of a model with many neurons (Qwen2.5-7B), and right within a
-tenth of Llama 3.1; what is asked for has room for either.
+tenth of Llama 3.1; the headroom of the request covers either.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ LIBRARIES = {
     "track": 310 * MEGABYTE,
 }
 CUDA = 2_000 * MEGABYTE  # more of the host's memory where torch brings CUDA's libraries
-HEADROOM = 1.3  # of what is asked for over what is expected
+HEADROOM = 1.3  # of what is requested over what is expected
 
 BATCH_TOKENS = 8192  # of `calibrate`
 LOGITS = 1 << 26  # that `evaluate` computes at once
@@ -77,7 +77,7 @@ class DenseCounts(Protocol):
 
 
 class ModelSize(Protocol):
-    """What a job's needs follow from: a manifest has it, as has an estimate of a node that is not there yet."""
+    """What a job's needs follow from: a manifest has it, as has an estimate of a node without a checkpoint."""
 
     @property
     def parameters(self) -> Counts: ...
@@ -99,7 +99,7 @@ class Widths(NamedTuple):
 
 
 def memory_bytes(stage: str, manifest: ModelSize, options: Mapping[str, Any] | None = None) -> int:
-    """Bytes to ask for a job of `stage` on the model of `manifest`: `expected_bytes`, with room on top.
+    """Bytes to request for a job of `stage` on the model of `manifest`: `expected_bytes`, with headroom.
 
     The host's memory where the job runs on the CPU; it suffices for a job on a GPU too, and bounds that of the GPU.
     """
@@ -124,7 +124,7 @@ def device_bytes(stage: str, manifest: ModelSize, options: Mapping[str, Any]) ->
 
 
 def disk_bytes(stage: str, manifest: ModelSize, fetched: float, options: Mapping[str, Any]) -> int:
-    """Bytes to ask for on the disk of a job of `stage` on the model of `manifest`, with room on top.
+    """Disk space to request for a job of `stage` on the model of `manifest`, with headroom.
 
     fetched: stored bytes of all checkpoints that it reads. options: as those of `expected_bytes`, and the `kinds` of
     statistics that a step reads. Without them, the most that is usual.
@@ -159,9 +159,8 @@ def calibrate_bytes(manifest: ModelSize, options: Mapping[str, Any]) -> float:
     tokens = options.get("windows", 256) * options.get("length", 512)
     moments = 16 * moment_entries(widths) + 2 * 4 * tokens * widths.hidden
     gradients = 8 * manifest.parameters.decoder_linears + activation_bytes(widths, min(tokens, BATCH_TOKENS))
-    return weights + {"moments": moments, "blocks": moments, "gradients": gradients}.get(
-        options.get("kind"), max(moments, gradients)
-    )
+    by_kind = {"moments": moments, "blocks": moments, "gradients": gradients}
+    return weights + by_kind.get(options.get("kind", ""), max(moments, gradients))
 
 
 def compress_bytes(manifest: ModelSize, options: Mapping[str, Any]) -> float:
@@ -183,16 +182,16 @@ def training_bytes(manifest: ModelSize, options: Mapping[str, Any]) -> float:
     recomputed = options.get("gradient_checkpointing", False)
     activations = activation_bytes(likely_widths(manifest), at_once * options.get("length", 512), recomputed)
     trained = (4 if method.frozen_base else 16) * parameters + (4 * dense if method.teacher else 0)
-    measured = 4 * (parameters + dense)  # the dense root, for its held-out loss, beside what was trained
+    measured = 4 * (parameters + dense)  # the dense root, for its held-out loss, next to the trained model
     return max(trained, measured) + manifest.stored_bytes + activations
 
 
 def loading_bytes(manifest: ModelSize, options: Mapping[str, Any]) -> float:
     """What the processes of a recovery hold on the host while each loads whole models, before they are divided."""
     parameters, dense, method = manifest.parameters.total, manifest.dense.total, of_method(options)
-    beside = (dense if method.teacher else 0) + (parameters if method.redraws else 0)
+    extra = (dense if method.teacher else 0) + (parameters if method.redraws else 0)
     # The dense root is loaded in the end, when the model is gone.
-    return processes(options) * 4 * max(parameters + beside, dense) + manifest.stored_bytes
+    return processes(options) * 4 * max(parameters + extra, dense) + manifest.stored_bytes
 
 
 def evaluate_bytes(manifest: ModelSize, options: Mapping[str, Any]) -> float:

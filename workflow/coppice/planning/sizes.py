@@ -1,4 +1,4 @@
-"""What the nodes of a study weigh, before they are made."""
+"""The sizes of a study's nodes, before they are computed."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from coppice.models.architectures.base import UNITS, Shape, Unit, shape_of
 from coppice.records.manifest import Manifest
 from coppice.study import tree
 from coppice.study.schema import SHIPPED, LocalModel, ShippedModel, Study
+from coppice.study.schema.models import Model
 
 
 class Size(NamedTuple):
-    """What a node weighs. how: `measured`, `estimated`, or `at most` where only the parent's size is known.
+    """The size of a node. how: `measured`, `estimated`, or `at most` where only the parent's size is known.
 
     linears: parameters in the blocks' linears; linear_bytes: stored bytes of them; layers: blocks.
     """
@@ -33,7 +34,7 @@ class Size(NamedTuple):
 
 
 def node_sizes(study: Study, results: Path) -> dict[str, Size | None]:
-    """Of every node: of its checkpoint where it is made, otherwise estimated from its parent's; None where unknown."""
+    """Of every node: of its checkpoint where that exists, otherwise estimated from its parent's; None where unknown."""
     sizes: dict[str, Size | None] = {}
     for name, node in tree.nodes(study).items():
         folder = results / "models" / name
@@ -62,7 +63,7 @@ def size_of_checkpoint(folder: Path) -> Size:
     )
 
 
-def size_of_source(source: Any) -> Size | None:
+def size_of_source(source: Model) -> Size | None:
     """Of a dense model, from its config and the headers of its weights; None for one that is not on this machine."""
     if isinstance(source, ShippedModel):
         folder = SHIPPED / source.shipped
@@ -79,8 +80,8 @@ def size_of_source(source: Any) -> Size | None:
     shape, bits = shape_of(config), number_bits(config)
     weights = sum(inputs * outputs for inputs, outputs in shape.linears().values()) * shape.layers
     if files := list(folder.glob("*.safetensors")):
-        parameters = sum(map(numbers_in, files))
-        stored = sum(path.stat().st_size for path in files)
+        parameters = sum(map(count_numbers, files))
+        stored: float = sum(path.stat().st_size for path in files)
     else:
         tables = 1 if config.get("tie_word_embeddings") else 2
         parameters = weights + tables * shape.vocabulary * shape.hidden
@@ -88,11 +89,11 @@ def size_of_source(source: Any) -> Size | None:
     return Size(shape, shape.layers, parameters, weights, weights * bits / 8, stored, "measured")
 
 
-def numbers_in(path: Path) -> int:
-    """Numbers in all tensors of a safetensors file: eight bytes tell the length of the JSON that begins it."""
+def count_numbers(path: Path) -> int:
+    """Numbers in all tensors of a safetensors file: its first eight bytes give the length of the JSON header."""
     with open(path, "rb") as file:
-        described = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    return sum(prod(entry["shape"]) for name, entry in described.items() if name != "__metadata__")
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    return sum(prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
 
 
 def number_bits(config: Mapping[str, Any]) -> int:
@@ -101,10 +102,10 @@ def number_bits(config: Mapping[str, Any]) -> int:
 
 
 def child_size(study: Study, parent: Size, step: str) -> Size:
-    """What a step makes of a node, from the step's options: exact for a grid or a removal, about right for ranks."""
+    """The size after a step, from the step's options: exact for a grid or a removal, approximate for ranks."""
     method, options = tree.method_of(study, step), study.steps[step].options.model_dump()
     linears, stored = parent.linears, parent.linear_bytes
-    # Of a floating number: what is no linear of a block is never packed.
+    # Of a floating number: only linears of blocks are ever packed.
     bits = 8 * (parent.stored - parent.linear_bytes) / (parent.parameters - parent.linears)
     layers, how = parent.layers, "estimated"
     if options.get("target_modules") or options.get("exclude"):

@@ -25,18 +25,20 @@ class S3Settings(Protocol):
     token: str | None
 
 
-def storage_environment(provider: str, prefix: str, s3: S3Settings | None, given: Mapping[str, str]) -> dict[str, str]:
+def storage_environment(
+    provider: str, prefix: str, s3: S3Settings | None, environment: Mapping[str, str]
+) -> dict[str, str]:
     """The environment variables that name the store.
 
-    given: the environment as it is; a store that it names stays. Credentials stay out of the address, which logs may
-    show. Raises UserError for a prefix that shells would misread, and for a provider whose store must be named.
+    environment: the variables as they are; a store that it names stays. Credentials stay out of the address, which logs
+    may show. Raises UserError for a prefix that shells would misread, and for a provider whose store must be named.
     """
     if prefix and quote(prefix) != prefix:
         raise UserError(
             f"The storage prefix {prefix!r} holds a blank or another character that a shell interprets, and the "
             "commands of jobs name files below it; choose a prefix of letters, digits and the characters . _ - /"
         )
-    if VARIABLE in given:
+    if VARIABLE in environment:
         return {}
     if provider == "fs":
         return {VARIABLE: os.path.abspath(prefix)}

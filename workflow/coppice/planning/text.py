@@ -2,63 +2,64 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable
 
 from coppice.formatting import duration, format_table, human_count, join_first, join_words, number, wrapped
+from coppice.planning.contents import NodeRow, Plan, StageRow, Total
 from coppice.planning.times import EFFICIENCY
 
 GIGABYTE = 1e9
-# What the jobs of a stage make, where the plan names what changed.
-MADE = {"root": "node", "compress": "node", "recover": "node", "evaluate": "evaluation", "tokenize": "token set"}
+# The noun for an output of a stage, where the plan names what changed.
+NOUNS = {"root": "node", "compress": "node", "recover": "node", "evaluate": "evaluation", "tokenize": "token set"}
 
 
-def lines(made: Mapping[str, Any]) -> list[str]:
+def lines(plan: Plan) -> list[str]:
     """The plan as text of at most 120 columns."""
-    nodes, total = made["nodes"], made["total"]
+    nodes, total = plan["nodes"], plan["total"]
     done = sum(node["done"] for node in nodes)
     text = [
-        f"Study {made['study']}: {many(len(nodes), 'node')}, {many(made['evaluations']['total'], 'evaluation')}, "
-        f"{many(made['laws']['total'], 'law')}; {total['left']} of {total['jobs']} jobs are left",
-        *changed_lines(made),
+        f"Study {plan['study']}: {format_count(len(nodes), 'node')}, "
+        f"{format_count(plan['evaluations']['total'], 'evaluation')}, "
+        f"{format_count(plan['laws']['total'], 'law')}; {total['left']} of {total['jobs']} jobs are left",
+        *changed_lines(plan),
         "",
         *tree_lines(nodes),
         "",
         *wrapped(
-            f"Done: {done} of {len(nodes)} nodes, {made['evaluations']['done']} of {made['evaluations']['total']} "
-            f"evaluations, {made['laws']['done']} of {made['laws']['total']} laws, by the files that exist in "
-            f"{made['results']} and the options, seeds, texts and calibrations that they name. Code, dates and the "
-            "files of models and texts are not looked at. Snakemake itself decides by content: `snakemake -n`."
+            f"Done: {done} of {len(nodes)} nodes, {plan['evaluations']['done']} of {plan['evaluations']['total']} "
+            f"evaluations, {plan['laws']['done']} of {plan['laws']['total']} laws, by the files that exist in "
+            f"{plan['results']} and the options, seeds, texts and calibrations that they name. Code, dates and the "
+            "files of models and texts are not compared. Snakemake itself decides by content: `snakemake -n`."
         ),
     ]
     if total["left"]:
-        text += ["", *stage_lines(made), "", *elapsed_lines(made), *notes(made)]
-        for sentence in made["problems"] or ["What is known fits." if total["unknown"] else "Everything fits."]:
+        text += ["", *stage_lines(plan), "", *elapsed_lines(plan), *notes(plan)]
+        for sentence in plan["problems"] or ["What is known fits." if total["unknown"] else "Everything fits."]:
             text += ["", *wrapped(sentence)]
     return [line.rstrip() for line in text]
 
 
-def changed_lines(made: Mapping[str, Any]) -> list[str]:
-    """What says that it was made of another study, by kind."""
-    changed = made["changed"]
+def changed_lines(plan: Plan) -> list[str]:
+    """The outputs that another study made, by kind."""
+    changed = plan["changed"]
     if not changed:
         return []
     names: dict[str, list[str]] = {}
     for row in changed:
-        if row["stage"] in MADE:
-            names.setdefault(MADE[row["stage"]], []).append(row["name"])
+        if row["stage"] in NOUNS:
+            names.setdefault(NOUNS[row["stage"]], []).append(row["name"])
     if not names:
-        return wrapped(f"{changed[0]['why']} Tables, laws, page and tracking are made again.")
-    kinds = [f"{many(len(found), kind)} ({join_first(found)})" for kind, found in names.items()]
-    return wrapped(f"Changed since they were made: {join_words(kinds)}. What follows from them is made again too.")
+        return wrapped(f"{changed[0]['why']} Tables, laws, page and tracking are recomputed.")
+    kinds = [f"{format_count(len(group), kind)} ({join_first(group)})" for kind, group in names.items()]
+    return wrapped(f"Changed since they were computed: {join_words(kinds)}. What follows from them is recomputed too.")
 
 
-def many(count: int, noun: str) -> str:
+def format_count(count: int, noun: str) -> str:
     """A count of things."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
-def tree_lines(nodes: list[Mapping[str, Any]]) -> list[str]:
+def tree_lines(nodes: list[NodeRow]) -> list[str]:
     """The tree, with what is done and how large each node is."""
     table = [["node", "", "MB", "parameters", "evaluations"]]
     sign = {"measured": "", "estimated": "~", "at most": "<", "unknown": ""}
@@ -68,25 +69,25 @@ def tree_lines(nodes: list[Mapping[str, Any]]) -> list[str]:
         digits = 3 if node["size"] == "measured" else 2
         size = "?" if node["stored_bytes"] is None else sign[node["size"]] + number(node["stored_bytes"] / 1e6, digits)
         parameters = "?" if node["parameters"] is None else sign[node["size"]] + human_count(node["parameters"])
-        asked = f"{node['evaluations_done']}/{node['evaluations']}" if node["evaluations"] else ""
+        evaluations = f"{node['evaluations_done']}/{node['evaluations']}" if node["evaluations"] else ""
         name = "  " * depth + node["node"].rpartition("/")[2]
-        table.append([name, state(node), size, parameters, asked])
+        table.append([name, state(node), size, parameters, evaluations])
     return format_table(table)
 
 
-def state(node: Mapping[str, Any]) -> str:
+def state(node: NodeRow) -> str:
     return "done" if node["done"] else "changed" if node["changed"] else "left"
 
 
-def stage_lines(made: Mapping[str, Any]) -> list[str]:
+def stage_lines(plan: Plan) -> list[str]:
     """What is left, by stage and in total."""
-    on_gpu = made["total"]["gpu_hours"][1] > 0
+    on_gpu = plan["total"]["gpu_hours"][1] > 0
     table = [["stage", "left", "time", "memory of a job", *(["GPU hours"] if on_gpu else []), "disk", "time is"]]
-    for row in made["stages"]:
+    for row in plan["stages"]:
         if not row["left"]:
             continue
-        memory = between(row["memory_bytes"], gigabytes) if row["memory_bytes"] else "?"
-        hours = [between(row["gpu_hours"], hours_of) if row["gpu_hours"][1] else ""] if on_gpu else []
+        memory = format_range(row["memory_bytes"], gigabytes) if row["memory_bytes"] else "?"
+        hours = [format_range(row["gpu_hours"], hours_of) if row["gpu_hours"][1] else ""] if on_gpu else []
         table.append(
             [
                 row["stage"],
@@ -98,32 +99,34 @@ def stage_lines(made: Mapping[str, Any]) -> list[str]:
                 row["from"],
             ]
         )
-    total = made["total"]
-    hours = [between(total["gpu_hours"], hours_of)] if on_gpu else []
+    total = plan["total"]
+    hours = [format_range(total["gpu_hours"], hours_of)] if on_gpu else []
     left = f"{total['left']}/{total['jobs']}"
     table.append(["all", left, known_sum(total), "", *hours, gigabytes(total["disk_bytes"]), ""])
     return format_table(table)
 
 
-def known_sum(row: Mapping[str, Any]) -> str:
-    """The time of a row's jobs, and whether there is more to it."""
+def known_sum(row: StageRow | Total) -> str:
+    """The time of a row's jobs, with a `+ ?` where some of them are unknown."""
     if row["unknown"] == row["left"]:
         return "?"
-    return between(row["seconds"], duration) + (" + ?" if row["unknown"] else "")
+    return format_range(row["seconds"], duration) + (" + ?" if row["unknown"] else "")
 
 
-def elapsed_lines(made: Mapping[str, Any]) -> list[str]:
-    elapsed, machine = made["total"]["elapsed_seconds"], made["machine"]
+def elapsed_lines(plan: Plan) -> list[str]:
+    elapsed, machine = plan["total"]["elapsed_seconds"], plan["machine"]
     if elapsed is None:
         return []
-    gpus = f" on {many(machine['gpus'], 'GPU')}" if machine["gpus"] else ""
-    return wrapped(f"With {many(machine['cores'], 'job')} at once{gpus}: {between(elapsed, duration)} in all.")
+    gpus = f" on {format_count(machine['gpus'], 'GPU')}" if machine["gpus"] else ""
+    return wrapped(
+        f"With {format_count(machine['cores'], 'job')} at once{gpus}: {format_range(elapsed, duration)} in all."
+    )
 
 
-def notes(made: Mapping[str, Any]) -> list[str]:
-    """How the numbers were got."""
-    machine = made["machine"]
-    rows = [row for row in made["stages"] if row["left"]]
+def notes(plan: Plan) -> list[str]:
+    """How the numbers were computed."""
+    machine = plan["machine"]
+    rows = [row for row in plan["stages"] if row["left"]]
     counts = ", ".join(f"{row['stage']} {row['benchmarks']}" for row in rows if row["benchmarks"])
     text = []
     if counts:
@@ -132,23 +135,25 @@ def notes(made: Mapping[str, Any]) -> list[str]:
         where = (
             f"{EFFICIENCY:.0%} of the roofline of {machine['device']}"
             if machine["device"]
-            else "what one thread of a CPU did of the demo (name a GPU with --device)"
+            else "one CPU thread's measured speed on the demo (name a GPU with --device)"
         )
         text += wrapped(f"predicted: by operations at {where}, within a factor of two; memory by shapes.")
-    if any(node["size"] in ("estimated", "at most") for node in made["nodes"]):
+    if any(node["size"] in ("estimated", "at most") for node in plan["nodes"]):
         text += wrapped("~ estimated from the step's options; < at most: as large as its parent.")
-    if made["unknown"]:
-        text += wrapped("? unknown, and in no sum, as long as nothing of the model is on this machine. This suffices:")
-        # Commands are there to be copied.
+    if plan["unknown"]:
+        text += wrapped(
+            "? unknown, and left out of all sums, because nothing of the model is on this machine. This suffices:"
+        )
+        # Commands are not wrapped, so that they can be copied.
         text += [
-            f"  hf download {source['hub']} config.json --revision {source['revision']}" for source in made["unknown"]
+            f"  hf download {source['hub']} config.json --revision {source['revision']}" for source in plan["unknown"]
         ]
     return text
 
 
-def between(ends: Iterable[float], said: Callable[[float], str]) -> str:
-    """Two ends as words; one where they read the same."""
-    low, high = map(said, ends)
+def format_range(ends: Iterable[float], format_end: Callable[[float], str]) -> str:
+    """Two ends as text; one where they read the same."""
+    low, high = map(format_end, ends)
     return low if low == high else f"{low} to {high}"
 
 

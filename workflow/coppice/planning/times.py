@@ -1,9 +1,9 @@
 """How long jobs take and how much they hold: by the benchmarks of a study's jobs, or else by their operations.
 
 A job takes the seconds of its start, and its operations over a rate. Both come from a line through the benchmarks
-(`measured`) or, without any (`predicted`), are a constant and a share of what the roofline model says of a device
-(`evaluation.roofline`). Ranges are those of the benchmarks about the line, 30% at least, or a factor of two. Memory is
-that of `needs`, times what the benchmarks held of it.
+(`measured`) or, without any (`predicted`), are a constant and a share of a device's roofline (`evaluation.roofline`).
+Ranges are those of the benchmarks about the line, 30% at least, or a factor of two. Memory is that of
+`planning.resources`, times the share of it that the benchmarks held.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import fmean, median, quantiles
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from coppice.evaluation import roofline
 from coppice.hardware import Device
 from coppice.planning import resources
+from coppice.planning.contents import Machine
 from coppice.planning.jobs import RUNS_MODELS
 from coppice.planning.sizes import Size
 from coppice.planning.work import SizedJob
@@ -57,17 +58,17 @@ class EstimatedCounts(NamedTuple):
 
 
 class EstimatedSize(NamedTuple):
-    """What a manifest would say of a node's size."""
+    """The size of a node as its manifest would record it."""
 
     parameters: EstimatedCounts
     dense: EstimatedCounts
     stored_bytes: float
 
 
-def benchmarks(found: list[SizedJob], sizes: Mapping[str, Size | None], results: Path) -> dict[str, list[Record]]:
+def benchmarks(jobs: list[SizedJob], sizes: Mapping[str, Size | None], results: Path) -> dict[str, list[Record]]:
     """The benchmarks of the jobs by stage; of a job that ran twice, the last."""
     records: dict[str, list[Record]] = {}
-    for job in found:
+    for job in jobs:
         path = ResultsLayout(results).benchmark(job.stage, job.name)
         if not path.exists() or job.operations is None:
             continue
@@ -75,7 +76,7 @@ def benchmarks(found: list[SizedJob], sizes: Mapping[str, Size | None], results:
         if not rows:
             continue
         row = json.loads(rows[-1])
-        # A job of less than a second may end before its memory is seen.
+        # A job of less than a second may end before its memory is sampled.
         memory = float(row["max_rss"]) * 2**20 if isinstance(row["max_rss"], int | float) else 0.0
         records.setdefault(job.stage, []).append(
             Record(job.kind, job.operations, float(row["s"]), memory, expected_memory(job, sizes))
@@ -83,8 +84,8 @@ def benchmarks(found: list[SizedJob], sizes: Mapping[str, Size | None], results:
     return records
 
 
-def alike(job: SizedJob, records: Mapping[str, list[Record]]) -> list[Record]:
-    """The benchmarks that tell most about a job: three of its own kind, or all of the stage."""
+def similar_benchmarks(job: SizedJob, records: Mapping[str, list[Record]]) -> list[Record]:
+    """The benchmarks nearest to a job: three of its own kind, or all of the stage."""
     stage = records.get(job.stage, [])
     own = [record for record in stage if record.kind == job.kind]
     return own if len(own) >= 3 else stage
@@ -109,10 +110,11 @@ def seconds_range(
     """Seconds of a job; None where its model's size is unknown."""
     if job.operations is None:
         return None
-    pool = alike(job, records)
+    pool = similar_benchmarks(job, records)
     if not pool:
         start = START.get(job.stage, START_OF_MODELS)
-        rate = operations_per_second(sizes[job.model], device) if job.model else THREAD.float16
+        size = sizes[job.model] if job.model else None
+        rate = operations_per_second(size, device) if size else THREAD.float16
         # On a CPU, several processes share its cores.
         seconds = start + job.operations / (rate * (max(job.gpus, 1) if device else 1))
         return Range(seconds / 2, seconds * 2)
@@ -123,28 +125,33 @@ def seconds_range(
     if len(ratios) >= 10:
         low, *_, high = quantiles(ratios, n=20)
     low, high = min(low, 1 / SURE), max(high, SURE)
-    # Beyond what was measured, and from a few jobs, a line tells less.
+    # Beyond what was measured, and from a few jobs, a line is less certain.
     far = job.operations > 4 * max(record.operations for record in pool) or len(pool) < 3
     return Range(seconds * low / (2 if far else 1), seconds * high * (2 if far else 1))
 
 
 def operations_per_second(size: Size, device: Device | None) -> float:
-    """What a device does of a model's operations on 16 sequences of 512 tokens: its roofline, times the efficiency."""
+    """The rate at which a device runs a model on 16 sequences of 512 tokens: its roofline, times the efficiency."""
     used = device or THREAD
     seconds = roofline.latency(roofline.prefill(roofline.uniform(size.shape), 16, 512), used)
     return 2 * size.parameters * 16 * 512 / seconds * (EFFICIENCY if device else 1)
 
 
 def expected_memory(job: SizedJob, sizes: Mapping[str, Size | None]) -> float:
-    """Bytes by `needs`; of a stage that loads no model, its libraries'."""
-    if job.model is None or sizes[job.model] is None:
+    """Bytes by `planning.resources`; of a stage that loads no model, its libraries'."""
+    size = likely_size(job.model, sizes)
+    if size is None:
         return resources.LIBRARIES[job.stage]
-    return resources.expected_bytes(job.stage, likely_size(job.model, sizes), job.options)
+    return resources.expected_bytes(job.stage, size, job.options)
 
 
-def likely_size(node: str, sizes: Mapping[str, Size | None]) -> EstimatedSize:
-    """What `planning.resources` reads of a node's manifest, by its size."""
+def likely_size(node: str | None, sizes: Mapping[str, Size | None]) -> EstimatedSize | None:
+    """What `planning.resources` reads of a node's manifest, by its size; None where that is unknown."""
+    if node is None:
+        return None
     size, dense = sizes[node], sizes[NodeName(node).model]
+    if size is None or dense is None:
+        return None
     return EstimatedSize(
         EstimatedCounts(size.parameters, size.linears, size.linears),
         EstimatedCounts(dense.parameters, dense.linears, dense.linears),
@@ -157,7 +164,7 @@ def memory_range(job: SizedJob, sizes: Mapping[str, Size | None], records: Mappi
     if job.operations is None:
         return None
     expected = expected_memory(job, sizes)
-    ratios = [record.memory / record.expected for record in alike(job, records) if record.memory]
+    ratios = [record.memory / record.expected for record in similar_benchmarks(job, records) if record.memory]
     if not ratios:
         return Range(expected, expected * resources.HEADROOM)
     return Range(expected * min(ratios) / 1.1, expected * max(ratios) * 1.1)
@@ -165,13 +172,14 @@ def memory_range(job: SizedJob, sizes: Mapping[str, Size | None], records: Mappi
 
 def gpu_memory(job: SizedJob, sizes: Mapping[str, Size | None]) -> float:
     """Bytes that a job holds on each of its GPUs at most, were all in float32; 0 where its model's size is unknown."""
-    if job.operations is None or job.stage not in RUNS_MODELS:
+    size = likely_size(job.model, sizes)
+    if size is None or job.stage not in RUNS_MODELS:
         return 0.0
-    return resources.device_bytes(job.stage, likely_size(job.model, sizes), job.options) / max(job.gpus, 1)
+    return resources.device_bytes(job.stage, size, job.options) / max(job.gpus, 1)
 
 
-def makespan(left: list[SizedJob], seconds: Mapping[str, float], machine: Mapping[str, Any]) -> float:
-    """Seconds until the last job ends, where each begins as soon as what it reads is there and a core, or GPU, is free.
+def makespan(left: list[SizedJob], seconds: Mapping[str, float], machine: Machine) -> float:
+    """Seconds until the last job ends, where each begins as soon as its inputs exist and a core, or GPU, is free.
 
     A job that takes the whole machine waits for all the others that have begun.
     """
@@ -185,12 +193,12 @@ def makespan(left: list[SizedJob], seconds: Mapping[str, float], machine: Mappin
     running: list[tuple[float, str]] = []
     clock, cores, gpus = 0.0, machine["cores"], machine["gpus"]
 
-    def takes(name: str) -> tuple[int, int]:
+    def resources_of(name: str) -> tuple[int, int]:
         return machine["cores"] if jobs[name].alone else 1, min(jobs[name].gpus, machine["gpus"])
 
     while ready or running:
         for name in ready:
-            needed_cores, needed_gpus = takes(name)
+            needed_cores, needed_gpus = resources_of(name)
             if not cores:
                 break
             if needed_cores <= cores and needed_gpus <= gpus:
@@ -199,7 +207,7 @@ def makespan(left: list[SizedJob], seconds: Mapping[str, float], machine: Mappin
         begun = {name for _, name in running}
         ready = [name for name in ready if name not in begun]
         clock, ended = heapq.heappop(running)
-        freed_cores, freed_gpus = takes(ended)
+        freed_cores, freed_gpus = resources_of(ended)
         cores, gpus = cores + freed_cores, gpus + freed_gpus
         for name in after[ended]:
             before[name] -= 1

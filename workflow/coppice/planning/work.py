@@ -17,7 +17,9 @@ from dataclasses import dataclass
 from coppice.planning import resources
 from coppice.planning.jobs import Job, JobGraph
 from coppice.planning.sizes import Size
+from coppice.records.node_name import NodeName
 from coppice.study import tree
+from coppice.study.schema.evaluations import protocols
 
 Sizes = Mapping[str, Size | None]
 
@@ -63,18 +65,18 @@ def operations(graph: JobGraph, job: Job, sizes: Sizes) -> float | None:
 
 
 def _compression(graph: JobGraph, job: Job, size: Size) -> float:
-    node = graph.nodes[job.name]
-    step, method = graph.study.steps[node.step], tree.method_of(graph.study, node.step)
+    name = NodeName(job.name).steps[-1]
+    step, method = graph.study.steps[name], tree.method_of(graph.study, name)
     solves = bool(tree.needs(step)) or method.family == "decompose"
     sides = size.shape.linears().values()
     solving = 20 * size.layers * sum(m * n * (min(m, n) if solves else 1) for m, n in sides)
-    calibration = f"calibration.{tree.calibration(graph.study, node.step)}"
+    calibration = f"calibration.{tree.calibration(graph.study, name)}"
     tokens = use_tokens(graph, calibration) if tree.reads_windows(step) else 0
     return solving + 4 * size.parameters * tokens
 
 
 def _recovery(graph: JobGraph, job: Job, size: Size, sizes: Sizes) -> float:
-    node = graph.nodes[job.name]
+    node = NodeName(job.name)
     tokens, dense = job.options["tokens"], sizes[node.model]
     held_out = use_tokens(graph, f"validation.{node.step}") * (2 + len(graph.study.budgets))
     taught = 2 * dense.parameters if dense and job.options["resources"].teacher else 0
@@ -83,12 +85,13 @@ def _recovery(graph: JobGraph, job: Job, size: Size, sizes: Sizes) -> float:
 
 def _evaluated_tokens(graph: JobGraph, job: Job) -> int:
     body = graph.study.evaluations[job.kind]
-    tokens = sum(use_tokens(graph, f"evaluation.{job.kind}.{protocol}") for protocol in tree.protocols(body))
+    tokens = sum(use_tokens(graph, f"evaluation.{job.kind}.{protocol}") for protocol in protocols(body))
     if body.kind == "cost":
         return body.batch * (body.prompt + body.generate) * (body.repeats + body.warmup)
     if body.kind == "connectivity":
         return tokens * body.points
-    questions = len(body.tasks) * (body.limit or USUAL_QUESTIONS) + (USUAL_QUESTIONS if body.knowledge else 0)
+    knowledge = USUAL_QUESTIONS if body.knowledge else 0
+    questions = len(body.tasks) * (body.limit or USUAL_QUESTIONS) + knowledge
     return tokens + questions * QUESTION_TOKENS
 
 
@@ -96,7 +99,7 @@ def disk(graph: JobGraph, job: Job, sizes: Sizes) -> float:
     """Bytes that a job leaves in the results."""
     match job.stage:
         case "root" | "compress" | "recover":
-            return stored(sizes[job.name])
+            return stored_bytes(sizes[job.name])
         case "tokenize":
             return 8 * use_tokens(graph, job.kind)
         case "calibrate":
@@ -104,7 +107,7 @@ def disk(graph: JobGraph, job: Job, sizes: Sizes) -> float:
             return resources.moments_bytes(widths_of(size)) if size and job.kind == "moments" else 0.0
         case "track":
             # Weights that are mirrored are stored twice.
-            return sum(map(stored, sizes.values())) if graph.study.tracking.weights == "all" else 0.0
+            return sum(map(stored_bytes, sizes.values())) if graph.study.tracking.weights == "all" else 0.0
     return 0.0
 
 
@@ -114,7 +117,7 @@ def use_tokens(graph: JobGraph, use: str) -> int:
     return (body.windows or USUAL_WINDOWS) * body.length
 
 
-def stored(size: Size | None) -> float:
+def stored_bytes(size: Size | None) -> float:
     return size.stored if size else 0.0
 
 

@@ -24,7 +24,7 @@ _CAPTIONS = {
     "curves": "Large points are the study's token budgets; grey lines are the dense models' losses. A law's line is "
     "dashed among the points that it was fitted to and dotted beyond; shaded: its 95% band.",
     "layers": "The mean relative squared error of each block's linears after the last step of each node: of their "
-    "outputs, or of their weights where the row says so.",
+    "outputs, or of their weights where the row is marked so.",
 }
 
 

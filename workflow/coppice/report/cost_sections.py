@@ -13,11 +13,11 @@ _SPREAD = "\u00b1 is half the interquartile range of the repeats, not half a 95%
 
 def costs_table(costs: list[Row]) -> str:
     """Measured costs of each node; sizes are in the table of nodes."""
-    shown = [row for row in costs if row["evaluation"]]
-    if not shown:
+    measured = [row for row in costs if row["evaluation"]]
+    if not measured:
         return ""
-    columns = sorted({(row["device"] or "", row["metric"], row["unit"], row["simulated"]) for row in shown})
-    cells = {(row["node"], row["device"] or "", row["metric"]): row for row in shown}
+    columns = sorted({(row["device"] or "", row["metric"], row["unit"], row["simulated"]) for row in measured})
+    cells = {(row["node"], row["device"] or "", row["metric"]): row for row in measured}
     titles = ["node"] + [
         f"{metric}, {unit} ({device}{', simulated' if simulated else ''})"
         for device, metric, unit, simulated in columns
@@ -29,25 +29,25 @@ def costs_table(costs: list[Row]) -> str:
             return ""
         return number(row["value"]) + ("" if row["spread"] is None else f" \u00b1 {number(row['spread'] / 2, 2)}")
 
-    ordered = markup.by_path(row["node"] for row in shown)
+    ordered = markup.by_path(row["node"] for row in measured)
     table = [[node, *(cell(node, device, metric) for device, metric, *_ in columns)] for node in ordered]
-    repeated = any(row["spread"] is not None for row in shown)
+    repeated = any(row["spread"] is not None for row in measured)
     return markup.foldable(titles, table) + (markup.note(_SPREAD) if repeated else "")
 
 
 def roofline_table(costs: list[Row]) -> str:
     """Milliseconds per token: measured, and the lower bound on each device of the roofline."""
-    shown = [row for row in costs if row["metric"] == "decode_latency"]
-    predicted = [row for row in shown if row["evaluation"] is None]
+    measured = [row for row in costs if row["metric"] == "decode_latency"]
+    predicted = [row for row in measured if row["evaluation"] is None]
     if not predicted:
         return ""
-    columns = sorted({(row["evaluation"] is None, row["evaluation"] or "", row["device"]) for row in shown})
-    cells = {(row["node"], row["evaluation"] or "", row["device"]): 1000 * row["value"] for row in shown}
+    columns = sorted({(row["evaluation"] is None, row["evaluation"] or "", row["device"]) for row in measured})
+    cells = {(row["node"], row["evaluation"] or "", row["device"]): 1000 * row["value"] for row in measured}
     titles = ["node"] + [
         f"{evaluation}: {device}" if evaluation else device.removesuffix(" (roofline)")
         for _, evaluation, device in columns
     ]
-    ordered = markup.by_path(row["node"] for row in shown)
+    ordered = markup.by_path(row["node"] for row in measured)
     table = [[node, *(number(cells.get((node, *column[1:]))) for column in columns)] for node in ordered]
     devices: dict[str, set[str]] = {}
     for row in predicted:

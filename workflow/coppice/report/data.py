@@ -7,16 +7,18 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, cast
 
 from coppice import __version__
 from coppice.decisions.recipe import lower_is_better
 from coppice.errors import UserError
 from coppice.formatting import reproduce_command
+from coppice.records.base import Json
+from coppice.records.fit import FitRecord
 from coppice.records.layout import ResultsLayout
 from coppice.report.law_lines import Line
 from coppice.report.law_sections import verdict
-from coppice.report.layer_records import layer_records
+from coppice.report.layer_records import LayerTable, layer_records
 from coppice.report.sections import lead
 from coppice.report.view import perplexities, scores
 from coppice.results.schemas import Row
@@ -55,20 +57,46 @@ _METRIC_OF = {"accuracy": "{}_acc", "loss": "perplexity_{}", "log_probability": 
 _BETTER = {"squared error": "lower", "probability": "higher", "nats": "higher", "tokens/s": "higher"}
 
 
+Ends = list[float | None]  # a value, and the ends of its interval
+
+
+class PageData(TypedDict):
+    """What the page's script reads: the scripts in `report/page` use these keys."""
+
+    study: str
+    lead: str
+    seed: int
+    version: str
+    models: list[str]
+    nodes: list[Json]
+    qualities: list[Json]
+    sizes: list[Json]
+    values: dict[str, dict[str, Ends]]
+    alike: dict[str, list[list[Any]]]
+    pairs: dict[str, list[Json]]
+    layers: dict[str, LayerTable]
+    recoveries: list[Json]
+    laws: dict[str, Json]
+    failures: list[Row]
+    config: str
+    reproduce: list[str]
+    versions: dict[str, str]
+
+
 def page_data(
     study: Study,
     layout: ResultsLayout,
     tables: Mapping[str, list[Row]],
-    fits: Mapping[str, dict[str, Any]],
+    fits: Mapping[str, FitRecord],
     lines: Mapping[str, Mapping[str, Line]],
-) -> dict[str, Any]:
+) -> PageData:
     """All that the page shows, as plain values without NaN.
 
-    tables: rows by table; fits: the content of each law's fit.json; lines: of each law its line along each run.
+    tables: rows by table; fits: the fit of each law; lines: of each law its line along each run.
     """
     rows, metrics, costs = tables["nodes"], tables["metrics"], tables["costs"]
-    measured = _ordered(metrics)
-    data = {
+    measured = _rows_by_quality(metrics)
+    data: PageData = {
         "study": study.study,
         "lead": lead(study, tables),
         "seed": study.seed,
@@ -94,10 +122,10 @@ def page_data(
         ],
         "versions": _versions(rows),
     }
-    return _plain(data)
+    return cast(PageData, _plain(data))
 
 
-def as_json(data: dict[str, Any]) -> str:
+def as_json(data: PageData) -> str:
     """JSON for an HTML page's script element: nothing in it closes a tag."""
     return json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
 
@@ -121,12 +149,12 @@ def _plain(value: Any) -> Any:
 # Nodes
 
 
-def _nodes(study: Study, rows: list[Row]) -> list[dict[str, Any]]:
+def _nodes(study: Study, rows: list[Row]) -> list[Json]:
     by_name = {row["node"]: row for row in rows}
     return [_node(study, row, by_name) for row in sorted(rows, key=lambda row: row["node"].split("/"))]
 
 
-def _node(study: Study, row: Row, by_name: dict[str, Row]) -> dict[str, Any]:
+def _node(study: Study, row: Row, by_name: dict[str, Row]) -> Json:
     parts = row["node"].split("/")
     names = ["/".join(parts[: length + 1]) for length in range(1, len(parts))]
     path = [by_name[name] for name in names if name in by_name]
@@ -159,7 +187,7 @@ def _versions(rows: list[Row]) -> dict[str, str]:
 # Qualities and sizes
 
 
-def _ordered(metrics: list[Row]) -> dict[str, list[Row]]:
+def _rows_by_quality(metrics: list[Row]) -> dict[str, list[Row]]:
     """The rows of each quality by `<evaluation>/<metric>`: perplexities first, then accuracies, then the others."""
     first = perplexities(metrics) + scores(metrics)
     rest = sorted({(row["evaluation"], row["metric"]) for row in metrics} - set(first))
@@ -169,7 +197,7 @@ def _ordered(metrics: list[Row]) -> dict[str, list[Row]]:
     return by_quality
 
 
-def _quality(row: Row, measured: Mapping[str, list[Row]]) -> dict[str, Any]:
+def _quality(row: Row, measured: Mapping[str, list[Row]]) -> Json:
     evaluation, metric, unit = row["evaluation"], row["metric"], row["unit"]
     title = _title(metric)
     if len({name.partition("/")[0] for name in measured}) > 1:
@@ -204,13 +232,13 @@ def _better(metric: str, unit: str) -> str | None:
         return _BETTER.get(unit)
 
 
-def _with_interval(row: Row) -> list[float | None]:
+def _with_interval(row: Row) -> Ends:
     low, high = interval(row) or (None, None) if row["value"] is not None else (None, None)
     return [row["value"], low, high]
 
 
-def _sizes(costs: list[Row]) -> list[dict[str, Any]]:
-    sizes = [
+def _sizes(costs: list[Row]) -> list[Json]:
+    sizes: list[Json] = [
         {"id": name, "title": title, "unit": unit, "log": True, "better": "lower", "simulated": False}
         for name, (title, unit) in _SIZES.items()
     ]
@@ -236,7 +264,7 @@ def _cost_id(row: Row) -> str:
 
 
 def _cost_title(row: Row, several: bool) -> str:
-    """The metric and its device: 'decode latency, H200, simulated'; with the evaluation where there are several."""
+    """The metric and its device: 'decode latency, H200, simulated'; with the evaluation where several did."""
     device = (row["device"] or "").removesuffix(" (roofline)")
     title = ", ".join(filter(None, (_title(row["metric"]), device)))
     if several and row["evaluation"]:
@@ -244,12 +272,12 @@ def _cost_title(row: Row, several: bool) -> str:
     return f"{title}, simulated" if row["simulated"] else title
 
 
-def _cost_values(costs: list[Row]) -> dict[str, dict[str, list[float | None]]]:
+def _cost_values(costs: list[Row]) -> dict[str, dict[str, Ends]]:
     """Of each cost that is not in the nodes' rows: the value, and the value minus and plus half its spread.
 
     A spread is the interquartile range of the repeats; the ends are not a 95% interval.
     """
-    values: dict[str, dict[str, list[float | None]]] = {}
+    values: dict[str, dict[str, Ends]] = {}
     for row in costs:
         if row["metric"] not in _IN_NODES:
             value, spread = row["value"], row["spread"]
@@ -274,9 +302,9 @@ def _alike(comparisons: list[Row]) -> dict[str, list[list[Any]]]:
     return alike
 
 
-def _pairs(comparisons: list[Row]) -> dict[str, list[dict[str, Any]]]:
+def _pairs(comparisons: list[Row]) -> dict[str, list[Json]]:
     """Every comparison once, by quality."""
-    by_quality: dict[str, dict[tuple[str, str], dict[str, Any]]] = {}
+    by_quality: dict[str, dict[tuple[str, str], Json]] = {}
     for row in comparisons:
         pair = {
             "a": row["node"],
@@ -300,7 +328,7 @@ def _flips(row: Row) -> dict[str, float] | None:
 # Recoveries and laws
 
 
-def _recoveries(rows: list[Row], curves: list[Row]) -> list[dict[str, Any]]:
+def _recoveries(rows: list[Row], curves: list[Row]) -> list[Json]:
     model = {row["node"]: row["model"] for row in rows}
     runs: dict[str, list[Row]] = {}
     for row in sorted(curves, key=lambda row: (row["node"].split("/"), row["tokens"])):
@@ -317,10 +345,10 @@ def _recoveries(rows: list[Row], curves: list[Row]) -> list[dict[str, Any]]:
     ]
 
 
-def _law(fit: dict[str, Any], runs: Mapping[str, Line]) -> dict[str, Any]:
+def _law(fit: FitRecord, runs: Mapping[str, Line]) -> Json:
     return {
-        "law": fit["law"],
-        "passes": fit.get("passes", {}).get("ok"),
+        "law": fit.law,
+        "passes": fit.passes.ok if fit.passes else None,
         "sentence": verdict(fit),
         "runs": {
             node: {

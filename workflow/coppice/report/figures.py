@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -16,7 +15,9 @@ from matplotlib.transforms import Bbox
 
 from coppice.formatting import human_count, number
 from coppice.formatting.plotting import COLORS, GREY, style
+from coppice.records.fit import Parameter
 from coppice.report.law_lines import Line
+from coppice.report.layer_records import LayerTable
 from coppice.report.view import perplexities
 from coppice.results.reading import pareto_front
 from coppice.results.schemas import Row
@@ -24,7 +25,7 @@ from coppice.uncertainty import interval
 
 _WIDTH = 9.6  # inches
 _MOST_NODES = 60  # rows of the figure of layers
-_WIDE = 0.42  # inches: a cell of this width has room for its number
+_WIDE = 0.42  # inches: a cell of this width has space for its number
 
 # Where a name may be placed at its point: points (1/72 inch) to the right and up, and its alignment.
 _PLACES = ((5, 5, "left"), (-5, -13, "right"), (6, -3, "left"), (-6, -3, "right"), (0, -15, "center"))
@@ -72,9 +73,9 @@ def _draw_frontier(axes: Axes, measured: list[Row], by_node: dict[str, Row]) -> 
         lengths = np.abs(ends[:, own] - values[own])
         axes.errorbar(sizes[own], values[own], lengths, fmt="none", ecolor=color, elinewidth=1, alpha=0.5)
         for filled in (True, False):
-            chosen = own & (recovered == filled)
+            marked = own & (recovered == filled)
             face = color if filled else "white"
-            axes.plot(sizes[chosen], values[chosen], "o", color=color, markerfacecolor=face, gid=_gid(model, filled))
+            axes.plot(sizes[marked], values[marked], "o", color=color, markerfacecolor=face, gid=_gid(model, filled))
         axes.plot([], [], "o", color=color, label=model)
     # Very wide intervals are cut, lest they flatten the points.
     low, high = max(ends[0].min(), values.min() / 2), min(ends[1].max(), values.max() * 2)
@@ -142,8 +143,8 @@ def _draw_curves(axes: Axes, model: str, runs: dict[str, list[Row]], lines: dict
     _set_log_ticks(axes.xaxis, human_count)
     # A very wide band is cut, lest it flatten the curves.
     low, high = min(losses), max(losses)
-    room = 0.06 * (high - low) or 0.05
-    axes.set_ylim(low - room, high + room)
+    margin = 0.06 * (high - low) or 0.05
+    axes.set_ylim(low - margin, high + margin)
     axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1))
 
 
@@ -155,7 +156,7 @@ def _draw_law(axes: Axes, line: Line, color: str) -> None:
         axes.fill_between(line.tokens, line.low, line.high, color=color, alpha=0.12, linewidth=0)
 
 
-def layers_figure(layers: dict[str, dict[str, Any]]) -> Figure:
+def layers_figure(layers: Mapping[str, LayerTable]) -> Figure:
     """The relative squared error that each node's last step left in every block of the decoder, as a heat map.
 
     layers: of each node its modules and their columns. A cell is the mean over a block's linears of the error of their
@@ -164,19 +165,19 @@ def layers_figure(layers: dict[str, dict[str, Any]]) -> Figure:
     rows = {node: errors for node, entry in layers.items() if (errors := _block_errors(entry))}
     if not rows:
         return _message("No step compressed linears.")
-    shown = dict(sorted(rows.items(), key=lambda pair: pair[0].split("/"))[:_MOST_NODES])
-    blocks = sorted({block for errors in shown.values() for block in errors})
-    cells = np.array([[errors.get(block, math.nan) for block in blocks] for errors in shown.values()])
+    visible = dict(sorted(rows.items(), key=lambda pair: pair[0].split("/"))[:_MOST_NODES])
+    blocks = sorted({block for errors in visible.values() for block in errors})
+    cells = np.array([[errors.get(block, math.nan) for block in blocks] for errors in visible.values()])
     positive = cells[cells > 0]
     norm = LogNorm(positive.min(), positive.max()) if positive.size and positive.min() < positive.max() else None
     with style():
-        figure = Figure(figsize=(_WIDTH, 1.3 + 0.25 * len(shown)))
+        figure = Figure(figsize=(_WIDTH, 1.3 + 0.25 * len(visible)))
         height = figure.get_figheight()
         axes = figure.add_axes((0.36, 0.55 / height, 0.61, 1 - 1.2 / height))
         axes.imshow(np.where(cells > 0, cells, np.nan) if norm else cells, cmap="Blues", norm=norm, aspect="auto")
         axes.grid(visible=False)
         axes.set(title="Error by block of the decoder", xlabel="block")
-        axes.set_yticks(range(len(shown)), [_row_name(node, layers[node]) for node in shown])
+        axes.set_yticks(range(len(visible)), [_row_name(node, layers[node]) for node in visible])
         every = math.ceil(len(blocks) / 24)
         axes.set_xticks(range(0, len(blocks), every), [str(block) for block in blocks[::every]])
         if 0.61 * _WIDTH / len(blocks) > _WIDE:
@@ -185,16 +186,16 @@ def layers_figure(layers: dict[str, dict[str, Any]]) -> Figure:
                     dark = norm is not None and error > 0 and norm(error) > 0.6
                     color = "white" if dark else "black"
                     axes.text(column, row, number(error, 2), ha="center", va="center", fontsize=8, color=color)
-        if len(rows) > len(shown):
-            axes.set_xlabel(f"block ({len(rows) - len(shown)} more nodes are in the page)")
+        if len(rows) > len(visible):
+            axes.set_xlabel(f"block ({len(rows) - len(visible)} more nodes are in the page)")
     return figure
 
 
-def _row_name(node: str, entry: dict[str, Any]) -> str:
+def _row_name(node: str, entry: LayerTable) -> str:
     return _shorten(node, 40) + ("" if "error" in entry["columns"] else " (weights)")
 
 
-def _block_errors(entry: dict[str, Any]) -> dict[int, float]:
+def _block_errors(entry: LayerTable) -> dict[int, float]:
     """Of each block the mean error of its linears; empty where the node's step recorded none."""
     title = next((title for title in ("error", "weight error") if title in entry["columns"]), None)
     if title is None:
@@ -206,16 +207,18 @@ def _block_errors(entry: dict[str, Any]) -> dict[int, float]:
     return {block: sum(errors) / len(errors) for block, errors in blocks.items()}
 
 
-def profile_figure(name: str, profile: dict[str, list[float]], parameter: dict[str, Any]) -> Figure:
+def profile_figure(name: str, profile: Mapping[str, Sequence[float | None]], parameter: Parameter) -> Figure:
     """The best objective at each value of a parameter, its fitted value (line) and its 95% interval (shaded)."""
     with style():
         figure = Figure(figsize=(4.7, 2.6), layout="constrained")
         axes = figure.add_subplot(title=f"Profile of {name}", xlabel=name, ylabel="objective")
-        axes.plot(profile["values"], profile["objective"], color=COLORS[0])
+        values, objective = (np.array(profile[name], float) for name in ("values", "objective"))
+        axes.plot(values, objective, color=COLORS[0])
         limits = axes.get_xlim()
-        if parameter["low"] is not None:
-            axes.axvspan(parameter["low"], parameter["high"], color=COLORS[0], alpha=0.1, linewidth=0)
-        axes.axvline(parameter["value"], color=GREY)
+        if parameter.low is not None and parameter.high is not None:
+            axes.axvspan(parameter.low, parameter.high, color=COLORS[0], alpha=0.1, linewidth=0)
+        if parameter.value is not None:
+            axes.axvline(parameter.value, color=GREY)
         axes.set_xlim(limits)
     return figure
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -12,6 +11,7 @@ import pyarrow.parquet as pq
 from coppice.laws import registry as laws
 from coppice.laws.engine.forms import Form, Parameters, parameter_columns
 from coppice.laws.engine.points import Points
+from coppice.records.fit import FitRecord
 
 _WITHIN, _BEYOND = 45, 16  # tokens at which a line is drawn: among the points fitted, and after the last of them
 _FURTHEST = 4  # times the tokens of the last point fitted
@@ -20,7 +20,7 @@ _FURTHEST = 4  # times the tokens of the last point fitted
 @dataclass(frozen=True)
 class Line:
     """A law's loss along one run, nats per token: at `tokens` [n]; low, high [n]: the 95% interval over the bootstrap's
-    refits, None where there are none. Beyond `fitted_to` tokens it is extrapolated."""
+    refits, None without refits. Beyond `fitted_to` tokens it is extrapolated."""
 
     tokens: np.ndarray
     loss: np.ndarray
@@ -29,19 +29,19 @@ class Line:
     fitted_to: float
 
 
-def law_lines(fit: dict[str, Any], folder: Path, nodes: set[str]) -> dict[str, Line]:
+def law_lines(fit: FitRecord, folder: Path, nodes: set[str]) -> dict[str, Line]:
     """The line of each of the `nodes` whose recovery the law in `folder` was fitted to; empty for a law that does not
     predict a loss by tokens, or that could not be fitted."""
-    law = laws.load(fit["law"])
-    values = {name: entry["value"] for name, entry in fit["parameters"].items()}
+    law = laws.load(fit.law)
+    values = {name: entry.value for name, entry in fit.parameters.items() if entry.value is not None}
     path = folder / "points.parquet"
-    if law.form is None or law.form.target != "loss" or law.axis[0] != "tokens" or None in values.values():
+    if law.form is None or law.form.target != "loss" or law.axis[0] != "tokens" or len(values) < len(fit.parameters):
         return {}
     if not path.exists():
         return {}
     table = pq.read_table(path, columns=list(law.columns))
     points = {name: np.asarray(table[name].to_pylist()) for name in table.column_names}
-    scales = {name: entry["scale"] for name, entry in fit["units"].items() if entry["scale"] and name in points}
+    scales = {name: entry.scale for name, entry in fit.units.items() if entry.scale and name in points}
     drawn = _samples(law.form, folder / "samples.parquet")
     runs = sorted(nodes & set(points["run"].tolist()))
     return {run: _line(law.form, values, drawn, points, scales, run) for run in runs}

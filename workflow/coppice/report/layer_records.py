@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, TypedDict
 
+from coppice.records.base import Json
 from coppice.records.layout import ResultsLayout
 from coppice.records.manifest import Manifest
 from coppice.results.schemas import Row
 
 Picture = dict[str, dict[str, float]]  # module -> title of a column -> value
+
+
+class LayerTable(TypedDict):
+    """Names of modules, and under the title of each column a number, or None, of each of them."""
+
+    modules: list[str]
+    columns: dict[str, list[float | None]]
+
 
 # Of a linear's record: what remains true after later steps, and the error of the step itself.
 _LASTING = {
@@ -25,8 +34,8 @@ _OF_LINEARS = _LASTING | _ERRORS
 _OF_BLOCKS = ("blocks kept", "key/value groups kept", "neurons kept", "block influence")
 
 
-def layer_records(rows: Iterable[Row], layout: ResultsLayout) -> dict[str, dict[str, Any]]:
-    """Of each node whose path compressed layers: {"modules": names, "columns": {title: a number or None of each}}.
+def layer_records(rows: Iterable[Row], layout: ResultsLayout) -> dict[str, LayerTable]:
+    """The table of each node whose path compressed layers.
 
     rows: of the table nodes. A step on linears gives each of them a row, which keeps the results of earlier steps
     except their errors. A step that removes units of the model gives each block a row.
@@ -51,11 +60,12 @@ def _picture(manifest: Manifest, parent: Picture) -> Picture:
     return before | {name: before.get(name, {}) | row for name, row in own.items()}
 
 
-def _columns_of_record(record: dict[str, Any]) -> dict[str, float]:
-    return {title: record[name] for name, title in _OF_LINEARS.items() if record.get(name) is not None}
+def _columns_of_record(record: Json) -> dict[str, float]:
+    values = {title: record.get(name) for name, title in _OF_LINEARS.items()}
+    return {title: value for title, value in values.items() if isinstance(value, int | float)}
 
 
-def _blocks(achieved: dict[str, Any]) -> Picture:
+def _blocks(achieved: Mapping[str, Any]) -> Picture:
     """What a removal of units kept of each block of the parent."""
     units, gone = achieved["units"], achieved.get("removed_blocks", [])
     influence = achieved.get("block_influence")
@@ -71,7 +81,7 @@ def _blocks(achieved: dict[str, Any]) -> Picture:
     return picture
 
 
-def _columns(picture: Picture) -> dict[str, Any]:
+def _columns(picture: Picture) -> LayerTable:
     titles = [*_OF_LINEARS.values(), *_OF_BLOCKS]
     present = {title for row in picture.values() for title in row}
     return {

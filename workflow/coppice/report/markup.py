@@ -41,10 +41,10 @@ def table(titles: list[str], rows: Iterable[list[str]], texts: int | frozenset[i
 def foldable(titles: list[str], rows: list[list[str]], texts: int | frozenset[int] = 1) -> str:
     """The table, folded if it is long."""
     text = table(titles, rows, texts)
-    return folded(f"{len(rows)} rows", text) if len(rows) > _LONG else text
+    return fold(f"{len(rows)} rows", text) if len(rows) > _LONG else text
 
 
-def folded(summary: str, content: str) -> str:
+def fold(summary: str, content: str) -> str:
     return f"<details><summary>{escape(summary)}</summary>{content}</details>"
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from html import escape
-from typing import Any
 
 from coppice.decisions import Answer
 from coppice.formatting import human_count, number
+from coppice.records.fit import FitRecord
 from coppice.report import markup
 from coppice.report.cost_sections import costs_table, roofline_table
 from coppice.report.law_sections import decisions, law_section
@@ -42,11 +42,11 @@ _ALONE = (
 
 
 def sections_of(
-    study: Study, tables: dict[str, list[Row]], fits: dict[str, dict[str, Any]], answers: list[Answer]
+    study: Study, tables: dict[str, list[Row]], fits: Mapping[str, FitRecord], answers: list[Answer]
 ) -> str:
     """The sections that the study has rows for, each folded under its heading, as HTML.
 
-    tables: rows by table; fits: the content of each law's fit.json; answers: the recommendations.
+    tables: rows by table; fits: the fit of each law; answers: the recommendations.
     """
     rows, metrics, comparisons = tables["nodes"], tables["metrics"], tables["comparisons"]
     sections = [
@@ -174,10 +174,10 @@ def _with_change(row: Row | None, dense: Row | None) -> str:
         return ""
     if dense is None or dense["value"] is None or dense["node"] == row["node"]:
         return number(row["value"])
-    return f"{number(row['value'])} ({_signed(row['value'] - dense['value'])})"
+    return f"{number(row['value'])} ({_format_signed(row['value'] - dense['value'])})"
 
 
-def _signed(value: float, digits: int = 2) -> str:
+def _format_signed(value: float, digits: int = 2) -> str:
     return f"{'+' if value > 0 else ''}{number(value, digits)}"
 
 
@@ -217,14 +217,14 @@ def _comparisons(comparisons: list[Row]) -> str:
         rows = [
             [
                 *(row[name] for name in ("evaluation", "task", "measure", "node", "other")),
-                _signed(row["difference"], 3),
+                _format_signed(row["difference"], 3),
                 *(number(row[name]) for name in ("low", "high", "p_value", "p_adjusted")),
             ]
             for row in alike
         ]
         table = markup.table(titles, rows, texts=5) + markup.note(_ALONE)
         pairs = "1 pair" if len(alike) == 1 else f"{len(alike)} pairs"
-        parts.append(markup.folded(f"{pairs} of neighbours in rank that are not significantly different", table))
+        parts.append(markup.fold(f"{pairs} of neighbours in rank that are not significantly different", table))
     parts.append(_flips_table(comparisons))
     return "\n".join(parts)
 

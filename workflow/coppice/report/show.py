@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any
+
+from pydantic import JsonValue
 
 from coppice import storage
 from coppice.errors import UserError
@@ -32,7 +33,7 @@ from coppice.results.nodes import curve_rows, recovery_losses
 from coppice.results.reading import read_table
 from coppice.results.schemas import Row
 
-REQUESTED = ("_requested", "_asked")  # of a layer's record: what the step's options say; the older suffix is _asked
+REQUESTED = ("_requested", "_asked")  # of a layer's record: what the step's options request; the older suffix is _asked
 HIGHER_IS_WORSE = ("error", "weight_error", "truncation_error")
 POINTS = 6  # of a recovery's curve
 LOG_LINES = 8
@@ -60,7 +61,8 @@ def show(results: Path, pattern: str) -> str:
     lines = [str(name), *failure_lines([(stage, log) for node, stage, log in missing if node == name])]
     if name in complete:
         manifests = {node: Manifest.read(layout.manifest(node)) for node in name.lineage}
-        columns = [name, *dict.fromkeys(node for node in (name.parent, name.model) if node not in (None, name))]
+        above = [name.parent, NodeName(name.model)] if name.parent else []
+        columns = list(dict.fromkeys([name, *above]))
         sections = (
             recipe_lines(manifests),
             size_lines(manifests, columns),
@@ -90,7 +92,7 @@ def failure_lines(missing: list[tuple[str, Path]]) -> list[str]:
     return lines
 
 
-def recipe_lines(manifests: dict[str, Manifest]) -> list[str]:
+def recipe_lines(manifests: Mapping[NodeName, Manifest]) -> list[str]:
     """Each step with its options."""
     lines = ["Recipe"]
     for name, manifest in manifests.items():
@@ -101,45 +103,41 @@ def recipe_lines(manifests: dict[str, Manifest]) -> list[str]:
             )
             lines += wrapped(f"{name}: dense ({source})", "  ")
             continue
-        options = ", ".join(
-            f"{key} {format_setting(value)}" for key, value in step.options.items() if value is not None
-        )
+        options = format_options(step.options)
         seed = f", seed {manifest.seed}"
-        own = NodeName(name).last_part
-        lines += wrapped(f"{own}: {step.family} by {step.method} ({options or 'no options'}{seed})", "  ")
+        lines += wrapped(f"{name.last_part}: {step.family} by {step.method} ({options or 'no options'}{seed})", "  ")
     return lines
 
 
-def format_options(options: dict[str, Any]) -> str:
+def format_options(options: Mapping[str, JsonValue]) -> str:
+    """Options and their values in words; without those that are null."""
     return ", ".join(f"{key} {format_setting(value)}" for key, value in options.items() if value is not None)
 
 
-def format_setting(value: Any) -> str:
+def format_setting(value: JsonValue) -> str:
     """The value of an option in words."""
     if isinstance(value, bool) or value is None:
         return {True: "yes", False: "no", None: "none"}[value]
     if isinstance(value, dict):
-        return (
-            "{" + ", ".join(f"{key} {format_setting(entry)}" for key, entry in value.items() if entry is not None) + "}"
-        )
+        return f"{{{format_options(value)}}}"
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def size_lines(manifests: dict[str, Manifest], nodes: list[str]) -> list[str]:
+def size_lines(manifests: Mapping[NodeName, Manifest], nodes: list[NodeName]) -> list[str]:
     """The sizes of the node, its parent and its dense model."""
-    shown = [manifests[name] for name in nodes]
+    columns = [manifests[name] for name in nodes]
     rows = {
-        "parameters": [human_count(entry.parameters.total) for entry in shown],
-        "of which nonzero": [human_count(entry.parameters.nonzero) for entry in shown],
-        "removed": [f"{entry.rho:.1%}" for entry in shown],
-        "stored MB": [number(entry.stored_bytes / 1e6) for entry in shown],
-        "bits per weight": [f"{entry.bits_per_weight:.2f}" for entry in shown],
-        "bits per weight of the linears": [f"{entry.bits_per_linear_weight:.2f}" for entry in shown],
+        "parameters": [human_count(entry.parameters.total) for entry in columns],
+        "of which nonzero": [human_count(entry.parameters.nonzero) for entry in columns],
+        "removed": [f"{entry.rho:.1%}" for entry in columns],
+        "stored MB": [number(entry.stored_bytes / 1e6) for entry in columns],
+        "bits per weight": [f"{entry.bits_per_weight:.2f}" for entry in columns],
+        "bits per weight of the linears": [f"{entry.bits_per_linear_weight:.2f}" for entry in columns],
     }
     return format_table([["Size", *titles(nodes)], *([title, *cells] for title, cells in rows.items())])
 
 
-def titles(nodes: list[str]) -> list[str]:
+def titles(nodes: Sequence[str]) -> list[str]:
     """The titles of the columns: the node, its parent, its dense model."""
     names = ["this node", "its parent", "dense"]
     return names[: len(nodes)] if len(nodes) != 2 else ["this node", "dense"]
@@ -160,7 +158,7 @@ def _measurements(node: str, folder: Path) -> Measurements:
     return rows_of(Metrics.read(folder / "metrics.json"), node, folder.name)
 
 
-def quality_lines(results: Path, nodes: list[str]) -> list[str]:
+def quality_lines(results: Path, nodes: Sequence[str]) -> list[str]:
     """Each metric with its interval, of the node, its parent and its dense model."""
     metrics = [metrics_of(results, name) for name in nodes]
     if not metrics[0]:
@@ -173,7 +171,7 @@ def quality_lines(results: Path, nodes: list[str]) -> list[str]:
 
 
 def comparison_lines(results: Path, name: str) -> list[str]:
-    """The paired tests against the parent and the dense model; empty before there are tables."""
+    """The paired tests against the parent and the dense model; empty before the tables are written."""
     layout = ResultsLayout(results)
     if not layout.table("comparisons").exists():
         return []
@@ -226,30 +224,25 @@ def recovery_lines(results: Path, name: str, manifest: Manifest) -> list[str]:
         f"Recovery: {human_count(recovery.tokens)} tokens ({recovery.epochs:.2g} epochs) in "
         f"{recovery.steps} steps{early}, {number(recovery.seconds)} s{regained}."
     )
-    shown = rows[:: -(-len(rows) // POINTS)]
-    shown = shown if shown[-1] is rows[-1] else [*shown, rows[-1]]
+    points = rows[:: -(-len(rows) // POINTS)]
+    points = points if points[-1] is rows[-1] else [*points, rows[-1]]
     table = [
-        ["  tokens", *(human_count(row["tokens"]) for row in shown), "dense"],
-        ["  held-out loss, nats/token", *(number(row["loss"], 4) for row in shown), number(losses["dense_loss"], 4)],
+        ["  tokens", *(human_count(row["tokens"]) for row in points), "dense"],
+        ["  held-out loss, nats/token", *(number(row["loss"], 4) for row in points), number(losses["dense_loss"], 4)],
     ]
     return [*wrapped(text), *format_table(table)]
 
 
 def layer_lines(manifest: Manifest) -> list[str]:
     """Minimum, median and maximum of the step's per-layer records, and the layers with the largest error."""
-    layers = manifest.layers
-    columns = dict.fromkeys(
-        key
-        for entry in layers.values()
-        for key, value in entry.items()
-        if isinstance(value, int | float) and not isinstance(value, bool) and not key.endswith(REQUESTED)
-    )
+    layers = {name: numbers_of(entry) for name, entry in manifest.layers.items()}
+    columns = dict.fromkeys(key for entry in layers.values() for key in entry)
     if not columns:
         return achieved_lines(manifest)
     table = [[f"Layers: {len(layers)} linears", "min", "median", "max"]]
     constant = []
     for key in columns:
-        values = [entry[key] for entry in layers.values() if isinstance(entry.get(key), int | float)]
+        values = [entry[key] for entry in layers.values() if key in entry]
         ends = [format_value(value) for value in (min(values), median(values), max(values))]
         if len(values) == len(layers) and min(values) == max(values):
             constant.append(f"{key.replace('_', ' ')} {ends[0]}")
@@ -260,9 +253,18 @@ def layer_lines(manifest: Manifest) -> list[str]:
     for key in HIGHER_IS_WORSE:
         if key in columns:
             worst = sorted(layers, key=lambda name: layers[name].get(key, 0), reverse=True)[:3]
-            named_layers = [f"{name.removeprefix('model.')} ({number(layers[name].get(key))})" for name in worst]
-            return [*lines, *wrapped(f"Largest {key.replace('_', ' ')}: {join_words(named_layers)}.")]
+            values_of = [f"{name.removeprefix('model.')} ({number(layers[name].get(key))})" for name in worst]
+            return [*lines, *wrapped(f"Largest {key.replace('_', ' ')}: {join_words(values_of)}.")]
     return lines
+
+
+def numbers_of(record: Mapping[str, JsonValue]) -> dict[str, float]:
+    """The numbers of a layer's record that the step achieved, by their key."""
+    return {
+        key: value
+        for key, value in record.items()
+        if isinstance(value, int | float) and not isinstance(value, bool) and not key.endswith(REQUESTED)
+    }
 
 
 def format_value(value: float) -> str:
@@ -275,8 +277,8 @@ def achieved_lines(manifest: Manifest) -> list[str]:
     units = manifest.achieved.get("units", {})
     cut = [
         f"{entry['removed']} of {entry['of']} {kind.replace('_', ' ')}{'' if kind == 'blocks' else ' of each block'}"
-        for kind, entry in units.items()
-        if entry["removed"]
+        for kind, entry in (units.items() if isinstance(units, dict) else ())
+        if isinstance(entry, dict) and entry["removed"]
     ]
     return wrapped(f"Removed: {join_words(cut)}.") if cut else []
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from coppice.decisions.stage import overview
 from coppice.files import atomic_write
@@ -37,7 +36,7 @@ def write_report(study: Study, results: Path, output: Path) -> None:
     """Writes the figures and, last, index.html. Raises UserError when the tables are missing."""
     layout = ResultsLayout(results)
     tables = {name: read_table(layout.tables, name).to_pylist() for name in SCHEMAS if name != "items"}
-    fits = {name: FitRecord.read(path).to_json() for name, path in layout.fits.items()}
+    fits = {name: FitRecord.read(path) for name, path in layout.fits.items()}
     runs = {row["node"] for row in tables["curves"]}
     lines = {name: law_lines(fit, layout.law(name), runs) for name, fit in fits.items()}
     data = page_data(study, layout, tables, fits, lines)
@@ -54,9 +53,12 @@ def write_report(study: Study, results: Path, output: Path) -> None:
             temporary.write_text(text, encoding="utf-8")
 
 
-def _line_of_each_run(
-    lines: Mapping[str, Mapping[str, Line]], fits: Mapping[str, Mapping[str, Any]]
-) -> dict[str, Line]:
+def _line_of_each_run(lines: Mapping[str, Mapping[str, Line]], fits: Mapping[str, FitRecord]) -> dict[str, Line]:
     """One line a run: of the laws that were fitted to it, preferably one that passes its tests."""
-    order = sorted(lines, key=lambda name: bool(fits[name].get("passes", {}).get("ok")))
+
+    def passes(name: str) -> bool:
+        verdict = fits[name].passes
+        return verdict is not None and verdict.ok
+
+    order = sorted(lines, key=passes)
     return {run: line for name in order for run, line in lines[name].items()}

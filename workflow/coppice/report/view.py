@@ -1,4 +1,4 @@
-"""What the tables say of metrics and pairs of nodes, as the page, the figures and the terminal show it."""
+"""Metrics and pairs of nodes from the tables, as the page, the figures and the terminal show it."""
 
 from __future__ import annotations
 

@@ -26,11 +26,12 @@ from coppice.results.comparisons import compare, signals
 from coppice.results.failures import failures
 from coppice.results.measurements import evaluation_rows, item_rows, manifest_costs, roofline_rows
 from coppice.results.nodes import add_relations, checkpoint_row, curve_rows
-from coppice.results.reading import sorted_table
+from coppice.results.reading import build_table
 from coppice.results.schemas import SCHEMAS, Row
 from coppice.study.loading import load_study
 from coppice.study.schema import Study
-from coppice.study.tree import evaluations, nodes, protocols
+from coppice.study.schema.evaluations import protocols
+from coppice.study.tree import evaluations, nodes
 
 T = TypeVar("T")
 
@@ -43,7 +44,7 @@ def write_tables(study: Study, results: Path, output: Path, partial: bool = Fals
     result.
     """
     rows = collect(study, Path(results), partial)
-    tables = {name: sorted_table(rows[name], schema) for name, schema in SCHEMAS.items()}
+    tables = {name: build_table(rows[name], schema) for name, schema in SCHEMAS.items()}
     for name, table in tables.items():
         with atomic_write(Path(output) / f"{name}.parquet") as temporary:
             pq.write_table(table, temporary, compression="zstd")
@@ -56,7 +57,7 @@ def partial_rows(study: Study, results: Path) -> dict[str, list[Row]]:
     """The rows of the partial tables, but for items and what follows from them; nothing is written."""
     rows = collect(study, Path(results), partial=True, itemized=False)
     names = ("nodes", "metrics", "curves", "costs", "failures")
-    return {name: sorted_table(rows[name], SCHEMAS[name]).to_pylist() for name in names}
+    return {name: build_table(rows[name], SCHEMAS[name]).to_pylist() for name in names}
 
 
 class _Reader:
@@ -89,8 +90,8 @@ class _Reader:
 def collect(study: Study, results: Path, partial: bool = False, itemized: bool = True) -> dict[str, list[Any]]:
     """Every table's rows, unsorted; items as Arrow tables, none where not `itemized`.
 
-    Results of nodes that are not in the study are left out, as are those of nodes below one that cannot be read or was
-    made of another study.
+    Results of nodes that are not in the study are left out, as are those of nodes below one that cannot be read or
+    belongs to another study.
     """
     tree, layout = nodes(study), ResultsLayout(results)
     reader = _Reader(layout, partial)
@@ -110,10 +111,11 @@ def collect(study: Study, results: Path, partial: bool = False, itemized: bool =
     add_relations(checkpoints, curves)
     metrics: list[Row] = []
     costs = [row for checkpoint in checkpoints.values() for row in manifest_costs(checkpoint)]
-    for name in checkpoints if study.roofline else ():
-        path = layout.checkpoint(name) / "config.json"
-        for rows in reader.read(name, path, partial_of(roofline_rows, study, name)):
-            costs += rows
+    if study.roofline:
+        for name in checkpoints:
+            path = layout.checkpoint(name) / "config.json"
+            for rows in reader.read(name, path, partial_of(roofline_rows, study, study.roofline, name)):
+                costs += rows
     items: list[pa.Table] = []
     for name, evaluation in [(node, evaluation) for node in checkpoints for evaluation in evaluations(study, node)]:
         rows_of = partial_of(evaluation_rows, study, name, evaluation, layout)
@@ -144,7 +146,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--partial",
         action="store_true",
-        help="write what there is; the tables are dated 1970, so that they are made again",
+        help="write the rows that exist; the tables are dated 1970, so that they are recomputed",
     )
 
 

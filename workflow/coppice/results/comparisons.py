@@ -1,6 +1,6 @@
 """Which nodes differ: pairs of nodes item by item, and nodes that differ in the seed of their recovery only.
 
-Two nodes are significantly different on a measure where a paired bootstrap over the items that they share says so,
+Two nodes are significantly different on a measure by a paired bootstrap over the items that they share,
 adjusted by Holm for all pairs compared on that measure. Where both were recovered with three seeds or more, their
 difference must also be more than 2 sqrt(variance of one over its seeds + that of the other) (Madaan et al., arXiv
 2406.10229).
@@ -12,7 +12,7 @@ many (Eureka, arXiv 2409.10566).
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -67,14 +67,14 @@ def compare(nodes: Iterable[Row], items: Iterable[pa.Table], protocols: Mapping[
     """
     measured: dict[Measure, dict[str, Scores]] = {}
     for table in items:
-        for (node, *measure), scores in node_scores(table, protocols):
-            measured.setdefault(tuple(measure), {})[node] = scores
+        for node, measure, scores in node_scores(table, protocols):
+            measured.setdefault(measure, {})[node] = scores
     nodes = list(nodes)
     return [row for measure, scores in sorted(measured.items()) for row in _measure_rows(measure, scores, nodes)]
 
 
-def node_scores(table: pa.Table, protocols: Mapping[str, Collection[str]]) -> Iterable[tuple[tuple[str, ...], Scores]]:
-    """((node, evaluation, task, measure), scores) of all that one node's items of one evaluation allow.
+def node_scores(table: pa.Table, protocols: Mapping[str, Collection[str]]) -> Iterator[tuple[str, Measure, Scores]]:
+    """(node, (evaluation, task, measure), scores) of all that one node's items of one evaluation allow.
 
     accuracy: 1 where an item was answered rightly; log_probability: ln p of its right choice, where it has one;
     loss: the negative log-likelihood of a document, by its tokens.
@@ -89,12 +89,12 @@ def node_scores(table: pa.Table, protocols: Mapping[str, Collection[str]]) -> It
         right = rows.filter(pc.fill_null(rows["answer"], False))
         documents = rows.filter(pc.invert(graded)) if task in protocols[evaluation] else rows.slice(0, 0)
         if len(first):
-            yield (node, evaluation, task, "accuracy"), _scores(first, first["correct"])
+            yield node, (evaluation, task, "accuracy"), _scores(first, first["correct"])
         if len(right) and len(pc.unique(right["item"])) == len(right):
-            yield (node, evaluation, task, "log_probability"), _scores(right, right["log_likelihood"])
+            yield node, (evaluation, task, "log_probability"), _scores(right, right["log_likelihood"])
         if len(documents):
             losses = pc.negate(documents["log_likelihood"])
-            yield (node, evaluation, task, "loss"), _scores(documents, losses, documents["length"])
+            yield node, (evaluation, task, "loss"), _scores(documents, losses, documents["length"])
 
 
 def _scores(rows: pa.Table, values: pa.ChunkedArray, weights: pa.ChunkedArray | None = None) -> Scores:
@@ -120,7 +120,7 @@ def _measure_rows(measure: Measure, scores: Mapping[str, Scores], nodes: list[Ro
     rows = []
     for relation, node, other in compared:
         pair = _canonical(node, other)
-        test = tests[pair] if pair == (node, other) else _reversed(tests[pair])
+        test = tests[pair] if pair == (node, other) else _reverse(tests[pair])
         seeds = [variances[one] for one in pair if one in variances]
         noise = 2 * math.sqrt(sum(seeds)) if len(seeds) == 2 else 0.0
         row = {
@@ -150,7 +150,7 @@ def _measure_rows(measure: Measure, scores: Mapping[str, Scores], nodes: list[Ro
 
 def relations(nodes: list[Row], goodness: Mapping[str, float]) -> list[tuple[str, str, str]]:
     """(relation, node, other) of the nodes that have a `goodness` (more is better): to the dense model, to the parent,
-    and to the next better node of the same dense model, where equals stand in order of their names."""
+    and to the next better node of the same dense model, where equals are ordered by name."""
     measured = [row for row in nodes if row["node"] in goodness]
     pairs = [("dense", row["node"], row["model"]) for row in measured if row["node"] != row["model"]]
     pairs += [("parent", row["node"], row["parent"]) for row in measured if row["parent"]]
@@ -165,7 +165,7 @@ def _canonical(node: str, other: str) -> Pair:
     return (node, other) if node < other else (other, node)
 
 
-def _reversed(test: Row) -> Row:
+def _reverse(test: Row) -> Row:
     """The test of a pair the other way round."""
     return test | {"difference": 0.0 - test["difference"], "low": 0.0 - test["high"], "high": 0.0 - test["low"]}
 
@@ -195,10 +195,10 @@ def _tests(pairs: list[Pair], scores: Mapping[str, Scores]) -> dict[Pair, Row]:
 def _seed_variances(scores: Mapping[str, Scores]) -> dict[str, float]:
     """Of each node that was made with three seeds or more: the variance of its mean score over them.
 
-    Two tell so little of it that twice the root would pass 14 pairs of a hundred that do not differ (simulated, without
-    noise of items); three pass 7.
+    Two give so rough an estimate that twice the root would pass 14 pairs of a hundred that do not differ (simulated,
+    without noise of items); three pass 7.
     """
-    variances = {}
+    variances: dict[str, float] = {}
     for group in seed_groups(scores).values():
         if len(group) > 2:
             variance = float(np.var([scores[node].mean for node in group], ddof=1))

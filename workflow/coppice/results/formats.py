@@ -40,7 +40,7 @@ def formats_page(page: str) -> str:
 
 
 def describe_records() -> str:
-    """The keys of each record in Markdown. A key of a part is `<key>.<key>`; `*` stands for any name or place."""
+    """The keys of each record in Markdown. A key of a part is `<key>.<key>`; `*` is any name or place."""
     sections = []
     for title, (path, record) in RECORDS.items():
         version = f" Format {record.FORMAT_VERSION}." if issubclass(record, Record) and record is not FitRecord else ""
@@ -62,7 +62,7 @@ def _keys(record: type, prefix: str = "") -> Iterator[tuple[str, str, str]]:
 
 
 def _part(kind: Any) -> tuple[type[Part] | None, str]:
-    """The type of the parts in a field, and what stands between their keys and the field's; None where it has none."""
+    """The type of the parts in a field, and what separates their keys from the field's; None where it has none."""
     origin, members = get_origin(kind), [member for member in get_args(kind) if member is not NoneType]
     if origin in (Union, UnionType):
         return _part(members[0])

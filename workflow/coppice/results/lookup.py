@@ -32,7 +32,7 @@ def match_node(pattern: str, known: list[str]) -> str:
     Raises UserError with the candidates.
     """
     if not known:
-        raise UserError("There is no node yet; run the study, or give another folder with --results.")
+        raise UserError("No node exists yet; run the study, or give another folder with --results.")
     if pattern in known:
         return pattern
     for candidates in (

@@ -18,8 +18,8 @@ from coppice.records.node_name import NodeName
 from coppice.results.nodes import as_json
 from coppice.results.schemas import SCHEMAS, Row
 from coppice.study import changes
-from coppice.study.schema import Study
-from coppice.study.tree import protocols
+from coppice.study.schema import Roofline, Study
+from coppice.study.schema.evaluations import protocols
 
 # Costs that every manifest holds: metric -> column of nodes; the unit is the column's.
 _MANIFEST_COSTS = ("stored_bytes", "parameters", "nonzero_parameters", "bits_per_weight", "bits_per_linear_weight")
@@ -95,9 +95,9 @@ def manifest_costs(checkpoint: Row) -> list[Row]:
     ]
 
 
-def roofline_rows(study: Study, node: str, path: Path) -> list[Row]:
+def roofline_rows(study: Study, section: Roofline, node: str, path: Path) -> list[Row]:
     """The rows of costs that follow from a checkpoint's config.json, which is at `path`, and its compression.json."""
-    settings = study.roofline.model_dump()
+    settings = section.model_dump()
     sparse = settings.pop("sparse_kernels") and is_two_to_four(study, node)
     config, entries = read_json(path), read_compression(path.parent)
     try:

@@ -82,7 +82,7 @@ def node_row(study: Study, node: Node, path: Path, tokens: Path) -> Row:
 
 def _calibration(study: Study, node: Node, fingerprints: Mapping[str, str] | None) -> Row:
     """Name and fingerprint of a step's calibration; all kinds of statistics share one."""
-    if not fingerprints:
+    if not fingerprints or node.step is None:
         return {"calibration": None, "calibration_fingerprint": None}
     name = calibration_of(study, node.step)
     return {"calibration": name, "calibration_fingerprint": next(iter(fingerprints.values()))}
@@ -123,7 +123,7 @@ def recovery_losses(validation: list[Row]) -> Row:
     """loss_before, loss_after, dense_loss and recovered_share, nats per token, from a run's validation rows.
 
     recovered_share = (loss_before - loss_after) / (loss_before - dense_loss); None where nothing had been lost, or
-    where there is no loss from before the first update.
+    where the loss before the first update is unknown.
     """
     ordered = sorted(validation, key=lambda row: row["tokens"])
     if not ordered:

@@ -32,7 +32,7 @@ def read_table(directory: Path, name: str) -> pa.Table:
     return read_parquet(Path(directory) / f"{name}.parquet", SCHEMAS[name].names, renamed=COLUMNS)
 
 
-def sorted_table(rows: list[Any], schema: pa.Schema) -> pa.Table:
+def build_table(rows: list[Any], schema: pa.Schema) -> pa.Table:
     """Rows, or tables of them, as one table in the order of the schema's key."""
     if rows and isinstance(rows[0], pa.Table):
         table = pa.concat_tables(rows)

@@ -98,7 +98,7 @@ SCHEMAS = {
     "curves": _table(
         "One row per loss along a recovery run.",
         "node tokens split",
-        _column("node", _text, "", "The node that the run made."),
+        _column("node", _text, "", "The node that the run computed."),
         field(CurvePoint, "tokens"),
         _column("split", _text, "", "Text of the loss: train (mean since the row before) or validation (held out)."),
         _column("loss", _number, "nats/token", "Cross-entropy."),
@@ -111,7 +111,7 @@ SCHEMAS = {
         "peak allow at best (the roofline, a lower bound of times).",
         "node evaluation device metric",
         field(Metrics, "node"),
-        _column("evaluation", _text, "", "Name of the evaluation; null for what the checkpoint's files say."),
+        _column("evaluation", _text, "", "Name of the evaluation; null for costs of the checkpoint's files."),
         _column(
             "device",
             _text,
@@ -122,9 +122,9 @@ SCHEMAS = {
         _column("value", _number, "see unit", "The measurement."),
         _column("spread", _number, "see unit", "Spread over repeats; null where nothing was repeated."),
         _column("unit", _text, "", "Unit of value and spread."),
-        _column("simulated", _flag, "", "Whether the number stands for a device or format that did not run here."),
+        _column("simulated", _flag, "", "Whether the number is of a device or format that did not run here."),
         _column(
-            "details", _text, "JSON", "Sequences and tokens behind the number, and where a device's figures are from."
+            "details", _text, "JSON", "Sequences and tokens of the measurement, and the source of a device's figures."
         ),
     ),
     "comparisons": _table(
@@ -188,7 +188,7 @@ SCHEMAS = {
         "its monotonicity.",
         "group evaluation metric",
         _column("group", _text, "", "Path of the nodes without their seeds."),
-        _column("evaluation", _text, "", "Name of the evaluation in the study; null for what recovery curves say."),
+        _column("evaluation", _text, "", "Name of the evaluation in the study; null for metrics of recovery curves."),
         _column(
             "metric",
             _text,

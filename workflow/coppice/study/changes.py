@@ -9,19 +9,21 @@ import os
 from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, JsonValue, ValidationError
 
 from coppice import storage
 from coppice.errors import UserError
 from coppice.files import sha256
-from coppice.methods.options import MethodOptions, RecoverOptions
+from coppice.methods.options import MethodOptions
 from coppice.models.sources import locate
+from coppice.records.base import Json
 from coppice.records.manifest import Manifest, RecoveryRecord, StepRecord
 from coppice.records.tokens import TokenSet
 from coppice.study import tree
 from coppice.study.schema import FileText, HubModel, Study
+from coppice.study.schema.evaluations import protocols
 from coppice.study.schema.steps import current_method, current_options
 from coppice.study.tree import calibration_of
 
@@ -33,10 +35,10 @@ def refuse_other_node(study: Study, node: tree.Node, manifest: Manifest, path: P
     """Raises UserError where the manifest at `path` is of another model, method, seed or option than the study's.
 
     It also raises where a step was calibrated on other tokens than those of its calibration, or trained with other
-    rungs of the ladder of budgets; and, where results lie elsewhere, where a file of a model that the study names by
-    path has changed.
+    rungs of the ladder of budgets. Where results lie elsewhere, it raises for a changed file of a model that the study
+    names by path, too.
 
-    tokens: the folder of the model's token sets. A calibration whose token set is not there is not compared, nor are
+    tokens: the folder of the model's token sets. A calibration without a token set is not compared, nor are
     the budgets of a recovery of a version that did not record them.
     """
     if node.step is None:
@@ -55,7 +57,7 @@ def refuse_other_node(study: Study, node: tree.Node, manifest: Manifest, path: P
     _refuse(f"The node {node.name!r}", of, {**was, "seed": manifest.seed}, {**now, "seed": node.seed}, path)
 
 
-def _recorded_step(recorded: StepRecord, options: type[MethodOptions]) -> dict[str, Any]:
+def _recorded_step(recorded: StepRecord, options: type[MethodOptions]) -> Json:
     """The method and the options of a recorded step, under the names of this version."""
     return {
         "method": current_method(recorded.method),
@@ -85,7 +87,7 @@ def refuse_other_tokens(study: Study, uses: Iterable[str], tokens: Path) -> None
     It also raises where a calibration has other windows (those of steps and evaluations are among their options) and,
     where results lie elsewhere, where the text's file has changed.
 
-    tokens: the folder of a model's token sets; those that are not there are not compared.
+    tokens: the folder of a model's token sets; those that do not exist are not compared.
     """
     for use in uses:
         path = tokens / use / "manifest.json"
@@ -115,14 +117,12 @@ def _text_name(study: Study, use: str) -> str:
         return study.calibrations[name].text
     if kind == "evaluation":
         evaluation, _, protocol = name.partition(".")
-        return tree.protocols(study.evaluations[evaluation])[protocol].text
-    options = cast(RecoverOptions, study.steps[name].options)  # only training steps have token sets of their own
+        return protocols(study.evaluations[evaluation])[protocol].text
+    options = tree.training_options(study, name)  # only training steps have token sets of their own
     return options.text if kind == "recovery" else options.validation
 
 
-def _add_calibration(
-    was: dict[str, Any], now: dict[str, Any], name: str, recorded: Mapping[str, str], tokens: Path
-) -> None:
+def _add_calibration(was: Json, now: Json, name: str, recorded: Mapping[str, str], tokens: Path) -> None:
     """Adds the first digits of the fingerprint of a calibration's tokens: as recorded, and as they are, if there.
 
     recorded: by the kind of statistics, or `windows`, the fingerprint of the tokens that it was gathered over.
@@ -134,7 +134,7 @@ def _add_calibration(
         now[key] = TokenSet.read(path).fingerprint[:12]
 
 
-def _add_budgets(was: dict[str, Any], now: dict[str, Any], budgets: Iterable[int], recovery: RecoveryRecord) -> None:
+def _add_budgets(was: Json, now: Json, budgets: Iterable[int], recovery: RecoveryRecord) -> None:
     """Adds the rungs of the ladder of budgets that a recovery could reach: of its own ladder, and of the study's.
 
     A rung above the requested tokens, or above where training ended early, did not change the node.
@@ -142,10 +142,10 @@ def _add_budgets(was: dict[str, Any], now: dict[str, Any], budgets: Iterable[int
     if recovery.budgets is not None:
         most = min(recovery.tokens, recovery.tokens_requested)
         for rungs, ladder in ((was, recovery.budgets), (now, budgets)):
-            rungs["budgets"] = sorted({budget for budget in ladder if budget <= most})
+            rungs["budgets"] = list[JsonValue](sorted({budget for budget in ladder if budget <= most}))
 
 
-def _add_files(was: dict[str, Any], now: dict[str, Any], recorded: Mapping[str, str], folder: Path) -> None:
+def _add_files(was: Json, now: Json, recorded: Mapping[str, str], folder: Path) -> None:
     """Adds the first digits of the SHA-256 of files: as recorded, and as they are, of those that are in the folder.
 
     Only where results lie elsewhere: otherwise the files' dates count.
@@ -162,7 +162,7 @@ def _digest(path: Path, size: int, changed: int) -> str:
     return sha256(path)
 
 
-def _add_defaults(options: type[BaseModel], recorded: Mapping[str, Any]) -> dict[str, Any]:
+def _add_defaults(options: type[BaseModel], recorded: Mapping[str, Any]) -> Json:
     """Recorded options, with the defaults of those that the recording version did not have."""
     try:
         return options.model_validate(recorded).model_dump(mode="json")
@@ -173,8 +173,8 @@ def _add_defaults(options: type[BaseModel], recorded: Mapping[str, Any]) -> dict
 def _refuse(what: str, of: str, was: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> None:
     changed = [key for key in now if key not in WITHOUT_EFFECT and was.get(key) != now[key]]
     if changed:
-        listed = ", ".join(f"{key} (was {was.get(key)}, is {now[key]})" for key in changed)
+        differences = ", ".join(f"{key} (was {was.get(key)}, is {now[key]})" for key in changed)
         raise UserError(
-            f"{what} was made before the study's {of} changed: {listed}. Give what changed a new name, or remove "
+            f"{what} was made before the study's {of} changed: {differences}. Give what changed a new name, or remove "
             f"{path} from where the results are stored and run again."
         )

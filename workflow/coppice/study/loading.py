@@ -1,6 +1,6 @@
 """Reads, validates and explains a study; writes the effective one.
 
-`load_study` turns a file (or what a YAML reader made of one) into a `Study`, or raises one UserError that names every
+`load_study` turns a file (or its parsed content) into a `Study`, or raises one UserError that names every
 problem with its place. `effective` is the way back: the study after defaults.
 """
 
@@ -20,6 +20,7 @@ from pydantic_core import ErrorDetails
 
 from coppice.errors import UserError
 from coppice.files import atomic_write
+from coppice.records.base import Json
 from coppice.study import tree
 from coppice.study.schema import Study, calibrations, evaluations, laws, models, names, recipes, steps, texts
 
@@ -28,7 +29,7 @@ SECTIONS = (models, texts, calibrations, steps, recipes, evaluations, laws)
 
 
 def load_study(source: Path | str | Mapping[str, Any], where: str | None = None) -> Study:
-    """The study of a YAML file, or of what a YAML reader made of one; paths are relative to the working directory.
+    """The study of a YAML file, or of its parsed content; paths are relative to the working directory.
 
     Raises UserError with one sentence a problem: each names its place and what to do. `where` is what they call the
     whole; the file's name when left out.
@@ -96,7 +97,7 @@ def _shorten(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def effective(study: Study) -> dict[str, Any]:
+def effective(study: Study) -> Json:
     """The study as plain values after defaults; `load_study` reads it back as the same study."""
     return study.model_dump(mode="json")
 
@@ -122,14 +123,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the effective study here; print nothing")
 
 
-def merged_files(files: Sequence[Path], changes: Mapping[str, Any]) -> Any:
-    """What YAML files say together, later ones on top, and then `changes`."""
+def merge_files(files: Sequence[Path], changes: Mapping[str, Any]) -> Any:
+    """YAML files merged, later ones on top, and then `changes`."""
     return reduce(merge, [*map(read_yaml, files), changes])
 
 
 def run(arguments: argparse.Namespace) -> None:
     """`coppice study`."""
-    study = load_study(merged_files(arguments.files, arguments.config), " and ".join(map(str, arguments.files)))
+    study = load_study(merge_files(arguments.files, arguments.config), " and ".join(map(str, arguments.files)))
     if arguments.output:
         write_effective(study, arguments.output)
     else:

@@ -14,25 +14,43 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import product
 from math import ceil
-from typing import Any
+from typing import ClassVar, cast
 
 from coppice.methods.options import RecoverOptions
 from coppice.methods.registry import Method, method
 from coppice.models.contracts import FROM_WINDOWS
+from coppice.records.base import Json
 from coppice.records.node_name import NodeName
 from coppice.study.schema import BuiltinText, Evaluation, Quality, Recipe, Step, Study
 from coppice.study.schema.evaluations import protocols
 
 
 @dataclass(frozen=True, slots=True)
-class Node:
-    """name: the path. parent, step: None for a dense model; step is the step's name without a seed."""
+class Root:
+    """A dense model. It has neither a parent nor a step."""
+
+    name: str
+    seed: int
+    parent: ClassVar[None] = None
+    step: ClassVar[None] = None
+
+    @property
+    def model(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True, slots=True)
+class StepNode:
+    """A model after a step. name: the path; step: the step's name without a seed."""
 
     name: str
     model: str
-    parent: str | None
-    step: str | None
+    parent: str
+    step: str
     seed: int
+
+
+Node = Root | StepNode
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,19 +66,19 @@ class TokenUse:
 
 def nodes(study: Study) -> dict[str, Node]:
     """Every node by name: all dense models, then what the recipes make of them; parents come before children."""
-    tree = {model: Node(model, model, None, None, study.seed) for model in study.models}
+    tree: dict[str, Node] = {model: Root(model, study.seed) for model in study.models}
     for _, model, steps, seed in expand_recipes(study):
         parent = model
         for step, part in zip(steps, _parts(study, steps, seed), strict=True):
             name = f"{parent}/{part}"
             if name not in tree:
-                tree[name] = Node(name, model, parent, step, seed if "@" in part else study.seed)
+                tree[name] = StepNode(name, model, parent, step, seed if "@" in part else study.seed)
             parent = name
     return tree
 
 
 def expand_recipes(study: Study) -> Iterator[tuple[int, str, tuple[str, ...], int]]:
-    """(index of the recipe, model, steps, seed) of every single recipe that the study's recipes stand for."""
+    """(index of the recipe, model, steps, seed) of every single recipe that the study's recipes expand to."""
     for i, recipe in enumerate(study.recipes):
         for model in recipe.models or study.models:
             for steps in expand_steps(recipe):
@@ -69,7 +87,7 @@ def expand_recipes(study: Study) -> Iterator[tuple[int, str, tuple[str, ...], in
 
 
 def expand_steps(recipe: Recipe) -> list[tuple[str, ...]]:
-    """The lists of steps that a recipe stands for, without its nulls."""
+    """The lists of steps that a recipe expands to, without its nulls."""
     combinations = [recipe.steps] if recipe.steps is not None else product(*recipe.product or ())
     return [tuple(step for step in steps if step is not None) for steps in combinations]
 
@@ -184,6 +202,11 @@ def trains(study: Study, step: str) -> bool:
     return method_of(study, step).contract == "training"
 
 
+def training_options(study: Study, step: str) -> RecoverOptions:
+    """The options of a step that trains; the registry takes no training method with others."""
+    return cast(RecoverOptions, study.steps[step].options)
+
+
 def token_uses(study: Study) -> dict[str, TokenUse]:
     """Every token set by name: calibration.<name>, recovery.<step>, validation.<step>, evaluation.<name>.<protocol>."""
     uses = {
@@ -214,16 +237,16 @@ def world(study: Study, evaluation: Evaluation) -> str | None:
     return evaluation.world or next(name for name, text in study.texts.items() if isinstance(text, BuiltinText))
 
 
-def evaluation_options(study: Study, evaluation: str) -> dict[str, Any]:
+def evaluation_options(study: Study, evaluation: str) -> Json:
     """How an evaluation measures, as `coppice evaluate` takes it: which nodes it measures is not part of it.
 
     Options that are null are left out, so that a new option that is off measures nothing again; within a protocol null
-    says something: all windows.
+    has a meaning: all windows.
     """
     body = study.evaluations[evaluation]
     options = {k: v for k, v in body.model_dump(mode="json", exclude={"nodes", "world"}).items() if v is not None}
-    asked_about = world(study, body)
-    return options | ({"world": study.texts[asked_about].model_dump(mode="json")} if asked_about else {})
+    text = world(study, body)
+    return options | ({"world": study.texts[text].model_dump(mode="json")} if text else {})
 
 
 def evaluations(study: Study, name: str) -> list[str]:

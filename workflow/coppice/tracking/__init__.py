@@ -35,22 +35,22 @@ def track(study: Study, results: Path, uri: str | None) -> dict[str, str]:
 
     Raises UserError when the tables are missing, and when MLflow refuses or does not answer.
     """
-    shown, _ = _synchronize(study, results, uri, study_mirrors)
-    return shown
+    run_ids, _ = _synchronize(study, results, uri, study_mirrors)
+    return run_ids
 
 
 def watch(study: Study, results: Path, uri: str | None, every: float = EVERY) -> dict[str, str]:
     """Follows a study under way to its end, and then returns what `track` returns.
 
-    A server that does not answer is asked again at the next look, as is a file that went while it was read.
+    A server that does not answer is tried again at the next look, as is a file that was removed while it was read.
     """
     results = Path(results).resolve()
     ending, extension, printed = watching.Ending(results), server.Extension(), ""
-    while not ending.reached(study):
+    while not ending.is_over(study):
         try:
-            shown, mirrors = _synchronize(study, results, uri, watching.live_mirrors, extension)
+            run_ids, mirrors = _synchronize(study, results, uri, watching.live_mirrors, extension)
             live = sum(mirror.live for mirror in mirrors)
-            message = f"{len(shown) - live} of {len(nodes(study))} nodes are in MLflow, {live} are under way."
+            message = f"{len(run_ids) - live} of {len(nodes(study))} nodes are in MLflow, {live} are under way."
         except (UserError, FileNotFoundError) as error:
             message = str(error)
         if message != printed:
@@ -67,21 +67,22 @@ def _synchronize(
     mirrors_of: Callable[[Study, Path], list[Mirror]],
     extension: server.Extension | None = None,
 ) -> tuple[dict[str, str], list[Mirror]]:
-    """Brings MLflow to what `mirrors_of` makes of the results. extension: of runs that grow while they stand."""
+    """Brings MLflow to the runs of `mirrors_of`. extension: sends what is new of runs under way."""
     results = Path(results).resolve()
     uri = tracking_uri(uri or study.tracking.uri, results)
     with _database_lock(uri, results), server.mlflow_errors(uri, results):
         client = connect(uri)
-        found = client.get_experiment_by_name(study.study)
-        # Before the results are read: who reads later has the higher turn.
-        turn = server.next_turn(server.runs_of(client, found.experiment_id) if found else [], extension is None)
+        existing = client.get_experiment_by_name(study.study)
+        # Before the results are read: a later reader has the higher turn.
+        turn = server.next_turn(server.runs_of(client, existing.experiment_id) if existing else [], extension is None)
         mirrors = mirrors_of(study, results)
         experiment = server.ready_experiment(client, study, _artifacts(uri, results)).experiment_id
-        shown = server.synchronize(client, experiment, mirrors, frozenset(nodes(study)), turn)
-        for mirror in mirrors if extension else ():
-            if mirror.live:
-                extension.send(client, shown[mirror.name], mirror)
-    return shown, mirrors
+        run_ids = server.synchronize(client, experiment, mirrors, frozenset(nodes(study)), turn)
+        if extension:
+            for mirror in mirrors:
+                if mirror.live:
+                    extension.send(client, run_ids[mirror.name], mirror)
+    return run_ids, mirrors
 
 
 def _database_lock(uri: str, results: Path) -> AbstractContextManager:
@@ -98,20 +99,20 @@ def _database_lock(uri: str, results: Path) -> AbstractContextManager:
 
 
 def _artifacts(uri: str, results: Path) -> str | None:
-    """Where artifacts go: the folder mlartifacts beside a database file, else beside the study's; None: a server says.
+    """Where artifacts go: mlartifacts next to a database file, else next to the study's folder; None: to the server.
 
     Of results that lie elsewhere the study's folder is a cache, which must not hold them.
     """
     if uri.startswith("http"):
         return None
-    beside = Path(uri.removeprefix(SQLITE)) if uri.startswith(SQLITE) else results
-    return (beside.parent / "mlartifacts").as_uri()
+    neighbour = Path(uri.removeprefix(SQLITE)) if uri.startswith(SQLITE) else results
+    return (neighbour.parent / "mlartifacts").as_uri()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--study", required=True, type=Path, help="the study's YAML file")
     parser.add_argument("--results", required=True, type=Path, help="folder of the study's results, with its tables")
-    parser.add_argument("--uri", help="MLflow tracking URI (default: the study's, or mlflow.db beside its folder)")
+    parser.add_argument("--uri", help="MLflow tracking URI (default: the study's, or mlflow.db next to its folder)")
     parser.add_argument("--output", required=True, type=Path, help="JSON file that gets the id of each node's run")
     parser.add_argument("--watch", action="store_true", help="follow a running study to its end")
     parser.add_argument(

@@ -12,11 +12,11 @@ from collections.abc import Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from coppice import storage
 from coppice.files import fingerprint, sha256
 from coppice.formatting import human_count
+from coppice.records.base import Json
 from coppice.records.fit import FitRecord
 from coppice.records.layout import ResultsLayout
 from coppice.records.manifest import Manifest
@@ -32,7 +32,7 @@ from coppice.tracking.quantities import Metrics, curve, key, measurements, ranks
 
 Parameters = dict[str, str | int]
 
-STUDY = "."  # stands for the study's own run where nodes are named; no node can have this name
+STUDY = "."  # the name of the study's own run; no node can have this name
 FORMAT_VERSION = 3
 
 # Differ between two runs of the same work, and so are no reason for a new run.
@@ -55,8 +55,8 @@ class Mirror:
     """A run as MLflow is to show it.
 
     metrics: (name, value, step); files: by the path that they get among the run's artifacts; texts: small artifacts by
-    path. tags, and note with its links, may change while the run stands: they tell of other nodes too. start and end:
-    milliseconds since 1970. live: of a node that is being made, so that more metrics follow.
+    path. tags, and note with its links, may change while the run is current: they depend on other nodes too. start and
+    end: milliseconds since 1970. live: of a node under way, so that more metrics follow.
     """
 
     name: str
@@ -75,26 +75,26 @@ class Mirror:
 
 
 def study_mirrors(study: Study, results: Path) -> list[Mirror]:
-    """The runs that MLflow is to show: every node made or failed, roots first, then the study's own."""
+    """The runs that MLflow is to show: every node that is complete or failed, roots first, then the study's own."""
     tables = {name: read_table(ResultsLayout(results).tables, name).to_pylist() for name in SCHEMAS if name != "items"}
-    uploaded = _uploaded(study.tracking.weights, tables["nodes"], tables["metrics"])
+    uploaded = _nodes_to_upload(study.tracking.weights, tables["nodes"], tables["metrics"])
     return [*node_mirrors(study, results, tables, uploaded), _study_mirror(study, results, tables)]
 
 
 def node_mirrors(
     study: Study, results: Path, tables: Mapping[str, list[Row]], uploaded: AbstractSet[str]
 ) -> list[Mirror]:
-    """The runs of the nodes that were made or failed, roots first. uploaded: whose weights go to MLflow too."""
+    """The runs of the nodes that are complete or failed, roots first. uploaded: whose weights go to MLflow too."""
     rows = {row["node"]: row for row in tables["nodes"]}
     rows_of_tables = {
         "metrics": tables["metrics"],
-        # What a manifest and the roofline say of a node follows from the node's row.
+        # Costs of the manifest and the roofline follow from the node's row.
         "costs": [row for row in tables["costs"] if row["evaluation"]],
         "curves": tables["curves"],
         "failures": tables["failures"],
     }
     of = {name: _by_node(entries) for name, entries in rows_of_tables.items()}
-    repeated = _repeated(rows_of_tables["metrics"] + rows_of_tables["costs"])
+    repeated = _ambiguous_metrics(rows_of_tables["metrics"] + rows_of_tables["costs"])
     best = on_pareto_front(tables["nodes"], tables["metrics"])
     mirrors = []
     for node in nodes(study):
@@ -118,14 +118,14 @@ def _best(rows: list[Row], metrics: list[Row], units: tuple[str, ...]) -> frozen
     for row in metrics:
         if row["unit"] in units and row["value"] is not None and row["node"] in size:
             measured.setdefault((row["evaluation"], row["metric"]), []).append(row)
-    found: set[str] = set()
+    front: set[str] = set()
     for entries in measured.values():
         points = [(size[row["node"]], -row["value"] if row["unit"] == "accuracy" else row["value"]) for row in entries]
-        found |= {entries[index]["node"] for index in pareto_front(points)}
-    return frozenset(found)
+        front |= {entries[index]["node"] for index in pareto_front(points)}
+    return frozenset(front)
 
 
-def _uploaded(policy: str, rows: list[Row], metrics: list[Row]) -> frozenset[str]:
+def _nodes_to_upload(policy: str, rows: list[Row], metrics: list[Row]) -> frozenset[str]:
     """Nodes whose weights are uploaded: nobody's, everybody's, or those on the front of size against a perplexity."""
     if policy == "all":
         return frozenset(row["node"] for row in rows)
@@ -133,14 +133,14 @@ def _uploaded(policy: str, rows: list[Row], metrics: list[Row]) -> frozenset[str
 
 
 def _by_node(rows: Iterable[Row]) -> dict[str, list[Row]]:
-    found: dict[str, list[Row]] = {}
+    groups: dict[str, list[Row]] = {}
     for row in rows:
-        found.setdefault(row["node"], []).append(row)
-    return found
+        groups.setdefault(row["node"], []).append(row)
+    return groups
 
 
-def _repeated(rows: list[Row]) -> frozenset[str]:
-    """Names of metrics that two evaluations use, so that the evaluation has to be told too."""
+def _ambiguous_metrics(rows: list[Row]) -> frozenset[str]:
+    """Names of metrics that two evaluations use, so that the evaluation must be named too."""
     pairs = {(row["evaluation"], row["metric"]) for row in rows}
     counts = Counter(metric for _, metric in pairs)
     return frozenset(metric for metric, count in counts.items() if count > 1)
@@ -196,36 +196,40 @@ def _node_files(layout: ResultsLayout, node: str, weights: Iterable[str]) -> dic
 
 def _identity(row: Row, parts: dict[str, list[Row]], repeated: frozenset[str], upload: bool) -> str:
     """Fingerprint of what a run shows, but for times."""
-    content = {name: [_timeless(entry) for entry in entries] for name, entries in parts.items()}
+    content = {name: [_without_times(entry) for entry in entries] for name, entries in parts.items()}
     named = sorted(repeated & {entry["metric"] for entry in parts["metrics"] + parts["costs"]})
     written = {"version": FORMAT_VERSION, "upload": upload, "repeated": named}
-    return fingerprint({**written, "node": _timeless(row), **content})
+    return fingerprint({**written, "node": _without_times(row), **content})
 
 
-def _timeless(row: Row) -> Row:
+def _without_times(row: Row) -> Row:
     return {key: value for key, value in row.items() if key not in _TIMING}
 
 
 def _parameters(row: Row) -> Parameters:
     names = ("model", "recipe", "depth", "step", "seed", "calibration", "source", "source_revision")
-    made_by = {name: row[name] or "dense" for name in ("method", "family")}
-    return {name: row[name] for name in names if row[name] is not None} | made_by | {"traits": ",".join(row["traits"])}
+    method_and_family = {name: row[name] or "dense" for name in ("method", "family")}
+    return (
+        {name: row[name] for name in names if row[name] is not None}
+        | method_and_family
+        | {"traits": ",".join(row["traits"])}
+    )
 
 
 def _recipe_parameters(recipe: list[Row]) -> Parameters:
     """The options of every step of a path as `<family>.<option>`, `<family>2.<option>` where a family comes twice."""
-    found: dict[str, Any] = {}
-    seen: Counter[str] = Counter()
+    options: Json = {}
+    steps: Counter[str] = Counter()
     for row in recipe:
-        seen[row["family"]] += 1
-        place = row["family"] + (str(seen[row["family"]]) if seen[row["family"]] > 1 else "")
-        found[f"{place}.method"] = row["method"]
-        found |= {f"{place}.{option}": value for option, value in json.loads(row["options"]).items()}
-    return {key(name): value if isinstance(value, str) else json.dumps(value) for name, value in found.items()}
+        steps[row["family"]] += 1
+        place = row["family"] + (str(steps[row["family"]]) if steps[row["family"]] > 1 else "")
+        options[f"{place}.method"] = row["method"]
+        options |= {f"{place}.{option}": value for option, value in json.loads(row["options"]).items()}
+    return {key(name): value if isinstance(value, str) else json.dumps(value) for name, value in options.items()}
 
 
 def _tags(study: Study, path: list[Row], best: bool) -> dict[str, str]:
-    """What runs are grouped and filtered by."""
+    """The tags that group and filter runs."""
     row = path[-1]
     return {
         **node_tags(study, row["node"]),
@@ -250,35 +254,35 @@ def _errors(failed: list[Row]) -> dict[str, str]:
 
 def _job_files(layout: ResultsLayout, node: str) -> dict[str, Path]:
     """Logs and benchmarks of the jobs of one node, by the paths that they get: <kind>/<stage>[/<rest>].<suffix>."""
-    found = {}
+    files: dict[str, Path] = {}
     for kind, path_of in (("logs", layout.log), ("benchmarks", layout.benchmark)):
         for name, stage in STAGES.items():
             own = path_of(name, node)
             if stage.parts == 0:
-                found[f"{kind}/{name}{own.suffix}"] = own
+                files[f"{kind}/{name}{own.suffix}"] = own
                 continue
             folder = own.with_suffix("")
             for path in folder.glob("*/" * (stage.parts - 1) + f"*{own.suffix}"):
-                found[f"{kind}/{name}/{path.relative_to(folder).as_posix()}"] = path
-    return found
+                files[f"{kind}/{name}/{path.relative_to(folder).as_posix()}"] = path
+    return files
 
 
 def _datasets(study: Study, layout: ResultsLayout, row: Row) -> list[Dataset]:
     """The token sets that a node was calibrated, trained and measured on."""
-    found = []
+    datasets: list[Dataset] = []
     folder = layout.token_sets(row["model"])
     if row["calibration"]:
         path = layout.tokens(row["model"], f"calibration.{row['calibration']}")
         data = _dataset(study, path, "calibration") if path.exists() else Dataset("", "", "calibration")
-        found.append(replace(data, name=row["calibration"], digest=row["calibration_fingerprint"]))
+        datasets.append(replace(data, name=row["calibration"], digest=row["calibration_fingerprint"]))
     trained = row["family"] == "recover"
     uses = {f"{use}.{row['step']}": use for use in ("recovery", "validation") if trained}
     uses |= {path.parent.name: "evaluation" for path in folder.glob("evaluation.*/manifest.json")}
     for name, use in uses.items():
         path = layout.tokens(row["model"], name)
         if path.exists():
-            found.append(_dataset(study, path, use))
-    return found
+            datasets.append(_dataset(study, path, use))
+    return datasets
 
 
 def _dataset(study: Study, path: Path, use: str) -> Dataset:
@@ -299,8 +303,8 @@ def _dataset(study: Study, path: Path, use: str) -> Dataset:
 
 
 def _failed_mirror(study: Study, results: Path, node: str, failed: list[Row]) -> Mirror:
-    """The run of a node that was never made: its error and its logs; of 1970 where none of its files is there."""
-    # A broken one may be gone since the tables were written, as their sentence tells to remove it.
+    """The run of a node without a checkpoint: its error and its logs; of 1970 where it has no logs."""
+    # A damaged one may have been removed since the tables were written, as their sentence advises.
     logs = [log for log in (results / row["log"] for row in failed) if log.exists()]
     end = int(max((log.stat().st_mtime for log in logs), default=0) * 1000)
     return Mirror(

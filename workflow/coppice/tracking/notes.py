@@ -19,10 +19,10 @@ _LINK = re.compile(r"\[([^\]]+)\]\(node:([^)\s]+)\)")
 
 
 def link_nodes(note: str, experiment: str, runs: Mapping[str, str]) -> str:
-    """The note with its links to nodes as links to their runs in the UI; plain names where there is no run."""
+    """The note with its links to nodes as links to their runs in the UI; plain names where a node has no run."""
 
-    def link(found: re.Match[str]) -> str:
-        text, node = found.groups()
+    def link(match: re.Match[str]) -> str:
+        text, node = match.groups()
         return f"[{text}](#/experiments/{experiment}/runs/{runs[node]})" if node in runs else text
 
     return _LINK.sub(link, note)
@@ -33,9 +33,9 @@ def node_note(study: Study, row: Row, path: list[Row], metrics: list[Row], faile
 
     path: the rows of the nodes on its path, the dense model first.
     """
-    made_from = f", made from {_link(row['parent'])}" if row["parent"] else ""
+    origin = f", computed from {_link(row['parent'])}" if row["parent"] else ""
     blocks = [
-        f"**{row['node']}**: {composition(path)}{made_from}.",
+        f"**{row['node']}**: {composition(path)}{origin}.",
         _failures(failed),
         _table(("step", "method", "options"), [_step(step) for step in path]),
         _table(("size", ""), _sizes(row)),
@@ -46,22 +46,22 @@ def node_note(study: Study, row: Row, path: list[Row], metrics: list[Row], faile
 
 
 def failed_note(study: Study, node: str, parent: str | None, failed: list[Row]) -> str:
-    """Of a node that could not be made."""
-    made_from = f", to be made from {_link(parent)}" if parent else ""
-    return "\n\n".join([f"**{node}**{made_from}: not made.", _failures(failed), reproduction(study, node)])
+    """Of a node that failed."""
+    origin = f", to be computed from {_link(parent)}" if parent else ""
+    return "\n\n".join([f"**{node}**{origin}: failed.", _failures(failed), reproduction(study, node)])
 
 
 def live_note(study: Study, node: str, parent: str | None) -> str:
-    """Of a node that is being made or measured."""
-    made_from = f", made from {_link(parent)}" if parent else ""
-    return f"**{node}**{made_from}: under way. Another run takes the place of this one when all of it is there."
+    """Of a node under way."""
+    origin = f", computed from {_link(parent)}" if parent else ""
+    return f"**{node}**{origin}: under way. Another run replaces this one when the node is complete."
 
 
 def study_note(study: Study, rows: list[Row], failures: list[Row]) -> str:
     """Of the study's own run."""
     return (
-        f"The study **{study.study}** itself: {len(rows)} nodes made, {len(failures)} failed outputs. Its tables, laws "
-        "and report are under Artifacts; `report/index.html` opens in a browser, `study.yaml` is the whole config."
+        f"The study **{study.study}** itself: {len(rows)} complete nodes, {len(failures)} failed outputs. Its tables, "
+        "laws and report are under Artifacts; `report/index.html` opens in a browser, `study.yaml` is the whole config."
     )
 
 
@@ -119,7 +119,7 @@ def _plain(value: Any) -> str:
 
 
 def _sizes(row: Row) -> list[tuple[str, ...]]:
-    sizes = [
+    sizes: list[tuple[str, ...]] = [
         ("stored", f"{number(row['stored_bytes'] / 1e6)} MB"),
         ("bits per weight of the dense model", number(row["bits_per_weight"])),
         ("parameters", f"{human_count(row['parameters'])} of {human_count(row['dense_parameters'])}"),

@@ -13,7 +13,7 @@ from coppice.results.schemas import Row
 Metrics = list[tuple[str, float, int]]  # (name, value, step)
 
 # Unit of the tables -> what a metric's name ends in, and how many of that unit are one of the tables'. Losses are in
-# nats per token wherever they stand, and ratios and scores have no unit.
+# nats per token everywhere, and ratios and scores have no unit.
 _UNITS = {
     "s": ("_ms", 1e3),
     "s/token": ("_ms_per_token", 1e3),

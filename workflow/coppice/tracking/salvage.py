@@ -19,7 +19,7 @@ from coppice.files import write_json
 from coppice.records.layout import ResultsLayout
 from coppice.report.stage import write_report
 from coppice.results.collection import write_tables
-from coppice.study.loading import load_study, merged_files, write_effective
+from coppice.study.loading import load_study, merge_files, write_effective
 from coppice.study.schema import Study
 from coppice.tracking import track
 
@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--results", required=True, type=Path, help="folder of the study's results")
     parser.add_argument("--uri", help="MLflow tracking URI (default: the study's)")
     parser.add_argument("--fetch", action="store_true", help="fetch the small results from the store first")
-    parser.add_argument("--logs", nargs="*", type=Path, default=[], help="logs of Snakemake, which say what failed")
+    parser.add_argument("--logs", nargs="*", type=Path, default=[], help="logs of Snakemake, which name what failed")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -42,7 +42,7 @@ def run(arguments: argparse.Namespace) -> None:
         return
     if arguments.fetch:
         storage.fetch_results(storage.named_store(), arguments.results)
-    salvage(load_study(merged_files(arguments.files, arguments.config)), arguments.results, arguments.uri)
+    salvage(load_study(merge_files(arguments.files, arguments.config)), arguments.results, arguments.uri)
 
 
 def worth_salvaging(logs: Iterable[Path]) -> bool:
@@ -64,5 +64,5 @@ def salvage(study: Study, results: Path, uri: str | None) -> None:
         write_report(study, results, layout.report)
         print(f"{layout.page} shows what was achieved, and what failed.", file=sys.stderr)
     except (UserError, OSError) as error:
-        print(f"There is no report of this run: {error}", file=sys.stderr)
+        print(f"No report of this run was written: {error}", file=sys.stderr)
     write_json(layout.tracking, track(study, results, uri))

@@ -1,4 +1,4 @@
-"""Requests to MLflow: bounded retries, runs that are made whole, and several trackers at once.
+"""Requests to MLflow: bounded retries, complete runs, and several trackers at once.
 
 How trackers agree is in `agreement`; here its plans are applied.
 """
@@ -24,7 +24,7 @@ from coppice.errors import UserError
 from coppice.files import write_json
 from coppice.records.node_name import NodeName
 from coppice.study.schema import Study
-from coppice.tracking.agreement import FIRST, Plan, Shown, Turn, plan
+from coppice.tracking.agreement import FIRST, ListedRun, Plan, Turn, plan
 from coppice.tracking.mirror import STUDY, Mirror
 from coppice.tracking.notes import experiment_note, link_nodes
 from coppice.tracking.quantities import key
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from mlflow.exceptions import MlflowException
 
 SQLITE = "sqlite:///"
-# What a request may take, and how often it is made again (after 0, 2, 4 and 8 s, and up to one more): a server that is
+# What a request may take, and how often it is repeated (after 0, 2, 4 and 8 s, and up to one more): a server that is
 # down is given up within 20 s, one that hangs within 6 minutes.
 PATIENCE = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "60",
@@ -52,7 +52,7 @@ _FINGERPRINT, _NODE, _TURN, _LIVE = "coppice.fingerprint", "coppice.node", "copp
 
 
 def tracking_uri(uri: str | None, results: Path) -> str:
-    """The URI with an absolute path; the default is the database mlflow.db beside the study's folder."""
+    """The URI with an absolute path; the default is the database mlflow.db next to the study's folder."""
     if uri is None:
         return f"{SQLITE}{results.parent / 'mlflow.db'}"
     if uri.startswith(SQLITE):
@@ -61,7 +61,7 @@ def tracking_uri(uri: str | None, results: Path) -> str:
 
 
 def connect(uri: str) -> MlflowClient:
-    """A client that reports to nobody but the server at `uri`, and that waits for it as `PATIENCE` says."""
+    """A client that reports to nobody but the server at `uri`, and waits for it by `PATIENCE`."""
     for variable in ("MLFLOW_DISABLE_TELEMETRY", "DO_NOT_TRACK"):
         os.environ[variable] = "true"
     os.environ["_MLFLOW_TELEMETRY_PRE_WARM_DATABRICKS_SDK"] = "false"
@@ -111,42 +111,43 @@ def _redact(text: str) -> str:
 
 
 def ready_experiment(client: MlflowClient, study: Study, artifacts: str | None) -> Experiment:
-    """The study's experiment, made, or fetched from the trash; `artifacts` None leaves their place to the server."""
+    """The study's experiment, created or fetched from the trash; `artifacts` None leaves their place to the server."""
     from mlflow.exceptions import MlflowException
 
-    found = client.get_experiment_by_name(study.study)
-    if found is None:
+    experiment = client.get_experiment_by_name(study.study)
+    if experiment is None:
         try:
             client.create_experiment(study.study, artifact_location=artifacts)
-        except MlflowException:  # another tracker made it meanwhile, or else there is none still
+        except MlflowException:  # another tracker created it meanwhile, or else it still does not exist
             if client.get_experiment_by_name(study.study) is None:
                 raise
-        found = client.get_experiment_by_name(study.study)
-    if found.lifecycle_stage == "deleted":
+        experiment = client.get_experiment_by_name(study.study)
+    if experiment.lifecycle_stage == "deleted":
         try:
-            client.restore_experiment(found.experiment_id)
-        except MlflowException:  # another tracker fetched it meanwhile
+            client.restore_experiment(experiment.experiment_id)
+        except MlflowException:  # another tracker restored it meanwhile
             if client.get_experiment_by_name(study.study).lifecycle_stage == "deleted":
                 raise
     # The UI then opens its table of runs, not that of traces.
     for tag, value in {_NOTE: experiment_note(study), "mlflow.experimentKind": "custom_model_development"}.items():
-        if found.tags.get(tag) != value:
-            _retry_conflicts("experiment_tag_pk", partial(client.set_experiment_tag, found.experiment_id, tag, value))
-    return found
+        if experiment.tags.get(tag) != value:
+            set_tag = partial(client.set_experiment_tag, experiment.experiment_id, tag, value)
+            _retry_conflicts("experiment_tag_pk", set_tag)
+    return experiment
 
 
 def _retry_conflicts(key: str, request: Callable[[], None]) -> None:
     """Makes a request that MLflow refuses where another tracker makes the same row at the same moment.
 
-    key: the name of what must be unique. On the next request MLflow takes the row that is there.
+    key: the name of what must be unique. On the next request MLflow uses the row that exists.
     """
     from mlflow.exceptions import MlflowException
 
-    for refused in range(CONFLICTS):
+    for attempt in range(CONFLICTS):
         try:
             return request()
         except MlflowException as error:
-            if key not in str(error) or refused == CONFLICTS - 1:
+            if key not in str(error) or attempt == CONFLICTS - 1:
                 raise
 
 
@@ -154,19 +155,20 @@ def runs_of(client: MlflowClient, experiment: str) -> list[Run]:
     """Every run of an experiment that bears a node, those in the trash included."""
     from mlflow.entities import ViewType
 
-    found, token = [], None
+    runs: list[Run] = []
+    token = None
     while True:
         page = client.search_runs([experiment], run_view_type=ViewType.ALL, max_results=1000, page_token=token)
-        found += [run for run in page if _NODE in run.data.tags]
+        runs += [run for run in page if _NODE in run.data.tags]
         token = page.token
         if not token:
-            return found
+            return runs
 
 
-def listed_run(run: Run) -> Shown:
+def read_run(run: Run) -> ListedRun:
     tags, live = run.data.tags, run.data.tags.get(_LIVE) == "yes"
     number, finished, chance = tags.get(_TURN, "0-0-").split("-")
-    return Shown(
+    return ListedRun(
         id=run.info.run_id,
         node=tags[_NODE],
         fingerprint=tags.get(_FINGERPRINT, ""),
@@ -179,13 +181,13 @@ def listed_run(run: Run) -> Shown:
 
 def next_turn(runs: list[Run], finished: bool = True) -> Turn:
     """A turn above all that the runs bear. finished: of a tracker that shows finished work only."""
-    return max((listed_run(run).turn for run in runs), default=FIRST)[0] + 1, int(finished), secrets.token_hex(4)
+    return max((read_run(run).turn for run in runs), default=FIRST)[0] + 1, int(finished), secrets.token_hex(4)
 
 
 def synchronize(
     client: MlflowClient, experiment: str, mirrors: list[Mirror], known: AbstractSet[str], turn: Turn
 ) -> dict[str, str]:
-    """Brings the experiment to one run for each mirror; returns the ids of the runs that stand.
+    """Brings the experiment to one run for each mirror; returns the ids of the current runs.
 
     known: all nodes that the study has; runs of others go to the trash. Raises UserError where other trackers change
     the runs again and again.
@@ -193,23 +195,23 @@ def synchronize(
     from mlflow.exceptions import MlflowException
 
     by_name = {mirror.name: mirror for mirror in mirrors}
-    wanted = {mirror.name: mirror.fingerprint for mirror in mirrors}
+    fingerprints = {mirror.name: mirror.fingerprint for mirror in mirrors}
     for _ in range(CONFLICTS + len(mirrors)):
         runs = {run.info.run_id: run for run in runs_of(client, experiment)}
-        planned = plan([listed_run(run) for run in runs.values()], wanted, known | {STUDY}, turn)
+        planned = plan([read_run(run) for run in runs.values()], fingerprints, known | {STUDY}, turn)
         try:
-            if planned.settled:
-                _relabel(client, experiment, planned.stands, by_name, runs)
-                return planned.stands
+            if planned.is_empty:
+                _relabel(client, experiment, planned.current, by_name, runs)
+                return planned.current
             _apply(client, experiment, planned, by_name, runs, turn)
         except MlflowException as error:
-            if not _lost(error):
+            if not _is_lost(error):
                 raise
     raise UserError("Other trackers change the same runs of MLflow again and again; run this one when they are done.")
 
 
-def _lost(error: MlflowException) -> bool:
-    """Whether another tracker moved the run to the trash meanwhile: the next listing tells why."""
+def _is_lost(error: MlflowException) -> bool:
+    """Whether another tracker moved the run to the trash meanwhile; the next listing shows the current one."""
     return "must be in the 'active' state" in str(error) or error.error_code == "RESOURCE_DOES_NOT_EXIST"
 
 
@@ -225,14 +227,14 @@ def _apply(
         if runs[run].info.lifecycle_stage == "deleted":
             client.restore_run(run)
         client.set_tag(run, _TURN, _turn_text(turn))
-    for node in _chosen(planned.missing or planned.contested):
-        run = _begin(client, experiment, by_name[node], planned.stands, turn)
+    for node in _choose_nodes(planned.missing or planned.contested):
+        run = _begin(client, experiment, by_name[node], planned.current, turn)
         _fill(client, run, by_name[node])
     for run in planned.trash:
         client.delete_run(run)
 
 
-def _chosen(missing: list[str]) -> list[str]:
+def _choose_nodes(missing: list[str]) -> list[str]:
     """Some of the nodes: dense models first, which the others are nested under, and drawn by chance.
 
     So trackers that run at once share the work.
@@ -241,8 +243,8 @@ def _chosen(missing: list[str]) -> list[str]:
     return random.sample(roots or missing, min(len(roots or missing), max(AT_ONCE, len(missing) // 20)))
 
 
-def _begin(client: MlflowClient, experiment: str, mirror: Mirror, stands: Mapping[str, str], turn: Turn) -> str:
-    tags = _labels(experiment, mirror, stands) | {
+def _begin(client: MlflowClient, experiment: str, mirror: Mirror, current: Mapping[str, str], turn: Turn) -> str:
+    tags = _labels(experiment, mirror, current) | {
         _NODE: mirror.name,
         _FINGERPRINT: mirror.fingerprint,
         _TURN: _turn_text(turn),
@@ -256,10 +258,10 @@ def _turn_text(turn: Turn) -> str:
     return "-".join(map(str, turn))
 
 
-def _labels(experiment: str, mirror: Mirror, stands: Mapping[str, str]) -> dict[str, str]:
-    """The tags of a run that tell of other runs too, and so may change while it stands."""
-    tags = mirror.tags | {_NOTE: link_nodes(mirror.note, experiment, stands)}
-    root = stands.get(NodeName(mirror.name).model)
+def _labels(experiment: str, mirror: Mirror, current: Mapping[str, str]) -> dict[str, str]:
+    """The tags of a run that depend on other runs, and so may change while it is current."""
+    tags = mirror.tags | {_NOTE: link_nodes(mirror.note, experiment, current)}
+    root = current.get(NodeName(mirror.name).model)
     if root and "/" in mirror.name:
         tags[_PARENT] = root
     return {name: value[:_TAG] for name, value in tags.items()}
@@ -268,25 +270,25 @@ def _labels(experiment: str, mirror: Mirror, stands: Mapping[str, str]) -> dict[
 def _relabel(
     client: MlflowClient,
     experiment: str,
-    stands: Mapping[str, str],
+    current: Mapping[str, str],
     by_name: Mapping[str, Mirror],
     runs: Mapping[str, Run],
 ) -> None:
-    """Brings the tags of the runs that stand up to date, but for those of a newer view, which tells more."""
+    """Updates the tags of the current runs, but for those of a newer view, which knows more."""
     from mlflow.entities import RunTag
 
-    for node, run in stands.items():
-        there = runs[run].data.tags
-        if there[_FINGERPRINT] != by_name[node].fingerprint:
+    for node, run in current.items():
+        known_tags = runs[run].data.tags
+        if known_tags[_FINGERPRINT] != by_name[node].fingerprint:
             continue
-        labels = _labels(experiment, by_name[node], stands)
-        changed = [RunTag(name, value) for name, value in labels.items() if there.get(name) != value]
+        labels = _labels(experiment, by_name[node], current)
+        changed = [RunTag(name, value) for name, value in labels.items() if known_tags.get(name) != value]
         if changed:
             client.log_batch(run, tags=changed)
 
 
 def _fill(client: MlflowClient, run: str, mirror: Mirror) -> None:
-    """Writes a run; its status becomes final last, so that one cut short is made again."""
+    """Writes a run; its status becomes final last, so that one cut short is written again."""
     log_parameters(client, run, mirror.parameters)
     log_metrics(client, run, mirror)
     _log_inputs(client, run, mirror)
@@ -355,7 +357,7 @@ class Extension:
         self.sent: dict[str, set[tuple[str, float, int]]] = {}
 
     def send(self, client: MlflowClient, run: str, mirror: Mirror) -> None:
-        there = self.sent.setdefault(run, set())
-        new = [point for point in mirror.metrics if point not in there]
+        sent = self.sent.setdefault(run, set())
+        new = [point for point in mirror.metrics if point not in sent]
         log_metrics(client, run, replace(mirror, metrics=new))
-        there.update(new)
+        sent.update(new)

@@ -220,10 +220,10 @@ def _held_out(references: Points, options: Options) -> HeldOutError:
         return {"reason": folds}
     errors, naive, unidentified = [], [], set()
     for fold in folds:
-        seen, unseen = select(references, ~fold), select(references, fold)
-        family, _ = _fit(seen, options, min(options.starts, FOLD_STARTS))
-        errors.append((family.predict_score(unseen) - unseen["score"])[0])
-        naive.append((seen["score"].mean() - unseen["score"])[0])
+        fitted_rows, held_out_rows = select(references, ~fold), select(references, fold)
+        family, _ = _fit(fitted_rows, options, min(options.starts, FOLD_STARTS))
+        errors.append((family.predict_score(held_out_rows) - held_out_rows["score"])[0])
+        naive.append((fitted_rows["score"].mean() - held_out_rows["score"])[0])
         unidentified |= set(family.unidentified)
     error = summarize_errors(np.array(errors), references["score"], np.array(naive))
     return error | {"unidentified": sorted(unidentified)}

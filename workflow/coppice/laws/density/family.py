@@ -1,6 +1,6 @@
 """The family of reference models: its two laws, their joint fit, and the size at which it would reach a score.
 
-The formulas and their symbols stand in `coppice.laws.density`.
+The formulas and their symbols are in `coppice.laws.density`.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from coppice.uncertainty import mean_interval
 
 
 class Density(TypedDict):
-    """What a score says of a node's density; `reason` says why something is None."""
+    """A node's density by its score; `reason` explains what is None."""
 
     effective_parameters: float | None
     density: float | None
@@ -48,7 +48,7 @@ def node_densities(
         {name: float(points[name][row]) for name in ("parameters", "stored_bits", "score", "stderr")}
         for row in range(count(points))
     ]
-    densities = [_unknown(reason) if reason else _density(each, parameters, tokens) for each in numbers]
+    densities = [_without_density(reason) if reason else _density(each, parameters, tokens) for each in numbers]
     by_node = dict(zip(points["run"].tolist(), (each["density"] for each in densities), strict=True))
     return [
         {
@@ -72,10 +72,10 @@ def _ratio(density: float | None, parent: float | None) -> float | None:
 
 
 def _density(node: Mapping[str, float], parameters: dict[str, float], tokens: float) -> Density:
-    """What the score of a node says of its density."""
+    """The density of a node by its score."""
     reason = _why_undefined(node["score"], parameters, tokens)
     if reason:
-        return _unknown(reason)
+        return _without_density(reason)
     ends = mean_interval(node["score"], node["stderr"])
     size, low, high = (
         float(each) for each in effective_parameters([node["score"], *ends], parameters, tokens) / node["parameters"]
@@ -95,7 +95,7 @@ def _density(node: Mapping[str, float], parameters: dict[str, float], tokens: fl
     }
 
 
-def _unknown(reason: str) -> Density:
+def _without_density(reason: str) -> Density:
     return {
         "effective_parameters": None,
         "density": None,
@@ -160,7 +160,7 @@ def summarize(nodes: list[NodeDensity], points: Points) -> list[str]:
         notes.append(f"{less} of {len(relative)} compressed nodes are less dense than their parents, by parameters.")
     undefined = sum(node["density"] is None for node in nodes)
     if undefined:
-        notes.append(f"{undefined} of {len(nodes)} nodes have no density; `reason` says why of each.")
+        notes.append(f"{undefined} of {len(nodes)} nodes have no density; `reason` explains each.")
     exact = int(np.sum(points["stderr"] == 0))
     if exact:
         notes.append(f"{exact} of {len(nodes)} scores have no standard error, so their densities have no interval.")

@@ -13,6 +13,6 @@ What is minimised is the sum over points of Huber's loss of the residuals r, or 
     h(r) = r^2 / 2 for |r| <= delta, delta (|r| - delta / 2) beyond;    r = y' - y, or ln y' - ln y
 
 Sources: Chinchilla Scaling: A Replication Attempt (arXiv 2404.10102) for the objective (a sum, never a mean), the many
-starts, the bootstrap and the test of convergence by the gradient; P2 Law: Scaling Law for Post-Training After Model
+starts, the bootstrap and the test of convergence by the gradient. P2 Law: Scaling Law for Post-Training After Model
 Pruning (arXiv 2411.10272) for the metrics and the held-out protocols.
 """

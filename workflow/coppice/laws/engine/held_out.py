@@ -109,7 +109,7 @@ def leave_one_out(points: Points, column: str, name: str) -> np.ndarray | str:
 
 
 def summarize_errors(differences: np.ndarray, observed: np.ndarray, naive: np.ndarray) -> HeldOutError:
-    """What fit.json says of `differences` [n] = y' - y from the `observed` y [n], without an interval.
+    """The entry in fit.json of `differences` [n] = y' - y from the `observed` y [n], without an interval.
 
     naive [n]: the differences of a prediction that knows no law.
     """
@@ -186,10 +186,10 @@ def _test_fold(
     axis: str | None,
     base: str | None,
 ) -> dict[str, _FoldErrors | str]:
-    """One fold of a test: each form's errors on the held-out points, or the sentence that says why it has none."""
-    seen, unseen = select(points, ~held_out), select(points, held_out)
-    fits = {name: fit_form(form, seen, min(effort.starts, FOLD_STARTS), effort.seed) for name, form in forms.items()}
-    testable = [fit for fit in fits.values() if count(seen) > len(fit.free)]
+    """One fold of a test: each form's errors on the held-out points, or the reason why it has none."""
+    fitted, held_out_points = select(points, ~held_out), select(points, held_out)
+    fits = {name: fit_form(form, fitted, min(effort.starts, FOLD_STARTS), effort.seed) for name, form in forms.items()}
+    testable = [fit for fit in fits.values() if count(fitted) > len(fit.free)]
     resamples = min(effort.bootstrap, _DRAWS)
     weights = (
         draw_runs(points["run"], testable, resamples, effort.seed, ~held_out)
@@ -198,19 +198,19 @@ def _test_fold(
     )
     errors: dict[str, _FoldErrors | str] = {}
     for name, fit in fits.items():
-        if count(seen) <= len(fit.free):
+        if count(fitted) <= len(fit.free):
             errors[name] = (
-                f"The {count(seen)} points left to fit are too few for the {len(fit.free)} parameters of this law."
+                f"The {count(fitted)} points left to fit are too few for the {len(fit.free)} parameters of this law."
             )
             continue
         form = forms[name]
-        observed = unseen[form.target]
+        observed = held_out_points[form.target]
         samples = refit(fit, weights[:, ~held_out], effort.threads)
-        squares = (form.predict(parameter_columns(form, samples), unseen) - observed) ** 2
+        squares = (form.predict(parameter_columns(form, samples), held_out_points) - observed) ** 2
         errors[name] = _FoldErrors(
-            differences=fit.predict(unseen) - observed,
+            differences=fit.predict(held_out_points) - observed,
             observed=observed,
-            naive=_predict_without_law(form.target, seen, unseen, axis, base) - observed,
+            naive=_predict_without_law(form.target, fitted, held_out_points, axis, base) - observed,
             drawn_squares=np.sum(squares * weights[:, held_out], axis=1),
             drawn_count=weights[:, held_out].sum(axis=1),
             unidentified=fit.unidentified,
@@ -218,23 +218,26 @@ def _test_fold(
     return errors
 
 
-def _predict_without_law(target: str, seen: Points, unseen: Points, axis: str | None, base: str | None) -> np.ndarray:
-    """What one would predict of the unseen points [n] without any law.
+def _predict_without_law(
+    target: str, fitted: Points, held_out_points: Points, axis: str | None, base: str | None
+) -> np.ndarray:
+    """What one would predict of the held-out points [n] without any law.
 
-    Of a run that was seen, its value nearest along `axis`: that nothing changes. Of another, the mean of the values
-    seen; where the column `base` says what each starts from (the dense model's loss), the mean of what lies above it.
+    Of a run with fitted points, its value nearest along `axis`: that nothing changes. Of another, the mean of the
+    values fitted; where the column `base` holds what each starts from (the dense model's loss), the mean of
+    what lies above it.
     """
-    above = np.mean(seen[target] - seen[base]) if base else np.mean(seen[target])
-    guess = above + (unseen[base] if base else np.zeros(count(unseen)))
-    for place, run in enumerate(unseen["run"]):
-        rows = np.flatnonzero(seen["run"] == run)
+    above = np.mean(fitted[target] - fitted[base]) if base else np.mean(fitted[target])
+    guess = above + (held_out_points[base] if base else np.zeros(count(held_out_points)))
+    for place, run in enumerate(held_out_points["run"]):
+        rows = np.flatnonzero(fitted["run"] == run)
         if axis is not None and len(rows):
-            guess[place] = seen[target][rows[np.argmin(np.abs(seen[axis][rows] - unseen[axis][place]))]]
+            guess[place] = fitted[target][rows[np.argmin(np.abs(fitted[axis][rows] - held_out_points[axis][place]))]]
     return guess
 
 
 def _rank(errors: dict[str, HeldOutError], draws: dict[str, np.ndarray]) -> list[Rank]:
-    """The forms whose error is known, from the lowest, each with how far it is behind."""
+    """The forms whose error is known, from the lowest, each with the excess of its error."""
     order = sorted(draws, key=lambda name: errors[name]["rmse"])
     if not order:
         return []

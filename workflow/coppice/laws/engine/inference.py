@@ -12,7 +12,7 @@ from coppice.laws.engine.points import count
 from coppice.laws.engine.search import Fit, descend, unidentified
 from coppice.uncertainty import percentile_interval
 
-FEWEST_RUNS = 4  # with fewer there is no bootstrap
+FEWEST_RUNS = 4  # with fewer no bootstrap is made
 _DRAWS_A_RESAMPLE = 100  # after so many draws for each resample requested, too few identify the parameters
 _PROFILE_STEPS = 41
 
@@ -52,7 +52,7 @@ def bootstrap(
 def draw_runs(runs: np.ndarray, fits: Sequence[Fit], resamples: int, seed: int, fitted: np.ndarray) -> np.ndarray:
     """How often each point was drawn [draws, n], given the run of each point [n].
 
-    `fitted` [n] marks the points that the fits have seen. A draw that identifies fewer parameters of any fit than the
+    `fitted` [n] marks the points that were fitted. A draw that identifies fewer parameters of any fit than the
     fitted points do, or that holds none of the other points, is repeated. No draws where there are fewer than four
     runs, or no more fitted points than free parameters, or where hardly a draw identifies the parameters.
     """
@@ -74,7 +74,7 @@ def draw_runs(runs: np.ndarray, fits: Sequence[Fit], resamples: int, seed: int, 
         )
         if not lost and (fitted.all() or drawn[~fitted].any()):
             counts.append(drawn)
-    # Where hardly a draw identifies the parameters, the few that do are no sample of anything.
+    # Where hardly a draw identifies the parameters, the few that do are not a sample of anything.
     return np.array(counts if len(counts) == resamples else [], float).reshape(-1, len(runs))
 
 
@@ -118,7 +118,7 @@ def report_profile(fit: Fit, samples: np.ndarray, name: str) -> Profile:
 
 
 def report_parameters(fit: Fit, samples: np.ndarray) -> dict[str, ParameterReport]:
-    """What fit.json says of each parameter: its value, its 95% interval and standard error over `samples` [draws, p].
+    """Each parameter's entry in fit.json: its value, its 95% interval and standard error over `samples` [draws, p].
 
     With them whether it is identified, without which it has no interval; its spread over equally good starts; and
     whether it lies at a bound of the search, where the interval is about the bounds and not about the points.

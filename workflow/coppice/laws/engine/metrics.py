@@ -21,7 +21,7 @@ def metrics(points: Points, predicted: np.ndarray, target: str = "loss") -> dict
     """Goodness of `predicted` [n], in the unit of the target.
 
     R^2 = 1 - sum (L - L')^2 / sum (L - mean L)^2 (None where all targets are equal); Huber: the mean over points of
-    r^2 / 2 within delta = 1e-3 and delta (|r| - delta / 2) outside; rmse; and for losses along runs ASD and its
+    r^2 / 2 within delta = 1e-3 and delta (|r| - delta / 2) outside. rmse; and for losses along runs ASD and its
     unit-free variant.
     """
     observed = points[target]

@@ -102,7 +102,7 @@ class Problem:
 
     @cached_property
     def _places(self) -> list[int]:
-        """Where the free parameters stand in the form's order."""
+        """Places of the free parameters in the form's order."""
         return [list(self.form.parameters).index(name) for name in self.free]
 
     @cached_property
@@ -119,16 +119,16 @@ class Problem:
     @cached_property
     def search_bounds(self) -> tuple[np.ndarray, np.ndarray]:
         """Lower and upper bounds [k] in search coordinates."""
-        low, high = (self._searched(bounds) for bounds in self.bounds)
+        low, high = (self._search_coordinates(bounds) for bounds in self.bounds)
         return low, high
 
-    def _searched(self, free: np.ndarray) -> np.ndarray:
+    def _search_coordinates(self, free: np.ndarray) -> np.ndarray:
         """Search coordinates of values [..., k] of the free parameters."""
         return np.where(self._logarithmic, np.log(np.where(self._logarithmic, free, 1)), free)
 
     def to_search(self, values: np.ndarray) -> np.ndarray:
         """Search coordinates [m, k] of `values` [m, p], clipped to the bounds."""
-        return np.clip(self._searched(values[:, self._places]), *self.search_bounds)
+        return np.clip(self._search_coordinates(values[:, self._places]), *self.search_bounds)
 
     def from_search(self, searched: np.ndarray) -> np.ndarray:
         """Values [m, p] of search coordinates [m, k], the others as fixed."""

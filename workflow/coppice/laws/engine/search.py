@@ -39,7 +39,7 @@ class Fit:
     """An optimum of a problem's objective.
 
     `unidentified` are the free parameters that the points do not identify; `starts` [m, p] the values of every start
-    that ended as low as the best; `at_bound` the identified parameters whose best value is the last that the search
+    that ended as low as the best. `at_bound` the identified parameters whose best value is the last that the search
     allows; `notes` sentences on what the design of the points fixes.
     """
 

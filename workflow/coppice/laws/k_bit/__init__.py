@@ -94,8 +94,8 @@ def points(tables: Tables, options: Options) -> Points:
     measured = join_quality(tables, options.evaluation, options.metric, options.nodes)
     steps = [_quantization(nodes, node) for node in measured["node"]]
     measured["k"] = [_precision(nodes, node, step) for node, step in zip(measured["node"], steps, strict=True)]
-    chosen = [_is_chosen(nodes, node, step, options) for node, step in zip(measured["node"], steps, strict=True)]
-    measured = measured[measured["k"].notna() & np.array(chosen, bool)].sort_values(["k", "stored_bits", "node"])
+    selected = [_is_chosen(nodes, node, step, options) for node, step in zip(measured["node"], steps, strict=True)]
+    measured = measured[measured["k"].notna() & np.array(selected, bool)].sort_values(["k", "stored_bits", "node"])
     return {
         "run": measured["node"].to_numpy(dtype=str),
         "model": measured["model"].to_numpy(dtype=str),
@@ -249,7 +249,7 @@ def report(points: Points, options: Options) -> LawReport:
 
 
 def _higher_is_better(metric: str | None) -> bool:
-    """Whether more of the metric is better; None stands for a perplexity."""
+    """Whether more of the metric is better; None: a perplexity."""
     starts, ends = _FALLING
     return metric is not None and not metric.startswith(starts) and not metric.endswith(ends)
 

@@ -1,6 +1,6 @@
 """Trends of a falling curve: the power law of its first observations, and when the rest of it pays too little.
 
-The pattern, its symbols, the levels and the rules stand in `coppice.laws.learning_curve`.
+The pattern, its symbols, the levels and the rules are in `coppice.laws.learning_curve`.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from pydantic import Field
 from coppice.errors import UserError
 from coppice.laws.contracts import Tables
 from coppice.laws.options import LawOptions
+from coppice.records.base import Json
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -42,7 +43,7 @@ class QualityOptions(LawOptions):
 def join_quality(
     tables: Tables, evaluation: str | None, metric: str | None, nodes: list[str] | None, kind: Kind = "perplexity"
 ) -> pd.DataFrame:
-    """The chosen nodes, one row each, with the columns of the table `nodes` that were read, and `value`, `stderr`.
+    """The selected nodes, one row each, with the columns of the table `nodes` that were read, and `value`, `stderr`.
 
     A perplexity becomes a loss ln(perplexity) in nats per token, with stderr by the delta method. The metric is chosen
     by `choose_metric`, the nodes by glob patterns (None: all). Rows without a finite value are kept, for the caller to
@@ -57,8 +58,8 @@ def join_quality(
             f"The metric {metric} has several units ({', '.join(units)}); evaluate its nodes again with one version."
         )
     joined = tables["nodes"].merge(rows[["node", "value", "stderr"]], on="node", how="inner")
-    chosen = np.array([matches(node, nodes) for node in joined["node"]], bool)
-    joined = joined[chosen].reset_index(drop=True)
+    selected = np.array([matches(node, nodes) for node in joined["node"]], bool)
+    joined = joined[selected].reset_index(drop=True)
     if metric.startswith("perplexity_"):
         joined["stderr"] = joined["stderr"] / joined["value"]
         joined["value"] = np.log(joined["value"])
@@ -124,7 +125,7 @@ def traits(nodes: pd.DataFrame, node: str) -> frozenset[str]:
     return frozenset(value)
 
 
-def step_options(nodes: pd.DataFrame, node: str) -> dict[str, Any]:
+def step_options(nodes: pd.DataFrame, node: str) -> Json:
     """The options of the step that made the node; none of a dense model."""
     value = nodes.at[node, "options"]
     return json.loads(value) if isinstance(value, str) else {}

@@ -44,7 +44,7 @@ def _read_tables(law: Law, directory: Path | None) -> dict[str, pd.DataFrame]:
 
 
 def _read_table(path: Path, needed: tuple[str, ...]) -> pd.DataFrame:
-    with _explained(path):
+    with _explain_errors(path):
         stored = {RENAMED.get(name, name): name for name in pq.read_schema(path).names}
         missing = [column for column in needed if column not in stored]
         if missing:
@@ -75,7 +75,7 @@ def _read_file(law: Law, options: LawOptions) -> Points:
     path = Path(str(options.file))
     if path.suffix not in _READERS:
         raise UserError(f"{path} must be one of {', '.join(_READERS)}.")
-    with _explained(path):
+    with _explain_errors(path):
         frame = _READERS[path.suffix](path)
     points = {}
     for name, kind in law.columns.items():
@@ -93,7 +93,7 @@ def _read_file(law: Law, options: LawOptions) -> Points:
 
 
 @contextmanager
-def _explained(path: Path) -> Iterator[None]:
+def _explain_errors(path: Path) -> Iterator[None]:
     """Turns what readers of files raise into a sentence."""
     try:
         yield
@@ -102,7 +102,7 @@ def _explained(path: Path) -> Iterator[None]:
     except FileNotFoundError:
         raise UserError(f"{path} does not exist.") from None
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({str(error).splitlines()[0]}); make it again.") from error
+        raise UserError(f"{path} cannot be read ({str(error).splitlines()[0]}); write it again.") from error
 
 
 def _leave_out(law: Law, points: Points, options: LawOptions) -> tuple[Points, list[str]]:

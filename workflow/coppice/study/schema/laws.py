@@ -43,7 +43,7 @@ class Law(BaseModel):
         return {"law": name, "options": options_class.model_validate(options)}
 
     @model_serializer(mode="plain")
-    def _flat(self) -> dict[str, Any]:
+    def _flatten(self) -> dict[str, object]:
         return {"law": self.law, **self.options.model_dump(mode="json")}
 
 

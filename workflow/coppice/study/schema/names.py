@@ -22,7 +22,7 @@ _EXPONENT = re.compile(r"[-+]?\d{1,8}(\.\d{0,8})?[eE][-+]?\d{1,3}")
 
 
 def parse_exponents(value: Any) -> Any:
-    """YAML 1.1 reads 1e-3 as a string, because it wants 1.0e-3. Here both are numbers, and 1e6 is an integer."""
+    """YAML 1.1 reads 1e-3 as a string, because it expects 1.0e-3. Here both are numbers, and 1e6 is an integer."""
     if isinstance(value, Mapping):
         return {key: parse_exponents(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -59,7 +59,7 @@ def _name_problems(place: str, name: Any, owners: dict[str, str] | None) -> Iter
         # Some file systems do not distinguish upper from lower case.
         owner = owners.setdefault(name.casefold(), place)
         if owner != place:
-            yield f"{place}: the name is taken by {owner}; one name stands for one thing."
+            yield f"{place}: the name is taken by {owner}; a name must be unique."
 
 
 def _rule(place: str, name: str) -> str:

@@ -35,7 +35,7 @@ class Recipe(Section):
         return self
 
     @model_serializer(mode="wrap")
-    def _without_nulls(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _without_nulls(self, serialize: SerializerFunctionWrapHandler) -> dict[str, object]:
         return {key: value for key, value in serialize(self).items() if value is not None}
 
 

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, model_seriali
 from coppice.methods.options import MethodOptions, RecoverOptions
 from coppice.methods.registry import method, methods
 from coppice.records import renamed
+from coppice.records.base import Json
 from coppice.study.schema import texts
 from coppice.study.schema.section import refuse_unknown_keys, unknown_name
 
@@ -45,7 +46,7 @@ class Step(BaseModel):
         return {"method": name, "calibration": calibration, "options": options_class.model_validate(options)}
 
     @model_serializer(mode="plain")
-    def _flat(self) -> dict[str, Any]:
+    def _flatten(self) -> dict[str, object]:
         calibration = {} if self.calibration is None else {"calibration": self.calibration}
         return {"method": self.method, **calibration, **self.options.model_dump(mode="json")}
 
@@ -56,7 +57,7 @@ def current_method(name: str) -> str:
     return new if new in methods() else name
 
 
-def current_options(options: Mapping[str, Any], options_class: type[MethodOptions]) -> dict[str, Any]:
+def current_options(options: Mapping[str, Any], options_class: type[MethodOptions]) -> Json:
     """Options under the names that the class has for them, by those that an older version wrote."""
     known = options_class.model_fields
     names = {old: new for old, new in renamed.OPTIONS.items() if new in known and old not in known}
