@@ -232,8 +232,10 @@ def fetch_results(address: str, results: Path) -> int:
 def _fetched_before(results: Path, remote: str) -> dict[str, list[int]]:
     """By path the stamps of the files that were brought from that place, the study's folder in a storage."""
     record = results / FETCHED
-    noted = read_json(record) if record.is_file() else {"storage": remote, "files": {}}
-    return noted["files"] if noted["storage"] == remote else {}
+    if not record.is_file():
+        return {}
+    fetched = read_json(record)
+    return fetched["files"] if fetched["storage"] == remote else {}
 
 
 def _remove_gone(results: Path, brought: Mapping[str, list[int]], held: Mapping[str, list[int]]) -> None:

@@ -19,7 +19,8 @@ from transformers import PreTrainedModel
 
 from coppice.calibration.walk import windows_in_a_batch
 from coppice.errors import UserError
-from coppice.models.architectures.base import UNITS, Role, architecture_of, blocks
+from coppice.models.architectures.base import UNITS, architecture_of, blocks
+from coppice.models.contracts import Role
 from coppice.models.surgery import structure
 
 IMPORTANCES = ("vector", "first", "second", "mixed")

@@ -10,6 +10,7 @@ import argparse
 import json
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ def run(arguments: argparse.Namespace) -> None:
 def compress(
     node: str,
     parent: Path,
-    step: dict[str, Any],
+    step: Mapping[str, Any],
     output: Path,
     statistics: list[Path],
     tokens: Path | None = None,
@@ -88,6 +89,7 @@ def compress(
     elif method.contract == "rotation":
         from coppice.models import rotation
 
+        assert isinstance(options, rotation.RotationOptions)  # as every RotationMethod declares
         achieved = rotation.achieved(model, options)
         model = rotation.rotate(model.to(device), method.rotation.rotation, options)
     elif method.contract == "cache":

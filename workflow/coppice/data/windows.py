@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 import numpy as np
 
@@ -41,6 +41,23 @@ class Windows:
     documents: np.ndarray
     document_hashes: np.ndarray
     manifest: TokenSet
+
+
+class _Identity(TypedDict):
+    """What the fingerprint of a token set is taken of; fields of `TokenSet`."""
+
+    content: str
+    tokenizer: str
+    length: int
+    windows: int
+    seed: int
+    role: str
+    packed: bool
+    bos: int | None
+
+
+class _FileHash(TypedDict):
+    text_sha256: NotRequired[str]
 
 
 def tokenize(
@@ -92,7 +109,7 @@ def tokenize(
             "requested; request fewer or shorter ones, or give the role more text."
         )
     tokens, owners = (pack_rows if pack else pad_rows)(rows, min(windows or available, available), length)
-    identity = {
+    identity: _Identity = {
         "content": content.hexdigest(),
         "tokenizer": sha256(Path(directory) / "tokenizer.json"),
         "length": length,
@@ -103,10 +120,11 @@ def tokenize(
         "bos": first[0] if first else None,
     }
     used = int(owners.max()) + 1
+    file_hash: _FileHash = {"text_sha256": sha256(Path(text["path"]))} if "path" in text else {}
     manifest = TokenSet(
         fingerprint=fingerprint(identity),
         text=text,
-        **({"text_sha256": sha256(text["path"])} if "path" in text else {}),
+        **file_hash,
         **identity,
         tokens=int((owners >= 0).sum()),
         tokens_read=sum(map(len, rows)),

@@ -170,12 +170,20 @@ class StructureMethod(Declaration):
 
 @dataclass(frozen=True, kw_only=True)
 class RotationMethod(Declaration):
-    """rotation(width, options) -> Tensor, an orthogonal [width, width] for a space of that width."""
+    """rotation(width, options) -> Tensor, an orthogonal [width, width] for a space of that width.
+
+    Its options have the field `heads`: whether the values within heads are rotated too.
+    """
 
     rotation: Callable[[int, Any], Tensor]
 
     contract: ClassVar[str] = "rotation"
     functions: ClassVar[Mapping[str, int]] = {"rotation": 2, "traits": 2}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if "heads" not in self.options.model_fields:
+            raise TypeError("`options` has no field `heads`; declare whether the values within heads are rotated too")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,6 +19,7 @@ from coppice.errors import UserError
 from coppice.models import surgery
 from coppice.models.architectures.base import architecture_of, blocks, head_dim
 from coppice.models.contracts import Linear, LinearStatistics
+from coppice.models.modules import Replaceable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -35,8 +36,8 @@ class WholeDecoder:
     def __init__(
         self,
         model: PreTrainedModel,
-        linears: Mapping[str, nn.Module],
-        as_linear: Callable[[str, nn.Module], Linear],
+        linears: Mapping[str, Replaceable],
+        as_linear: Callable[[str, Replaceable], Linear],
         read: Callable[[int], dict[str, LinearStatistics]],
         kinds: Mapping[str, dict[str, Tensor]],
         tokens: Tensor | None,

@@ -35,6 +35,7 @@ class Source(Part):
     path: Annotated[str | None, Column("Folder of a local model.")] = None
     hub: Annotated[str | None, Column("Name of a model of the Hugging Face hub.")] = None
     revision: Annotated[str | None, Column("Its pinned revision; null where there is none.")] = None
+    folder_config: Annotated[str | None, Column("The name that the model's own config.json gives, if any.")] = None
 
     @property
     def kind(self) -> str | None:

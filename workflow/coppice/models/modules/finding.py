@@ -21,6 +21,13 @@ def replaceable_modules(module: nn.Module) -> dict[str, Replaceable]:
     return modules
 
 
+def replaceable_module(block: nn.Module, name: str) -> Replaceable:
+    """The linear of that name, or the stored form in its place."""
+    module = block.get_submodule(name)
+    assert isinstance(module, (nn.Linear, StoredForm))  # as `replaceable_modules` and `weight_matrices` list them
+    return module
+
+
 def weight_matrices(module: nn.Module) -> dict[str, nn.Linear]:
     """Every matrix of a block: linears, and the factors inside stored forms."""
     return {name: child for name, child in module.named_modules() if isinstance(child, nn.Linear)}
