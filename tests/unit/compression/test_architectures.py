@@ -14,11 +14,11 @@ from rows import ROWS
 from tiny import ARCHITECTURES, NORMS_AFTER, logits, tiny_tokens
 from transformers import AutoModelForCausalLM
 
-from coppice.compression.stage import FROM_WINDOWS
 from coppice.errors import UserError
 from coppice.files import read_json
 from coppice.methods.registry import method
 from coppice.models.checkpoint import load_model, read_manifest
+from coppice.models.contracts import FROM_WINDOWS
 from coppice.models.densify import export_dense
 from coppice.recovery.stage import Recovery, recover
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,6 +73,6 @@ def beginning_token(directory: Path, tokenizer: Tokenizer) -> int:
     return token
 
 
-def optional_json(path: Path) -> dict[str, Any]:
+def optional_json(path: Path) -> Mapping[str, Any]:
     """The content of a checkpoint's JSON file; empty where the file does not exist."""
     return read_json(path) if storage.ensure_local(path).is_file() else {}

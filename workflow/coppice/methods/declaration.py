@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from coppice.errors import did_you_mean
 from coppice.methods.options import LayerOptions, MethodOptions, RecoverOptions
-from coppice.methods.training import Clock, ParameterGroup, adamw, matrices_and_vectors
+from coppice.methods.training import Clock, OptimizerGroup, ParameterGroup, adamw, matrices_and_vectors
 from coppice.models.contracts import FROM_WINDOWS, KINDS
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from coppice.models.contracts import Decoder, Linear, LinearStatistics, Removal
     from coppice.models.replacements import Replacement
+    from coppice.records.base import Json
     from coppice.records.manifest import Manifest
 
 # What a node is; the accounting, the exports and other methods go by these.
@@ -134,7 +135,7 @@ class LayerMethod(Declaration):
     """
 
     compress: Callable[[Linear, Any, Any], Replacement]
-    plan: Callable[[Decoder, Any], dict[str, Any]] | None = None
+    plan: Callable[[Decoder, Any], Mapping[str, object]] | None = None
     scales: Callable[[list[Linear], LinearStatistics, Any], Tensor | None] | None = None
 
     contract: ClassVar[str] = "layer"
@@ -190,7 +191,7 @@ class RotationMethod(Declaration):
 class CacheMethod(Declaration):
     """cache(options) -> settings of the compressed cache of keys and values, as `kv_cache.CacheSettings` has them."""
 
-    cache: Callable[[Any], dict[str, Any]]
+    cache: Callable[[Any], Json]
 
     contract: ClassVar[str] = "cache"
     functions: ClassVar[Mapping[str, int]] = {"cache": 1, "traits": 2}
@@ -231,7 +232,7 @@ class TrainingMethod(Declaration):
     loss: Callable[..., Tensor] | None = None
     tokens: Callable[[Any, Manifest], int] | None = None
     parameter_groups: Callable[[PreTrainedModel, Any], list[ParameterGroup]] = matrices_and_vectors
-    optimizer: Callable[[list[dict[str, Any]], Any], Optimizer] = adamw
+    optimizer: Callable[[list[OptimizerGroup], Any], Optimizer] = adamw
     before_step: Callable[[PreTrainedModel, Clock], None] | None = None
     after_step: Callable[[PreTrainedModel, Clock], None] | None = None
     state: Callable[[PreTrainedModel], dict[str, Tensor]] | None = None

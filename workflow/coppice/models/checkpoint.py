@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import shutil
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 from coppice.models.accounting import is_weights, peak_memory, sizes
 from coppice.models.architectures.base import architecture, architecture_of
 from coppice.models.stock_formats import write_config
-from coppice.records.compression import CACHE, FILE, Entries, linear_entries, read_compression
+from coppice.records.compression import CACHE, FILE, Entries, Entry, linear_entries, read_compression
 from coppice.records.manifest import DenseParameters, Manifest, Provenance
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -77,7 +78,7 @@ def load_model(directory: Path, device: str = "cpu", dtype: torch.dtype | None =
     return model.to(device)
 
 
-def build_model(directory: Path, config: dict[str, Any], entries: Entries) -> PreTrainedModel:
+def build_model(directory: Path, config: Mapping[str, Any], entries: Entries) -> PreTrainedModel:
     """The model that a config and the entries of compression.json describe, without values.
 
     It is on the meta device, but for rotary tables.
@@ -166,7 +167,7 @@ def save_checkpoint(
         travels: whether the files go to the store, where one is named; those of an export do not.
     """
     with atomic_directory(directory) as temporary:
-        entries: dict[str, Any] = modules.describe_replacements(model)
+        entries: dict[str, Entry] = {**modules.describe_replacements(model)}
         if hasattr(model.model, "cache_settings"):
             entries[CACHE] = {"type": "Cache", **model.model.cache_settings}
         tied, head = model.config.tie_word_embeddings, architecture_of(model).head_weight

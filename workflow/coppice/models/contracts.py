@@ -10,6 +10,8 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from coppice.records.base import JsonMapping
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
@@ -138,4 +140,4 @@ class Removal:
     kv_groups: tuple[tuple[int, ...], ...] = ()
     neurons: tuple[tuple[int, ...], ...] = ()
     weights: Mapping[str, Tensor] = field(default_factory=dict)
-    record: dict[str, Any] = field(default_factory=dict)
+    record: JsonMapping = field(default_factory=dict)

@@ -95,7 +95,7 @@ class WholeDecoder:
     def hidden_states(self, window: int) -> Tensor:
         states: list[Tensor] = []
 
-        def keep_input(block: nn.Module, positional: tuple[Tensor, ...], keywords: dict[str, Any]) -> None:
+        def keep_input(block: nn.Module, positional: tuple[Tensor, ...], keywords: Mapping[str, Tensor]) -> None:
             states.append(positional[0] if positional else keywords["hidden_states"])
 
         hooks = [block.register_forward_pre_hook(keep_input, with_kwargs=True) for block in blocks(self.model)]

@@ -11,6 +11,7 @@ from math import ceil, prod
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from coppice.errors import UserError
+from coppice.records.base import JsonMapping
 from coppice.records.compression import Entries, Entry
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ class Replacement:
     factorized: ClassVar[bool] = False
     keeps_linear: ClassVar[bool] = False
 
-    record: dict[str, Any] = field(default_factory=dict, kw_only=True)
+    record: JsonMapping = field(default_factory=dict, kw_only=True)
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)

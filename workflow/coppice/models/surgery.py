@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from coppice.errors import UserError
 from coppice.models.architectures.base import Architecture, Substitute, architecture, architecture_of, blocks, head_dim
 from coppice.models.contracts import Removal, Structure
+from coppice.records.base import Json
 
 
 def structure(model: PreTrainedModel) -> Structure:
@@ -52,7 +53,7 @@ def remove(model: PreTrainedModel, removal: Removal) -> PreTrainedModel:
     return model if substitute is None else _substituted(model, substitute)
 
 
-def achieved(model: PreTrainedModel, removal: Removal) -> dict[str, Any]:
+def achieved(model: PreTrainedModel, removal: Removal) -> Json:
     """What the removal will take from the model, before it does.
 
     units: of each kind how many are removed of how many (key/value groups and neurons: in each block that stays), and

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Self
@@ -12,6 +13,8 @@ from coppice.errors import UserError
 from coppice.files import read_json, write_json
 
 Json = dict[str, JsonValue]
+# Json that is only read.
+JsonMapping = Mapping[str, JsonValue]
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import ConfigDict, Field
 
@@ -83,7 +83,7 @@ class FitRecord(Record):
 
     law: Annotated[str, Column("Name of the law.")]
     source: Annotated[dict[str, str], Column("Title, arXiv number and equation of the paper.")]
-    options: Annotated[dict[str, Any], Column("All options of the law.")]
+    options: Annotated[Json, Column("All options of the law.")]
     units: Annotated[dict[str, Unit], Column("Units of the columns of the points.")]
     parameters: Annotated[dict[str, Parameter], Column("The fitted parameters.")]
     metrics: Annotated[dict[str, Number | None], Column("Quality of the fit on the points fitted: r2, rmse, ...")]

@@ -21,6 +21,7 @@ from coppice.files import fingerprint, sha256
 from coppice.methods import training
 from coppice.methods.options import RecoverOptions
 from coppice.methods.registry import Method, method
+from coppice.records.base import Json
 from coppice.records.manifest import Manifest, Provenance, RecoveryRecord, StepRecord
 from coppice.recovery import distributed
 
@@ -252,7 +253,7 @@ def _identity(
     dense: Manifest,
     windows: Windows,
     held_out: Windows,
-) -> dict[str, Any]:
+) -> Json:
     """All that the result of a run depends on, flat, so that a difference can be named.
 
     On how many GPUs it ran is not part of it. Its code is every file of this package, of the method and of what

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from coppice.errors import UserError
 from coppice.files import atomic_write
 from coppice.methods.training import distribute_like, full_tensor, trained_parameters
+from coppice.records.base import Json
 from coppice.recovery import distributed
 
 
@@ -57,7 +58,7 @@ class StateFile:
     """
 
     path: Path
-    identity: dict[str, Any]
+    identity: Json
 
     def save(self, model: nn.Module, optimizer: Optimizer, progress: Progress, extra: Mapping[str, Tensor]) -> None:
         """Replaces the file. extra: the method's own tensors. Every process must call it."""

@@ -22,7 +22,7 @@ from coppice.data.windows import Windows
 from coppice.errors import UserError
 from coppice.methods.declaration import TrainingMethod
 from coppice.methods.options import RecoverOptions
-from coppice.methods.training import Clock, distribute_like, trained_parameters
+from coppice.methods.training import Clock, OptimizerGroup, distribute_like, trained_parameters
 from coppice.models.modules import mask, weight_matrices
 from coppice.recovery import distributed, objective
 from coppice.recovery.journal import Journal, Run
@@ -40,7 +40,7 @@ def create_optimizer(model: PreTrainedModel, method: TrainingMethod, options: Re
                 f"The parameter {name} requires a gradient, but is in none of the method's parameter_groups; add it "
                 "to one, or let `prepare` freeze it."
             )
-    settings = [
+    settings: list[OptimizerGroup] = [
         {
             "params": list(group.parameters),
             "lr": options.learning_rate * group.learning_rate_multiplier,

@@ -27,6 +27,7 @@ from coppice.compression.allocation.sparsity import SparsityTarget
 from coppice.errors import UserError, error_context
 from coppice.methods.options import Allocation, TargetOptions
 from coppice.models.contracts import Linear, LinearStatistics
+from coppice.records.base import Json
 
 # By the option that holds the target.
 TARGETS: dict[str, Callable[[Any], Target]] = {
@@ -41,7 +42,7 @@ MEASURING = ("sensitivity", "owl", "mosaic", "svd-llm-v2")
 
 def allocate(
     linears: Iterable[tuple[str, Linear, Any]], options: TargetOptions
-) -> tuple[dict[str, TargetOptions], dict[str, Any]]:
+) -> tuple[dict[str, TargetOptions], Json]:
     """The options of each linear, with a target of its own, and the record of what was requested and achieved.
 
     linears: (full name, linear, LinearStatistics) in the model's order, read once; those of a block must come together.
@@ -67,7 +68,7 @@ def allocate(
             entry.name: plain.model_copy(update=target.update(entry, cost))
             for entry, cost in zip(entries, costs, strict=True)
         }
-    record = {
+    record: Json = {
         "by": rule.by,
         "asked": target.requested,
         "achieved": target.value(sum(costs), size),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from fractions import Fraction
-from typing import Any, Protocol
+from typing import Protocol
 
 from coppice.compression.allocation import knapsack, outliers, sensitivity
 from coppice.compression.allocation.entries import Entry, comparable_losses, relative_error, shape_of
@@ -15,6 +15,7 @@ from coppice.methods.solvers import demand
 from coppice.methods.solvers.knapsack import knapsack as solve
 from coppice.methods.solvers.selection import share_of
 from coppice.models.contracts import Linear, LinearStatistics
+from coppice.records.base import Json
 
 
 class SparsityOptions(Protocol):
@@ -87,5 +88,5 @@ class SparsityTarget:
         chosen = solve(costs, [entry.losses for entry in entries], capacity)
         return [float(shares[level]) for level in chosen]
 
-    def update(self, entry: Entry, cost: int) -> dict[str, Any]:
+    def update(self, entry: Entry, cost: int) -> Json:
         return {"sparsity": self.value(cost, entry.size)}

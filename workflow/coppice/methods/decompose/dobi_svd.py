@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
 
@@ -49,6 +49,7 @@ from coppice.methods.solvers.truncation import (
 )
 from coppice.models.contracts import Decoder, Linear, LinearStatistics
 from coppice.models.replacements import Codebook, LowRank, Unchanged
+from coppice.records.base import Json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -247,7 +248,7 @@ def _uniform_rank(options: Options, short: int) -> int:
     return share_of(options.keep, short)
 
 
-def remap_factors(truncation: Truncation, storage: torch.dtype, record: dict[str, Any]) -> LowRank:
+def remap_factors(truncation: Truncation, storage: torch.dtype, record: Json) -> LowRank:
     """The factors sigma_i u_i and v_i (mirrored where n > m) with min(m, n) entries of each in 8 bits."""
     orthonormal, upper = torch.linalg.qr(truncation.second)
     left, values, right = torch.linalg.svd(upper @ truncation.first, full_matrices=False)

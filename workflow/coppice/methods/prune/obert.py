@@ -19,7 +19,7 @@ schedule is a chain of nodes with training between them.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
 
@@ -32,6 +32,7 @@ from coppice.methods.solvers.mask import keep_largest, nothing_to_prune
 from coppice.methods.solvers.selection import share_of
 from coppice.models.contracts import Decoder, Linear, LinearStatistics
 from coppice.models.replacements import Masked, Unchanged
+from coppice.records.base import JsonMapping
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -89,7 +90,7 @@ class Planned:
 
     weight: Tensor
     mask: Tensor
-    record: dict[str, Any]
+    record: JsonMapping
 
 
 def plan(decoder: Decoder, options: Options) -> dict[str, Planned]:

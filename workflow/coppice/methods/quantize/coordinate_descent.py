@@ -60,7 +60,8 @@ def compress(linear: Linear, statistics: LinearStatistics, options: Options) -> 
     weight = linear.weight.double()
     codes, sweeps = _descend(linear, start, moment, options)
     quantized = dataclasses.replace(start, codes=codes)
-    record = start.record | {
+    record = {
+        **start.record,
         "start": options.start,
         "loss_start": output_power(weight - dequantize(start), moment),
         "loss": output_power(weight - dequantize(quantized), moment),

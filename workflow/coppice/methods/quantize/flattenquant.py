@@ -25,7 +25,7 @@ relative error of its outputs, tr(dW H dW^T) + sum_j min(step^2 / 12, H_jj) |w_j
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
@@ -42,6 +42,7 @@ from coppice.methods.solvers.selection import share_of
 from coppice.methods.solvers.sweep import Quantizer, cholesky_factor, sweep
 from coppice.models.contracts import Linear, LinearStatistics
 from coppice.models.replacements import FlattenQuant
+from coppice.records.base import Json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -100,7 +101,7 @@ class Rounded:
     scale: Tensor
     weight_error: float
     input_error: float
-    record: dict[str, Any]
+    record: Json
 
     @property
     def error(self) -> float:
@@ -138,7 +139,7 @@ def compress(linear: Linear, statistics: LinearStatistics, options: Options) -> 
     columns = weight.abs().amax(dim=0).double()
     weight_threshold, weight_pieces = split(columns, input_pieces.double(), left, options)
 
-    record: dict[str, Any] = {"bits_asked": options.bits}
+    record: Json = {"bits_asked": options.bits}
     tried = [4, 8] if options.bits == "auto" else [options.bits]
     for bits in tried:
         rounded = _round(linear, statistics, options, bits, threshold, weight_threshold, weight_pieces)
@@ -234,7 +235,7 @@ def _round(
     scale = scale.clamp(min=torch.finfo(storage).tiny).to(weight.dtype)
     grid = CentredGrid(bits, True, storage)
     zero_point = (weight_pieces * top).to(torch.int32)
-    record: dict[str, Any] = {}
+    record: Json = {}
     if options.solver == "rtn":
         codes = grid.encode(weight, scale, zero_point)
     else:

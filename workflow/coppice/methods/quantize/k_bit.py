@@ -19,7 +19,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
 
@@ -38,6 +38,7 @@ from coppice.methods.solvers.codebook import (
 from coppice.methods.solvers.selection import share_of
 from coppice.models.contracts import Decoder, Linear, LinearStatistics, Role
 from coppice.models.replacements import Codebook
+from coppice.records.base import Json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -185,11 +186,11 @@ def _table(weight: Tensor, options: Options) -> Tensor:
     return normal_float_table()
 
 
-def _record(codebook: Codebook, proxy: Proxy, options: Options, stored_bits: int) -> dict[str, Any]:
+def _record(codebook: Codebook, proxy: Proxy, options: Options, stored_bits: int) -> Json:
     whole = 0 if codebook.outlier_weight is None else codebook.outlier_weight.numel()
     coded = codebook.codes.numel()
     bits = coded * codebook.bits + (len(codebook.absmax) + whole) * stored_bits
-    record: dict[str, Any] = {
+    record: Json = {
         "bits": codebook.bits,
         "type": options.type,
         "block": codebook.block,

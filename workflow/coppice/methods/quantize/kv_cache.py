@@ -8,13 +8,12 @@ The mathematics are in `models.kv_cache`, without its low-rank and its sparse pa
 
 from __future__ import annotations
 
-from typing import Any
-
 from pydantic import Field
 
 from coppice.methods.declaration import CacheMethod, Source
 from coppice.methods.incompatible import QUANTIZE_CACHE
 from coppice.methods.options import CacheOptions
+from coppice.records.base import Json
 
 SOURCE = Source(
     "KIVI: A Tuning-Free Asymmetric 2bit Quantization for KV Cache",
@@ -31,7 +30,7 @@ class Options(CacheOptions):
     )
 
 
-def cache(options: Options) -> dict[str, Any]:
+def cache(options: Options) -> Json:
     """Settings for `kv_cache.install_cache`."""
     return {"bits": options.bits, "group_size": options.group_size, "window": options.window}
 

@@ -11,11 +11,23 @@ Shapes: m = out_features, n = in_features, k = rank, b = bits, x: [..., n].
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, ClassVar, Self
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Self, TypedDict
 
 import torch
 from torch import Tensor, nn
+
+# What `build` needs to know of a form, and an entry of `compression.json`: JSON, whose keys are the form's own.
+Fields = Mapping[str, Any]
+Entry = Mapping[str, Any]
+
+
+class Factory(TypedDict):
+    """The device and the dtype of tensors to make."""
+
+    device: torch.device
+    dtype: torch.dtype
+
 
 # The forms by their type in `compression.json`.
 FORMS: dict[str, type[StoredForm]] = {}
@@ -43,16 +55,16 @@ class StoredForm(nn.Module):
         raise NotImplementedError
 
     @classmethod
-    def build(cls, linear: nn.Linear, fields: dict[str, Any]) -> Self:
+    def build(cls, linear: nn.Linear, fields: Fields) -> Self:
         """The form without values, for the place of a linear; fields: what `fields` returned."""
         bias = linear.bias is not None
         return cls(linear.in_features, linear.out_features, **fields, bias=bias, **factory_of(linear))
 
-    def fields(self) -> dict[str, Any]:
+    def fields(self) -> Fields:
         """What `build` needs to know, as JSON."""
         raise NotImplementedError
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> Entry:
         """The entry of `compression.json`."""
         return {"type": self.kind, **self.fields()}
 
@@ -106,6 +118,6 @@ def linear_of(matrix: Any, bias: nn.Parameter | None, stored: Callable[[Tensor],
     return packed
 
 
-def factory_of(linear: nn.Linear) -> dict[str, Any]:
+def factory_of(linear: nn.Linear) -> Factory:
     """The device and the dtype of a linear's weight."""
     return {"device": linear.weight.device, "dtype": linear.weight.dtype}

@@ -9,7 +9,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from .base import PackedForm, Replaceable
+from .base import Fields, PackedForm, Replaceable
 from .packing import pack, packed_words, unpack, zero_words
 
 # Codebooks are stored as whole multiples of this, so that the type of a checkpoint's numbers does not round them.
@@ -84,7 +84,7 @@ class CodebookLinear(PackedForm):
         form.bias = None if bias is None else nn.Parameter(bias)
         return form
 
-    def fields(self) -> dict[str, Any]:
+    def fields(self) -> Fields:
         fields = {"bits": self.bits, "block": self.block, "outliers": self.outliers}
         return {**fields, "transposed": self.transposed}
 

@@ -7,7 +7,7 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 
-from .base import Replaceable, StoredForm, linear_of, wide_weight
+from .base import Fields, Replaceable, StoredForm, linear_of, wide_weight
 
 
 class CURLinear(StoredForm):
@@ -32,7 +32,7 @@ class CURLinear(StoredForm):
         form.rows, form.link, form.columns = rows, link, columns
         return form
 
-    def fields(self) -> dict[str, Any]:
+    def fields(self) -> Fields:
         return {"rank": self.link.out_features}
 
     def effective_weight(self) -> Tensor:

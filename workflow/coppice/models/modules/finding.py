@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .activation_quantization import quantize_activations
-from .base import FORMS, Replaceable, StoredForm
+from .base import FORMS, Entry, Replaceable, StoredForm
 
 
 def replaceable_modules(module: nn.Module) -> dict[str, Replaceable]:
@@ -43,8 +43,9 @@ def set_masked(linear: nn.Module, masked: bool) -> None:
     linear.masked = masked  # type: ignore[assignment]
 
 
-def describe(module: nn.Module) -> dict[str, Any]:
+def describe(module: nn.Module) -> Entry:
     """The entry of a module in `compression.json`; empty for an ordinary linear and for every other module."""
+    entry: Entry
     if isinstance(module, StoredForm):
         entry = module.describe()
     else:
@@ -54,7 +55,7 @@ def describe(module: nn.Module) -> dict[str, Any]:
     return entry
 
 
-def describe_replacements(model: nn.Module) -> dict[str, dict[str, Any]]:
+def describe_replacements(model: nn.Module) -> dict[str, Entry]:
     """The entries of all modules that take a linear's place, by name: what `install` needs to build them again."""
     return {name: entry for name, module in model.named_modules() if (entry := describe(module))}
 

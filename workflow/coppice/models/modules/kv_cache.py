@@ -21,6 +21,7 @@ the newest tokens too, so one call over a whole text measures the compression. P
 A checkpoint carries a copy of this file, which imports torch, transformers' cache classes and a file next to it alone.
 """
 
+from collections.abc import Mapping
 from functools import partial
 from math import ceil
 from typing import Any, NamedTuple
@@ -295,7 +296,7 @@ def _straight_through(held: Tensor, new: Tensor) -> Tensor:
 class CompressedCache(Cache):
     """A cache whose layers are kept as the settings (fields of `CacheSettings`) say."""
 
-    def __init__(self, settings: dict[str, Any]) -> None:
+    def __init__(self, settings: Mapping[str, Any]) -> None:
         super().__init__(layer_class_to_replicate=partial(CompressedCacheLayer, CacheSettings(**settings)))
 
     @property
@@ -303,7 +304,7 @@ class CompressedCache(Cache):
         return sum(layer.stored_bytes for layer in self.layers)
 
 
-def install_cache(model: nn.Module, settings: dict[str, Any]) -> None:
+def install_cache(model: nn.Module, settings: Mapping[str, Any]) -> None:
     """Makes the model's decoder keep its keys and values as the settings (fields of `CacheSettings`) say.
 
     They are left on the decoder as `cache_settings`; installing again replaces them.

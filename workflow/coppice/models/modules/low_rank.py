@@ -7,7 +7,7 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 
-from .base import Replaceable, StoredForm, linear_of, wide_weight
+from .base import Fields, Replaceable, StoredForm, linear_of, wide_weight
 
 
 class LowRankLinear(StoredForm):
@@ -30,7 +30,7 @@ class LowRankLinear(StoredForm):
         form.first, form.second = first, second
         return form
 
-    def fields(self) -> dict[str, Any]:
+    def fields(self) -> Fields:
         return {"rank": self.first.out_features}
 
     def effective_weight(self) -> Tensor:

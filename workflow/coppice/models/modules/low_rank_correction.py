@@ -7,7 +7,7 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 
-from .base import Replaceable, StoredForm, factory_of, linear_of, wide_weight
+from .base import Fields, Replaceable, StoredForm, factory_of, linear_of, wide_weight
 from .low_rank import LowRankLinear
 
 
@@ -31,10 +31,10 @@ class LowRankCorrectionLinear(StoredForm):
         return form
 
     @classmethod
-    def build(cls, linear: nn.Linear, fields: dict[str, Any]) -> Self:
+    def build(cls, linear: nn.Linear, fields: Fields) -> Self:
         return cls(linear, **fields, **factory_of(linear))
 
-    def fields(self) -> dict[str, Any]:
+    def fields(self) -> Fields:
         return {"rank": self.compensation.first.out_features}
 
     def effective_weight(self) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from .base import PackedForm, Replaceable
+from .base import Fields, PackedForm, Replaceable
 from .packing import pack, packed_words, unpack, zero_words
 
 
@@ -64,7 +64,7 @@ class QuantizedLinear(PackedForm):
         form.bias = None if bias is None else nn.Parameter(bias)
         return form
 
-    def fields(self) -> dict[str, Any]:
+    def fields(self) -> Fields:
         return {"bits": self.bits, "group_size": self.group_size, "symmetric": self.symmetric}
 
     @property

@@ -9,7 +9,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from .base import Replaceable, StoredForm, factory_of, linear_of, wide_weight
+from .base import Fields, Replaceable, StoredForm, factory_of, linear_of, wide_weight
 
 
 class TensorTrainLinear(StoredForm):
@@ -48,10 +48,10 @@ class TensorTrainLinear(StoredForm):
         return form
 
     @classmethod
-    def build(cls, linear: nn.Linear, fields: dict[str, Any]) -> Self:
+    def build(cls, linear: nn.Linear, fields: Fields) -> Self:
         return cls(**fields, bias=linear.bias is not None, **factory_of(linear))
 
-    def fields(self) -> dict[str, Any]:
+    def fields(self) -> Fields:
         return {"in_shape": list(self.in_shape), "out_shape": list(self.out_shape), "bonds": list(self.bonds)}
 
     def effective_weight(self) -> Tensor:
