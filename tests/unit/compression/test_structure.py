@@ -70,7 +70,7 @@ def test_new_weights_arrive_exactly(register: Callable[..., None], tmp_path: Pat
     assert torch.equal(after["model.layers.0.mlp.gate_proj.weight"], before["model.layers.0.mlp.gate_proj.weight"][24:])
     assert torch.equal(after["model.layers.1.mlp.up_proj.weight"], before["model.layers.1.mlp.up_proj.weight"][24:])
     assert load_model(node).config.num_hidden_layers == 2
-    assert read_manifest(node)["achieved"]["units"]["neurons"]["removed"] == 24
+    assert read_manifest(node).achieved["units"]["neurons"]["removed"] == 24
 
 
 def test_names_count_the_blocks_before_the_removal() -> None:
@@ -116,7 +116,7 @@ def test_the_least_missed_block_is_found_by_the_loss(register: Callable[..., Non
 
     register(choose, needs=frozenset({"windows"}), resources=Resources(reach="model"))
     windows = save_windows(tmp_path / "windows", root)
-    achieved = read_manifest(make(tmp_path / "node", root, "toy", tokens=windows))["achieved"]
+    achieved = read_manifest(make(tmp_path / "node", root, "toy", tokens=windows)).achieved
     assert (achieved["block"], achieved["states"]) == (1, 4)
     with pytest.raises(UserError, match="needs the calibration windows themselves"):
         make(tmp_path / "node", root, "toy")
