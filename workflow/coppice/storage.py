@@ -217,8 +217,8 @@ def fetch_results(address: str, results: Path) -> int:
         stamps = {below: [info.size, info.mtime_ns] for below, info in held.items()}
         if not stamps:
             return 0  # A storage that somebody emptied says nothing of what was made.
-        brought = _fetched_before(results, remote)
-        _remove_gone(results, brought, stamps)
+        brought = _read_stamps(results, remote)
+        _remove_deleted(results, brought, stamps)
         wanted = [below for below, stamp in stamps.items() if _stamp(results / below) != stamp]
         # Noted before they are brought: a file that an interruption kept from coming has another stamp.
         noted = {below: stamps[below] for below in sorted({*wanted, *(brought.keys() & stamps.keys())})}
@@ -229,7 +229,7 @@ def fetch_results(address: str, results: Path) -> int:
     return len(wanted)
 
 
-def _fetched_before(results: Path, remote: str) -> dict[str, list[int]]:
+def _read_stamps(results: Path, remote: str) -> dict[str, list[int]]:
     """By path the stamps of the files that were brought from that place, the study's folder in a storage."""
     record = results / FETCHED
     if not record.is_file():
@@ -238,7 +238,7 @@ def _fetched_before(results: Path, remote: str) -> dict[str, list[int]]:
     return fetched["files"] if fetched["storage"] == remote else {}
 
 
-def _remove_gone(results: Path, brought: Mapping[str, list[int]], held: Mapping[str, list[int]]) -> None:
+def _remove_deleted(results: Path, brought: Mapping[str, list[int]], held: Mapping[str, list[int]]) -> None:
     """Removes what was brought from a storage that no longer holds it. brought, held: stamps by path.
 
     What was made here, or changed since it was brought, stays: it may be all that there is of it.
@@ -272,7 +272,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--results", type=Path, required=True, help="folder of the study's results, as results/demo")
 
 
-def named_store(address: str | None = None) -> str:
+def store_address(address: str | None = None) -> str:
     """The address of the store, by default that of the environment. Raises UserError when neither names one."""
     address = address or os.environ.get(VARIABLE)
     if not address:
@@ -286,4 +286,4 @@ def run(arguments: argparse.Namespace) -> None:
         raise UserError(
             f"--results {arguments.results} is not below the storage's prefix; pass a path as results/demo."
         )
-    print(f"{fetch_results(named_store(arguments.store), arguments.results)} files fetched to {arguments.results}.")
+    print(f"{fetch_results(store_address(arguments.store), arguments.results)} files fetched to {arguments.results}.")

@@ -107,7 +107,7 @@ def unit_scores(model: PreTrainedModel, tokens: Tensor, attention_mask: Tensor, 
         for importance, score in _member_scores(moment, member, getattr(units, member.unit)).items():
             scores[f"{member.unit}.{importance}"][member.block] += score
 
-    with _frozen(model), _collecting(members, collect):
+    with _freeze(model), _collecting(members, collect):
         for start in range(0, len(tokens), batch):
             part = slice(start, start + batch)
             losses = _losses(model, tokens[part], attention_mask[part], predicted[part])
@@ -199,7 +199,7 @@ def _losses(model: PreTrainedModel, tokens: Tensor, attention_mask: Tensor, pred
 
 
 @contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
+def _freeze(model: nn.Module) -> Iterator[None]:
     """Autograd leaves the weights alone: their gradients are taken a window at a time from inputs and outputs."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:

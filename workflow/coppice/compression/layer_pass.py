@@ -269,10 +269,10 @@ def scale_inputs(
             scales = method_scales(linears, statistics[names[0]], layer_pass.options)
         if scales is None:
             continue
-        scales = shared.pooled(scales.double())
+        scales = shared.pool(scales.double())
         folding.fold(block, shared, scales)
         # Linears that share an input share its statistics.
-        scaled = folding.scaled(statistics[names[0]], scales.to(statistics[names[0]].mean.dtype))
+        scaled = folding.scale_statistics(statistics[names[0]], scales.to(statistics[names[0]].mean.dtype))
         statistics |= dict.fromkeys(names, scaled)
         records |= {name: {"scale_ratio": (scales.max() / scales.min()).item()} for name in names}
     return statistics, records

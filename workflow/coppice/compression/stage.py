@@ -74,7 +74,7 @@ def compress(
         raise UserError(
             f"Step {step['name']!r} ({method.name}) trains its parent; make the node with `coppice recover`."
         )
-    options = method.validated(step["options"])
+    options = method.validate_options(step["options"])
     parent_manifest = read_manifest(parent)
     refuse_impossible(step["name"], method, parent_manifest.traits)
     inputs = read_inputs(
@@ -90,7 +90,7 @@ def compress(
         from coppice.models import rotation
 
         assert isinstance(options, rotation.RotationOptions)  # as every RotationMethod declares
-        achieved = rotation.achieved(model, options)
+        achieved = rotation.describe_rotation(model, options)
         model = rotation.rotate(model.to(device), method.rotation.rotation, options)
     elif method.contract == "cache":
         from coppice.models.modules import kv_cache

@@ -44,5 +44,5 @@ def change_structure(
     statistics = {name: tensor for tensors in decoder.kinds.values() for name, tensor in tensors.items()}
     removal = method.structure.choose(decoder, statistics, options)
     model.to("cpu")
-    achieved = {**removal.record, **surgery.achieved(model, removal)}
+    achieved = {**removal.record, **surgery.describe_removal(model, removal)}
     return surgery.remove(model, removal), achieved

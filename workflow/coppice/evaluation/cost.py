@@ -57,9 +57,9 @@ def measure(
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(model.config.vocab_size, (batch, prompt), generator=generator).to(model.device)
     for _ in range(warmup):
-        timed_generation(model, tokens, generate)
+        time_generation(model, tokens, generate)
     reset_peak_memory(model)
-    times = [timed_generation(model, tokens, generate) for _ in range(repeats)]
+    times = [time_generation(model, tokens, generate) for _ in range(repeats)]
     peak = peak_memory(model, baseline_memory)
     prefill, decode = zip(*times, strict=True)
     per_token = [seconds / generate for seconds in decode]
@@ -83,7 +83,7 @@ def median_row(metric: str, values: Sequence[float], unit: str) -> Json:
     return {"metric": metric, "value": median(values), "spread": spread, "unit": unit}
 
 
-def timed_generation(model: PreTrainedModel, tokens: Tensor, generate: int) -> tuple[float, float]:
+def time_generation(model: PreTrainedModel, tokens: Tensor, generate: int) -> tuple[float, float]:
     """Seconds of prefill over `tokens` [batch, prompt], and of `generate` decoding passes after it."""
     with torch.inference_mode():
         started = now(model)

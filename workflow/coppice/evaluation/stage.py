@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--evaluation", type=json.loads, required=True, metavar="JSON", help="the evaluation")
     parser.add_argument(
         "--tokens",
-        type=named_directory,
+        type=parse_protocol_directory,
         action="append",
         default=[],
         metavar="PROTOCOL=DIR",
@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write")
 
 
-def named_directory(value: str) -> tuple[str, Path]:
+def parse_protocol_directory(value: str) -> tuple[str, Path]:
     """PROTOCOL=DIR as a pair."""
     name, separator, directory = value.partition("=")
     if not separator:

@@ -67,7 +67,7 @@ def join_words(names: tuple[str, ...] | list[str]) -> str:
     return ", ".join(names[:-1]) + " and " + names[-1] if len(names) > 1 else names[0]
 
 
-def shortened(text: str, length: int) -> str:
+def shorten(text: str, length: int) -> str:
     """The text, cut to so many characters."""
     return text if len(text) <= length else f"{text[: length - 3]}..."
 
@@ -77,10 +77,10 @@ def format_table(table: list[list[str]]) -> list[str]:
 
     The first gives way where the others leave it less of the width.
     """
-    table = [[row[0], *(shortened(cell, _CELL) for cell in row[1:])] for row in table]
+    table = [[row[0], *(shorten(cell, _CELL) for cell in row[1:])] for row in table]
     others = sum(2 + max(map(len, column)) for column in list(zip(*table, strict=True))[1:])
     first = max(_CELL, min(_FIRST, WIDTH - others))
-    table = [[shortened(row[0], first), *row[1:]] for row in table]
+    table = [[shorten(row[0], first), *row[1:]] for row in table]
     widths = [max(len(cell) for cell in column) for column in zip(*table, strict=True)]
     return [
         "  ".join(
@@ -91,7 +91,7 @@ def format_table(table: list[list[str]]) -> list[str]:
     ]
 
 
-def wrapped(text: str, indent: str = "") -> list[str]:
+def wrap_lines(text: str, indent: str = "") -> list[str]:
     """The text as lines within the width; all but the first are set in."""
     return textwrap.wrap(text, WIDTH, initial_indent=indent, subsequent_indent=indent + "  ", break_on_hyphens=False)
 

@@ -141,7 +141,7 @@ class Method:
             return trait, self.incompatible_with[trait]
         return None
 
-    def validated(self, options: Mapping[str, Any]) -> MethodOptions:
+    def validate_options(self, options: Mapping[str, Any]) -> MethodOptions:
         """The options, checked. Raises UserError with every problem in one sentence."""
         try:
             return self.options.model_validate(options)

@@ -99,7 +99,7 @@ class Decoder(Protocol):
     def statistics(self, name: str) -> LinearStatistics:
         """The parent's moments; for a method that needs them."""
 
-    def gathered(self, kind: str) -> dict[str, Tensor]:
+    def tensors(self, kind: str) -> dict[str, Tensor]:
         """The tensors of another kind of statistics; for a method that needs it."""
 
     def logits(self, window: int, outputs: Callable[[str, Tensor], Tensor] | None = None) -> Tensor:

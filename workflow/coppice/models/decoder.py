@@ -63,11 +63,11 @@ class WholeDecoder:
         index, path = architecture_of(self.model).place(name)
         return self._read(index)[path]
 
-    def gathered(self, kind: str) -> dict[str, Tensor]:
+    def tensors(self, kind: str) -> dict[str, Tensor]:
         return self.kinds[kind]
 
     def logits(self, window: int, outputs: Outputs | None = None) -> Tensor:
-        with self._observed(outputs):
+        with self._observe_outputs(outputs):
             return self._forward(self._window(window)[None])[0, :-1]
 
     def loss(
@@ -80,7 +80,7 @@ class WholeDecoder:
         chosen = range(self.windows) if windows is None else windows
         total: Any = 0.0
         count = 0
-        with self._exchanged(weights or {}), self._observed(outputs), self._bypassed(bypass):
+        with self._exchange_weights(weights or {}), self._observe_outputs(outputs), self._bypass(bypass):
             for window in chosen:
                 tokens = self._window(window)
                 logits = self._forward(tokens[None])[0, :-1]
@@ -131,7 +131,7 @@ class WholeDecoder:
         return self.model(input_ids=tokens, use_cache=False).logits
 
     @contextmanager
-    def _bypassed(self, indices: Collection[int]) -> Iterator[None]:
+    def _bypass(self, indices: Collection[int]) -> Iterator[None]:
         def pass_on(hidden_states: Tensor, **keywords: Any) -> Tensor:
             return hidden_states
 
@@ -145,7 +145,7 @@ class WholeDecoder:
                 del block.forward
 
     @contextmanager
-    def _exchanged(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    def _exchange_weights(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
         before = {name: self.modules[name].weight for name in weights}
         for name, weight in weights.items():
             # A plain attribute: the weight may be part of a graph.
@@ -159,7 +159,7 @@ class WholeDecoder:
                 self.modules[name].weight = weight
 
     @contextmanager
-    def _observed(self, outputs: Outputs | None) -> Iterator[None]:
+    def _observe_outputs(self, outputs: Outputs | None) -> Iterator[None]:
         def observe(name: str, exchange: Outputs) -> Callable[[nn.Module, Any, Tensor], Tensor]:
             return lambda module, inputs, y: exchange(name, y[0])[None]
 

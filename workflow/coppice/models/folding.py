@@ -27,7 +27,7 @@ class ScalableInput(SharedInput):
 
     index: Tensor
 
-    def pooled(self, scales: Tensor) -> Tensor:
+    def pool(self, scales: Tensor) -> Tensor:
         """s [n] as the producer can follow it: the geometric mean over the inputs that are one of its outputs.
 
         Summed on the processor, where the order of the sums is fixed.
@@ -81,7 +81,7 @@ def fold(block: nn.Module, shared: ScalableInput, scales: Tensor) -> None:
         weight.copy_(weight.double() * scales.to(weight.device, torch.float64))
 
 
-def scaled(statistics: LinearStatistics, scales: Tensor) -> LinearStatistics:
+def scale_statistics(statistics: LinearStatistics, scales: Tensor) -> LinearStatistics:
     """The statistics of x / s."""
     return LinearStatistics(
         second_moment=statistics.second_moment / scales / scales[:, None],

@@ -80,7 +80,7 @@ def rotate(model: PreTrainedModel, rotation: Callable[[int, Any], Tensor], optio
     return model
 
 
-def achieved(model: PreTrainedModel, options: RotationOptions) -> Json:
+def describe_rotation(model: PreTrainedModel, options: RotationOptions) -> Json:
     """What the rotation will do to the model, before it does.
 
     residual_width: d. head_width: h, or None where heads are not rotated. norms_folded: how many. untied: whether

@@ -39,7 +39,7 @@ def write_config(model: PreTrainedModel, entries: Entries, dtype: torch.dtype, d
     if CACHE in entries or not all(is_ordinary(entry) for entry in linears.values()):
         grids = quantization_grids(linears)
         if all(entry.keys() == GRID_KEYS for entry in entries.values()) and stock_loaders_read(grids):
-            written["quantization_config"] = _compressed_tensors(grids)
+            written["quantization_config"] = _compressed_tensors_config(grids)
         else:
             written["compression"] = entries
             written["auto_map"] = {"AutoModelForCausalLM": f"{CARRIED}.CompressedForCausalLM"}
@@ -72,7 +72,7 @@ def stock_loaders_read(grids: dict[tuple[int, int, bool], list[str]]) -> bool:
     return len(grids) == 1 or all(symmetric for _, _, symmetric in grids)
 
 
-def _compressed_tensors(grids: dict[tuple[int, int, bool], list[str]]) -> Json:
+def _compressed_tensors_config(grids: dict[tuple[int, int, bool], list[str]]) -> Json:
     """The quantization_config of compressed-tensors: one group of modules for each grid."""
     groups: Json = {}
     for index, ((bits, size, symmetric), targets) in enumerate(sorted(grids.items())):

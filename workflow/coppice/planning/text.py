@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from coppice.formatting import duration, format_table, human_count, join_first, join_words, number, wrapped
+from coppice.formatting import duration, format_table, human_count, join_first, join_words, number, wrap_lines
 from coppice.planning.times import EFFICIENCY
 
 GIGABYTE = 1e9
@@ -24,7 +24,7 @@ def lines(made: Mapping[str, Any]) -> list[str]:
         "",
         *tree_lines(nodes),
         "",
-        *wrapped(
+        *wrap_lines(
             f"Done: {done} of {len(nodes)} nodes, {made['evaluations']['done']} of {made['evaluations']['total']} "
             f"evaluations, {made['laws']['done']} of {made['laws']['total']} laws, by the files that exist in "
             f"{made['results']} and the options, seeds, texts and calibrations that they name. Code, dates and the "
@@ -34,7 +34,7 @@ def lines(made: Mapping[str, Any]) -> list[str]:
     if total["left"]:
         text += ["", *stage_lines(made), "", *elapsed_lines(made), *notes(made)]
         for sentence in made["problems"] or ["What is known fits." if total["unknown"] else "Everything fits."]:
-            text += ["", *wrapped(sentence)]
+            text += ["", *wrap_lines(sentence)]
     return [line.rstrip() for line in text]
 
 
@@ -48,9 +48,9 @@ def changed_lines(made: Mapping[str, Any]) -> list[str]:
         if row["stage"] in MADE:
             names.setdefault(MADE[row["stage"]], []).append(row["name"])
     if not names:
-        return wrapped(f"{changed[0]['why']} Tables, laws, page and tracking are made again.")
+        return wrap_lines(f"{changed[0]['why']} Tables, laws, page and tracking are made again.")
     kinds = [f"{many(len(found), kind)} ({join_first(found)})" for kind, found in names.items()]
-    return wrapped(f"Changed since they were made: {join_words(kinds)}. What follows from them is made again too.")
+    return wrap_lines(f"Changed since they were made: {join_words(kinds)}. What follows from them is made again too.")
 
 
 def many(count: int, noun: str) -> str:
@@ -117,7 +117,7 @@ def elapsed_lines(made: Mapping[str, Any]) -> list[str]:
     if elapsed is None:
         return []
     gpus = f" on {many(machine['gpus'], 'GPU')}" if machine["gpus"] else ""
-    return wrapped(f"With {many(machine['cores'], 'job')} at once{gpus}: {between(elapsed, duration)} in all.")
+    return wrap_lines(f"With {many(machine['cores'], 'job')} at once{gpus}: {between(elapsed, duration)} in all.")
 
 
 def notes(made: Mapping[str, Any]) -> list[str]:
@@ -127,18 +127,20 @@ def notes(made: Mapping[str, Any]) -> list[str]:
     counts = ", ".join(f"{row['stage']} {row['benchmarks']}" for row in rows if row["benchmarks"])
     text = []
     if counts:
-        text += wrapped(f"measured: from this study's benchmarks ({counts}), scaled by parameters and tokens.")
+        text += wrap_lines(f"measured: from this study's benchmarks ({counts}), scaled by parameters and tokens.")
     if any(row["from"] == "predicted" for row in rows):
         where = (
             f"{EFFICIENCY:.0%} of the roofline of {machine['device']}"
             if machine["device"]
             else "what one thread of a CPU did of the demo (name a GPU with --device)"
         )
-        text += wrapped(f"predicted: by operations at {where}, within a factor of two; memory by shapes.")
+        text += wrap_lines(f"predicted: by operations at {where}, within a factor of two; memory by shapes.")
     if any(node["size"] in ("estimated", "at most") for node in made["nodes"]):
-        text += wrapped("~ estimated from the step's options; < at most: as large as its parent.")
+        text += wrap_lines("~ estimated from the step's options; < at most: as large as its parent.")
     if made["unknown"]:
-        text += wrapped("? unknown, and in no sum, as long as nothing of the model is on this machine. This suffices:")
+        text += wrap_lines(
+            "? unknown, and in no sum, as long as nothing of the model is on this machine. This suffices:"
+        )
         # Commands are there to be copied.
         text += [
             f"  hf download {source['hub']} config.json --revision {source['revision']}" for source in made["unknown"]

@@ -47,10 +47,10 @@ class Record(Part):
         """
         content = read_json(path)
         if not isinstance(content, dict):
-            raise _damaged(path, "is not a JSON object")
+            raise _damage_error(path, "is not a JSON object")
         version = content.pop("format_version", 1)
         if not isinstance(version, int):
-            raise _damaged(path, f"has format_version {version!r}, which is not a number")
+            raise _damage_error(path, f"has format_version {version!r}, which is not a number")
         if version > cls.FORMAT_VERSION:
             raise UserError(
                 f"{path} has format {version}, this version of Coppice reads up to {cls.FORMAT_VERSION}; use a newer "
@@ -59,7 +59,7 @@ class Record(Part):
         try:
             return cls.model_validate(cls.upgrade(content, version))
         except ValidationError as error:
-            raise _damaged(path, _problem(error)) from error
+            raise _damage_error(path, _problem(error)) from error
 
     @classmethod
     def upgrade(cls, content: Json, version: int) -> Json:
@@ -84,5 +84,5 @@ def _problem(error: ValidationError) -> str:
     return f"has a wrong value of {place!r} ({problem['msg'][0].lower()}{problem['msg'][1:]})"
 
 
-def _damaged(path: Path, problem: str) -> UserError:
+def _damage_error(path: Path, problem: str) -> UserError:
     return UserError(f"{path} {problem}; it is damaged or was edited by hand: remove it and run again.")

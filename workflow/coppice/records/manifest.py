@@ -168,13 +168,13 @@ class Manifest(Sizes, Provenance, Record):
         if isinstance(requested := content.get("requested"), dict):
             content["requested"] = rename_keys(requested, OPTIONS)
         if isinstance(step := content.get("step"), dict):
-            content["step"] = _renamed_step(step)
+            content["step"] = _rename_step(step)
         if isinstance(recovery := content.get("recovery"), dict):
             content["recovery"] = rename_keys(recovery, {"tokens_asked": "tokens_requested"})
         return content
 
 
-def _renamed_step(step: Json) -> Json:
+def _rename_step(step: Json) -> Json:
     method, options = step.get("method"), step.get("options")
     return {
         **step,

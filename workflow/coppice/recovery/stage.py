@@ -122,7 +122,7 @@ def recover(recovery: Recovery, device: str = "cpu") -> Manifest | None:
     step, seed = recovery.step, recovery.seed
     parent_manifest, dense_manifest = read_manifest(recovery.parent), read_manifest(recovery.dense)
     chosen = method(step["method"])
-    options = chosen.validated(step["options"])
+    options = chosen.validate_options(step["options"])
     assert isinstance(options, RecoverOptions)
     refuse_impossible(step["name"], chosen, parent_manifest.traits)
     windows, held_out = load_windows(recovery.tokens), load_windows(recovery.validation)

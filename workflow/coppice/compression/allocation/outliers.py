@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy
 
 from coppice.compression.allocation.entries import Entry, block_and_kind
-from coppice.compression.allocation.spreading import Array, Limits, same_kinds, shifted, spread_groups
+from coppice.compression.allocation.spreading import Array, Limits, same_kinds, shift_shares, spread_groups
 from coppice.methods.options import Allocation
 from coppice.methods.solvers import demand
 from coppice.models.contracts import Linear, LinearStatistics
@@ -44,7 +44,7 @@ def costs(entries: Sequence[Entry], rule: Allocation, capacity: int) -> Array:
     mean = capacity / sum(entry.size for entry in entries)
 
     def spread(outliers: Array, limits: Limits, total: float) -> Array:
-        return shifted(by_outliers(outliers, limits.sizes, rule.spread, mean), *limits, total)
+        return shift_shares(by_outliers(outliers, limits.sizes, rule.spread, mean), *limits, total)
 
     return spread_groups(entries, groups, capacity, spread)
 

@@ -117,7 +117,7 @@ def plan(decoder: Decoder, options: Options) -> dict[str, PlannedRank]:
         return {}
     target = RankTarget.of(decoder, options.keep, options.align)
     measure = _by_loss if options.search == "strs" else _by_spectrum
-    return target.planned(search(list(measure(decoder, options)), target))
+    return target.plans(search(list(measure(decoder, options)), target))
 
 
 def search(candidates: list[Candidate], target: RankTarget) -> dict[str, int]:
@@ -132,7 +132,7 @@ def search(candidates: list[Candidate], target: RankTarget) -> dict[str, int]:
 
     # The cost falls with every candidate accepted.
     counts = range(len(candidates))
-    count = bisect_left(counts, True, key=lambda count: target.total(ranks(count)) <= target.allowed)
+    count = bisect_left(counts, True, key=lambda count: target.total(ranks(count)) <= target.capacity)
     accepted = ranks(count)
     if count:
         accepted = target.fill(accepted, [candidates[count - 1].name])

@@ -111,7 +111,7 @@ def plan(decoder: Decoder, options: Options) -> dict[str, Planned]:
     if options.profile is None:
         return {}
     windows = range(min(options.profile_windows, decoder.windows))
-    names = [name for name in decoder.names if not _excluded(name, options)]
+    names = [name for name in decoder.names if not _is_excluded(name, options)]
     with torch.no_grad():
         dense = decoder.loss(windows).item()
         if not math.isfinite(dense):
@@ -133,7 +133,7 @@ def compress(linear: Linear, statistics: LinearStatistics | None, options: Optio
 
     Raises UserError when the weight holds values that are not finite, or when the statistics are unfit.
     """
-    if _excluded(linear.name, options):
+    if _is_excluded(linear.name, options):
         kind = linear.name.rpartition(".")[-1]
         return Unchanged(record={"unchanged": f"`exclude` names {kind}.", "keep": 1.0})
     planned = {} if linear.plan is None else {"profile": linear.plan["profile"]}
@@ -162,7 +162,7 @@ def compress(linear: Linear, statistics: LinearStatistics | None, options: Optio
         "macs_per_token": sites.multiply_adds(bond),
         "dense_macs_per_token": sites.weights,
     }
-    return TensorTrain(operator.cores, record={**record, **scaling, **planned, **_indivisible(sites)})
+    return TensorTrain(operator.cores, record={**record, **scaling, **planned, **_indivisible_note(sites)})
 
 
 def chosen_bond(options: Options, sites: Sites) -> int:
@@ -272,11 +272,11 @@ def _profile(decoder: Decoder, name: str, dense: float, windows: range, options:
     return entries
 
 
-def _excluded(name: str, options: Options) -> bool:
+def _is_excluded(name: str, options: Options) -> bool:
     return name.rpartition(".")[-1] in options.exclude
 
 
-def _indivisible(sites: Sites) -> dict[str, str]:
+def _indivisible_note(sites: Sites) -> dict[str, str]:
     """The sentence about widths that do not split into as many factors as there are sites."""
     widths = {"outputs": sites.outputs, "inputs": sites.inputs}
     sentences = [

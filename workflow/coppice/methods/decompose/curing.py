@@ -87,7 +87,7 @@ def plan(decoder: Decoder, options: Options) -> dict[str, bool]:
     """
     if options.blocks is None:
         return dict.fromkeys(decoder.names, True)
-    distance = decoder.gathered("blocks")["angular_distance"]
+    distance = decoder.tensors("blocks")["angular_distance"]
     inner = distance[1:-1]
     if options.blocks > len(inner):
         raise UserError(

@@ -123,7 +123,7 @@ def plan(decoder: Decoder, options: Options) -> dict[str, PlannedRank]:
         return {}
     target = RankTarget.of(decoder, options.keep, options.align, options.remap)
     sizes = dict(zip(decoder.names, learn(decoder, target, options).tolist(), strict=True))
-    planned = target.planned(target.scaled(sizes))
+    planned = target.plans(target.in_proportion(sizes))
     return {name: PlannedRank(each.rank, each.record | {"rank_learned": sizes[name]}) for name, each in planned.items()}
 
 
@@ -184,7 +184,7 @@ class RankCosts:
         """[linears] the share of min(m, n) that costs `keep` of each linear."""
         return keep * self.size / (self.price * self.ranks)
 
-    def kept(self, shares: Tensor) -> Tensor:
+    def total_share(self, shares: Tensor) -> Tensor:
         """The share of sum m n that ranks [linears], as shares of min(m, n), cost."""
         cost = (shares.clamp(min=0) * self.ranks * self.price).minimum(self.size)
         return cost.sum() / self.size.sum()
@@ -194,18 +194,18 @@ def objective(decoder: Decoder, window: int, shares: Tensor, costs: RankCosts, o
     """The loss of a window with every output truncated, with its penalties; shares: [linears] ranks over min(m, n)."""
     barriers = []
 
-    def truncated(name: str, outputs: Tensor) -> Tensor:
+    def truncate_output(name: str, outputs: Tensor) -> Tensor:
         place = costs.index[name]
         count = int(min(len(outputs), costs.ranks[place].item()))
         position = shares[place] * count
         barriers.append(torch.relu(-position).square() + torch.relu(position - count).square())
         return soft_truncation(outputs, position, options.beta, count)
 
-    loss = decoder.loss([window], outputs=truncated)
+    loss = decoder.loss([window], outputs=truncate_output)
     if options.loss == "perplexity":
         loss = loss.exp()
     assert options.keep is not None  # learned ranks share it
-    distance = (costs.kept(shares) - options.keep).abs()
+    distance = (costs.total_share(shares) - options.keep).abs()
     return loss + options.penalty * distance + torch.stack(barriers).sum()
 
 
@@ -259,11 +259,11 @@ def remap_factors(truncation: Truncation, storage: torch.dtype, record: Json) ->
     else:
         right = values[:, None] * right
     short = min(rows, columns)
-    second = replace(_coded(left, short, storage), transposed=True)
-    return LowRank(_coded(right, short, storage), second, record=record)
+    second = replace(_encode(left, short, storage), transposed=True)
+    return LowRank(_encode(right, short, storage), second, record=record)
 
 
-def _coded(vectors: Tensor, count: int, storage: torch.dtype) -> Codebook:
+def _encode(vectors: Tensor, count: int, storage: torch.dtype) -> Codebook:
     """The rows of [k, w]: the first `count` entries of each as codes with one scale, the others as they are."""
     width = vectors.shape[1]
     rest = torch.arange(count, width, device=vectors.device) if count < width else None

@@ -302,13 +302,13 @@ class _Problem:
             count = min(left, _STEPS_BETWEEN)
             left, self.iterations = left - count, self.iterations + count
             solution[rows] = self._alternate(solution[rows], rows, multiplier, count, turn)
-            rows = self._unsolved(solution, rows, multiplier, tolerance)
+            rows = self._select_unsolved(solution, rows, multiplier, tolerance)
             if len(rows):
                 solution[rows] = self._newton(solution[rows], rows, multiplier)
-                rows = self._unsolved(solution, rows, multiplier, tolerance)
+                rows = self._select_unsolved(solution, rows, multiplier, tolerance)
         return solution
 
-    def _unsolved(self, solution: Tensor, rows: Tensor, multiplier: float, tolerance: float) -> Tensor:
+    def _select_unsolved(self, solution: Tensor, rows: Tensor, multiplier: float, tolerance: float) -> Tensor:
         residuals = _residuals(solution[rows], self.weight[rows], self.moment, self.free[rows], multiplier)
         return rows[residuals > tolerance]
 

@@ -124,7 +124,7 @@ def plan(decoder: Decoder, options: Options) -> dict[str, Planned]:
         mask = kept[name].repeat_interleave(options.unit, dim=1)
         if linear.mask is not None:
             mask &= linear.mask
-        weight = _updated(curvature.pop(name), linear.weight, mask, options)
+        weight = _update_weight(curvature.pop(name), linear.weight, mask, options)
         # What the parent had pruned adds nothing: its score is zero.
         predicted = scores[name].masked_fill(kept[name], 0).sum().item()
         record = {"gradients": count, "predicted_loss_increase": predicted}
@@ -228,7 +228,7 @@ def _alive(linear: Linear, unit: int) -> Tensor:
     return mask.unflatten(1, (-1, unit)).any(2)
 
 
-def _updated(inverse: Tensor, weight: Tensor, mask: Tensor, options: Options) -> Tensor:
+def _update_weight(inverse: Tensor, weight: Tensor, mask: Tensor, options: Options) -> Tensor:
     """[m, n] w + d, with exact zeros where mask is False."""
     before = _blocks(weight, options.block)
     gone = _blocks(~mask, options.block)

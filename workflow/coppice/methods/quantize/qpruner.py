@@ -201,12 +201,12 @@ def mutual_information(x: Tensor, y: Tensor, bins: int) -> float:
 
     The correction leaves the mean for independent X and Y near 0, so single values may be below it.
     """
-    cells = [_binned(values, bins) for values in (x, y)]
+    cells = [_bin_values(values, bins) for values in (x, y)]
     counts = torch.bincount(cells[0] * bins + cells[1], minlength=bins**2).view(bins, bins)
     return _entropy(counts.sum(1)) + _entropy(counts.sum(0)) - _entropy(counts)
 
 
-def _binned(values: Tensor, bins: int) -> Tensor:
+def _bin_values(values: Tensor, bins: int) -> Tensor:
     """[n] int64 in 0 .. bins - 1."""
     firsts = torch.arange(1, bins, device=values.device) * len(values) // bins
     return torch.searchsorted(values.sort().values[firsts], values, right=True)

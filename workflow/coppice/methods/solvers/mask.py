@@ -133,8 +133,8 @@ def keep_largest(scores: Tensor, size: int, count: int, kept: Tensor | None) -> 
         groups = scores.reshape(-1, size)
         threshold = groups.kthvalue(count, dim=1, keepdim=True).values
         below, tied = groups < threshold, groups == threshold
-        room = count - below.sum(dim=1, keepdim=True)
-        mask = ~(below | (tied & (tied.cumsum(dim=1) <= room))).view_as(scores)
+        spare = count - below.sum(dim=1, keepdim=True)
+        mask = ~(below | (tied & (tied.cumsum(dim=1) <= spare))).view_as(scores)
     return mask if kept is None else mask & kept
 
 

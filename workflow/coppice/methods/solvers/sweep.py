@@ -40,7 +40,7 @@ from typing import TYPE_CHECKING
 from coppice.lazy import torch
 from coppice.methods.solvers.damping import damp
 from coppice.methods.solvers.grid import Grid, decode
-from coppice.methods.solvers.moments import once_for_shared
+from coppice.methods.solvers.moments import compute_once_for_shared
 from coppice.records.base import Json
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ class Swept:
         return self.codes, self.scale, self.zero_point
 
 
-@once_for_shared
+@compute_once_for_shared
 def cholesky_factor(moment: Tensor, damping: float) -> CholeskyFactor:
     """R of the damped second moment [n, n]; computed once for linears that share an input (see `moments`).
 

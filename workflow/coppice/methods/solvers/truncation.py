@@ -22,7 +22,7 @@ from pydantic import Field, model_validator
 from coppice.errors import UserError
 from coppice.lazy import torch
 from coppice.methods.options import TargetOptions
-from coppice.methods.solvers.moments import once_for_shared, second_moment
+from coppice.methods.solvers.moments import compute_once_for_shared, second_moment
 from coppice.methods.solvers.selection import share_of
 from coppice.models.replacements import LowRank, Unchanged
 from coppice.records.base import Json, JsonMapping
@@ -70,7 +70,7 @@ class Truncation:
     error: float
 
 
-@once_for_shared
+@compute_once_for_shared
 def square_root(moment: Tensor) -> Tensor:
     """S = Q Lambda^(1/2) [n, n] of H = Q Lambda Q^T [n, n], in float64; eigenvalues that rounding left below 0 are 0.
 
@@ -84,7 +84,7 @@ def square_root(moment: Tensor) -> Tensor:
     return vectors * values.clamp(min=0).sqrt()
 
 
-@once_for_shared
+@compute_once_for_shared
 def cholesky_root(moment: Tensor) -> tuple[Tensor, float]:
     """L [n, n], lower triangular with L L^T = H + damping mean(diag H) I in float64, and the damping.
 

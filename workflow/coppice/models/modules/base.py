@@ -49,9 +49,9 @@ class StoredForm(nn.Module):
             FORMS[cls.kind] = cls
 
     @classmethod
-    def from_replacement(cls, replacement: Any, linear: Replaceable, stored: Callable[[Tensor], Tensor]) -> Self:
+    def from_replacement(cls, replacement: Any, linear: Replaceable, as_stored: Callable[[Tensor], Tensor]) -> Self:
         """The form that holds what a method returned (the dataclass of the same name) for a linear, whose bias it takes
-        over. stored: values as they will be read back from the checkpoint, in the dtype to compute in."""
+        over. as_stored: values as they will be read back from the checkpoint, in the dtype to compute in."""
         raise NotImplementedError
 
     @classmethod
@@ -107,14 +107,14 @@ def wide_weight(module: Replaceable) -> Tensor:
     return weight.to(torch.promote_types(weight.dtype, torch.float32))
 
 
-def linear_of(matrix: Any, bias: nn.Parameter | None, stored: Callable[[Tensor], Tensor]) -> nn.Linear:
+def linear_of(matrix: Any, bias: nn.Parameter | None, as_stored: Callable[[Tensor], Tensor]) -> nn.Linear:
     """A linear that holds a matrix [m, n] of a replacement: a tensor, or a replacement of a packed form."""
     linear = nn.Linear(matrix.shape[1], matrix.shape[0], bias is not None, device="meta")
     linear.bias = bias  # type: ignore[assignment]
     if isinstance(matrix, Tensor):
-        linear.weight = nn.Parameter(stored(matrix))
+        linear.weight = nn.Parameter(as_stored(matrix))
         return linear
-    packed: Any = FORMS[type(matrix).__name__].from_replacement(matrix, linear, stored)
+    packed: Any = FORMS[type(matrix).__name__].from_replacement(matrix, linear, as_stored)
     return packed
 
 

@@ -59,10 +59,10 @@ class CodebookLinear(PackedForm):
         self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
 
     @classmethod
-    def from_replacement(cls, replacement: Any, linear: Replaceable, stored: Callable[[Tensor], Tensor]) -> Self:
+    def from_replacement(cls, replacement: Any, linear: Replaceable, as_stored: Callable[[Tensor], Tensor]) -> Self:
         bits, bias, kept = replacement.bits, linear.bias, replacement.outliers
         out_features, in_features = replacement.shape
-        absmax = stored(replacement.absmax)
+        absmax = as_stored(replacement.absmax)
         form = cls(
             in_features,
             out_features,
@@ -79,7 +79,7 @@ class CodebookLinear(PackedForm):
         form.weight_table = table.to(replacement.codes.device)
         form.weight_absmax = absmax
         if kept is not None and len(kept):
-            form.weight_outliers = stored(replacement.outlier_weight)
+            form.weight_outliers = as_stored(replacement.outlier_weight)
             form.weight_outlier_index = kept.to(torch.int32)
         form.bias = None if bias is None else nn.Parameter(bias)
         return form

@@ -25,9 +25,9 @@ class CURLinear(StoredForm):
         self.columns = nn.Linear(rank, out_features, bias=bias, **factory)
 
     @classmethod
-    def from_replacement(cls, replacement: Any, linear: Replaceable, stored: Callable[[Tensor], Tensor]) -> Self:
-        rows, link = linear_of(replacement.rows, None, stored), linear_of(replacement.link, None, stored)
-        columns = linear_of(replacement.columns, linear.bias, stored)
+    def from_replacement(cls, replacement: Any, linear: Replaceable, as_stored: Callable[[Tensor], Tensor]) -> Self:
+        rows, link = linear_of(replacement.rows, None, as_stored), linear_of(replacement.link, None, as_stored)
+        columns = linear_of(replacement.columns, linear.bias, as_stored)
         form = cls(rows.in_features, columns.out_features, link.out_features, linear.bias is not None, device="meta")
         form.rows, form.link, form.columns = rows, link, columns
         return form

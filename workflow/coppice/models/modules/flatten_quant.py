@@ -48,16 +48,16 @@ class FlattenQuantLinear(PackedForm):
         self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
 
     @classmethod
-    def from_replacement(cls, replacement: Any, linear: Replaceable, stored: Callable[[Tensor], Tensor]) -> Self:
+    def from_replacement(cls, replacement: Any, linear: Replaceable, as_stored: Callable[[Tensor], Tensor]) -> Self:
         codes, bits, bias = replacement.codes, replacement.bits, linear.bias
-        scale = stored(replacement.scale)
+        scale = as_stored(replacement.scale)
         factory = {"device": codes.device, "dtype": scale.dtype}
         form = cls(linear.in_features, len(codes), bits, codes.shape[1], bias is not None, **factory)
         form.weight_packed = pack(codes + 2 ** (bits - 1), bits)
         form.weight_source = replacement.source.to(torch.int32)
         form.weight_piece = replacement.piece.to(torch.int32)
         form.weight_scale = scale
-        form.weight_threshold = stored(torch.tensor([replacement.threshold], device=codes.device))
+        form.weight_threshold = as_stored(torch.tensor([replacement.threshold], device=codes.device))
         form.bias = None if bias is None else nn.Parameter(bias)
         return form
 

@@ -23,9 +23,9 @@ class LowRankLinear(StoredForm):
         self.second = nn.Linear(rank, out_features, bias=bias, **factory)
 
     @classmethod
-    def from_replacement(cls, replacement: Any, linear: Replaceable, stored: Callable[[Tensor], Tensor]) -> Self:
-        first = linear_of(replacement.first, None, stored)
-        second = linear_of(replacement.second, linear.bias, stored)
+    def from_replacement(cls, replacement: Any, linear: Replaceable, as_stored: Callable[[Tensor], Tensor]) -> Self:
+        first = linear_of(replacement.first, None, as_stored)
+        second = linear_of(replacement.second, linear.bias, as_stored)
         form = cls(first.in_features, second.out_features, first.out_features, linear.bias is not None, device="meta")
         form.first, form.second = first, second
         return form

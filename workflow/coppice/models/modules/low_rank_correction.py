@@ -24,10 +24,10 @@ class LowRankCorrectionLinear(StoredForm):
         self.compensation = LowRankLinear(self.in_features, self.out_features, rank, **factory)
 
     @classmethod
-    def from_replacement(cls, replacement: Any, linear: Replaceable, stored: Callable[[Tensor], Tensor]) -> Self:
+    def from_replacement(cls, replacement: Any, linear: Replaceable, as_stored: Callable[[Tensor], Tensor]) -> Self:
         form = cls(linear, len(replacement.first), device="meta")
-        form.compensation.first = linear_of(replacement.first, None, stored)
-        form.compensation.second = linear_of(replacement.second, None, stored)
+        form.compensation.first = linear_of(replacement.first, None, as_stored)
+        form.compensation.second = linear_of(replacement.second, None, as_stored)
         return form
 
     @classmethod

@@ -51,10 +51,10 @@ class QuantizedLinear(PackedForm):
         self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
 
     @classmethod
-    def from_replacement(cls, replacement: Any, linear: Replaceable, stored: Callable[[Tensor], Tensor]) -> Self:
+    def from_replacement(cls, replacement: Any, linear: Replaceable, as_stored: Callable[[Tensor], Tensor]) -> Self:
         bits, symmetric, bias = replacement.bits, replacement.symmetric, linear.bias
         out_features, in_features = replacement.codes.shape
-        scale = stored(replacement.scale)
+        scale = as_stored(replacement.scale)
         factory = {"device": replacement.codes.device, "dtype": scale.dtype}
         form = cls(in_features, out_features, bits, replacement.group_size, symmetric, bias is not None, **factory)
         form.weight_packed = pack(replacement.codes + 2 ** (bits - 1) if symmetric else replacement.codes, bits)

@@ -39,11 +39,11 @@ class TensorTrainLinear(StoredForm):
         self.bias = nn.Parameter(torch.zeros(self.out_features, **factory)) if bias else None
 
     @classmethod
-    def from_replacement(cls, replacement: Any, linear: Replaceable, stored: Callable[[Tensor], Tensor]) -> Self:
+    def from_replacement(cls, replacement: Any, linear: Replaceable, as_stored: Callable[[Tensor], Tensor]) -> Self:
         cores = replacement.cores
         in_shape, out_shape, bonds = ([core.shape[axis] for core in cores] for axis in (2, 1, 3))
         form = cls(in_shape, out_shape, bonds[:-1], device="meta")
-        form.sites = nn.ModuleList(linear_of(core.flatten(2).flatten(0, 1), None, stored) for core in cores)
+        form.sites = nn.ModuleList(linear_of(core.flatten(2).flatten(0, 1), None, as_stored) for core in cores)
         form.bias = linear.bias
         return form
 
