@@ -9,7 +9,7 @@ from typing import Protocol
 
 from coppice.compression.allocation import knapsack, outliers, sensitivity
 from coppice.compression.allocation.entries import Entry, comparable_losses, relative_error, shape_of
-from coppice.compression.allocation.spreading import limits_of, proportional, shift_shares
+from coppice.compression.allocation.spreading import limits_of, proportional, round_to_total, shift_shares
 from coppice.methods.options import Allocation
 from coppice.methods.solvers import demand
 from coppice.methods.solvers.knapsack import knapsack as solve
