@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 VARIABLE = "COPPICE_STORE"
 TRANSFERS = 16  # small files that are fetched at once
-FETCHED = ".fetched.json"  # in a study's folder: what `coppice fetch` brought there
+FETCHED = ".fetched.json"  # in a study's folder: what `coppice fetch` wrote there
 RESULT_FOLDERS = ("models", "tokens", "statistics", "evaluations", "laws")  # folders whose files are outputs of jobs
 
 
@@ -179,16 +179,16 @@ def _redact(address: str) -> str:
 
 
 def _reason(error: Exception, address: str) -> str:
-    """What an error says first; Arrow's may quote the address."""
+    """The first line of an error; Arrow's may quote the address."""
     return str(error).splitlines()[0].replace(address, _redact(address)).rstrip(".")
 
 
 def fetch_results(address: str, results: Path) -> int:
-    """Brings a study's small files (manifests, metrics, logs, tables, report) from a storage, and returns their number.
+    """Fetches a study's small files (manifests, metrics, logs, tables, report) from a storage; returns their number.
 
-    They lie there under the same path as here, and bear the same date, so that what did not change is known by it
-    whatever the clocks of the two say. Of what it brought before, those that the storage no longer holds are removed:
-    Snakemake takes them away there before they are recomputed, and a copy would hide that this failed.
+    Paths are the same there and here, and so are modification times: an unchanged file is recognized by its size and
+    time, whatever the clocks of the two machines. Files fetched earlier that the storage no longer holds are removed.
+    Snakemake removes them there before they are recomputed, and a local copy would hide that this failed.
     Raises UserError where the storage is not to be used, or names a file outside.
     """
     from pyarrow.fs import FileSelector, FileType
@@ -216,21 +216,21 @@ def fetch_results(address: str, results: Path) -> int:
         held = {relative_path(info.path): info for info in files}
         stamps = {below: [info.size, info.mtime_ns] for below, info in held.items()}
         if not stamps:
-            return 0  # A storage that somebody emptied says nothing of what was made.
-        brought = _read_stamps(results, remote)
-        _remove_deleted(results, brought, stamps)
-        wanted = [below for below, stamp in stamps.items() if _stamp(results / below) != stamp]
-        # Noted before they are brought: a file that an interruption kept from coming has another stamp.
-        noted = {below: stamps[below] for below in sorted({*wanted, *(brought.keys() & stamps.keys())})}
-        if noted != brought:
-            write_json(results / FETCHED, {"storage": remote, "files": noted})
+            return 0  # An emptied storage does not mean that no results exist.
+        fetched = _read_stamps(results, remote)
+        _remove_deleted(results, fetched, stamps)
+        changed = [below for below, stamp in stamps.items() if _stamp(results / below) != stamp]
+        # Recorded before the transfer: a file that an interruption left out has another stamp.
+        record = {below: stamps[below] for below in sorted({*changed, *(fetched.keys() & stamps.keys())})}
+        if record != fetched:
+            write_json(results / FETCHED, {"storage": remote, "files": record})
         with ThreadPoolExecutor(TRANSFERS) as pool:
-            list(pool.map(fetch, wanted))
-    return len(wanted)
+            list(pool.map(fetch, changed))
+    return len(changed)
 
 
 def _read_stamps(results: Path, remote: str) -> dict[str, list[int]]:
-    """By path the stamps of the files that were brought from that place, the study's folder in a storage."""
+    """The stamps, by path, of the files fetched earlier from `remote`, the study's folder in a storage."""
     record = results / FETCHED
     if not record.is_file():
         return {}
@@ -238,14 +238,14 @@ def _read_stamps(results: Path, remote: str) -> dict[str, list[int]]:
     return fetched["files"] if fetched["storage"] == remote else {}
 
 
-def _remove_deleted(results: Path, brought: Mapping[str, list[int]], held: Mapping[str, list[int]]) -> None:
-    """Removes what was brought from a storage that no longer holds it. brought, held: stamps by path.
+def _remove_deleted(results: Path, fetched: Mapping[str, list[int]], held: Mapping[str, list[int]]) -> None:
+    """Removes fetched files that the storage no longer holds. fetched, held: stamps by path.
 
-    What was made here, or changed since it was brought, stays: it may be all that there is of it.
+    Files created here, or changed since they were fetched, are kept: they may be the only copies.
     """
     gone = [
         results / below
-        for below, stamp in brought.items()
+        for below, stamp in fetched.items()
         if below not in held and Path(below).parts[0] in RESULT_FOLDERS and _stamp(results / below) == stamp
     ]
     for path in gone:
@@ -255,11 +255,11 @@ def _remove_deleted(results: Path, brought: Mapping[str, list[int]], held: Mappi
 
 
 def _stamp(path: Path) -> list[int] | None:
-    """Size and date of a file, in bytes and nanoseconds; None where there is none."""
+    """Size and date of a file, in bytes and nanoseconds; None for a missing file."""
     if not path.is_file():
         return None
-    known = path.stat()
-    return [known.st_size, known.st_mtime_ns]
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

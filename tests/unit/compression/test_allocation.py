@@ -246,7 +246,7 @@ def test_levels_that_cannot_meet_the_budget():
 
 
 def test_no_linears():
-    with pytest.raises(UserError, match="There is no linear"):
+    with pytest.raises(UserError, match="No linear is left"):
         allocate([], options_with("sparsity", "owl"))
 
 

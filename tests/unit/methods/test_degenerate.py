@@ -433,7 +433,7 @@ def test_a_group_that_does_not_divide_the_width_is_refused_or_the_row(name: str,
 
 
 def test_an_unknown_method_is_refused_with_the_nearest() -> None:
-    with pytest.raises(UserError, match=r"There is no method 'wandda'. Did you mean 'wanda'\?"):
+    with pytest.raises(UserError, match=r"'wandda' is not a method. Did you mean 'wanda'\?"):
         method("wandda")
 
 

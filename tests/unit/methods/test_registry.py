@@ -146,9 +146,9 @@ def layer(fields: str) -> str:
             "finish=lambda model, options: model)\n",
             "METHOD is a TrainingMethod, and a method of the family 'prune' is a LayerMethod or a StructureMethod",
         ),
-        ("raise RuntimeError('no such GPU.')\n", "cannot be registered: no such GPU. Mend that package"),
+        ("raise RuntimeError('no such GPU.')\n", "cannot be registered: no such GPU. Fix that package"),
         ("import no_such_module\n", "No module named 'no_such_module'"),
-        ("assert False\n", "cannot be registered: AssertionError. Mend that package, or uninstall it."),
+        ("assert False\n", "cannot be registered: AssertionError. Fix that package, or uninstall it."),
     ],
 )
 def test_a_broken_plug_in_is_refused_by_name(install: Callable[..., None], text: str, sentence: str) -> None:

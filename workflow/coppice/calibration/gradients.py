@@ -76,7 +76,7 @@ def unit_scores(model: PreTrainedModel, tokens: Tensor, attention_mask: Tensor, 
         vector |sum w g|    first sum |w g|    second sum w^2 a    mixed sum |w g - w^2 a / 2|
 
     and a unit's score is the sum over its rows and columns.
-    Memory besides the model and the activations of a batch: nothing lasting when all windows go in one batch, else g
+    Memory in addition to the model and the activations of a batch: nothing lasting when all windows go in one batch, else g
     and a of the blocks' linears, two float32 copies.
     Raises UserError when no window predicts a token, and when a linear's output, a window's loss or a gradient is not
     finite.
@@ -85,7 +85,7 @@ def unit_scores(model: PreTrainedModel, tokens: Tensor, attention_mask: Tensor, 
     predicted = (attention_mask[:, 1:] & attention_mask[:, :-1]).bool()
     used = predicted.any(1)
     if not used.any():
-        raise UserError("No calibration window has two tokens in a row, so there is no loss to take gradients of.")
+        raise UserError("No calibration window has two tokens in a row, so no loss has gradients.")
     tokens, attention_mask, predicted = (
         tensor[used].to(model.device) for tensor in (tokens.long(), attention_mask, predicted)
     )

@@ -32,7 +32,7 @@ def windows_in_a_batch(tokens: Tensor) -> int:
 
 @dataclass
 class Batch:
-    """Hidden states [b, t, hidden] on their way through the blocks, and what each block's forward takes besides."""
+    """Hidden states [b, t, hidden] on their way through the blocks, and the other arguments of each block's forward."""
 
     hidden: Tensor
     kept: Tensor

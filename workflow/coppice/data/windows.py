@@ -72,7 +72,7 @@ def tokenize(
 ) -> Windows:
     """Windows of `length` tokens of `text` for `role`, by the tokenizer of the checkpoint in `directory`.
 
-    windows: how many; 0 or None takes all there are. seed: matters to the built-in stream only.
+    windows: how many; 0 or None takes all. seed: matters to the built-in stream only.
     Packed: documents are joined in order, each after one beginning-of-sequence token (`bos`), and cut into windows that
     have no gaps; what is left over is dropped. Not packed: one document a window, cut or padded to `length`.
 
@@ -81,7 +81,7 @@ def tokenize(
     """
     text = {key: value for key, value in text.items() if value is not None}
     if not windows and "builtin" in text:
-        raise UserError("The built-in text is endless; say how many windows of it to take.")
+        raise UserError("The built-in text is endless; set how many windows of it to take.")
     tokenizer = load_tokenizer(directory)
     first = [beginning_token(directory, tokenizer)] if bos else []
     capacity = length if pack else 1

@@ -128,7 +128,7 @@ def task_manager(tasks: Sequence[str], folders: list[str]) -> TaskManager:
         if task not in manager.all_tasks:
             near = difflib.get_close_matches(task, manager.all_tasks, n=1)
             suggestion = f"did you mean {near[0]!r}?" if near else "`lm-eval ls tasks` lists the harness's own."
-            raise UserError(f"There is no task {task!r}; {suggestion}")
+            raise UserError(f"{task!r} is not a task; {suggestion}")
     return manager
 
 

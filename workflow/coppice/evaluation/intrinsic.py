@@ -8,7 +8,7 @@ states after the last norm, less their mean over the L tokens, each row scaled t
   effective rank is e^H;
 - the difference of effective ranks is that of a randomly initialised model less the node's;
 - matrix nuclear norm = sum of the min(L, d) largest lengths of columns of R, by L: at most sqrt(min(L, d) / L). It
-  stands for the nuclear norm, which it equals where the columns are orthogonal.
+  approximates the nuclear norm, which it equals where the columns are orthogonal.
 
 All depend on L, so every text is cut to one length. A model that collapses lowers them too: a low value is not a good
 sign by itself; read it together with the perplexity and the parent's value. A text whose tokens all have one state, or

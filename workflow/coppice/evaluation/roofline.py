@@ -20,7 +20,7 @@ each block of queries in fused attention, which kernels that find it on the chip
 rows and the weights of norms are left out, which are small next to the linears.
 
 Integer peaks are taken only where weights and inputs are on uniform grids of 8 bits at most, those of 16-bit floats
-otherwise, for wider numbers too. What a format could do is no promise that this software does it: nodes with packed
+otherwise, for wider numbers too. A format's potential is not what this software does: nodes with packed
 integers compute here in floats.
 
 Neither torch nor NumPy is imported here: the tables are written without them.

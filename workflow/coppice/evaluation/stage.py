@@ -288,7 +288,7 @@ def refuse_infinite(node: str, metrics: Sequence[Json], items: Sequence[Item]) -
 
 
 def write_items(items: Sequence[Item], path: Path) -> None:
-    """Items as Parquet, typed even where there are none."""
+    """Items as Parquet, typed even without items."""
     from coppice.records.arrow import schema_of, write_parquet
 
     write_parquet(path, items, schema_of(Item))

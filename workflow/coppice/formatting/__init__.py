@@ -8,7 +8,7 @@ from typing import Any
 
 WIDTH = 120
 _FIRST = 42  # columns of a table's first column at most
-_CELL = 22  # columns of a table's other columns at most: a value with its interval, and a mark behind it
+_CELL = 22  # columns of a table's other columns at most: a value with its interval, and a mark after it
 # Under a table of what `with_interval` gives.
 INTERVALS = "+- is half a 95% interval; one whose halves differ is given by its ends, in brackets."
 
@@ -29,7 +29,7 @@ def with_interval(value: float, ends: tuple[float, float] | None, digits: int = 
     """A value with its interval: `0.700 +- 0.054` where both halves are much alike, else `1.00 [0.987, 1.00]`.
 
     Much alike: the shorter half, which is not shown, is at least three quarters of the longer. Ends that are too long
-    for a cell of a table (numbers with exponents) give way to the longer half. ends: None where there is no interval.
+    for a cell of a table (numbers with exponents) give way to the longer half. ends: None without an interval.
     """
     if ends is None:
         return number(value, digits)
@@ -58,7 +58,7 @@ def duration(seconds: float) -> str:
 
 
 def join_first(names: list[str], most: int = 6) -> str:
-    """The first names, and how many more there are."""
+    """The first names, and the number of the others."""
     return join_words(names) if len(names) <= most else f"{', '.join(names[:most])} and {len(names) - most} more"
 
 
@@ -104,6 +104,6 @@ def reproduce_command(results: Path, node: str) -> str:
 
 
 def target_of(fit: dict[str, Any]) -> tuple[str, str]:
-    """What a fitted law predicts, and its unit; "value" without a unit for a law that no single formula says."""
+    """What a fitted law predicts, and its unit; "value" without a unit for a law that is not a single formula."""
     target = fit.get("target")
     return ("value", "") if target is None else (target.replace("_", " "), fit["units"][target]["unit"])

@@ -57,7 +57,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Resources:
-    """What a method holds besides the model, for the plan and for a cluster's requests.
+    """What a method holds in addition to the model, for the plan and for a cluster's requests.
 
     reach: how much of the model it must see at once; what reaches a `linear` or a `block` can be streamed. teacher: it
     trains against the dense root. frozen_base: most weights do not train. redraws: it initializes all weights again.
@@ -73,15 +73,15 @@ class Resources:
 
 @dataclass(frozen=True, kw_only=True)
 class Declaration:
-    """What every method says of itself.
+    """What every method declares.
 
-    source: the paper. options: validated when the study is loaded. needs: what it reads besides the parent: kinds of
+    source: the paper. options: validated when the study is loaded. needs: what it reads in addition to the parent: kinds of
     statistics gathered on the parent, `sequential_moments` (gathered after the blocks already compressed) or `windows`
     (the calibration windows themselves); options whose `needs` names more add to it. adds_traits: what it makes of a
     node; where that depends on the parent or the options, `traits(parent, options)` gives all traits of the node.
     incompatible_with: for each trait of a parent that it cannot work on, the reason as half a sentence after "because"
     (`methods.incompatible` has those that methods share). draws: whether the study's seed changes what it makes;
-    training methods, whose batches follow the seed, need not say so.
+    training methods, whose batches follow the seed, need not declare it.
     """
 
     source: Source
@@ -218,7 +218,7 @@ class TrainingMethod(Declaration):
     before_step(model, clock), after_step(model, clock): called in every step, with gradients disabled, before its
     forward passes and after the optimizer's update, when the parameters still have their gradients.
 
-    state(model) -> dict[str, Tensor]: what an interrupted run needs besides the trained parameters and the optimizer's
+    state(model) -> dict[str, Tensor]: what an interrupted run needs in addition to the trained parameters and the optimizer's
     state, such as buffers and attributes that hooks change. restore(model, tensors) receives it, whole and on the CPU,
     for a model from `prepare` that is not yet divided among GPUs.
 
@@ -259,7 +259,7 @@ class TrainingMethod(Declaration):
         if (self.state is None) != (self.restore is None):
             raise TypeError("`state` and `restore` belong together; declare both or neither")
         if self.resources.teacher and self.loss is None:
-            raise TypeError("`resources` names a teacher, but there is no `loss` that learns from it")
+            raise TypeError("`resources` names a teacher, but no `loss` learns from it; declare one")
 
 
 def _require_known(field_name: str, values: Any, known: tuple[str, ...]) -> None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 Role = Literal["q", "k", "v", "o", "gate", "up", "down"]
 KINDS = ("moments", "blocks", "gradients")
-# What a step can read besides kinds of statistics of its parent: both come from the calibration windows.
+# What a step can read in addition to kinds of statistics of its parent: both come from the calibration windows.
 FROM_WINDOWS = frozenset({"sequential_moments", "windows"})
 
 

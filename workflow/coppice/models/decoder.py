@@ -88,7 +88,7 @@ class WholeDecoder:
                 total = total + cross_entropy(logits, tokens[1:], reduction="sum")
                 count += len(tokens) - 1
         if count == 0:
-            raise UserError("No calibration window has two tokens, so there is no loss to measure.")
+            raise UserError("No calibration window has two tokens, so no loss can be measured.")
         return total / count
 
     @torch.no_grad()

@@ -132,7 +132,7 @@ class Replacement:
 
 @dataclass(frozen=True)
 class Unchanged(Replacement):
-    """The linear stays as it is; record["unchanged"] is a sentence that says why."""
+    """The linear stays as it is; record["unchanged"] is a sentence with the reason."""
 
     keeps_linear = True
 
@@ -246,7 +246,7 @@ class TensorTrain(Replacement):
 
     @classmethod
     def products(cls, place: Place) -> list[Product]:
-        """One product: with site after site, or with the matrix that they stand for where that is less."""
+        """One product: with site after site, or with the matrix that they represent where that is less."""
         entry, ends = place.entry, (1, *place.entry["bonds"], 1)
         product, stored = 0, 0.0
         for k, (i, o) in enumerate(zip(entry["in_shape"], entry["out_shape"], strict=True)):

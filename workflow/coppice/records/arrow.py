@@ -60,7 +60,7 @@ def schema_of(record: type) -> pa.Schema:
 
 
 def write_parquet(path: Path, rows: Sequence[Any], schema: pa.Schema) -> None:
-    """Rows as Zstandard-compressed Parquet, typed even where there are none."""
+    """Rows as Zstandard-compressed Parquet, typed even without rows."""
     pq.write_table(pa.Table.from_pylist(list(rows), schema=schema), path, compression="zstd")
 
 

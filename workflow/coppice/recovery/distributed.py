@@ -183,5 +183,5 @@ def shard(model: nn.Module, device: str, precision: str) -> None:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     # Resharded as the blocks are: between steps every parameter is a share.
     fully_shard(model, mesh=mesh, reshard_after_forward=True)
-    # Tells Trainer that the model owns its placement and the reduction of its gradients.
+    # Trainer reads from it that the model owns its placement and the reduction of its gradients.
     model._is_distributed_loading_by_transformers = True  # type: ignore[assignment]

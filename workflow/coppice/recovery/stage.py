@@ -106,7 +106,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def recover(recovery: Recovery, device: str = "cpu") -> Manifest | None:
-    """Trains the parent as the step says and writes the node. Returns its manifest.
+    """Trains the parent by the step's method and writes the node. Returns its manifest.
 
     Of several processes (see `distributed`) that train it together, the first writes; the others return None.
 
@@ -175,7 +175,7 @@ def recover(recovery: Recovery, device: str = "cpu") -> Manifest | None:
     with tempfile.TemporaryDirectory() as folder:
         progress = train(model, windows, planned, Path(folder), teacher, device)
     if together:
-        del model  # its share makes room for the dense root's
+        del model  # frees memory for the dense root's share
     dense_loss = planned.validate(teacher or load_dense())
     print(f"Dense model: held-out loss {dense_loss:.4f}", flush=True)
     if distributed.rank():

@@ -52,7 +52,7 @@ class StateFile:
     """Trained parameters, optimizer state, a method's own tensors and progress of a run, in one safetensors file.
 
     Tensors are named `parameter.<parameter>`, `optimizer.<key>.<parameter>` and `method.<name>`; what the optimizer
-    keeps besides tensors is in the metadata. Of a model that is divided among processes the file holds whole tensors,
+    keeps that is not a tensor is in the metadata. Of a model that is divided among processes the file holds whole tensors,
     which the first process writes. identity: flat, all that the run's result depends on; a state of another identity is
     refused.
     """
@@ -80,7 +80,7 @@ class StateFile:
             save_file(complete, temporary, {key: json.dumps(value) for key, value in metadata.items()})
 
     def progress(self) -> Progress:
-        """Where to resume: at the start where there is no state. Raises UserError for another run's or a broken one."""
+        """Where to resume: at the start without a state. Raises UserError for another run's or a broken one."""
         if not self.path.exists():
             return Progress()
         try:

@@ -186,7 +186,7 @@ def train(
     teacher: PreTrainedModel | None = None,
     device: str = "cpu",
 ) -> Progress:
-    """Trains the model in place, from where the run's state says, and returns the whole curve.
+    """Trains the model in place, from the run's state on, and returns the whole curve.
 
     folder: where the Trainer may write. teacher: for the method's loss. device: of a model that several processes train
     together, which lies on the CPU; it is divided among them. Raises UserError where the state is another run's and

@@ -55,7 +55,7 @@ def allocate(
     plain = options.model_copy(update={"allocation": Allocation()})
     entries = uniform.entries(linears) if rule.by == "uniform" else list(survey(linears, target, rule))
     if not entries:
-        raise UserError("There is no linear to allocate a target to: let the option 'target_modules' name some.")
+        raise UserError("No linear is left to allocate a target to: let the option 'target_modules' name some.")
     size = sum(entry.size for entry in entries)
     if rule.by == "uniform":
         costs = uniform.costs(entries, target)

@@ -1,4 +1,4 @@
-"""owl (Yin et al., OWL, arXiv 2310.05175) and mosaic (arXiv 2504.06323): more where there are more outliers.
+"""owl (Yin et al., OWL, arXiv 2310.05175) and mosaic (arXiv 2504.06323): more for linears with more outliers.
 
 c_i / n_i rises with the share D of outliers among |W_ij| sqrt(H_jj), of a block (owl) or of each projection over the
 blocks (mosaic): from the mean, D scaled to [0, 2 spread] less its own mean.

@@ -191,7 +191,7 @@ def scaling(statistics: LinearStatistics, options: Options) -> Tensor:
 def compress(linear: Linear, statistics: LinearStatistics, options: Options) -> LowRank | Unchanged:
     """The rank-k factors with the least sum_ij d_j^2 (W - W_k)_ij^2; from break-even on the linear stays dense.
 
-    Inputs that were always zero have no say in U_k (unless alpha is 0); their columns are projected on it like the
+    Inputs that were always zero do not influence U_k (unless alpha is 0); their columns are projected on it like the
     others. Raises UserError when the weight holds values that are not finite, or when the statistics are unfit.
     """
     rows, columns = linear.weight.shape

@@ -5,7 +5,7 @@ Tomut et al., CompactifAI: Extreme Compression of Large Language Models using Qu
 much is kept. K = 2 is a sum of chi Kronecker products.
 
 The paper publishes neither site shapes nor bonds: these are chosen here, by rule or by a profile of the loss against
-the bond. An operator saves storage; its products may cost more than the dense ones, which the record says.
+the bond. An operator saves storage; its products may cost more than the dense ones, which is on record.
 """
 
 from __future__ import annotations

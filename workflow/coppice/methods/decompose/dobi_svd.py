@@ -16,7 +16,7 @@ Wang et al., Dobi-SVD: Differentiable SVD for LLM Compression and Some New Persp
    approaches it by an incremental principal component analysis of centred, unweighted bases.
 3. Remapping. W_k = sum_i u_i sigma_i v_i^T. With m >= n, all of v_i [n] and the first n entries of sigma_i u_i [m] are
    stored as 8-bit codes of the dynamic table (see `solvers.codebook`), each with one scale, and the m - n entries left
-   as they are; mirrored where n > m. At 16 bits a number, a rank takes 2 max(m, n) bytes besides the scales, so that
+   as they are; mirrored where n > m. At 16 bits a number, a rank takes 2 max(m, n) bytes plus the scales, so that
    the share of bytes is k / min(m, n) and every rank saves some. It is storage that is saved: arithmetic is not.
 """
 

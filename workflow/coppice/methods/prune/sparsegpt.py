@@ -61,7 +61,7 @@ class Options(SparsityOptions, OptionalGridOptions):
 
 
 def traits(parent: frozenset[str], options: Options) -> frozenset[str]:
-    """Masked, and quantized where there are bits."""
+    """Masked, and quantized if the options have bits."""
     return parent | ({"masked"} if options.bits is None else {"masked", "quantized"})
 
 

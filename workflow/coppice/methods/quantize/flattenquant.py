@@ -197,7 +197,7 @@ def split(maxima: Tensor, cost: Tensor, spare: int, options: Options) -> tuple[f
 def layout(input_pieces: Tensor, weight_pieces: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Source, input piece and weight piece of each column, int64 [n']: every pair of pieces of an input in turn.
 
-    -1 in the place of a piece where there is only one.
+    -1 for a piece that is the only one.
     """
     counts = input_pieces * weight_pieces
     source = torch.repeat_interleave(counts)

@@ -102,7 +102,7 @@ class Options(LayerOptions):
 
 @dataclass(frozen=True)
 class Proxy:
-    """inputs: [p] int64 outlier inputs in increasing order, None where nothing predicts them; source: what says so."""
+    """inputs: [p] int64 outlier inputs in increasing order, None where nothing predicts them; source: what predicts them."""
 
     inputs: Tensor | None
     source: str

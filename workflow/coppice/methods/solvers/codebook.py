@@ -138,7 +138,7 @@ def quantize_blocks(
     blocks = torch.nn.functional.pad(coded.flatten(), (0, -count % width)).view(-1, width)
     storage = storage or weight.dtype
     absmax = blocks.abs().amax(dim=1).clamp(max=torch.finfo(storage).max).to(storage).to(weight.dtype)
-    # A block of zeros, or one too small for the stored type, is zero whatever its codes say.
+    # A block of zeros, or one too small for the stored type, is zero whatever its codes are.
     divisor = torch.where(absmax == 0, torch.inf, absmax)
     codes = encode(blocks / divisor[:, None], table).flatten()[:count].view_as(coded)
     return Codebook(codes, table.to(weight), absmax, width, bits, outliers, outlier_weight)

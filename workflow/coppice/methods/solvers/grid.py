@@ -71,7 +71,7 @@ class OptionalGridOptions(GroupOptions):
         fields = GroupOptions.__annotations__
         given = [name for name in fields if getattr(self, name) != GroupOptions.model_fields[name].default]
         if self.bits is None and given:
-            raise ValueError(f"'{given[0]}' goes with 'bits', which says that weights are rounded")
+            raise ValueError(f"'{given[0]}' goes with 'bits', which rounds the weights")
         return self
 
 
@@ -132,7 +132,7 @@ def make_grid(linear: Linear, options: GridOptions | OptionalGridOptions) -> Gri
 def group_width(options: GroupOptions, width: int) -> int:
     """Inputs in a group of a linear with `width` inputs.
 
-    Raises UserError when the requested size does not divide the width, unless `indivisible` says to take the row.
+    Raises UserError when the requested size does not divide the width, unless `indivisible` allows the whole row.
     """
     if options.group_size == -1:
         return width

@@ -80,7 +80,7 @@ def input_size(sizes: Tensor, what: str) -> Tensor:
         )
     if not sizes.any():
         raise UserError(
-            "The statistics of this layer's inputs are zero everywhere, so nothing says which weights matter: "
+            "The statistics of this layer's inputs are zero everywhere, so nothing indicates which weights matter: "
             "calibrate on text that reaches this layer."
         )
     return sizes

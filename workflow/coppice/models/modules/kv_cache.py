@@ -294,7 +294,7 @@ def _straight_through(held: Tensor, new: Tensor) -> Tensor:
 
 
 class CompressedCache(Cache):
-    """A cache whose layers are kept as the settings (fields of `CacheSettings`) say."""
+    """A cache whose layers are kept by the settings (fields of `CacheSettings`)."""
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
         super().__init__(layer_class_to_replicate=partial(CompressedCacheLayer, CacheSettings(**settings)))
@@ -305,7 +305,7 @@ class CompressedCache(Cache):
 
 
 def install_cache(model: nn.Module, settings: Mapping[str, Any]) -> None:
-    """Makes the model's decoder keep its keys and values as the settings (fields of `CacheSettings`) say.
+    """Makes the model's decoder keep its keys and values by the settings (fields of `CacheSettings`).
 
     They are left on the decoder as `cache_settings`; installing again replaces them.
     """
