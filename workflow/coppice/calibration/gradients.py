@@ -75,9 +75,8 @@ def unit_scores(model: PreTrainedModel, tokens: Tensor, attention_mask: Tensor, 
 
         vector |sum w g|    first sum |w g|    second sum w^2 a    mixed sum |w g - w^2 a / 2|
 
-    and a unit's score is the sum over its rows and columns.
-    Memory in addition to the model and the activations of a batch: nothing lasting when all windows go in one batch, else g
-    and a of the blocks' linears, two float32 copies.
+    and a unit's score is the sum over its rows and columns. Memory in addition to the model and the activations of a
+    batch: nothing lasting when all windows go in one batch, else g and a of the blocks' linears, two float32 copies.
     Raises UserError when no window predicts a token, and when a linear's output, a window's loss or a gradient is not
     finite.
     """

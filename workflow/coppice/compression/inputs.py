@@ -1,4 +1,4 @@
-"""What a compression step reads in addition to its parent: calibration statistics, calibration windows, the reference."""
+"""What a compression step reads in addition to its parent: calibration statistics and windows, the reference."""
 
 from __future__ import annotations
 

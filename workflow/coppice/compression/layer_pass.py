@@ -1,7 +1,7 @@
 """A layer method's pass over the blocks of a model: statistics, the method, the replacement, the record.
 
 The way of a weight, in the order of this file: `compress_layers` decides for the whole model and takes the blocks one
-by one to the device; `compress_block` scales shared inputs and takes the linears one by one; `compress_linear` calls
+by one to the device. `compress_block` scales shared inputs and takes the linears one by one. `compress_linear` calls
 the method, puts its replacement in place and measures the error.
 """
 

@@ -181,7 +181,8 @@ def mode_connectivity(errors: np.ndarray) -> tuple[float, int]:
 def outputs(model: PreTrainedModel, other: PreTrainedModel, windows: Windows) -> Iterator[tuple[Tensor, Tensor]]:
     """Of both models, for every token that is not padding, features [tokens, d] that have the CKA of their logits.
 
-    With W = Q R and Q^T Q = 1, logits h W^T are (h R^T) Q^T, and CKA does not depend on Q: d numbers replace the vocabulary's.
+    With W = Q R and Q^T Q = 1, logits h W^T are (h R^T) Q^T, and CKA does not depend on Q: d numbers replace the
+    vocabulary's.
     """
     heads = [torch.linalg.qr(each.lm_head.weight.detach().double(), mode="r").R for each in (model, other)]
     for tokens, kept in batches(model, windows):

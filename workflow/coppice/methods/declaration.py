@@ -75,13 +75,13 @@ class Resources:
 class Declaration:
     """What every method declares.
 
-    source: the paper. options: validated when the study is loaded. needs: what it reads in addition to the parent: kinds of
-    statistics gathered on the parent, `sequential_moments` (gathered after the blocks already compressed) or `windows`
-    (the calibration windows themselves); options whose `needs` names more add to it. adds_traits: what it makes of a
-    node; where that depends on the parent or the options, `traits(parent, options)` gives all traits of the node.
-    incompatible_with: for each trait of a parent that it cannot work on, the reason as half a sentence after "because"
-    (`methods.incompatible` has those that methods share). draws: whether the study's seed changes what it makes;
-    training methods, whose batches follow the seed, need not declare it.
+    source: the paper. options: validated when the study is loaded. needs: what it reads in addition to the parent:
+    kinds of statistics gathered on the parent, `sequential_moments` (gathered after the blocks already compressed) or
+    `windows` (the calibration windows themselves); options whose `needs` names more add to it. adds_traits: what it
+    makes of a node; where that depends on the parent or the options, `traits(parent, options)` gives all traits of the
+    node. incompatible_with: for each trait of a parent that it cannot work on, the reason as half a sentence after
+    "because" (`methods.incompatible` has those that methods share). draws: whether the study's seed changes what it
+    makes; training methods, whose batches follow the seed, need not declare it.
     """
 
     source: Source
@@ -218,9 +218,9 @@ class TrainingMethod(Declaration):
     before_step(model, clock), after_step(model, clock): called in every step, with gradients disabled, before its
     forward passes and after the optimizer's update, when the parameters still have their gradients.
 
-    state(model) -> dict[str, Tensor]: what an interrupted run needs in addition to the trained parameters and the optimizer's
-    state, such as buffers and attributes that hooks change. restore(model, tensors) receives it, whole and on the CPU,
-    for a model from `prepare` that is not yet divided among GPUs.
+    state(model) -> dict[str, Tensor]: what an interrupted run needs in addition to the trained parameters and the
+    optimizer's state, such as buffers and attributes that hooks change. restore(model, tensors) receives it, whole and
+    on the CPU, for a model from `prepare` that is not yet divided among GPUs.
 
     Dividing a model among GPUs creates its parameters again, without hooks that `prepare` put on their gradients; the
     trainer keeps the zeros of linears that `prepare` leaves masked. `methods.training` has the types, the defaults, and

@@ -1,7 +1,7 @@
 """Checkpoints of nodes: Hugging Face form, safetensors, with a manifest that describes them.
 
-A folder holds `config.json`, `model*.safetensors`, the tokenizer's files, `compression.json` (what takes the place of each
-replaced module) and `manifest.json`, written last. A folder without a manifest, or whose files differ from it, is
+A folder holds `config.json`, `model*.safetensors`, the tokenizer's files, `compression.json` (what takes the place of
+each replaced module) and `manifest.json`, written last. A folder without a manifest, or whose files differ from it, is
 refused.
 
 Stock loaders read dense, masked, shorter, narrower and integer-quantized nodes. Any other node carries a model class,

@@ -1,9 +1,9 @@
 """Scaling the inputs of linears without changing what a decoder computes.
 
 An input that a norm or another linear produces can be multiplied by anything that its producer is divided by. In each
-block: the norm before attention produces the input of q, k and v; v that of o, once for all query heads of a key/value
-head; the norm before the MLP that of gate and up; up that of down, as the product with the gate is taken element by
-element. Where an architecture has no such norm, the inputs of its readers stay as they are.
+block the norm before attention produces the input of q, k and v, and v that of o, once for all query heads of a
+key/value head. The norm before the MLP produces the input of gate and up, and up that of down, as the product with the
+gate is taken element by element. Where an architecture has no such norm, the inputs of its readers stay as they are.
 """
 
 from __future__ import annotations

@@ -81,9 +81,9 @@ def form_of(entry: Entry) -> type[Replacement]:
 class Replacement:
     """What a layer method puts in a linear's place, and the record of how (numbers that go into the manifest).
 
-    Of a class: integer_grid: whether weights are on a uniform grid that integer units can multiply; pack_quantized:
-    whether they are stored as compressed-tensors stores such grids; factorized: whether the weight is a product of
-    parts; keeps_linear: whether the linear stays, with its weight as ordinary numbers.
+    Of a class: integer_grid: whether weights are on a uniform grid that integer units can multiply. pack_quantized:
+    whether they are stored as compressed-tensors stores such grids. factorized: whether the weight is a product of
+    parts. keeps_linear: whether the linear stays, with its weight as ordinary numbers.
     """
 
     integer_grid: ClassVar[bool] = False
@@ -163,8 +163,8 @@ class Masked(Replacement):
 class Codebook(Replacement):
     """w = absmax[block] table[code], over the weights of the inputs that are not outliers, row after row in blocks.
 
-    codes: [m, n - p] int32 in 0 .. 2^bits - 1; table: [2^bits] values in [-1, 1]; absmax: one for each `block`
-    consecutive codes of the flattened matrix (the last block may be shorter); outliers: [p] int64 inputs, in increasing
+    codes: [m, n - p] int32 in 0 .. 2^bits - 1. table: [2^bits] values in [-1, 1]. absmax: one for each `block`
+    consecutive codes of the flattened matrix (the last block may be shorter). outliers: [p] int64 inputs, in increasing
     order, whose columns `outlier_weight` [m, p] are stored as they are. transposed: what is described is W^T.
     """
 

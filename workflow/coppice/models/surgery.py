@@ -31,12 +31,11 @@ def structure(model: PreTrainedModel) -> Structure:
 def remove(model: PreTrainedModel, removal: Removal) -> PreTrainedModel:
     """Removes the units from the model in place and returns it, with its configuration as stock classes need it.
 
-    Indices, and the entries of `kv_groups` and `neurons`, count the blocks of the model as it comes in.
-    A model whose remaining heads do not divide hidden_size comes back as its architecture's substitute, where there is
-    one: the same computation on the same weights. New weights are put in place before blocks go.
-    Raises ValueError when the removal does not fit the model or leaves blocks of different widths, and UserError when a
-    model with biases would have to come back as a substitute that has none, or when a new weight does not fit the
-    linear that it is for, which the sentence names.
+    Indices, and the entries of `kv_groups` and `neurons`, count the blocks of the model as it comes in. A model whose
+    remaining heads do not divide hidden_size comes back as its architecture's substitute, where there is one: the same
+    computation on the same weights. New weights are put in place before blocks go. Raises ValueError when the removal
+    does not fit the model or leaves blocks of different widths. Raises UserError when a model with biases would need a
+    substitute that has none, or when a new weight does not fit its linear, which the sentence names.
     """
     units = structure(model)
     _check(removal, units)

@@ -2,7 +2,7 @@
 
 `coppice recover` of a step with `gpus: n` claims n devices and starts itself n times (`launch`, torch's elastic agent,
 as torchrun does). Processes communicate through nccl on GPUs and through gloo on CPUs. The result does not depend on n:
-the order of windows, the windows of a step and the learning rate are those of one process; micro-batches go round the
+the order of windows, the windows of a step and the learning rate are those of one process. Micro-batches go round the
 processes, and a gradient is the sum over all of them, divided by all targets of the step. Only dropout draws other
 numbers, as it is a function of seed, step and process. Sums in another order differ in their last digits.
 

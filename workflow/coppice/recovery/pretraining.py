@@ -1,10 +1,10 @@
 """Trains a small Llama from scratch on the built-in world of biographies (`coppice.data.biographies`).
 
-This stage trained the shipped models. The corpus is a stream: each time a person comes up, the biography is
-rendered again, after "Physics of Language Models: Part 3.3" (Allen-Zhu and Li, arXiv 2404.05405): AdamW and packed
-windows. The learning rate warms up, stays, and falls linearly to zero at the end ("MiniCPM", Hu et al., arXiv
-2404.06395), so that it does not depend on the length of the training until the fall begins: a training that was
-stopped before that may resume with more or fewer tokens than it was started with.
+This stage trained the shipped models. The corpus is a stream: each time a person comes up, the biography is rendered
+again, after "Physics of Language Models: Part 3.3" (Allen-Zhu and Li, arXiv 2404.05405): AdamW and packed windows. The
+learning rate warms up, stays, and falls linearly to zero at the end ("MiniCPM", Hu et al., arXiv 2404.06395), so that
+it does not depend on the length of the training until the fall begins. A training that was stopped before that may
+resume with more or fewer tokens than it was started with.
 """
 
 from __future__ import annotations

@@ -52,9 +52,9 @@ class StateFile:
     """Trained parameters, optimizer state, a method's own tensors and progress of a run, in one safetensors file.
 
     Tensors are named `parameter.<parameter>`, `optimizer.<key>.<parameter>` and `method.<name>`; what the optimizer
-    keeps that is not a tensor is in the metadata. Of a model that is divided among processes the file holds whole tensors,
-    which the first process writes. identity: flat, all that the run's result depends on; a state of another identity is
-    refused.
+    keeps that is not a tensor is in the metadata. Of a model that is divided among processes the file holds whole
+    tensors, which the first process writes. identity: flat, all that the run's result depends on; a state of another
+    identity is refused.
     """
 
     path: Path

@@ -1,12 +1,12 @@
 """Allocates a sparsity, rank, bit or correction target across linears: one number for the whole model becomes one for
 each linear.
 
-A target is counted in a whole-number cost: weights kept for a sparsity, parameters for a share to keep (k (m + n) at
-rank k, m n where the linear stays dense) and for the rank of a correction, bits for bits (one file each: `sparsity`,
-`rank`, `correction`, `bits`). A rule (one file each: `uniform`, `sensitivity`, `outliers`, `svd_llm_v2`,
-`water_filling`, `knapsack`) gives each linear i of n_i weights a cost c_i between its floor and the most that it can
-use. sum c_i is the requested target, less what no linear can use: nothing for a sparsity, less than a rank or a bit for
-every weight of the smallest linear that could take one. It is never more.
+A target is counted in a whole-number cost (one file each: `sparsity`, `rank`, `correction`, `bits`). For a sparsity
+these are the weights kept. For a share to keep they are parameters (k (m + n) at rank k, m n where the linear stays
+dense), and so for the rank of a correction. For bits they are bits. A rule (one file each: `uniform`, `sensitivity`,
+`outliers`, `svd_llm_v2`, `water_filling`, `knapsack`) gives each linear i of n_i weights a cost c_i between its floor
+and the most that it can use. sum c_i is the requested target, less what no linear can use: nothing for a sparsity, less
+than a rank or a bit for every weight of the smallest linear that could take one. It is never more.
 
 What a linear loses at each cost is measured by `methods.solvers.demand`.
 """

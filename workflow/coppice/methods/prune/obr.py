@@ -11,10 +11,9 @@ w_hat is best at the places R with d_R = H_RR^-1 H_RE e_E added to it (see `solv
    trailing block of that of all inputs.
 
 Scales come from the weights before pruning; the paper has one symmetric grid for each output (`symmetric: true`,
-`group_size: -1`). Without bits only step 1 is taken.
-Differs from the paper: its algorithm has d with a minus sign and its text with a plus, which is right under its own
-definitions; inputs are split by their index at floor(alpha n), as its code does; ranges are not clipped; the rotation
-is a step of its own, `rotate`.
+`group_size: -1`). Without bits only step 1 is taken. Differs from the paper: its algorithm has d with a minus sign and
+its text with a plus, which is right under its own definitions. Inputs are split by their index at floor(alpha n), as
+its code does. Ranges are not clipped; the rotation is a step of its own, `rotate`.
 """
 
 from __future__ import annotations

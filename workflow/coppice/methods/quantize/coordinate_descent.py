@@ -2,7 +2,7 @@
 
 Behdin et al., QuantEase: Optimization-based Quantization for Language Models (arXiv 2309.01885), the update of one
 input of all outputs; greedy orders are studied by Nair and Suggala, CDQuant (arXiv 2406.17542). With G = (W - Q) H, the
-best real value of input j given the rest is q_j + G_j / H_jj; as tr((W - Q) H (W - Q)^T) is a parabola in q_j, the
+best real value of input j given the rest is q_j + G_j / H_jj. As tr((W - Q) H (W - Q)^T) is a parabola in q_j, the
 nearest point of the grid to it is the best code. A code changes only where that is strictly nearer, so the loss never
 grows, and the search ends at a fixed point or after the requested number of sweeps.
 

@@ -8,8 +8,8 @@ share of outlier inputs; the table of a linear is not counted.
 
 Proxy quantization keeps the weights of some inputs as they are, without looking at activations: an input is taken to be
 an outlier where the weights that produce it vary most. The standard deviation is over the row of the previous linear
-that writes the input: v_proj for o_proj (the heads repeated as grouped queries do), up_proj for down_proj, and for a
-reader of the residual stream (q, k, v, gate and up) the o_proj or down_proj that added to it last, of the linears that
+that writes the input: v_proj for o_proj (the heads repeated as grouped queries do), up_proj for down_proj. For a reader
+of the residual stream (q, k, v, gate and up) it is the o_proj or down_proj that added to it last, of the linears that
 the options name. The norm between is left out of account. q, k and v of the first block read the embedding, which is no
 linear: they have no outliers.
 """
@@ -102,7 +102,7 @@ class Options(LayerOptions):
 
 @dataclass(frozen=True)
 class Proxy:
-    """inputs: [p] int64 outlier inputs in increasing order, None where nothing predicts them; source: what predicts them."""
+    """inputs: [p] int64 outlier inputs in increasing order, None where nothing predicts them; source: what does."""
 
     inputs: Tensor | None
     source: str

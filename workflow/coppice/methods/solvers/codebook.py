@@ -1,7 +1,7 @@
 """Tables of values in [-1, 1] that a few bits index, and weights coded by them in blocks of one scale each.
 
 Sources: Dettmers and Zettlemoyer, The case for 4-bit precision: k-bit Inference Scaling Laws (arXiv 2212.09720), for
-blocks and the integer, float, dynamic exponent and quantile types; Dettmers et al., 8-bit Optimizers via Block-wise
+blocks and the integer, float, dynamic exponent and quantile types. Dettmers et al., 8-bit Optimizers via Block-wise
 Quantization (arXiv 2110.02861), for the dynamic exponent; Dettmers et al., QLoRA (arXiv 2305.14314), for NormalFloat.
 
 A weight w of a block with a = max|w| is stored as the index of the entry of the table that is nearest to w / a, and

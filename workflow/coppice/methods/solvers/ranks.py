@@ -2,7 +2,7 @@
 
 Of linears [m, n] with sum m n parameters, ranks k may together cost floor(keep sum m n). A rank costs m + n, what its
 row of the first factor and its column of the second hold, and a linear whose rank reaches break-even stays dense and
-costs m n; remapped (see `decompose.dobi_svd`) a rank costs max(m, n), in numbers of 16 bits, up to min(m, n).
+costs m n. Remapped (see `decompose.dobi_svd`) a rank costs max(m, n), in numbers of 16 bits, up to min(m, n).
 """
 
 from __future__ import annotations
