@@ -205,7 +205,7 @@ def fetch_results(address: str, results: Path) -> int:
         return below.as_posix()
 
     def fetch(below: str) -> None:
-        info = held[below]
+        info = infos[below]
         with atomic_write(results / below) as temporary:
             _copy(filesystem, info.path, temporary)
             os.utime(temporary, ns=(info.mtime_ns, info.mtime_ns))
@@ -213,8 +213,8 @@ def fetch_results(address: str, results: Path) -> int:
     with _store_errors(address):
         listing = filesystem.get_file_info(FileSelector(remote, recursive=True))
         files = [info for info in listing if info.type == FileType.File and info.base_name != FETCHED]
-        held = {relative_path(info.path): info for info in files}
-        stamps = {below: [info.size, info.mtime_ns] for below, info in held.items()}
+        infos = {relative_path(info.path): info for info in files}
+        stamps = {below: [info.size, info.mtime_ns] for below, info in infos.items()}
         if not stamps:
             return 0  # An emptied storage does not mean that no results exist.
         fetched = _read_stamps(results, remote)
@@ -243,14 +243,14 @@ def _remove_deleted(results: Path, fetched: Mapping[str, list[int]], held: Mappi
 
     Files created here, or changed since they were fetched, are kept: they may be the only copies.
     """
-    gone = [
+    deleted = [
         results / below
         for below, stamp in fetched.items()
         if below not in held and Path(below).parts[0] in RESULT_FOLDERS and _stamp(results / below) == stamp
     ]
-    for path in gone:
+    for path in deleted:
         path.unlink()
-    if gone:
+    if deleted:
         print(f"Store: removed {len(gone)} files that it no longer holds.", file=sys.stderr, flush=True)
 
 

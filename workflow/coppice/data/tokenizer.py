@@ -60,8 +60,8 @@ def beginning_token(directory: Path, tokenizer: Tokenizer) -> int:
 
     Raises UserError where neither names one.
     """
-    named = optional_json(Path(directory) / "tokenizer_config.json").get("bos_token")
-    content = named["content"] if isinstance(named, dict) else named
+    entry = optional_json(Path(directory) / "tokenizer_config.json").get("bos_token")
+    content = entry["content"] if isinstance(entry, dict) else entry
     if content is not None and (token := tokenizer.token_to_id(content)) is not None:
         return token
     token = optional_json(Path(directory) / "config.json").get("bos_token_id")

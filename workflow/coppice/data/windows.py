@@ -90,17 +90,17 @@ def tokenize(
     content = hashlib.sha256()
     rows: list[np.ndarray] = []
     hashes: list[int] = []
-    filled = 0  # tokens when packing, windows when not
+    count = 0  # tokens when packing, windows when not
     for document, ids in encode_documents(tokenizer, documents(text, role, seed)):
         row = np.array(first + ids, dtype=np.int32)
         rows.append(row if pack else row[:length])
         hashes.append(document_hash(document) if len(document) >= SHORT else 0)
         encoding = document.encode()
         content.update(len(encoding).to_bytes(8, "big") + encoding)
-        filled += len(row) if pack else 1
-        if enough is not None and filled >= enough:
+        count += len(row) if pack else 1
+        if enough is not None and count >= enough:
             break
-    available = filled // capacity
+    available = count // capacity
     # Training reads a short text again; measurements must not differ in how much they read.
     needed = 1 if role == "recovery" else windows or 1
     if available < needed:
@@ -119,7 +119,7 @@ def tokenize(
         "packed": pack,
         "bos": first[0] if first else None,
     }
-    used = int(owners.max()) + 1
+    document_count = int(owners.max()) + 1
     file_hash: _FileHash = {"text_sha256": sha256(Path(text["path"]))} if "path" in text else {}
     manifest = TokenSet(
         fingerprint=fingerprint(identity),
@@ -128,9 +128,9 @@ def tokenize(
         **identity,
         tokens=int((owners >= 0).sum()),
         tokens_read=sum(map(len, rows)),
-        documents=used,
+        documents=document_count,
     )
-    return Windows(tokens, owners, np.array(hashes[:used], dtype=np.int64), manifest)
+    return Windows(tokens, owners, np.array(hashes[:document_count], dtype=np.int64), manifest)
 
 
 def encode_documents(tokenizer: Tokenizer, source: Iterator[str]) -> Iterator[tuple[str, list[int]]]:

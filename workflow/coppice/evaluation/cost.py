@@ -90,8 +90,8 @@ def time_generation(model: PreTrainedModel, tokens: Tensor, generate: int) -> tu
         output = model(input_ids=tokens, use_cache=True, logits_to_keep=1)
         read = now(model)
         for _ in range(generate):
-            chosen = output.logits[:, -1:].argmax(-1)
-            output = model(input_ids=chosen, past_key_values=output.past_key_values, use_cache=True)
+            next_tokens = output.logits[:, -1:].argmax(-1)
+            output = model(input_ids=next_tokens, past_key_values=output.past_key_values, use_cache=True)
         return read - started, now(model) - read
 
 

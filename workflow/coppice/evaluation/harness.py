@@ -154,14 +154,14 @@ def quiet() -> Iterator[None]:
     import datasets
     from tqdm import tqdm
 
-    shown, begin = datasets.is_progress_bar_enabled(), tqdm.__init__
+    bars_enabled, original_init = datasets.is_progress_bar_enabled(), tqdm.__init__
     datasets.disable_progress_bars()
-    tqdm.__init__ = partialmethod(begin, mininterval=30)
+    tqdm.__init__ = partialmethod(original_init, mininterval=30)
     try:
         yield
     finally:
-        tqdm.__init__ = begin
-        if shown:
+        tqdm.__init__ = original_init
+        if bars_enabled:
             datasets.enable_progress_bars()
 
 
@@ -277,8 +277,8 @@ def continuous_rows(items: list[Item], results: Mapping[str, Any]) -> list[Json]
             if len(answers) > 1 and answers.count(True) == 1:
                 scores.append(choice_scores(log_likelihoods, lengths, answers.index(True)))
         columns = np.array([[score[metric] for metric in CONTINUOUS] for score in scores]).reshape(-1, len(CONTINUOUS))
-        measured = zip(CONTINUOUS.items(), columns.T, intervals.of_means(columns), strict=True)
-        for (metric, unit), values, ends in measured if scores else ():
+        columns_with_ends = zip(CONTINUOUS.items(), columns.T, intervals.of_means(columns), strict=True)
+        for (metric, unit), values, ends in columns_with_ends if scores else ():
             metrics.append(
                 {
                     "metric": f"{task}_{metric}",
@@ -309,16 +309,16 @@ def choice_scores(log_likelihoods: ArrayLike, lengths: ArrayLike, answer: ArrayL
     Elusive? (arXiv 2406.04391).
     """
     values, index = np.asarray(log_likelihoods, float), np.asarray(answer)
-    right = np.arange(values.shape[-1]) == index[..., None]
-    chosen = np.take_along_axis(values, index[..., None], axis=-1)[..., 0]
-    incorrect = np.logaddexp.reduce(np.where(right, -np.inf, values), axis=-1)
-    total = np.logaddexp(chosen, incorrect)
+    is_right = np.arange(values.shape[-1]) == index[..., None]
+    right_scores = np.take_along_axis(values, index[..., None], axis=-1)[..., 0]
+    incorrect = np.logaddexp.reduce(np.where(is_right, -np.inf, values), axis=-1)
+    total = np.logaddexp(right_scores, incorrect)
     probabilities = np.exp(values - total[..., None])
     return {
-        "log_probability": chosen,
+        "log_probability": right_scores,
         "incorrect": incorrect,
-        "choice_probability": np.exp(chosen - total),
-        "brier": ((right - probabilities) ** 2).sum(axis=-1),
+        "choice_probability": np.exp(right_scores - total),
+        "brier": ((is_right - probabilities) ** 2).sum(axis=-1),
         "acc": values.argmax(axis=-1) == index,
         "acc_norm": (values / np.asarray(lengths)).argmax(axis=-1) == index,
     }

@@ -159,5 +159,5 @@ def continuation_scores(model: PreTrainedModel, sequences: list[list[int]], star
     scored = (places >= torch.tensor(starts, device=model.device)[:, None]) & (places < ends[:, None])
     with torch.inference_mode():
         logits = model(input_ids=tokens, use_cache=False).logits[:, :-1].float()
-        chosen = logits.log_softmax(-1).gather(2, tokens[:, 1:, None])[..., 0]
-    return (chosen.double() * scored).sum(1).tolist()
+        log_probabilities = logits.log_softmax(-1).gather(2, tokens[:, 1:, None])[..., 0]
+    return (log_probabilities.double() * scored).sum(1).tolist()

@@ -216,5 +216,5 @@ def computing_dtype(directory: Path, device: str) -> torch.dtype:
 @cache
 def versions() -> dict[str, str]:
     """The versions of the software that writes a file."""
-    installed = {name: importlib.metadata.version(name) for name in PACKAGES}
-    return {"python": platform.python_version(), "coppice": __version__, **installed}
+    packages = {name: importlib.metadata.version(name) for name in PACKAGES}
+    return {"python": platform.python_version(), "coppice": __version__, **packages}

@@ -77,11 +77,11 @@ class WholeDecoder:
         outputs: Outputs | None = None,
         bypass: Collection[int] = (),
     ) -> Tensor:
-        chosen = range(self.windows) if windows is None else windows
+        indices = range(self.windows) if windows is None else windows
         total: Any = 0.0
         count = 0
         with self._exchange_weights(weights or {}), self._observe_outputs(outputs), self._bypass(bypass):
-            for window in chosen:
+            for window in indices:
                 tokens = self._window(window)
                 logits = self._forward(tokens[None])[0, :-1]
                 logits = logits.to(torch.promote_types(logits.dtype, torch.float32))

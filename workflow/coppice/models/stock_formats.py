@@ -33,18 +33,18 @@ def write_config(model: PreTrainedModel, entries: Entries, dtype: torch.dtype, d
     config = model.config
     config.dtype = dtype
     config.architectures = [type(model).__name__]
-    written = config.to_dict()
-    written["dtype"] = str(dtype).removeprefix("torch.")
+    content = config.to_dict()
+    content["dtype"] = str(dtype).removeprefix("torch.")
     linears = linear_entries(entries)
     if CACHE in entries or not all(is_ordinary(entry) for entry in linears.values()):
         grids = quantization_grids(linears)
         if all(entry.keys() == GRID_KEYS for entry in entries.values()) and stock_loaders_read(grids):
-            written["quantization_config"] = _compressed_tensors_config(grids)
+            content["quantization_config"] = _compressed_tensors_config(grids)
         else:
-            written["compression"] = entries
-            written["auto_map"] = {"AutoModelForCausalLM": f"{CARRIED}.CompressedForCausalLM"}
+            content["compression"] = entries
+            content["auto_map"] = {"AutoModelForCausalLM": f"{CARRIED}.CompressedForCausalLM"}
             carry_code(type(model).__name__, linears, directory)
-    write_json(directory / "config.json", {k: v for k, v in written.items() if k != "_name_or_path"})
+    write_json(directory / "config.json", {k: v for k, v in content.items() if k != "_name_or_path"})
     if model.generation_config is not None:
         model.generation_config.save_pretrained(directory)
 

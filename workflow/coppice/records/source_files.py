@@ -19,11 +19,11 @@ def imported_files(file: Path, package: str) -> list[Path]:
         return []
     folder = Path(spec.submodule_search_locations[0])
     reached: set[Path] = set()
-    waiting = [file]
-    while waiting:
-        imported = _imported_of_package(waiting.pop(), package, folder) - reached
+    pending = [file]
+    while pending:
+        imported = _imported_of_package(pending.pop(), package, folder) - reached
         reached |= imported
-        waiting += imported
+        pending += imported
     return sorted(reached - {file})
 
 

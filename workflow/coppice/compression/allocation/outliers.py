@@ -52,5 +52,5 @@ def costs(entries: Sequence[Entry], rule: Allocation, capacity: int) -> Array:
 def by_outliers(outliers: Array, sizes: Array, spread: float, mean: float) -> Array:
     """Shares whose mean over the weights is `mean`: D scaled to [0, 2 spread], centred. Equal D give equal shares."""
     lowest, span = outliers.min(), numpy.ptp(outliers)
-    scaled = 2 * spread * (outliers - lowest) / (span if span > 0 else 1)
-    return scaled - (scaled * sizes).sum() / sizes.sum() + mean
+    offsets = 2 * spread * (outliers - lowest) / (span if span > 0 else 1)
+    return offsets - (offsets * sizes).sum() / sizes.sum() + mean

@@ -123,8 +123,8 @@ def plan(decoder: Decoder, options: Options) -> dict[str, PlannedRank]:
         return {}
     target = RankTarget.of(decoder, options.keep, options.align, options.remap)
     sizes = dict(zip(decoder.names, learn(decoder, target, options).tolist(), strict=True))
-    planned = target.plans(target.in_proportion(sizes))
-    return {name: PlannedRank(each.rank, each.record | {"rank_learned": sizes[name]}) for name, each in planned.items()}
+    plans = target.plans(target.in_proportion(sizes))
+    return {name: PlannedRank(each.rank, each.record | {"rank_learned": sizes[name]}) for name, each in plans.items()}
 
 
 def learn(decoder: Decoder, target: RankTarget, options: Options) -> Tensor:

@@ -73,10 +73,10 @@ def compress(linear: Linear, statistics: LinearStatistics, options: Options) -> 
 
 
 def _start(linear: Linear, statistics: LinearStatistics, options: Options) -> Quantized:
-    given = options.model_dump(include=set(GridOptions.model_fields))
+    shared = options.model_dump(include=set(GridOptions.model_fields))
     if options.start == "rtn":
-        return rtn.compress(linear, statistics, rtn.Options(**given))
-    return gptq.compress(linear, statistics, gptq.Options(**given, damping=options.damping, block=options.block))
+        return rtn.compress(linear, statistics, rtn.Options(**shared))
+    return gptq.compress(linear, statistics, gptq.Options(**shared, damping=options.damping, block=options.block))
 
 
 def _descend(linear: Linear, start: Quantized, moment: Tensor, options: Options) -> tuple[Tensor, int]:

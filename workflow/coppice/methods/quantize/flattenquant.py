@@ -140,8 +140,8 @@ def compress(linear: Linear, statistics: LinearStatistics, options: Options) -> 
     weight_threshold, weight_pieces = split(columns, input_pieces.double(), left, options)
 
     record: Json = {"bits_asked": options.bits}
-    tried = [4, 8] if options.bits == "auto" else [options.bits]
-    for bits in tried:
+    widths = [4, 8] if options.bits == "auto" else [options.bits]
+    for bits in widths:
         rounded = _round(linear, statistics, options, bits, threshold, weight_threshold, weight_pieces)
         if options.bits == "auto":
             record[f"error_at_{bits}_bits"] = rounded.error

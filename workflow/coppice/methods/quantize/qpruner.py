@@ -127,11 +127,11 @@ def plan(decoder: Decoder, options: Options) -> dict[str, Planned]:
         overall |= {f"loss_{start.replace('-', '_')}": losses[tuple(levels)] for start, levels in starts.items()}
     else:
         chosen = starts[options.search]
-    spent = sum(row[level] for row, level in zip(costs, chosen, strict=True))
+    cost = sum(row[level] for row, level in zip(costs, chosen, strict=True))
     overall |= {
         "search": options.search,
         "bits_average_asked": options.bits_average,
-        "bits_average": spent / size,
+        "bits_average": cost / size,
     }
     return {
         name: {"bits": options.candidates[level], "record": record | overall}

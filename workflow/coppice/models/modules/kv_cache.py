@@ -201,8 +201,8 @@ def _vectors_of(states: Tensor, by_channel: bool) -> Tensor:
 def _split_into_groups(vectors: Tensor, group: int) -> Tensor:
     """[N, n] -> [N, groups, group], the last value repeated to fill the last group: its range stays what it is."""
     missing = -vectors.shape[1] % group
-    filled = torch.cat([vectors, vectors[:, -1:].expand(-1, missing)], dim=1)
-    return filled.unflatten(1, (-1, group))
+    padded = torch.cat([vectors, vectors[:, -1:].expand(-1, missing)], dim=1)
+    return padded.unflatten(1, (-1, group))
 
 
 class CompressedCacheLayer(CacheLayerMixin):
