@@ -251,7 +251,7 @@ def _remove_deleted(results: Path, fetched: Mapping[str, list[int]], held: Mappi
     for path in deleted:
         path.unlink()
     if deleted:
-        print(f"Store: removed {len(gone)} files that it no longer holds.", file=sys.stderr, flush=True)
+        print(f"Store: removed {len(deleted)} files that it no longer holds.", file=sys.stderr, flush=True)
 
 
 def _stamp(path: Path) -> list[int] | None:

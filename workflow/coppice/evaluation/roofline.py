@@ -64,7 +64,7 @@ class Operation(NamedTuple):
     bytes: float
     integer: bool = False
     sparse: bool = False
-    count: int = 1  # type: ignore[assignment]
+    count: int = 1  # type: ignore[assignment]  # hides tuple.count
 
 
 # Models

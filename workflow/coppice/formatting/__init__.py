@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +104,7 @@ def reproduce_command(results: Path, node: str) -> str:
     return f"snakemake --cores all --configfile {results / 'study.yaml'} --force {manifest}"
 
 
-def target_of(fit: dict[str, Any]) -> tuple[str, str]:
+def target_of(fit: Mapping[str, Any]) -> tuple[str, str]:
     """What a fitted law predicts, and its unit; "value" without a unit for a law that is not a single formula."""
     target = fit.get("target")
     return ("value", "") if target is None else (target.replace("_", " "), fit["units"][target]["unit"])

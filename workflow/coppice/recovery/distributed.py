@@ -110,7 +110,7 @@ def report(sentence: str) -> None:
 
 def join(device: str) -> None:
     """Makes this launched process one of its group; only the first prints, and none outlives its launcher."""
-    from torch.multiprocessing import _prctl_pr_set_pdeathsig as die_with_parent  # type: ignore[attr-defined]
+    from torch.multiprocessing import _prctl_pr_set_pdeathsig as die_with_parent  # type: ignore[attr-defined]  # not in the stubs
 
     die_with_parent(signal.SIGKILL)
     own_device = torch.device(device)
@@ -184,4 +184,4 @@ def shard(model: nn.Module, device: str, precision: str) -> None:
     # Resharded as the blocks are: between steps every parameter is a share.
     fully_shard(model, mesh=mesh, reshard_after_forward=True)
     # Trainer reads from it that the model owns its placement and the reduction of its gradients.
-    model._is_distributed_loading_by_transformers = True  # type: ignore[assignment]
+    model._is_distributed_loading_by_transformers = True  # type: ignore[assignment]  # mypy lets a module hold tensors and modules only

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TypedDict
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -63,7 +63,7 @@ class StateFile:
     def save(self, model: nn.Module, optimizer: Optimizer, progress: Progress, extra: Mapping[str, Tensor]) -> None:
         """Replaces the file. extra: the method's own tensors. Every process must call it."""
         tensors: dict[str, Tensor] = {}
-        values: dict[str, dict[str, Any]] = {}
+        values: dict[str, dict[str, object]] = {}
         for name, parameter in trained_parameters(model).items():
             tensors[f"parameter.{name}"] = parameter.detach()
             for key, value in optimizer.state.get(parameter, {}).items():

@@ -49,6 +49,7 @@ from coppice.methods.solvers.selection import share_of
 from coppice.methods.solvers.sweep import CholeskyFactor, Quantizer, cholesky_factor, sweep
 from coppice.models.contracts import Linear, LinearStatistics
 from coppice.models.replacements import Masked, Quantized, Unchanged
+from coppice.records.base import Json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -136,7 +137,7 @@ def _quantize(
     moment: Tensor,
     factor: CholeskyFactor,
     options: Options,
-    record: dict,
+    record: Json,
 ) -> Quantized:
     inputs = weight.shape[1]
     width = group_width(options, inputs)

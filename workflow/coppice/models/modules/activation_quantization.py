@@ -40,7 +40,7 @@ def round_tokens(x: Tensor, bits: int, symmetric: bool, clip: float) -> Tensor:
 
 def quantize_activations(linear: nn.Module, settings: ActivationSettings) -> None:
     """Makes a linear round its inputs token by token from now on: settings of `round_tokens`."""
-    linear.quantized_activations = settings  # type: ignore[assignment]
+    linear.quantized_activations = settings  # type: ignore[assignment]  # mypy lets a module hold tensors and modules only
     linear.register_forward_pre_hook(_quantize_first)
 
 

@@ -76,10 +76,10 @@ class StoredForm(nn.Module):
 class PackedForm(StoredForm, nn.Linear, abstract=True):
     """A linear whose weight is decoded from packed codes: `weight` is a property, all buffers stand for it."""
 
-    bias: nn.Parameter | None  # type: ignore[assignment]
+    bias: nn.Parameter | None  # type: ignore[assignment]  # torch's own stub forgets None
 
     @property
-    def weight(self) -> Tensor:  # type: ignore[override]
+    def weight(self) -> Tensor:  # type: ignore[override]  # decoded, not held
         """[m, n]."""
         raise NotImplementedError
 
@@ -110,7 +110,7 @@ def wide_weight(module: Replaceable) -> Tensor:
 def linear_of(matrix: Any, bias: nn.Parameter | None, as_stored: Callable[[Tensor], Tensor]) -> nn.Linear:
     """A linear that holds a matrix [m, n] of a replacement: a tensor, or a replacement of a packed form."""
     linear = nn.Linear(matrix.shape[1], matrix.shape[0], bias is not None, device="meta")
-    linear.bias = bias  # type: ignore[assignment]
+    linear.bias = bias  # type: ignore[assignment]  # the same
     if isinstance(matrix, Tensor):
         linear.weight = nn.Parameter(as_stored(matrix))
         return linear

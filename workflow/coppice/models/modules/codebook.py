@@ -89,7 +89,7 @@ class CodebookLinear(PackedForm):
         return {**fields, "transposed": self.transposed}
 
     @property
-    def weight(self) -> Tensor:  # type: ignore[override]
+    def weight(self) -> Tensor:  # type: ignore[override]  # decoded, not held
         """The dequantized weight [m, n], in the dtype of the scales, to which each product is rounded once."""
         count = prod(self.coded_shape)
         codes = unpack(self.weight_packed[None], self.bits, count)[0]

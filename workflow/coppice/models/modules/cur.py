@@ -39,7 +39,7 @@ class CURLinear(StoredForm):
         return wide_weight(self.columns) @ wide_weight(self.link) @ wide_weight(self.rows)
 
     @property
-    def bias(self) -> nn.Parameter | None:  # type: ignore[override]
+    def bias(self) -> nn.Parameter | None:  # type: ignore[override]  # that of a part
         return self.columns.bias
 
     def forward(self, x: Tensor) -> Tensor:

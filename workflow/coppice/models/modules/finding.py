@@ -40,7 +40,7 @@ def mask(linear: nn.Linear) -> Tensor | None:
 
 def set_masked(linear: nn.Module, masked: bool) -> None:
     """Whether a linear's zeros are pruned weights, which stay zero."""
-    linear.masked = masked  # type: ignore[assignment]
+    linear.masked = masked  # type: ignore[assignment]  # mypy lets a module hold tensors and modules only
 
 
 def describe(module: nn.Module) -> Entry:

@@ -71,7 +71,7 @@ class FlattenQuantLinear(PackedForm):
         return codes.to(self.weight_scale.dtype) * self.weight_scale
 
     @property
-    def weight(self) -> Tensor:  # type: ignore[override]
+    def weight(self) -> Tensor:  # type: ignore[override]  # decoded, not held
         """[m, n] what the layer multiplies by where no input saturates."""
         source, expanded = self.weight_source.long(), self.expanded_weight
         # An input's pieces see the same columns; the parts of a split column add up.

@@ -61,7 +61,7 @@ class CompressedStates(NamedTuple):
     scale: Tensor
     minimum: Tensor
     outliers: Tensor | None = None
-    index: Tensor | None = None  # type: ignore[assignment]
+    index: Tensor | None = None  # type: ignore[assignment]  # as transformers' own layers begin  # hides tuple.index
     tokens: Tensor | None = None
     channels: Tensor | None = None
 
@@ -93,7 +93,7 @@ def compress_states(states: Tensor, by_channel: bool, settings: CacheSettings, r
     levels = torch.round((groups - minimum[:, :, None]) / scale.to(exact)[:, :, None]).clamp(0, 2**settings.bits - 1)
     codes = levels.flatten(1)[:, :length].to(torch.int32)
     stored = CompressedStates(
-        tuple(states.shape),  # type: ignore[arg-type]
+        tuple(states.shape),  # type: ignore[arg-type]  # of four dimensions
         by_channel,
         settings.bits,
         group,
@@ -263,7 +263,7 @@ class CompressedCacheLayer(CacheLayerMixin):
         return -1
 
     def reset(self) -> None:
-        self.keys = self.values = None  # type: ignore[assignment]
+        self.keys = self.values = None  # type: ignore[assignment]  # as transformers' own layers begin
         self.chunks, self.length, self.is_initialized = [], 0, False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:

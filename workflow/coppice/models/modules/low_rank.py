@@ -37,7 +37,7 @@ class LowRankLinear(StoredForm):
         return wide_weight(self.second) @ wide_weight(self.first)
 
     @property
-    def bias(self) -> nn.Parameter | None:  # type: ignore[override]
+    def bias(self) -> nn.Parameter | None:  # type: ignore[override]  # that of a part
         return self.second.bias
 
     def forward(self, x: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ class LowRankCorrectionLinear(StoredForm):
         return wide_weight(self.base) + wide_weight(self.compensation)
 
     @property
-    def bias(self) -> nn.Parameter | None:  # type: ignore[override]
+    def bias(self) -> nn.Parameter | None:  # type: ignore[override]  # that of a part
         return self.base.bias
 
     def forward(self, x: Tensor) -> Tensor:

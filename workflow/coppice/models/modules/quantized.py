@@ -68,7 +68,7 @@ class QuantizedLinear(PackedForm):
         return {"bits": self.bits, "group_size": self.group_size, "symmetric": self.symmetric}
 
     @property
-    def weight(self) -> Tensor:  # type: ignore[override]
+    def weight(self) -> Tensor:  # type: ignore[override]  # decoded, not held
         """The dequantized weight [m, n], in the dtype of the scale."""
         codes = unpack(self.weight_packed, self.bits, self.in_features)
         groups = self.weight_scale.shape[1]
