@@ -49,8 +49,8 @@ def atomic_directory(directory: Path, last: str = "manifest.json") -> Iterator[P
     """A temporary folder inside `directory`; its files are moved up when the block ends without an error.
 
     Folders of other nodes may lie in `directory`, so files move one by one; `last` is removed first and moved last, so
-    that whoever finds it finds all. Files of an earlier run that the new one did not write are removed, in folders that
-    it wrote to.
+    that its presence means that all files are there. Files of an earlier run that the new one did not write are
+    removed, in folders that it wrote to.
     Raises UserError when the disk refuses; the files of an earlier run are then as they were.
     """
     directory = Path(directory)

@@ -2,7 +2,7 @@
 
 There the workflow carries the small files that its rules declare. What lies next to them undeclared (weights, tokens,
 statistics, items) goes to `<store>/objects/<sha256>` before the manifest that names it is written, each content once;
-whoever opens such a file gets it from there when it is not at hand. So a job that needs only manifests moves no
+a reader of such a file fetches it from there if it is missing locally. So a job that needs only manifests moves no
 weights.
 
 The environment variable COPPICE_STORE names the store: a folder, or an address that Apache Arrow reads, such as
@@ -125,7 +125,7 @@ def _fetch(path: Path, digest: str) -> None:
 
 
 def _put(filesystem: FileSystem, path: Path, target: str) -> None:
-    """Copies a file into the store; whoever lists a folder's objects sees whole ones only, as in a bucket."""
+    """Copies a file into the store; a listing of a folder shows whole objects only, as in a bucket."""
     from pyarrow.fs import LocalFileSystem, copy_files
 
     in_folder = isinstance(filesystem, LocalFileSystem)

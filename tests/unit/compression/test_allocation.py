@@ -255,7 +255,7 @@ def test_no_linears():
     [
         ({"sparsity": 0.5, "allocation": {"by": "water-filling"}}, "choose one of knapsack, mosaic, owl, sensitivity"),
         ({"sparsity": 0.5, "allocation": {"by": "owl", "levels": [0.5]}}, "leave them out"),
-        ({"sparsity": 0.5, "allocation": {"by": "owl", "relative": True}}, "goes with water-filling and knapsack"),
+        ({"sparsity": 0.5, "allocation": {"by": "owl", "relative": True}}, "requires water-filling or knapsack"),
         ({"sparsity": 0.5, "allocation": {"by": "knapsack", "levels": []}}, "one or more different targets"),
         ({"sparsity": 0.5, "allocation": {"by": "knapsack", "levels": [0.5, 1.0]}}, "at least 0 and less than 1"),
         ({"pattern": "2:4", "allocation": {"by": "owl"}}, "sparsity"),

@@ -88,7 +88,7 @@ class Allocation(BaseModel):
     @model_validator(mode="after")
     def _relative_losses(self) -> Allocation:
         if self.relative and self.by not in ("water-filling", "knapsack"):
-            raise ValueError(f"'relative' goes with water-filling and knapsack, not with {self.by!r}: leave it out")
+            raise ValueError(f"'relative' requires water-filling or knapsack, not {self.by!r}: leave it out")
         return self
 
 

@@ -73,7 +73,7 @@ def dense_files(folder: Path) -> list[Path]:
 
 
 def locate(source: Mapping[str, str]) -> Path:
-    """The folder of a source; a hub model is downloaded first. Raises UserError when it is not to be had."""
+    """The folder of a source; a hub model is downloaded first. Raises UserError when it cannot be downloaded."""
     if "shipped" in source:
         return SHIPPED / source["shipped"]
     if "path" in source:
@@ -83,7 +83,7 @@ def locate(source: Mapping[str, str]) -> Path:
     patterns = ["config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer*"]
     try:
         return Path(snapshot_download(source["hub"], revision=source["revision"], allow_patterns=patterns))
-    except Exception as error:  # the hub's client raises a dozen types; each means that the model is not to be had
+    except Exception as error:  # the hub's client raises a dozen types; each means that the model is unavailable
         raise UserError(
             f"Model {source['hub']} at revision {source['revision']} could not be downloaded "
             f"({type(error).__name__}); connect to the hub, or put it into the local cache first."

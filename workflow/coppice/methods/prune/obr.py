@@ -90,7 +90,7 @@ class Options(PruningOptions, OptionalGridOptions):
         # Defaults are let through: an effective study writes them out.
         for name in ("form", "alpha"):
             if self.bits is None and getattr(self, name) != type(self).model_fields[name].default:
-                raise ValueError(f"'{name}' goes with 'bits', which rounds the weights")
+                raise ValueError(f"'{name}' requires 'bits', which rounds the weights")
         return self
 
 

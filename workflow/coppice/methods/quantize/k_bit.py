@@ -89,7 +89,7 @@ class Options(LayerOptions):
         if self.type == "normal" and self.bits != 4:
             raise ValueError(f"the type normal (NF4) has 4 bits, not {self.bits}; set 'bits: 4' or take another type")
         if self.exponent_bits is not None and self.type != "float":
-            raise ValueError(f"'exponent_bits' goes with the type float, not with {self.type}")
+            raise ValueError(f"'exponent_bits' requires the type float, not {self.type}")
         if self.exponent_bits is not None and self.exponent_bits >= self.bits:
             raise ValueError(
                 f"{self.exponent_bits} exponent bits and a sign do not fit in {self.bits} bits; "

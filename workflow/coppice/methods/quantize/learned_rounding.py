@@ -80,11 +80,11 @@ class Options(GridOptions):
     @model_validator(mode="after")
     def _format_exists(self) -> Options:
         if self.format == "int" and self.exponent_bits is not None:
-            raise ValueError("'exponent_bits' goes with 'format: float'")
+            raise ValueError("'exponent_bits' requires 'format: float'")
         if self.format == "float":
             for name in ("group_size", "symmetric"):
                 if getattr(self, name) != GroupOptions.model_fields[name].default:
-                    raise ValueError(f"{name!r} goes with 'format: int'; a float format is that of the whole matrix")
+                    raise ValueError(f"{name!r} requires 'format: int'; a float format is that of the whole matrix")
         if self.exponent_bits is not None and self.exponent_bits >= self.bits:
             raise ValueError(
                 f"{self.exponent_bits} exponent bits and a sign do not fit in {self.bits} bits; "

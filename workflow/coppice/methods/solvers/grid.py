@@ -71,7 +71,7 @@ class OptionalGridOptions(GroupOptions):
         fields = GroupOptions.__annotations__
         given = [name for name in fields if getattr(self, name) != GroupOptions.model_fields[name].default]
         if self.bits is None and given:
-            raise ValueError(f"'{given[0]}' goes with 'bits', which rounds the weights")
+            raise ValueError(f"'{given[0]}' requires 'bits', which rounds the weights")
         return self
 
 
