@@ -104,7 +104,7 @@ def ours(row: str) -> Callable[[Tensor, Tensor], Any]:
     from coppice.models.contracts import Linear, LinearStatistics
 
     found = method(row.partition(",")[0])
-    options = found.validated(ROWS[row])
+    options = found.validate_options(ROWS[row])
 
     def run(weight: Tensor, moment: Tensor) -> Any:
         power = moment.diagonal()

@@ -16,10 +16,10 @@ import math
 import platform
 import shlex
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from coppice.data import biographies
 from coppice.data.biographies import World
@@ -113,7 +113,18 @@ def batches(
         yield torch.tensor(rows)
 
 
-def resume(state: Path, plan: dict, model: LlamaForCausalLM, optimizer: torch.optim.Optimizer) -> dict:
+class Progress(TypedDict):
+    """How far a training has come. seconds: of training. documents: read. curve: a point for each segment."""
+
+    step: int
+    seconds: float
+    documents: int
+    curve: list[dict[str, float]]
+
+
+def resume(
+    state: Path, plan: Mapping[str, Mapping[str, Any]], model: LlamaForCausalLM, optimizer: torch.optim.Optimizer
+) -> Progress:
     """Loads a killed training's `state` into `model` and `optimizer` and returns its progress.
 
     Raises UserError, naming what differs, where the state is of another plan. Another number of tokens is the same
@@ -140,7 +151,7 @@ def resume(state: Path, plan: dict, model: LlamaForCausalLM, optimizer: torch.op
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(tensors[f"model.{name}"])
-    moments: dict[int, dict] = {}
+    moments: dict[int, dict[str, torch.Tensor]] = {}
     for name, tensor in tensors.items():
         if name.startswith("optimizer."):
             _, place, key = name.split(".")
@@ -150,7 +161,11 @@ def resume(state: Path, plan: dict, model: LlamaForCausalLM, optimizer: torch.op
 
 
 def save_state(
-    state: Path, plan: dict, progress: dict, model: LlamaForCausalLM, optimizer: torch.optim.Optimizer
+    state: Path,
+    plan: Mapping[str, Mapping[str, Any]],
+    progress: Progress,
+    model: LlamaForCausalLM,
+    optimizer: torch.optim.Optimizer,
 ) -> None:
     """Writes what `resume` needs: parameters and moments as tensors, plan and progress as JSON metadata."""
     from safetensors.torch import save_file
@@ -164,7 +179,7 @@ def save_state(
 
 def pretrain(
     world: World, architecture: Architecture, schedule: Schedule, output: Path, state: Path, threads: int = 1
-) -> dict:
+) -> Mapping[str, Any]:
     """Trains a model and writes it, its tokenizer and `training.json` (the returned record) to the folder `output`.
 
     Weights are stored in bfloat16, and all that is measured is measured with the stored weights. An exposure is a
@@ -182,7 +197,7 @@ def pretrain(
         model.parameters(), lr=schedule.learning_rate, betas=(0.9, 0.95), weight_decay=WEIGHT_DECAY, fused=True
     )
     plan = {"world": asdict(world), "architecture": asdict(architecture), "schedule": asdict(schedule)}
-    progress: dict[str, Any] = {"step": 0, "seconds": 0.0, "documents": 0, "curve": []}
+    progress: Progress = {"step": 0, "seconds": 0.0, "documents": 0, "curve": []}
     if state.exists():
         progress = resume(state, plan, model, optimizer)
     while progress["step"] < schedule.steps:
@@ -217,7 +232,7 @@ def train_segment(
     tokenizer: PreTrainedTokenizerFast,
     world: World,
     schedule: Schedule,
-    progress: dict,
+    progress: Progress,
 ) -> None:
     """Trains to the end of the next segment, in place, and adds a point to the curve of `progress`."""
     import torch
@@ -278,7 +293,7 @@ def flag(group: str, field: str) -> str:
     return "--" + (f"world-{field}" if group == "world" else field).replace("_", "-")
 
 
-def command(plan: dict, output: Path) -> str:
+def command(plan: Mapping[str, Mapping[str, Any]], output: Path) -> str:
     """The command that makes the model again: every option that is not the default."""
     parts = ["python", "resources/pretraining.py"]
     for group, kind in GROUPS:
@@ -306,7 +321,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, default=1, help="default 1")
 
 
-def field_values(arguments: argparse.Namespace, group: str, kind: type) -> dict[str, Any]:
+def field_values(arguments: argparse.Namespace, group: str, kind: type) -> Mapping[str, Any]:
     """The values of a group's options by the fields of its type."""
     values = vars(arguments)
     return {

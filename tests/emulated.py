@@ -127,7 +127,7 @@ def _failures(cases: dict[str, dict[str, Any]]) -> dict[str, str]:
             there = weight.to(DEVICE)
             linear = Linear(there, reference=1.1 * there, storage=torch.bfloat16, name="model.layers.0.mlp.gate_proj")
             try:
-                checked = used.validated(options)
+                checked = used.validate_options(options)
                 if used.layer.scales is not None:
                     used.layer.scales([linear, linear], statistics, checked)
                 found = used.layer.compress(linear, statistics, checked)

@@ -86,7 +86,7 @@ BAD_STUDIES: list[tuple[dict[str, Any], str]] = [
         changed("texts.words", {"path": "words.txt", "slpits": SPLITS}),
         "texts.words: there is no key 'slpits'. Did you mean 'splits'?",
     ),
-    (changed("steps.rtn-4.method", "gtpq"), "steps.rtn-4: there is no method 'gtpq'. Did you mean 'gptq'?"),
+    (changed("steps.rtn-4.method", "gtpq"), "steps.rtn-4: 'gtpq' is not a method. Did you mean 'gptq'?"),
     (changed("steps.rtn-4.groupsize", 16), "steps.rtn-4: there is no rtn option 'groupsize'. Did you mean"),
     (changed("steps.rtn-4.bits", 1), "steps.rtn-4.bits is 1; it should be greater than or equal to 2."),
     (changed("steps.rtn-4.bits", 9), "steps.rtn-4.bits is 9; it should be less than or equal to 8."),

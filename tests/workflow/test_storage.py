@@ -93,7 +93,9 @@ def run(
 
 def jobs(finished: subprocess.CompletedProcess) -> Counter[str]:
     """How many jobs of each rule ran."""
-    return Counter(re.findall(r"^(?:local)?rule (\w+):", finished.stdout, re.MULTILINE))
+    table = finished.stdout.partition("Job stats:")[2].partition("total")[0]
+    rules = {rule: int(count) for rule, count in re.findall(r"^(\w+)\s+(\d+)$", table, re.MULTILINE)}
+    return Counter(rules)
 
 
 def succeed(finished: subprocess.CompletedProcess) -> subprocess.CompletedProcess:

@@ -49,8 +49,8 @@ def atomic_directory(directory: Path, last: str = "manifest.json") -> Iterator[P
     """A temporary folder inside `directory`; its files are moved up when the block ends without an error.
 
     Folders of other nodes may lie in `directory`, so files move one by one; `last` is removed first and moved last, so
-    that whoever finds it finds all. Files of an earlier run that the new one did not write are removed, in folders that
-    it wrote to.
+    that its presence means that all files are there. Files of an earlier run that the new one did not write are
+    removed, in folders that it wrote to.
     Raises UserError when the disk refuses; the files of an earlier run are then as they were.
     """
     directory = Path(directory)
@@ -60,16 +60,16 @@ def atomic_directory(directory: Path, last: str = "manifest.json") -> Iterator[P
     temporary = Path(tempfile.mkdtemp(dir=directory, prefix=".partial-"))
     try:
         yield temporary
-        written = [path for path in temporary.rglob("*") if path.is_file()]
-        for path in written:
+        files = [path for path in temporary.rglob("*") if path.is_file()]
+        for path in files:
             path.chmod(0o666 & ~_umask())
             synchronize(path)
         (directory / last).unlink(missing_ok=True)
-        for folder in {path.parent.relative_to(temporary) for path in written} | {Path()}:
+        for folder in {path.parent.relative_to(temporary) for path in files} | {Path()}:
             for stale in (directory / folder).glob("*"):
                 if stale.is_file() and not (temporary / folder / stale.name).exists():
                     stale.unlink()
-        for path in sorted(written, key=lambda path: path.name == last):
+        for path in sorted(files, key=lambda path: path.name == last):
             target = directory / path.relative_to(temporary)
             target.parent.mkdir(exist_ok=True)
             path.replace(target)

@@ -79,7 +79,7 @@ DEVICES: dict[str, Device] = {
         memory=48e9,
         memory_source="yobitel.com/knowledge-base/nvidia-l40",
     ),
-    # 8 cores, 5.4 GHz, 32 operations a cycle; there is no figure for integers, so they gain bytes alone.
+    # 8 cores, 5.4 GHz, 32 operations a cycle; no figure for integers is published, so they save bytes only.
     "i9-13900K": Device(bandwidth=89.6e9, float16=8 * 5.4e9 * 32, int8=8 * 5.4e9 * 32, source=TOOL),
 }
 # Bytes of the devices that are GPUs.

@@ -11,7 +11,7 @@ from typing import Any
 
 
 class LazyModule:
-    """Stands for a module; imports it when an attribute is first asked for."""
+    """A module that is imported when one of its attributes is first read."""
 
     def __init__(self, name: str) -> None:
         self._name = name

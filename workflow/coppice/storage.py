@@ -2,7 +2,7 @@
 
 There the workflow carries the small files that its rules declare. What lies next to them undeclared (weights, tokens,
 statistics, items) goes to `<store>/objects/<sha256>` before the manifest that names it is written, each content once;
-whoever opens such a file gets it from there when it is not at hand. So a job that needs only manifests moves no
+a reader of such a file fetches it from there if it is missing locally. So a job that needs only manifests moves no
 weights.
 
 The environment variable COPPICE_STORE names the store: a folder, or an address that Apache Arrow reads, such as
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 VARIABLE = "COPPICE_STORE"
 TRANSFERS = 16  # small files that are fetched at once
-FETCHED = ".fetched.json"  # in a study's folder: what `coppice fetch` brought there
+FETCHED = ".fetched.json"  # in a study's folder: what `coppice fetch` wrote there
 RESULT_FOLDERS = ("models", "tokens", "statistics", "evaluations", "laws")  # folders whose files are outputs of jobs
 
 
@@ -125,7 +125,7 @@ def _fetch(path: Path, digest: str) -> None:
 
 
 def _put(filesystem: FileSystem, path: Path, target: str) -> None:
-    """Copies a file into the store; whoever lists a folder's objects sees whole ones only, as in a bucket."""
+    """Copies a file into the store; a listing of a folder shows whole objects only, as in a bucket."""
     from pyarrow.fs import LocalFileSystem, copy_files
 
     in_folder = isinstance(filesystem, LocalFileSystem)
@@ -179,16 +179,16 @@ def _redact(address: str) -> str:
 
 
 def _reason(error: Exception, address: str) -> str:
-    """What an error says first; Arrow's may quote the address."""
+    """The first line of an error; Arrow's may quote the address."""
     return str(error).splitlines()[0].replace(address, _redact(address)).rstrip(".")
 
 
 def fetch_results(address: str, results: Path) -> int:
-    """Brings a study's small files (manifests, metrics, logs, tables, report) from a storage, and returns their number.
+    """Fetches a study's small files (manifests, metrics, logs, tables, report) from a storage; returns their number.
 
-    They lie there under the same path as here, and bear the same date, so that what did not change is known by it
-    whatever the clocks of the two say. Of what it brought before, those that the storage no longer holds are removed:
-    Snakemake takes them away there before they are recomputed, and a copy would hide that this failed.
+    Paths are the same there and here, and so are modification times: an unchanged file is recognized by its size and
+    time, whatever the clocks of the two machines. Files fetched earlier that the storage no longer holds are removed.
+    Snakemake removes them there before they are recomputed, and a local copy would hide that this failed.
     Raises UserError where the storage is not to be used, or names a file outside.
     """
     from pyarrow.fs import FileSelector, FileType
@@ -205,7 +205,7 @@ def fetch_results(address: str, results: Path) -> int:
         return below.as_posix()
 
     def fetch(below: str) -> None:
-        info = held[below]
+        info = infos[below]
         with atomic_write(results / below) as temporary:
             _copy(filesystem, info.path, temporary)
             os.utime(temporary, ns=(info.mtime_ns, info.mtime_ns))
@@ -213,51 +213,53 @@ def fetch_results(address: str, results: Path) -> int:
     with _store_errors(address):
         listing = filesystem.get_file_info(FileSelector(remote, recursive=True))
         files = [info for info in listing if info.type == FileType.File and info.base_name != FETCHED]
-        held = {relative_path(info.path): info for info in files}
-        stamps = {below: [info.size, info.mtime_ns] for below, info in held.items()}
+        infos = {relative_path(info.path): info for info in files}
+        stamps = {below: [info.size, info.mtime_ns] for below, info in infos.items()}
         if not stamps:
-            return 0  # A storage that somebody emptied says nothing of what was made.
-        brought = _fetched_before(results, remote)
-        _remove_gone(results, brought, stamps)
-        wanted = [below for below, stamp in stamps.items() if _stamp(results / below) != stamp]
-        # Noted before they are brought: a file that an interruption kept from coming has another stamp.
-        noted = {below: stamps[below] for below in sorted({*wanted, *(brought.keys() & stamps.keys())})}
-        if noted != brought:
-            write_json(results / FETCHED, {"storage": remote, "files": noted})
+            return 0  # An emptied storage does not mean that no results exist.
+        fetched = _read_stamps(results, remote)
+        _remove_deleted(results, fetched, stamps)
+        changed = [below for below, stamp in stamps.items() if _stamp(results / below) != stamp]
+        # Recorded before the transfer: a file that an interruption left out has another stamp.
+        record = {below: stamps[below] for below in sorted({*changed, *(fetched.keys() & stamps.keys())})}
+        if record != fetched:
+            write_json(results / FETCHED, {"storage": remote, "files": record})
         with ThreadPoolExecutor(TRANSFERS) as pool:
-            list(pool.map(fetch, wanted))
-    return len(wanted)
+            list(pool.map(fetch, changed))
+    return len(changed)
 
 
-def _fetched_before(results: Path, remote: str) -> dict[str, list[int]]:
-    """By path the stamps of the files that were brought from that place, the study's folder in a storage."""
+def _read_stamps(results: Path, remote: str) -> dict[str, list[int]]:
+    """The stamps, by path, of the files fetched earlier from `remote`, the study's folder in a storage."""
     record = results / FETCHED
-    noted = read_json(record) if record.is_file() else {"storage": remote, "files": {}}
-    return noted["files"] if noted["storage"] == remote else {}
+    if not record.is_file():
+        return {}
+    fetched = read_json(record)
+    return fetched["files"] if fetched["storage"] == remote else {}
 
 
-def _remove_gone(results: Path, brought: Mapping[str, list[int]], held: Mapping[str, list[int]]) -> None:
-    """Removes what was brought from a storage that no longer holds it. brought, held: stamps by path.
+def _remove_deleted(results: Path, fetched: Mapping[str, list[int]], held: Mapping[str, list[int]]) -> None:
+    """Removes fetched files that the storage no longer holds. fetched, held: stamps by path.
 
-    What was made here, or changed since it was brought, stays: it may be all that there is of it.
+    Files created here, or changed since they were fetched, are kept: they may be the only copies.
     """
-    gone = [
+    deleted = [
         results / below
-        for below, stamp in brought.items()
+        for below, stamp in fetched.items()
         if below not in held and Path(below).parts[0] in RESULT_FOLDERS and _stamp(results / below) == stamp
     ]
-    for path in gone:
+    for path in deleted:
         path.unlink()
-    if gone:
-        print(f"Store: removed {len(gone)} files that it no longer holds.", file=sys.stderr, flush=True)
+    if deleted:
+        print(f"Store: removed {len(deleted)} files that it no longer holds.", file=sys.stderr, flush=True)
 
 
 def _stamp(path: Path) -> list[int] | None:
-    """Size and date of a file, in bytes and nanoseconds; None where there is none."""
+    """Size and date of a file, in bytes and nanoseconds; None for a missing file."""
     if not path.is_file():
         return None
-    known = path.stat()
-    return [known.st_size, known.st_mtime_ns]
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -270,7 +272,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--results", type=Path, required=True, help="folder of the study's results, as results/demo")
 
 
-def named_store(address: str | None = None) -> str:
+def store_address(address: str | None = None) -> str:
     """The address of the store, by default that of the environment. Raises UserError when neither names one."""
     address = address or os.environ.get(VARIABLE)
     if not address:
@@ -284,4 +286,4 @@ def run(arguments: argparse.Namespace) -> None:
         raise UserError(
             f"--results {arguments.results} is not below the storage's prefix; pass a path as results/demo."
         )
-    print(f"{fetch_results(named_store(arguments.store), arguments.results)} files fetched to {arguments.results}.")
+    print(f"{fetch_results(store_address(arguments.store), arguments.results)} files fetched to {arguments.results}.")

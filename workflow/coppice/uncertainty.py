@@ -184,8 +184,8 @@ def paired_bootstrap(
     by: ones for a mean, the tokens of a document for nats per token.
 
     With k the smaller number of the B resamples on either side of zero, p = 2 (k + 1) / (B + 1), but never below that
-    of Student's t of the difference over its standard error: a bootstrap of few items is too sure. Where k = 0, which
-    B resamples cannot resolve, that of t is taken alone. A test that gives each of m nonzero differences a random sign
+    of Student's t of the difference over its standard error. A bootstrap of few items is too sure. Where k = 0, which B
+    resamples cannot resolve, that of t is taken alone. A test that gives each of m nonzero differences a random sign
     cannot resolve less than 2^(1 - m), so p is never below that either.
     """
     columns = np.column_stack([differences, weights]).astype(float)

@@ -246,7 +246,7 @@ def test_levels_that_cannot_meet_the_budget():
 
 
 def test_no_linears():
-    with pytest.raises(UserError, match="There is no linear"):
+    with pytest.raises(UserError, match="No linear is left"):
         allocate([], options_with("sparsity", "owl"))
 
 
@@ -255,7 +255,7 @@ def test_no_linears():
     [
         ({"sparsity": 0.5, "allocation": {"by": "water-filling"}}, "choose one of knapsack, mosaic, owl, sensitivity"),
         ({"sparsity": 0.5, "allocation": {"by": "owl", "levels": [0.5]}}, "leave them out"),
-        ({"sparsity": 0.5, "allocation": {"by": "owl", "relative": True}}, "goes with water-filling and knapsack"),
+        ({"sparsity": 0.5, "allocation": {"by": "owl", "relative": True}}, "requires water-filling or knapsack"),
         ({"sparsity": 0.5, "allocation": {"by": "knapsack", "levels": []}}, "one or more different targets"),
         ({"sparsity": 0.5, "allocation": {"by": "knapsack", "levels": [0.5, 1.0]}}, "at least 0 and less than 1"),
         ({"pattern": "2:4", "allocation": {"by": "owl"}}, "sparsity"),
@@ -461,8 +461,8 @@ def test_relative_losses_change_what_the_knapsack_chooses():
 
 def test_whole_costs_sum_to_the_total():
     wanted = numpy.array([1.5, 2.25, 3.25, 4.0])
-    assert spreading.whole(wanted, 11) == [2, 2, 3, 4]
-    assert spreading.whole(numpy.array([3 - 1e-9, 5.0]), 8) == [3, 5]
+    assert spreading.round_to_total(wanted, 11) == [2, 2, 3, 4]
+    assert spreading.round_to_total(numpy.array([3 - 1e-9, 5.0]), 8) == [3, 5]
 
 
 def test_spend_takes_the_steps_that_are_worth_the_most():
@@ -476,6 +476,8 @@ def test_spend_takes_the_steps_that_are_worth_the_most():
 
 def test_shifted():
     ones = numpy.ones(3)
-    assert spreading.shifted([0.1, 0.2, 0.3], 10 * ones, 0 * ones, 10 * ones, 9) == pytest.approx([2, 3, 4], rel=1e-12)
-    cut = spreading.shifted([0.1, 0.5, 0.9], 10 * ones, 2 * ones, 8 * ones, 15)
+    assert spreading.shift_shares([0.1, 0.2, 0.3], 10 * ones, 0 * ones, 10 * ones, 9) == pytest.approx(
+        [2, 3, 4], rel=1e-12
+    )
+    cut = spreading.shift_shares([0.1, 0.5, 0.9], 10 * ones, 2 * ones, 8 * ones, 15)
     assert cut == pytest.approx([2, 5, 8], abs=1e-9)

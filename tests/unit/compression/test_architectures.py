@@ -50,7 +50,7 @@ class Roots:
     def inputs(self, architecture: str, name: str, options: dict[str, Any]) -> dict[str, Any]:
         """What a method reads besides its parent."""
         used = method(name)
-        needs = used.needs(used.validated(options))
+        needs = used.needs(used.validate_options(options))
         inputs: dict[str, Any] = {
             "statistics": [self.statistics(architecture, kind) for kind in sorted(needs - FROM_WINDOWS)]
         }

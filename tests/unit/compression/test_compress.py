@@ -97,7 +97,7 @@ def test_every_linear_is_what_the_method_makes_of_it(
     for place, linear in dense.items():
         weight, module, moment = linear.weight.detach(), stored[place], moments[place]
         pure = Linear(weight, storage=torch.float32)
-        replacement = used.layer.compress(pure, moment, used.validated(values))
+        replacement = used.layer.compress(pure, moment, used.validate_options(values))
         new = modules.effective_weight(module).detach()
         torch.testing.assert_close(new, weight_of(replacement, weight), rtol=0, atol=1e-6)
         assert (module.bias is None) == (linear.bias is None)
@@ -142,7 +142,7 @@ def test_a_correction_is_fitted_to_the_reference(
     with torch.no_grad():
         for place, module in stored.items():
             linear = Linear(compressed[place].weight, reference=before[place].weight)
-            expected = used.layer.compress(linear, moments[place], used.validated({"rank": 3}))
+            expected = used.layer.compress(linear, moments[place], used.validate_options({"rank": 3}))
             added = modules.effective_weight(module.compensation)
             torch.testing.assert_close(added, expected.second @ expected.first, rtol=0, atol=1e-6)
             difference = linear.weight + added - linear.reference
@@ -193,7 +193,7 @@ def by_hand(model: nn.Module, windows: Path, name: str, values: dict[str, Any]) 
         for place, linear in modules.replaceable_modules(block).items():
             weight = linear.weight.clone()
             made = used.layer.compress(
-                Linear(weight, storage=torch.float32), moments[place].statistics(), used.validated(values)
+                Linear(weight, storage=torch.float32), moments[place].statistics(), used.validate_options(values)
             )
             weights[f"{index}.{place}"] = weight_of(made, weight)
             linear.weight.copy_(weights[f"{index}.{place}"])
@@ -224,9 +224,9 @@ def test_a_structure_method_is_surgery(
     folder = statistics[kind]
     tensors = read_statistics_file(folder, f"{kind}.safetensors", Statistics.read(folder / "manifest.json"))
     removal = used.structure.choose(
-        SimpleNamespace(structure=surgery.structure(model)), tensors, used.validated(values)
+        SimpleNamespace(structure=surgery.structure(model)), tensors, used.validate_options(values)
     )
-    achieved = surgery.achieved(model, removal)
+    achieved = surgery.describe_removal(model, removal)
     expected = surgery.remove(model, removal)
     assert torch.equal(logits(load_model(node), tokens), logits(expected, tokens))
     manifest = read_manifest(node)

@@ -117,7 +117,7 @@ def test_shares_of_the_splits(world: World) -> None:
 
 
 def test_a_split_that_does_not_exist_is_named() -> None:
-    with pytest.raises(UserError, match=r"no split 'test'.*evaluation"):
+    with pytest.raises(UserError, match=r"'test' is not a split.*evaluation"):
         next(biographies.documents(World(people=1), "test", 1))
 
 

@@ -36,7 +36,7 @@ def test_only_the_first_documents_are_kept_when_their_number_is_given(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("text.jsonl", b'{"text": "a"}\n{"body": "b"}\n', r"text\.jsonl, line 2: there is no key 'text' among body"),
+        ("text.jsonl", b'{"text": "a"}\n{"body": "b"}\n', r"text\.jsonl, line 2 has no key 'text', only body"),
         ("text.jsonl", b'{"text": "a"}\n\n{"text": \n', r"text\.jsonl, line 3: not valid JSON"),
         ("text.jsonl", b'{"text": 3}\n', r"line 1: 'text' holds int"),
         ("text.jsonl", b'["a"]\n', r"line 1: a JSON object is expected"),

@@ -53,7 +53,7 @@ def test_the_built_in_stream_differs_by_role_and_seed_and_is_endless(checkpoint)
         tokenize(checkpoint, given, "recovery", None, 8)
     with pytest.raises(UserError, match="have no key 'peeple'"):
         list(documents({"builtin": "biographies", "peeple": 20}, "recovery"))
-    with pytest.raises(UserError, match="no built-in text 'poems'"):
+    with pytest.raises(UserError, match="'poems' is not a built-in text"):
         list(documents({"builtin": "poems"}, "recovery"))
     with pytest.raises(UserError, match="people is 0"):
         list(documents({"builtin": "biographies", "people": 0}, "recovery"))

@@ -108,7 +108,7 @@ def test_a_linear_model_has_no_barrier(seed):
         for end in ends:
             end.weight.normal_(0, 1, generator=generator)
         losses = np.array(
-            [(each(inputs) - targets).double().square().mean() for each in connectivity.interpolated(*ends, path)]
+            [(each(inputs) - targets).double().square().mean() for each in connectivity.interpolate(*ends, path)]
         )
     value, _ = connectivity.mode_connectivity(losses)
     assert value >= 0
@@ -126,7 +126,7 @@ def test_mode_connectivity_is_the_largest_deviation_with_its_sign():
 def test_the_path_begins_and_ends_at_the_models_and_leaves_them_alone(model, stranger):
     before = deepcopy(model.state_dict())
     states = [
-        deepcopy(each.state_dict()) for each in connectivity.interpolated(model, stranger, np.array([0, 0.25, 1.0]))
+        deepcopy(each.state_dict()) for each in connectivity.interpolate(model, stranger, np.array([0, 0.25, 1.0]))
     ]
     for name, first in model.state_dict().items():
         second = stranger.state_dict()[name]
@@ -178,7 +178,7 @@ def test_invariances_of_cka():
     [(-0.011, 1.0, "I"), (-0.011, 0.1, "I"), (-0.01, 0.9, "II-B"), (0.2, 0.89, "II-A"), (0.0, 0.95, "II-B")],
 )
 def test_regimes(mc, cka, expected):
-    assert connectivity.regime(mc, cka, barrier=0.01, similarity=0.9) == expected
+    assert connectivity.classify(mc, cka, barrier=0.01, similarity=0.9) == expected
 
 
 def test_what_cannot_be_interpolated_is_refused(model, tokenizer, windows):

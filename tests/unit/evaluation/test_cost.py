@@ -55,7 +55,7 @@ def test_a_prompt_is_read_once_and_tokens_are_written_one_by_one_with_the_cache(
 
     monkeypatch.setattr(type(model), "forward", spy)
     tokens = torch.randint(10, (2, 8))
-    prefill, decode = cost.timed_generation(model, tokens, 3)
+    prefill, decode = cost.time_generation(model, tokens, 3)
     assert shapes == [(2, 8, 0), (2, 1, 8), (2, 1, 9), (2, 1, 10)]
     assert prefill > 0
     assert decode > 0

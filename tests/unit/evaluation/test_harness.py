@@ -90,9 +90,9 @@ def test_unknown_tasks_and_worlds_are_named(model, tokenizer, monkeypatch):
     import lm_eval.tasks
 
     monkeypatch.setattr(lm_eval.tasks, "TaskManager", Manager)
-    with pytest.raises(UserError, match="no task 'helaswag'; did you mean 'hellaswag'"):
+    with pytest.raises(UserError, match="'helaswag' is not a task; did you mean 'hellaswag'"):
         harness.measure(model, tokenizer, ["helaswag"])
-    with pytest.raises(UserError, match="no task 'x'; `lm-eval ls tasks`"):
+    with pytest.raises(UserError, match="'x' is not a task; `lm-eval ls tasks`"):
         harness.measure(model, tokenizer, ["x"])
 
 

@@ -12,7 +12,7 @@ import torch
 from coppice.data.windows import save_windows, tokenize
 from coppice.errors import UserError
 from coppice.evaluation import intrinsic, stage
-from coppice.evaluation.intrinsic import matrix_entropy, matrix_nuclear_norm, normalised
+from coppice.evaluation.intrinsic import matrix_entropy, matrix_nuclear_norm, normalize
 from coppice.models.checkpoint import read_manifest
 from coppice.uncertainty import bootstrap_means, percentile_interval
 
@@ -49,7 +49,7 @@ def test_rows_of_rank_one_fill_one_dimension():
 
 
 def test_entropy_survives_a_rotation_of_the_space_and_the_nuclear_norm_does_not():
-    rows = normalised(random(20, 8) * torch.arange(1, 9))
+    rows = normalize(random(20, 8) * torch.arange(1, 9))
     turned = rows @ rotation(8)
     assert matrix_entropy(turned).item() == pytest.approx(matrix_entropy(rows).item())
     assert abs(matrix_nuclear_norm(turned) - matrix_nuclear_norm(rows)).item() > 0.01
@@ -58,17 +58,17 @@ def test_entropy_survives_a_rotation_of_the_space_and_the_nuclear_norm_does_not(
 def test_scale_and_place_of_the_states_do_not_matter():
     states = random(20, 8)
     for changed in (7 * states, states + random(1, 8, seed=3), 1e-6 * states):
-        rows = normalised(changed)
-        assert torch.allclose(rows, normalised(states))
-        assert matrix_entropy(rows).item() == pytest.approx(matrix_entropy(normalised(states)).item())
-    rows = normalised(states)
+        rows = normalize(changed)
+        assert torch.allclose(rows, normalize(states))
+        assert matrix_entropy(rows).item() == pytest.approx(matrix_entropy(normalize(states)).item())
+    rows = normalize(states)
     assert torch.allclose(rows.norm(dim=-1), torch.ones(20, dtype=torch.float64))
     assert matrix_entropy(5 * rows).item() == pytest.approx(matrix_entropy(rows).item())
 
 
 @pytest.mark.parametrize("shape", [(6, 20), (20, 6), (9, 9)])
 def test_both_gram_matrices_have_the_spectrum(shape):
-    rows = normalised(random(*shape))
+    rows = normalize(random(*shape))
     values = torch.linalg.eigvalsh(rows.T @ rows / shape[0]).clamp(min=1e-300)
     assert matrix_entropy(rows).item() == pytest.approx(-(values * values.log()).sum().item())
     assert matrix_entropy(rows).exp().item() <= min(shape[0] - 1, shape[1]) + 1e-9
@@ -77,7 +77,7 @@ def test_both_gram_matrices_have_the_spectrum(shape):
 @pytest.mark.parametrize("shape", [(6, 20), (20, 6), (32, 32)])
 def test_the_nuclear_norm_is_bounded_and_exact_for_orthogonal_columns(shape):
     length, width = shape
-    rows = normalised(random(*shape))
+    rows = normalize(random(*shape))
     assert matrix_nuclear_norm(rows).item() <= math.sqrt(min(shape) / length) + 1e-12
     orthogonal = torch.zeros(length, width, dtype=torch.float64)
     orthogonal[torch.arange(length), torch.arange(length) % min(shape)] = 1
@@ -86,9 +86,9 @@ def test_the_nuclear_norm_is_bounded_and_exact_for_orthogonal_columns(shape):
 
 def test_a_batch_is_its_texts():
     states = random(3, 10, 6)
-    rows = normalised(states)
+    rows = normalize(states)
     for function in (matrix_entropy, matrix_nuclear_norm):
-        assert torch.allclose(function(rows), torch.stack([function(normalised(one)) for one in states]))
+        assert torch.allclose(function(rows), torch.stack([function(normalize(one)) for one in states]))
 
 
 # Measured models
@@ -133,13 +133,13 @@ def test_a_mean_has_the_interval_of_its_texts():
 
 
 def test_the_difference_is_that_of_a_random_model_of_the_same_config(model, windows):
-    fresh = intrinsic.randomly_initialised(model, seed=0)
+    fresh = intrinsic.randomly_initialize(model, seed=0)
     assert fresh.dtype == torch.float32
     before = torch.random.get_rng_state()
-    again = intrinsic.randomly_initialised(model, seed=0)
+    again = intrinsic.randomly_initialize(model, seed=0)
     assert torch.equal(torch.random.get_rng_state(), before)
     assert all(torch.equal(a, b) for a, b in zip(fresh.parameters(), again.parameters(), strict=True))
-    assert not torch.equal(fresh.lm_head.weight, intrinsic.randomly_initialised(model, seed=1).lm_head.weight)
+    assert not torch.equal(fresh.lm_head.weight, intrinsic.randomly_initialize(model, seed=1).lm_head.weight)
     untrained, found = measured(fresh, windows), measured(model, windows)
     expected = untrained["effective_rank"]["value"] - found["effective_rank"]["value"]
     assert found["diff_effective_rank"]["value"] == pytest.approx(expected)

@@ -161,7 +161,7 @@ def test_bad_inputs(linear, statistics):
     [
         ({}, "give 'sparsity' or 'pattern' to prune, 'bits' to round"),
         ({"sparsity": 0.5, "pattern": "2:4"}, "exactly one of 'sparsity' and 'pattern'"),
-        ({"sparsity": 0.5, "group_size": 64}, "'group_size' goes with 'bits'"),
+        ({"sparsity": 0.5, "group_size": 64}, "'group_size' requires 'bits'"),
         ({"pattern": "2:4", "allocation": {"by": "owl"}}, "'allocation' spreads a 'sparsity'"),
     ],
 )

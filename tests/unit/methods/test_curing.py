@@ -252,8 +252,8 @@ def test_linear_of_a_block_that_is_not_chosen_stays_dense(linear, statistics):
 class TestBlocks:
     def chosen(self, blocks, distance):
         names = [f"model.layers.{index}.self_attn.q_proj" for index in range(len(distance))]
-        gathered = {"blocks": {"angular_distance": torch.tensor(distance, dtype=torch.float64)}}
-        decoder = SimpleNamespace(names=names, gathered=gathered.__getitem__)
+        tensors = {"blocks": {"angular_distance": torch.tensor(distance, dtype=torch.float64)}}
+        decoder = SimpleNamespace(names=names, tensors=tensors.__getitem__)
         planned = plan(decoder, Options(blocks=blocks))
         assert list(planned) == names
         return [index for index, name in enumerate(names) if planned[name]]

@@ -195,7 +195,7 @@ def outcome(label: str, situation: Situation, dtype: torch.dtype) -> Outcome:
 def outcome_of(name: str, given: dict[str, Any], situation: Situation, dtype: torch.dtype) -> Outcome:
     """What the driver does with one linear. A method that needs no statistics is given none."""
     used = method(name)
-    options = used.validated(given)
+    options = used.validate_options(given)
     weight = situation.weight.to(dtype)
     statistics = situation.statistics(dtype) if reads(used, options) else None
     reference = None
@@ -212,7 +212,7 @@ def outcome_of(name: str, given: dict[str, Any], situation: Situation, dtype: to
             assert torch.isfinite(factors).all()
             assert (factors > 0).all()
             linear = dataclasses.replace(linear, weight=weight * factors)
-            statistics = folding.scaled(statistics, factors)
+            statistics = folding.scale_statistics(statistics, factors)
     replacement = used.layer.compress(linear, statistics, options)
     block = nn.Module()
     block.linear = nn.Linear(weight.shape[1], len(weight), bias=False, dtype=dtype)
@@ -236,7 +236,7 @@ def expected_refusal(label: str, situation: Situation) -> str:
     if name == "fwsvd" and not situation.inputs.any():
         return "zero on every window"
     used = method(name)
-    if not situation.refusal or not reads(used, used.validated(given)):
+    if not situation.refusal or not reads(used, used.validate_options(given)):
         return ""
     blind = (name, LAYER_ROWS[name].index(given)) in BLIND
     return "" if blind and situation.refusal == "zero" else situation.refusal
@@ -418,7 +418,7 @@ REFUSED = [
 @pytest.mark.parametrize(("name", "given"), REFUSED)
 def test_options_out_of_range_are_refused_at_load(name: str, given: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=f"The options of method {name!r} are not valid: ") as raised:
-        method(name).validated(given)
+        method(name).validate_options(given)
     assert list(given)[-1] in str(raised.value)
 
 
@@ -433,7 +433,7 @@ def test_a_group_that_does_not_divide_the_width_is_refused_or_the_row(name: str,
 
 
 def test_an_unknown_method_is_refused_with_the_nearest() -> None:
-    with pytest.raises(UserError, match=r"There is no method 'wandda'. Did you mean 'wanda'\?"):
+    with pytest.raises(UserError, match=r"'wandda' is not a method. Did you mean 'wanda'\?"):
         method("wandda")
 
 
@@ -449,7 +449,7 @@ RULES = [
 
 @pytest.mark.parametrize(("name", "given", "by"), RULES)
 def test_an_allocation_is_within_its_budget_or_names_the_linear(name: str, given: dict[str, Any], by: str) -> None:
-    options = method(name).validated(given | {"allocation": {"by": by}})
+    options = method(name).validate_options(given | {"allocation": {"by": by}})
     problems = {}
     for label, situation in SITUATIONS.items():
         try:
@@ -505,7 +505,7 @@ def walk() -> Callable[..., layer_pass.LayerPass]:
     def make(name: str, given: dict[str, Any]) -> layer_pass.LayerPass:
         used = method(name)
         model = tiny_model(num_hidden_layers=1)
-        return layer_pass.LayerPass(model, None, used, used.validated(given), Inputs(), torch.float32, 0, "cpu")
+        return layer_pass.LayerPass(model, None, used, used.validate_options(given), Inputs(), torch.float32, 0, "cpu")
 
     return make
 

@@ -114,7 +114,7 @@ def test_objective(remap):
     budget = RankTarget(decoder.shapes, 0.5, remapped=remap)
     costs = RankCosts.of(budget, torch.device("cpu"))
     uniform = costs.uniform(0.5)
-    torch.testing.assert_close(costs.kept(uniform), torch.tensor(0.5, dtype=torch.float64))
+    torch.testing.assert_close(costs.total_share(uniform), torch.tensor(0.5, dtype=torch.float64))
     expected = [0.5, 0.5] if remap else [0.5 * 16 / 32, 0.5 * 20 / 36]
     assert uniform.tolist() == pytest.approx(expected)
     options = Options(keep=0.5, remap=remap, penalty=0)

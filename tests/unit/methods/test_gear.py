@@ -15,10 +15,10 @@ ROWS = [{"bits": 4, "group_size": 4, "buffer": 4, "rank": 2, "decode_rank": 1}]
 def test_gives_settings_of_the_cache():
     gear = method("gear")
     assert gear.contract == "cache" and gear.adds_traits == {"quantized-cache"}
-    settings = gear.cache.cache(gear.validated({"bits": 2}))
+    settings = gear.cache.cache(gear.validate_options({"bits": 2}))
     assert json.loads(json.dumps(settings)) == settings
     assert CacheSettings(**settings) == CacheSettings(2, 64, 64, 4, 2, 0.02, 3)
-    whole_vectors = gear.cache.cache(gear.validated({"bits": 4, "group_size": -1}))
+    whole_vectors = gear.cache.cache(gear.validate_options({"bits": 4, "group_size": -1}))
     assert (whole_vectors["group_size"], whole_vectors["window"]) == (-1, 20)
 
 

@@ -161,7 +161,7 @@ def test_pruned_entries_of_a_factor_stay_zero():
 
 
 def test_nothing_to_heal():
-    with pytest.raises(UserError, match="nothing to heal"):
+    with pytest.raises(UserError, match="Nothing can be healed"):
         heal.prepare(tiny_model(), OPTIONS)
     model = tiny_model()
     made = cur(blocks(model)[0].self_attn.q_proj)

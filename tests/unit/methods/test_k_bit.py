@@ -141,7 +141,7 @@ def test_bad_inputs(linear):
         ({"bits": 2}, "greater than or equal to 3"),
         ({"bits": 9}, "less than or equal to 8"),
         ({"bits": 3, "type": "normal"}, "has 4 bits, not 3"),
-        ({"bits": 4, "type": "int", "exponent_bits": 2}, "goes with the type float, not with int"),
+        ({"bits": 4, "type": "int", "exponent_bits": 2}, "requires the type float, not int"),
         ({"bits": 4, "type": "float", "exponent_bits": 4}, "take at most 3"),
         ({"bits": 4, "block": 16}, "at least 32 weights, or -1 for the whole matrix, not 16"),
         ({"bits": 4, "outliers": 0.6}, "less than or equal to 0.5"),

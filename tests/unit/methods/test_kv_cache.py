@@ -13,7 +13,7 @@ ROWS = [{"bits": 4, "group_size": 4, "window": 4}]
 def test_gives_settings_of_the_cache():
     kivi = method("kv-cache")
     assert kivi.contract == "cache" and kivi.adds_traits == {"quantized-cache"}
-    settings = kivi.cache.cache(kivi.validated({"bits": 2}))
+    settings = kivi.cache.cache(kivi.validate_options({"bits": 2}))
     assert CacheSettings(**settings) == CacheSettings(2, 64, 64)
 
 

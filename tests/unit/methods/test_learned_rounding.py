@@ -205,9 +205,9 @@ def test_bad_inputs(linear, statistics):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"exponent_bits": 2}, "'exponent_bits' goes with 'format: float'"),
-        ({"format": "float", "symmetric": True}, "'symmetric' goes with 'format: int'"),
-        ({"format": "float", "group_size": 64}, "'group_size' goes with 'format: int'"),
+        ({"exponent_bits": 2}, "'exponent_bits' requires 'format: float'"),
+        ({"format": "float", "symmetric": True}, "'symmetric' requires 'format: int'"),
+        ({"format": "float", "group_size": 64}, "'group_size' requires 'format: int'"),
         ({"format": "float", "exponent_bits": 4}, "take at most 3"),
         ({"format": "float", "exponent_bits": 2, "allocation": {"by": "sensitivity"}}, "where bits are allocated"),
         ({"steps": 0}, "greater than or equal to 1"),

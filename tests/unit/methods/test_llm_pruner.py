@@ -12,7 +12,7 @@ from coppice.errors import UserError
 from coppice.methods.prune.llm_pruner import Options, choose
 from coppice.methods.registry import method
 from coppice.models.contracts import Structure
-from coppice.models.surgery import achieved, remove, structure
+from coppice.models.surgery import describe_removal, remove, structure
 
 # Read by tests/rows.py.
 ROWS = [{"ratio": 0.25}]
@@ -182,7 +182,7 @@ def test_what_was_achieved_in_parameters():
     model = tiny_model("qwen2")
     removal = choose(decoder(model), unit_scores(model, TOKENS, MASK, batch=4), Options(ratio=0.5))
     dense = sum(parameter.numel() for parameter in model.parameters())
-    removed = achieved(model, removal)["parameters"]["removed"]
+    removed = describe_removal(model, removal)["parameters"]["removed"]
     # One of two groups: 2 d h (1 + r) + h (2 + r) with d = 32, h = 8, r = 2; 24 of 48 neurons: 3 d each.
     assert removed == 3 * (2 * 32 * 8 * 3 + 8 * 4 + 24 * 3 * 32)
     assert dense - sum(parameter.numel() for parameter in remove(model, removal).parameters()) == removed

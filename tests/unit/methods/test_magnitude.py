@@ -88,7 +88,7 @@ def test_a_refit_gains_on_the_same_mask(linear, statistics, loss, scope):
 
 
 def test_scope_does_not_go_with_a_pattern():
-    with pytest.raises(ValidationError, match="'scope' goes with 'sparsity'"):
+    with pytest.raises(ValidationError, match="'scope' requires 'sparsity'"):
         Options(pattern="2:4", scope="row")
 
 

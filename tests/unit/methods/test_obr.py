@@ -251,9 +251,9 @@ def test_bad_input():
         ({"bits": 4}, "exactly one of"),
         ({"sparsity": 0.5, "pattern": "2:4"}, "exactly one of"),
         ({"sparsity": 1}, "less than 1"),
-        ({"sparsity": 0.5, "alpha": 0.3}, "'alpha' goes with 'bits'"),
-        ({"sparsity": 0.5, "form": "rtn"}, "'form' goes with 'bits'"),
-        ({"sparsity": 0.5, "symmetric": True}, "goes with 'bits'"),
+        ({"sparsity": 0.5, "alpha": 0.3}, "'alpha' requires 'bits'"),
+        ({"sparsity": 0.5, "form": "rtn"}, "'form' requires 'bits'"),
+        ({"sparsity": 0.5, "symmetric": True}, "requires 'bits'"),
     ],
 )
 def test_wrong_options(wrong, sentence):

@@ -14,8 +14,8 @@ import pytest
 from coppice.errors import UserError
 from coppice.methods import incompatible, registry
 from coppice.methods.catalogue import catalogue
-from coppice.methods.declaration import LayerMethod, Resources, Source
-from coppice.methods.options import LayerOptions
+from coppice.methods.declaration import LayerMethod, Resources, RotationMethod, Source
+from coppice.methods.options import LayerOptions, MethodOptions
 
 HEAD = """
 from coppice.models.replacements import Masked
@@ -146,9 +146,9 @@ def layer(fields: str) -> str:
             "finish=lambda model, options: model)\n",
             "METHOD is a TrainingMethod, and a method of the family 'prune' is a LayerMethod or a StructureMethod",
         ),
-        ("raise RuntimeError('no such GPU.')\n", "cannot be registered: no such GPU. Mend that package"),
+        ("raise RuntimeError('no such GPU.')\n", "cannot be registered: no such GPU. Fix that package"),
         ("import no_such_module\n", "No module named 'no_such_module'"),
-        ("assert False\n", "cannot be registered: AssertionError. Mend that package, or uninstall it."),
+        ("assert False\n", "cannot be registered: AssertionError. Fix that package, or uninstall it."),
     ],
 )
 def test_a_broken_plug_in_is_refused_by_name(install: Callable[..., None], text: str, sentence: str) -> None:
@@ -189,6 +189,11 @@ def test_a_plan_declares_that_it_reaches_the_model() -> None:
     with pytest.raises(TypeError, match="it has a `plan`"):
         declare(plan=lambda decoder, options: {}, resources=Resources(reach="block"))
     assert declare(plan=lambda decoder, options: {}, resources=Resources(reach="model")).plan is not None
+
+
+def test_a_rotation_declares_whether_heads_are_rotated() -> None:
+    with pytest.raises(TypeError, match="`options` has no field `heads`"):
+        RotationMethod(source=Source("", "", ""), options=MethodOptions, rotation=lambda width, options: None)
 
 
 def test_what_reaches_the_model_is_declared_by_every_method_that_does() -> None:

@@ -142,7 +142,7 @@ def test_marks_follow_the_options():
     ("options", "message"),
     [
         ({"bits": 4, "refit": True}, "'refit' moves the kept weights off the grid"),
-        ({"symmetric": True}, "'symmetric' goes with 'bits'"),
+        ({"symmetric": True}, "'symmetric' requires 'bits'"),
     ],
 )
 def test_bad_joint_options(options, message):

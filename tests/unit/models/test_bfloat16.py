@@ -43,7 +43,7 @@ class Workshop:
     @cache  # noqa: B019
     def node(self, name: str) -> Path:
         used = method(name)
-        needs = used.needs(used.validated(ALL[name]))
+        needs = used.needs(used.validate_options(ALL[name]))
         parent, inputs = self.root, {}
         if used.family == "compensate":
             parent, inputs["reference"] = self.node("rtn"), self.root

@@ -27,7 +27,7 @@ def test_folded_scales_leave_the_logits_alone(architecture: str) -> None:
         for entry in shared:
             scales = torch.rand(len(entry.index), generator=generator, dtype=torch.float64) + 0.5
             old = block.get_submodule(entry.consumers[0]).weight.clone()
-            folding.fold(block, entry, entry.pooled(scales))
+            folding.fold(block, entry, entry.pool(scales))
             assert not torch.equal(block.get_submodule(entry.consumers[0]).weight, old)
     torch.testing.assert_close(logits(model, tokens), before, rtol=1e-9, atol=1e-9)
 
@@ -37,7 +37,7 @@ def test_pooled_scales_are_the_same_for_what_one_output_makes() -> None:
     shared = folding.scalable_inputs(model, blocks(model)[0])[1]
     assert shared.consumers == ("self_attn.o_proj",) and len(shared.index) == 32
     scales = torch.rand(32, dtype=torch.float64) + 0.5
-    pooled = shared.pooled(scales)
+    pooled = shared.pool(scales)
     # Key/value head 0 serves query heads 0 and 1, four inputs each.
     assert torch.equal(pooled[:4], pooled[4:8])
     torch.testing.assert_close(pooled[:4], (scales[:4] * scales[4:8]).sqrt())
@@ -61,6 +61,6 @@ def test_scaled_statistics_are_those_of_the_scaled_inputs() -> None:
         scales = torch.linspace(0.5, 2, 32)
         folding.fold(block, shared, scales)
         after, _, _ = gather_block(model, 0, embed(model, tokens, kept), "cpu")
-    expected = folding.scaled(before["mlp.gate_proj"], scales)
+    expected = folding.scale_statistics(before["mlp.gate_proj"], scales)
     for field in ("second_moment", "mean", "absmean", "absmax"):
         torch.testing.assert_close(getattr(after["mlp.gate_proj"], field), getattr(expected, field))

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from coppice.errors import UserError
 from coppice.methods.quantize import rotate as method
-from coppice.models.rotation import achieved, rotate
+from coppice.models.rotation import describe_rotation, rotate
 
 TOKENS = tiny_tokens()
 ROTATABLE = [name for name in ARCHITECTURES if name not in NORMS_AFTER]
@@ -62,7 +62,7 @@ def test_widths_that_are_no_powers_of_two(changes):
 def test_tied_embeddings_are_untied(architecture, tmp_path):
     model = tiny_model(architecture, dtype=torch.float64, tie_word_embeddings=True)
     assert model.lm_head.weight is model.model.embed_tokens.weight
-    record = achieved(model, method.Options())
+    record = describe_rotation(model, method.Options())
     assert record["untied"] and record["parameters_added"] == 61 * 32
     before, rotated = assert_same_function(model, method.Options())
     assert not rotated.config.tie_word_embeddings
@@ -75,14 +75,14 @@ def test_tied_embeddings_are_untied(architecture, tmp_path):
 
 def test_the_record_tells_what_is_rotated():
     model = tiny_model("qwen3")
-    assert achieved(model, method.Options()) == {
+    assert describe_rotation(model, method.Options()) == {
         "residual_width": 32,
         "head_width": 12,
         "norms_folded": 7,
         "untied": False,
         "parameters_added": 0,
     }
-    assert achieved(model, method.Options(heads=False))["head_width"] is None
+    assert describe_rotation(model, method.Options(heads=False))["head_width"] is None
 
 
 def test_values_are_rotated_within_their_heads_only():

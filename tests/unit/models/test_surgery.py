@@ -19,7 +19,7 @@ from transformers import (
 from coppice.errors import UserError
 from coppice.models.architectures.base import architecture_of
 from coppice.models.contracts import Removal, Structure
-from coppice.models.surgery import achieved, remove, structure
+from coppice.models.surgery import describe_removal, remove, structure
 
 TOKENS = tiny_tokens()
 
@@ -125,7 +125,7 @@ def test_generation_with_a_cache_is_generation_without(architecture):
 def test_achieved_counts_the_parameters(architecture, removal):
     model = tiny_model(architecture, tie_word_embeddings=True)
     dense, dense_blocks = parameters(model), parameters(model.model.layers)
-    record = achieved(model, removal)
+    record = describe_removal(model, removal)
     removed = dense - parameters(remove(model, removal))
     assert record["parameters"] == {
         "removed": removed,
@@ -250,7 +250,11 @@ def test_a_llama_with_biases_is_refused_before_anything_is_removed():
 def test_biases_of_every_linear():
     model = tiny_model("llama-gqa", dtype=torch.float64, attention_bias=True, mlp_bias=True)
     removal = Removal(kv_groups=((0, 2), (1, 3), (0, 1)), neurons=WIDTHS.neurons)
-    expected, record, dense = logits(zeroed(model, removal), TOKENS), achieved(model, removal), parameters(model)
+    expected, record, dense = (
+        logits(zeroed(model, removal), TOKENS),
+        describe_removal(model, removal),
+        parameters(model),
+    )
     pruned = remove(model, removal)
     assert record["parameters"]["removed"] == dense - parameters(pruned)
     torch.testing.assert_close(logits(pruned, TOKENS), expected, rtol=0, atol=1e-10)

@@ -243,7 +243,7 @@ def test_a_parameter_in_no_group_is_named(place: Path, tmp_path: Path, monkeypat
     ("change", "sentence"),
     [
         ({"restore": None}, "`state` and `restore` belong together"),
-        ({"resources": Resources(reach="model", teacher=True)}, "names a teacher, but there is no `loss`"),
+        ({"resources": Resources(reach="model", teacher=True)}, "names a teacher, but no `loss`"),
         ({"before_step": lambda model: None}, "`before_step` does not take the 2 arguments"),
         ({"after_step": 3}, "`after_step` is 3, not a function"),
         ({"finish": lambda model: model}, "`finish` does not take the 2 arguments"),

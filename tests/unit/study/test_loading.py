@@ -90,7 +90,7 @@ REFUSED: list[tuple[dict[str, Any] | Callable[[], dict[str, Any]], str]] = [
     (changed("seed", "x"), 'seed is "x"; it should be a valid integer, unable to parse string as an integer.'),
     (changed("steps", None), "steps is null; it should be a mapping of keys to values."),
     # Steps and their options
-    (changed("steps.rtn-4.method", "rtm"), "steps.rtn-4: there is no method 'rtm'. Did you mean 'rtn'?"),
+    (changed("steps.rtn-4.method", "rtm"), "steps.rtn-4: 'rtm' is not a method. Did you mean 'rtn'?"),
     (
         changed("steps.rtn-4.method", remove=True),
         "steps.rtn-4: a step needs the key 'method' with the name of a method.",
@@ -219,7 +219,7 @@ def test_options_that_were_renamed_are_refused_with_the_new_name(monkeypatch):
 def test_a_method_that_was_renamed_is_refused_with_the_new_name(monkeypatch):
     entry = SimpleNamespace(options=MethodOptions, needs=lambda options: frozenset())
     monkeypatch.setitem(renamed.METHODS, "old-name", "new-name")
-    assert "steps.new: there is no method 'old-name'." in refusal(changed("steps.new", {"method": "old-name"}))
+    assert "steps.new: 'old-name' is not a method." in refusal(changed("steps.new", {"method": "old-name"}))
     monkeypatch.setitem(methods(), "new-name", entry)
     sentence = "steps.new: the method `old-name` is now `new-name`; rename it."
     assert sentence in refusal(changed("steps.new", {"method": "old-name"}))

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def _last(kept: Tensor) -> Tensor:
-    """[w, 1] where the last token of each window stands."""
+    """[w, 1] the position of the last token of each window."""
     places = torch.arange(kept.shape[1])
     return torch.where(kept, places, 0).amax(dim=1, keepdim=True)
 

@@ -19,7 +19,8 @@ from transformers import PreTrainedModel
 
 from coppice.calibration.walk import windows_in_a_batch
 from coppice.errors import UserError
-from coppice.models.architectures.base import UNITS, Role, architecture_of, blocks
+from coppice.models.architectures.base import UNITS, architecture_of, blocks
+from coppice.models.contracts import Role
 from coppice.models.surgery import structure
 
 IMPORTANCES = ("vector", "first", "second", "mixed")
@@ -74,9 +75,8 @@ def unit_scores(model: PreTrainedModel, tokens: Tensor, attention_mask: Tensor, 
 
         vector |sum w g|    first sum |w g|    second sum w^2 a    mixed sum |w g - w^2 a / 2|
 
-    and a unit's score is the sum over its rows and columns.
-    Memory besides the model and the activations of a batch: nothing lasting when all windows go in one batch, else g
-    and a of the blocks' linears, two float32 copies.
+    and a unit's score is the sum over its rows and columns. Memory in addition to the model and the activations of a
+    batch: nothing lasting when all windows go in one batch, else g and a of the blocks' linears, two float32 copies.
     Raises UserError when no window predicts a token, and when a linear's output, a window's loss or a gradient is not
     finite.
     """
@@ -84,7 +84,7 @@ def unit_scores(model: PreTrainedModel, tokens: Tensor, attention_mask: Tensor, 
     predicted = (attention_mask[:, 1:] & attention_mask[:, :-1]).bool()
     used = predicted.any(1)
     if not used.any():
-        raise UserError("No calibration window has two tokens in a row, so there is no loss to take gradients of.")
+        raise UserError("No calibration window has two tokens in a row, so no loss has gradients.")
     tokens, attention_mask, predicted = (
         tensor[used].to(model.device) for tensor in (tokens.long(), attention_mask, predicted)
     )
@@ -106,7 +106,7 @@ def unit_scores(model: PreTrainedModel, tokens: Tensor, attention_mask: Tensor, 
         for importance, score in _member_scores(moment, member, getattr(units, member.unit)).items():
             scores[f"{member.unit}.{importance}"][member.block] += score
 
-    with _frozen(model), _collecting(members, collect):
+    with _freeze(model), _collecting(members, collect):
         for start in range(0, len(tokens), batch):
             part = slice(start, start + batch)
             losses = _losses(model, tokens[part], attention_mask[part], predicted[part])
@@ -198,7 +198,7 @@ def _losses(model: PreTrainedModel, tokens: Tensor, attention_mask: Tensor, pred
 
 
 @contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
+def _freeze(model: nn.Module) -> Iterator[None]:
     """Autograd leaves the weights alone: their gradients are taken a window at a time from inputs and outputs."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -32,11 +32,11 @@ def windows_in_a_batch(tokens: Tensor) -> int:
 
 @dataclass
 class Batch:
-    """Hidden states [b, t, hidden] on their way through the blocks, and what each block's forward takes besides."""
+    """Hidden states [b, t, hidden] on their way through the blocks, and the other arguments of each block's forward."""
 
     hidden: Tensor
     kept: Tensor
-    arguments: list[dict[str, Any]]
+    arguments: list[Mapping[str, object]]
 
 
 @torch.no_grad()
@@ -44,31 +44,31 @@ def embed(model: PreTrainedModel, tokens: Tensor, kept: Tensor) -> list[Batch]:
     """The inputs of the first block, in batches, with every block's own masks and positions.
 
     The model's own forward computes them: it runs once with each block replaced by the identity, and what it hands to
-    the blocks is noted. So sliding windows and padding are treated as the architecture treats them.
+    the blocks is recorded. So sliding windows and padding are treated as the architecture treats them.
     """
     family = architecture_of(model)
     decoder, rows = model.get_submodule(family.decoder), windows_in_a_batch(tokens)
     batches = []
     for first in range(0, len(tokens), rows):
         part, part_kept = tokens[first : first + rows], kept[first : first + rows]
-        noted: list[dict[str, Any]] = []
-        with _identity_blocks(model, noted):
+        arguments: list[Mapping[str, object]] = []
+        with _identity_blocks(model, arguments):
             attention_mask = None if part_kept.all() else part_kept.long()
             embedded = model.get_submodule(family.embeddings)(part)
             decoder(inputs_embeds=embedded, attention_mask=attention_mask, use_cache=False)
-        batches.append(Batch(embedded, part_kept, noted))
+        batches.append(Batch(embedded, part_kept, arguments))
     return batches
 
 
 @contextmanager
-def _identity_blocks(model: PreTrainedModel, noted: list[dict[str, Any]]) -> Iterator[None]:
-    def note(module: nn.Module, positional: tuple, keywords: dict[str, Any]) -> None:
-        noted.append(keywords)
+def _identity_blocks(model: PreTrainedModel, arguments: list[Mapping[str, object]]) -> Iterator[None]:
+    def record(module: nn.Module, positional: tuple, keywords: Mapping[str, object]) -> None:
+        arguments.append(keywords)
 
     def identity(hidden_states: Tensor, **keywords: Any) -> Tensor:
         return hidden_states
 
-    hooks = [block.register_forward_pre_hook(note, with_kwargs=True) for block in blocks(model)]
+    hooks = [block.register_forward_pre_hook(record, with_kwargs=True) for block in blocks(model)]
     for block in blocks(model):
         block.forward = identity
     try:

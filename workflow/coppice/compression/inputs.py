@@ -1,4 +1,4 @@
-"""What a compression step reads besides its parent: calibration statistics, calibration windows, the reference."""
+"""What a compression step reads in addition to its parent: calibration statistics and windows, the reference."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Inputs:
         return (None, None) if self.windows is None else walk.as_tensors(self.windows)
 
     def fingerprints(self) -> dict[str, str]:
-        """The fingerprint of the windows behind each input, by its name."""
+        """The fingerprint of the windows that each input comes from, by its name."""
         fingerprints = {kind: manifest.tokens_fingerprint for kind, (_, manifest) in self.folders.items()}
         if self.windows is not None:
             fingerprints["windows"] = self.windows.manifest.fingerprint

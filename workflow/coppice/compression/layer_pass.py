@@ -1,7 +1,7 @@
 """A layer method's pass over the blocks of a model: statistics, the method, the replacement, the record.
 
 The way of a weight, in the order of this file: `compress_layers` decides for the whole model and takes the blocks one
-by one to the device; `compress_block` scales shared inputs and takes the linears one by one; `compress_linear` calls
+by one to the device. `compress_block` scales shared inputs and takes the linears one by one. `compress_linear` calls
 the method, puts its replacement in place and measures the error.
 """
 
@@ -29,11 +29,13 @@ from coppice.methods.solvers.loss import relative_error
 from coppice.models import folding, modules
 from coppice.models.architectures.base import Architecture, architecture_of, blocks
 from coppice.models.contracts import Linear, LinearStatistics
+from coppice.models.modules import Replaceable
+from coppice.records.base import Json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Record = dict[str, Any]
+Record = Json  # of one linear, or of what a step achieved
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class LayerPass:
     def architecture(self) -> Architecture:
         return architecture_of(self.model)
 
-    def linears(self, block: nn.Module) -> dict[str, nn.Module]:
+    def linears(self, block: nn.Module) -> dict[str, Replaceable]:
         """What the method could work on in a block, by the name within it.
 
         A compensate method sees linears as the architecture names them; every other method each matrix, also the
@@ -64,7 +66,7 @@ class LayerPass:
         """
         return {**(modules.weight_matrices(block) if self.original is None else modules.replaceable_modules(block))}
 
-    def targets(self, block: nn.Module) -> dict[str, nn.Module]:
+    def targets(self, block: nn.Module) -> dict[str, Replaceable]:
         """The linears of a block that the method works on, by the name within it."""
         return {name: linear for name, linear in self.linears(block).items() if self.is_target(name)}
 
@@ -73,7 +75,7 @@ class LayerPass:
         targets = self.options.target_modules
         return targets is None or bool(set(name.split(".")) & set(targets))
 
-    def all_targets(self) -> dict[str, nn.Module]:
+    def all_targets(self) -> dict[str, Replaceable]:
         """The linears that the method works on by full name, in the model's order."""
         return {
             self.architecture.full_name(index, name): linear
@@ -81,7 +83,7 @@ class LayerPass:
             for name, linear in self.targets(block).items()
         }
 
-    def view(self, name: str, module: nn.Module, reference: nn.Module | None = None, **more: Any) -> Linear:
+    def view(self, name: str, module: Replaceable, reference: Replaceable | None = None, **more: Any) -> Linear:
         """What the method sees of one linear (see `linear_view`)."""
         role = self.architecture.role(self.architecture.place(name)[1])
         return linear_view(name, module, self.storage, self.seed, reference, role=role, **more)
@@ -99,7 +101,7 @@ class Decisions:
     allocation of the target comes to, for the record.
     """
 
-    plans: Mapping[str, Any] = field(default_factory=dict)
+    plans: Mapping[str, object] = field(default_factory=dict)
     options: Mapping[str, LayerOptions] = field(default_factory=dict)
     achieved: Record = field(default_factory=dict)
 
@@ -150,7 +152,7 @@ def decide(layer_pass: LayerPass) -> Decisions:
     return Decisions(plans, options, achieved)
 
 
-def plan(layer_pass: LayerPass) -> dict[str, Any]:
+def plan(layer_pass: LayerPass) -> Mapping[str, object]:
     """What the method decides from the whole model, by the linears' full names."""
     method_plan = layer_pass.method.layer.plan
     if method_plan is None:
@@ -262,15 +264,15 @@ def scale_inputs(
         if not all(layer_pass.is_target(name) for name in names):
             continue
         full_name = partial(layer_pass.architecture.full_name, index)
-        linears = [layer_pass.view(full_name(name), block.get_submodule(name)) for name in names]
+        linears = [layer_pass.view(full_name(name), modules.replaceable_module(block, name)) for name in names]
         with error_context(linears[0].name):
             scales = method_scales(linears, statistics[names[0]], layer_pass.options)
         if scales is None:
             continue
-        scales = shared.pooled(scales.double())
+        scales = shared.pool(scales.double())
         folding.fold(block, shared, scales)
         # Linears that share an input share its statistics.
-        scaled = folding.scaled(statistics[names[0]], scales.to(statistics[names[0]].mean.dtype))
+        scaled = folding.scale_statistics(statistics[names[0]], scales.to(statistics[names[0]].mean.dtype))
         statistics |= dict.fromkeys(names, scaled)
         records |= {name: {"scale_ratio": (scales.max() / scales.min()).item()} for name in names}
     return statistics, records
@@ -289,9 +291,9 @@ def compress_linear(
     inner: the linear's name within the block.
     """
     replacement = layer_pass.method.layer.compress(linear, statistics, options)
-    replace(block, inner, block.get_submodule(inner), replacement, layer_pass.storage)
+    replace(block, inner, modules.replaceable_module(block, inner), replacement, layer_pass.storage)
     # As it will be read back: what the checkpoint rounds is part of the error.
-    weight = modules.effective_weight(block.get_submodule(inner)).float()
+    weight = modules.effective_weight(modules.replaceable_module(block, inner)).float()
     return {**replacement.record, **errors(weight, linear, statistics)}
 
 
@@ -309,11 +311,11 @@ def errors(weight: Tensor, linear: Linear, statistics: LinearStatistics | None) 
     return record
 
 
-def mean_record(records: Mapping[str, Record]) -> dict[str, float]:
+def mean_record(records: Mapping[str, Record]) -> Record:
     """The means over linears of every number in their records."""
-    names = {key for record in records.values() for key, value in record.items() if isinstance(value, int | float)}
-    return {
-        key: sum(values) / len(values)
-        for key in sorted(names)
-        if (values := [record[key] for record in records.values() if isinstance(record.get(key), int | float)])
-    }
+    numbers: dict[str, list[float]] = {}
+    for record in records.values():
+        for key, value in record.items():
+            if isinstance(value, int | float):
+                numbers.setdefault(key, []).append(value)
+    return {key: sum(values) / len(values) for key, values in sorted(numbers.items())}

@@ -16,7 +16,7 @@ def replace(
     dtype that the model computes in."""
     dtype = next(tensor.dtype for tensor in module.state_dict().values() if tensor.is_floating_point())
 
-    def stored(values: Tensor) -> Tensor:
+    def as_stored(values: Tensor) -> Tensor:
         # A copy: what a method returns may be a view of something larger, and would be stored as such.
         return values.to(storage).to(dtype).clone(memory_format=torch.contiguous_format)
 
@@ -26,10 +26,10 @@ def replace(
         case QuantizedActivations(bits=bits, symmetric=symmetric, clip=clip):
             modules.quantize_activations(module, {"bits": bits, "symmetric": symmetric, "clip": clip})
         case Masked(weight=weight, mask=mask):
-            module.weight = nn.Parameter(stored(weight) * mask)
+            module.weight = nn.Parameter(as_stored(weight) * mask)
             modules.set_masked(module, True)
         case _:
-            form = modules.FORMS[type(replacement).__name__].from_replacement(replacement, module, stored)
+            form = modules.FORMS[type(replacement).__name__].from_replacement(replacement, module, as_stored)
             keep_activation_quantization(module, form)
             block.set_submodule(name, form)
 

@@ -10,6 +10,7 @@ import argparse
 import json
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ def run(arguments: argparse.Namespace) -> None:
 def compress(
     node: str,
     parent: Path,
-    step: dict[str, Any],
+    step: Mapping[str, Any],
     output: Path,
     statistics: list[Path],
     tokens: Path | None = None,
@@ -73,7 +74,7 @@ def compress(
         raise UserError(
             f"Step {step['name']!r} ({method.name}) trains its parent; make the node with `coppice recover`."
         )
-    options = method.validated(step["options"])
+    options = method.validate_options(step["options"])
     parent_manifest = read_manifest(parent)
     refuse_impossible(step["name"], method, parent_manifest.traits)
     inputs = read_inputs(
@@ -88,7 +89,8 @@ def compress(
     elif method.contract == "rotation":
         from coppice.models import rotation
 
-        achieved = rotation.achieved(model, options)
+        assert isinstance(options, rotation.RotationOptions)  # as every RotationMethod declares
+        achieved = rotation.describe_rotation(model, options)
         model = rotation.rotate(model.to(device), method.rotation.rotation, options)
     elif method.contract == "cache":
         from coppice.models.modules import kv_cache

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -13,6 +13,7 @@ from coppice.methods.options import MethodOptions
 from coppice.methods.registry import Method
 from coppice.models import modules, surgery
 from coppice.models.architectures.base import architecture_of, blocks
+from coppice.records.base import Json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -26,7 +27,7 @@ def change_structure(
     storage: torch.dtype,
     seed: int,
     device: str,
-) -> tuple[PreTrainedModel, dict[str, Any]]:
+) -> tuple[PreTrainedModel, Json]:
     """Removes the units that a structure method chooses; returns the model and what was achieved.
 
     The model is on the device while the method chooses, if its reach is the model.
@@ -43,5 +44,5 @@ def change_structure(
     statistics = {name: tensor for tensors in decoder.kinds.values() for name, tensor in tensors.items()}
     removal = method.structure.choose(decoder, statistics, options)
     model.to("cpu")
-    achieved = {**removal.record, **surgery.achieved(model, removal)}
+    achieved = {**removal.record, **surgery.describe_removal(model, removal)}
     return surgery.remove(model, removal), achieved

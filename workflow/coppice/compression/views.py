@@ -12,13 +12,19 @@ from coppice.compression.inputs import Inputs
 from coppice.models import modules
 from coppice.models.contracts import Linear, linear_seed
 from coppice.models.decoder import WholeDecoder
+from coppice.models.modules import Replaceable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
 def linear_view(
-    name: str, module: nn.Module, storage: torch.dtype, seed: int, reference: nn.Module | None = None, **more: Any
+    name: str,
+    module: Replaceable,
+    storage: torch.dtype,
+    seed: int,
+    reference: Replaceable | None = None,
+    **more: Any,
 ) -> Linear:
     """One linear, or composite, by its full name.
 
@@ -38,8 +44,8 @@ def linear_view(
 
 def decoder_view(
     model: PreTrainedModel,
-    linears: Mapping[str, nn.Module],
-    view: Callable[[str, nn.Module], Linear],
+    linears: Mapping[str, Replaceable],
+    view: Callable[[str, Replaceable], Linear],
     inputs: Inputs,
     seed: int,
     device: str,

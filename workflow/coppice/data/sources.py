@@ -38,7 +38,7 @@ def describe(text: Mapping[str, Any]) -> str:
 def world(text: Mapping[str, Any]) -> biographies.World:
     """The `biographies.World` of a built-in text. Raises UserError for unknown names, keys and sizes."""
     if text["builtin"] != "biographies":
-        raise UserError(f"There is no built-in text {text['builtin']!r}; the only one is 'biographies'.")
+        raise UserError(f"{text['builtin']!r} is not a built-in text; the only one is 'biographies'.")
     known = {field.name for field in fields(biographies.World)}
     options = {key: value for key, value in text.items() if key != "builtin" and value is not None}
     if unknown := sorted(options.keys() - known):
@@ -140,7 +140,7 @@ def parquet_documents(path: Path, field: str) -> Iterator[str]:
 def text_field(row: Mapping[str, Any], field: str, place: str) -> str:
     """The text in `field` of `row`."""
     if field not in row:
-        raise UserError(f"{place}: there is no key {field!r} among {', '.join(row)}; set `field`.")
+        raise UserError(f"{place} has no key {field!r}, only {', '.join(row)}; set `field`.")
     if not isinstance(row[field], str):
         raise UserError(f"{place}: {field!r} holds {type(row[field]).__name__}, but text is expected.")
     return row[field]

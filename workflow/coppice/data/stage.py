@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokenizer", type=Path, required=True, help="checkpoint whose tokenizer.json is used")
     parser.add_argument("--text", type=json.loads, required=True, help="the text, as JSON")
     parser.add_argument("--role", choices=ROLES, required=True, help="which split of the text")
-    parser.add_argument("--windows", type=int, default=0, help="how many windows; 0: all there are")
+    parser.add_argument("--windows", type=int, default=0, help="how many windows; 0: all")
     parser.add_argument("--length", type=int, required=True, help="tokens in a window")
     parser.add_argument("--seed", type=int, default=0, help="seed of the built-in stream")
     parser.add_argument("--no-pack", dest="pack", action="store_false", help="one document a window")

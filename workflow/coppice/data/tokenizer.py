@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,8 +60,8 @@ def beginning_token(directory: Path, tokenizer: Tokenizer) -> int:
 
     Raises UserError where neither names one.
     """
-    named = optional_json(Path(directory) / "tokenizer_config.json").get("bos_token")
-    content = named["content"] if isinstance(named, dict) else named
+    entry = optional_json(Path(directory) / "tokenizer_config.json").get("bos_token")
+    content = entry["content"] if isinstance(entry, dict) else entry
     if content is not None and (token := tokenizer.token_to_id(content)) is not None:
         return token
     token = optional_json(Path(directory) / "config.json").get("bos_token_id")
@@ -72,6 +73,6 @@ def beginning_token(directory: Path, tokenizer: Tokenizer) -> int:
     return token
 
 
-def optional_json(path: Path) -> dict[str, Any]:
+def optional_json(path: Path) -> Mapping[str, Any]:
     """The content of a checkpoint's JSON file; empty where the file does not exist."""
     return read_json(path) if storage.ensure_local(path).is_file() else {}

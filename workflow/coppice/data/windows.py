@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 import numpy as np
 
@@ -43,6 +43,23 @@ class Windows:
     manifest: TokenSet
 
 
+class _Identity(TypedDict):
+    """What the fingerprint of a token set is taken of; fields of `TokenSet`."""
+
+    content: str
+    tokenizer: str
+    length: int
+    windows: int
+    seed: int
+    role: str
+    packed: bool
+    bos: int | None
+
+
+class _FileHash(TypedDict):
+    text_sha256: NotRequired[str]
+
+
 def tokenize(
     directory: Path,
     text: Mapping[str, Any],
@@ -55,7 +72,7 @@ def tokenize(
 ) -> Windows:
     """Windows of `length` tokens of `text` for `role`, by the tokenizer of the checkpoint in `directory`.
 
-    windows: how many; 0 or None takes all there are. seed: matters to the built-in stream only.
+    windows: how many; 0 or None takes all. seed: matters to the built-in stream only.
     Packed: documents are joined in order, each after one beginning-of-sequence token (`bos`), and cut into windows that
     have no gaps; what is left over is dropped. Not packed: one document a window, cut or padded to `length`.
 
@@ -64,7 +81,7 @@ def tokenize(
     """
     text = {key: value for key, value in text.items() if value is not None}
     if not windows and "builtin" in text:
-        raise UserError("The built-in text is endless; say how many windows of it to take.")
+        raise UserError("The built-in text is endless; set how many windows of it to take.")
     tokenizer = load_tokenizer(directory)
     first = [beginning_token(directory, tokenizer)] if bos else []
     capacity = length if pack else 1
@@ -73,17 +90,17 @@ def tokenize(
     content = hashlib.sha256()
     rows: list[np.ndarray] = []
     hashes: list[int] = []
-    filled = 0  # tokens when packing, windows when not
+    count = 0  # tokens when packing, windows when not
     for document, ids in encode_documents(tokenizer, documents(text, role, seed)):
         row = np.array(first + ids, dtype=np.int32)
         rows.append(row if pack else row[:length])
         hashes.append(document_hash(document) if len(document) >= SHORT else 0)
         encoding = document.encode()
         content.update(len(encoding).to_bytes(8, "big") + encoding)
-        filled += len(row) if pack else 1
-        if enough is not None and filled >= enough:
+        count += len(row) if pack else 1
+        if enough is not None and count >= enough:
             break
-    available = filled // capacity
+    available = count // capacity
     # Training reads a short text again; measurements must not differ in how much they read.
     needed = 1 if role == "recovery" else windows or 1
     if available < needed:
@@ -92,7 +109,7 @@ def tokenize(
             "requested; request fewer or shorter ones, or give the role more text."
         )
     tokens, owners = (pack_rows if pack else pad_rows)(rows, min(windows or available, available), length)
-    identity = {
+    identity: _Identity = {
         "content": content.hexdigest(),
         "tokenizer": sha256(Path(directory) / "tokenizer.json"),
         "length": length,
@@ -102,17 +119,18 @@ def tokenize(
         "packed": pack,
         "bos": first[0] if first else None,
     }
-    used = int(owners.max()) + 1
+    document_count = int(owners.max()) + 1
+    file_hash: _FileHash = {"text_sha256": sha256(Path(text["path"]))} if "path" in text else {}
     manifest = TokenSet(
         fingerprint=fingerprint(identity),
         text=text,
-        **({"text_sha256": sha256(text["path"])} if "path" in text else {}),
+        **file_hash,
         **identity,
         tokens=int((owners >= 0).sum()),
         tokens_read=sum(map(len, rows)),
-        documents=used,
+        documents=document_count,
     )
-    return Windows(tokens, owners, np.array(hashes[:used], dtype=np.int64), manifest)
+    return Windows(tokens, owners, np.array(hashes[:document_count], dtype=np.int64), manifest)
 
 
 def encode_documents(tokenizer: Tokenizer, source: Iterator[str]) -> Iterator[tuple[str, list[int]]]:

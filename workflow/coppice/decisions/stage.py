@@ -28,7 +28,7 @@ from coppice.decisions.recipe import (
     lower_is_better,
 )
 from coppice.errors import UserError
-from coppice.formatting import format_table, wrapped
+from coppice.formatting import format_table, wrap_lines
 from coppice.records.fit import FitRecord
 from coppice.records.layout import ResultsLayout
 from coppice.results.reading import read_table
@@ -175,5 +175,5 @@ def answer_lines(answer: Answer) -> list[str]:
     """An answer as text of at most 120 columns."""
     lines = [answer["title"]]
     for sentence in answer["sentences"]:
-        lines += wrapped(sentence, "  ")
+        lines += wrap_lines(sentence, "  ")
     return lines + [f"  {line}".rstrip() for line in (format_table(answer["table"]) if "table" in answer else [])]

@@ -12,6 +12,6 @@ def sequences_at_once(model: PreTrainedModel, usual: int) -> int:
     """`usual`, or 1 for a model that compresses its keys and values.
 
     Compression works on stretches of tokens in which padding counts, so that a sequence's scores would depend on those
-    beside it.
+    next to it.
     """
     return 1 if hasattr(model.model, "cache_settings") else usual

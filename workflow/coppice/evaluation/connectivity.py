@@ -1,7 +1,7 @@
 """Whether two nodes that differ by their seed alone lie in one basin, and whether they compute the same.
 
 Zhou et al., A Three-regime Model of Network Pruning (arXiv 2305.18383). Along theta(t) = (1 - t) theta_1 + t theta_2,
-with theta_1 the node, theta_2 its twin of the study's seed and t at equally spaced points from 0 to 1:
+with theta_1 the node, theta_2 the same node of the study's seed and t at equally spaced points from 0 to 1:
 
     mc = err_mean - err(theta(t*)),   t* = argmax_t |err_mean - err(theta(t))|,   err_mean = 1/2 (err(0) + err(1))
 
@@ -23,14 +23,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from copy import deepcopy
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from coppice.errors import UserError
 from coppice.evaluation.batching import sequences_at_once
-from coppice.evaluation.perplexity import DESCRIBED, LOGITS
+from coppice.evaluation.perplexity import LOGITS, PROTOCOL_FIELDS
 from coppice.lazy import torch
+from coppice.records.base import Json
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -54,7 +55,7 @@ def measure(
     points: int,
     barrier: float,
     similarity: float,
-) -> list[dict[str, Any]]:
+) -> list[Json]:
     """Mode connectivity, barrier of the loss and CKA of two models by the protocol `name`: rows of metrics.
 
     points: of the path, both ends among them. barrier: an error; similarity: a CKA (see above). Raises UserError where
@@ -68,21 +69,21 @@ def measure(
         )
     refuse_different(model, other)
     path = np.linspace(0, 1, points)
-    losses, errors = np.array([loss_and_error(between, windows) for between in interpolated(model, other, path)]).T
+    losses, errors = np.array([loss_and_error(between, windows) for between in interpolate(model, other, path)]).T
     connectivity, furthest = mode_connectivity(errors)
     barriers = losses - ((1 - path) * losses[0] + path * losses[-1])
     cka = linear_cka(outputs(model, other, windows))
-    found = regime(connectivity, cka, barrier, similarity)
+    regime = classify(connectivity, cka, barrier, similarity)
     scored = int((windows.documents[:, 1:] >= 0).sum())
-    shared = {
+    shared: Json = {
         "stderr": None,
         "n": scored,
         "task": name,
-        "regime": found,
-        "regime_meaning": REGIMES[found],
+        "regime": regime,
+        "regime_meaning": REGIMES[regime],
         "thresholds": {"barrier": barrier, "similarity": similarity},
         "protocol": {
-            **windows.manifest.model_dump(include=DESCRIBED),
+            **windows.manifest.model_dump(include=PROTOCOL_FIELDS),
             "tokens_fingerprint": windows.manifest.fingerprint,
         },
     }
@@ -128,7 +129,7 @@ def refuse_different(model: nn.Module, other: nn.Module) -> None:
             )
 
 
-def interpolated(model: nn.Module, other: nn.Module, path: np.ndarray) -> Iterator[nn.Module]:
+def interpolate(model: nn.Module, other: nn.Module, path: np.ndarray) -> Iterator[nn.Module]:
     """(1 - t) theta_1 + t theta_2 for each t of the path; one model, whose weights change in place. Both ends exact."""
     between = deepcopy(model)
     ends = dict(model.named_parameters()), dict(other.named_parameters())
@@ -147,18 +148,18 @@ def loss_and_error(model: PreTrainedModel, windows: Windows) -> tuple[float, flo
     loss, wrong, scored = 0.0, 0, 0
     with torch.inference_mode():
         for tokens, kept in batches(model, windows):
-            found = model(input_ids=tokens, use_cache=False).logits[:, :-1][kept[:, 1:]].float()
+            logits = model(input_ids=tokens, use_cache=False).logits[:, :-1][kept[:, 1:]].float()
             targets = tokens[:, 1:][kept[:, 1:]]
-            loss += torch.nn.functional.cross_entropy(found, targets, reduction="none").double().sum().item()
-            wrong += int((found.argmax(-1) != targets).sum())
+            loss += torch.nn.functional.cross_entropy(logits, targets, reduction="none").double().sum().item()
+            wrong += int((logits.argmax(-1) != targets).sum())
             scored += len(targets)
     return loss / scored, wrong / scored
 
 
 def batches(model: PreTrainedModel, windows: Windows) -> Iterator[tuple[Tensor, Tensor]]:
-    """Tokens [b, t] and which of them are no padding, bool [b, t], on the model's device.
+    """Tokens [b, t] and which of them are not padding, bool [b, t], on the model's device.
 
-    Padding stands on the right, so that what comes before does not see it; what all windows have of it is left out.
+    Padding is on the right, so that what comes before does not see it; what all windows have of it is left out.
     """
     length = windows.tokens.shape[1]
     size = sequences_at_once(model, max(1, min(16, LOGITS // (length * model.config.vocab_size))))
@@ -178,9 +179,10 @@ def mode_connectivity(errors: np.ndarray) -> tuple[float, int]:
 
 
 def outputs(model: PreTrainedModel, other: PreTrainedModel, windows: Windows) -> Iterator[tuple[Tensor, Tensor]]:
-    """Of both models, for every token that is no padding, features [tokens, d] that have the CKA of their logits.
+    """Of both models, for every token that is not padding, features [tokens, d] that have the CKA of their logits.
 
-    With W = Q R and Q^T Q = 1, logits h W^T are (h R^T) Q^T, and CKA sees no Q: d numbers stand for the vocabulary's.
+    With W = Q R and Q^T Q = 1, logits h W^T are (h R^T) Q^T, and CKA does not depend on Q: d numbers replace the
+    vocabulary's.
     """
     heads = [torch.linalg.qr(each.lm_head.weight.detach().double(), mode="r").R for each in (model, other)]
     for tokens, kept in batches(model, windows):
@@ -209,7 +211,7 @@ def linear_cka(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
     return float(cross.square().sum() / (first.norm() * second.norm()))
 
 
-def regime(connectivity: float, cka: float, barrier: float, similarity: float) -> str:
+def classify(connectivity: float, cka: float, barrier: float, similarity: float) -> str:
     """The name of the regime, one of `REGIMES`."""
     if connectivity < -barrier:
         return "I"

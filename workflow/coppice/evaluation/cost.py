@@ -5,7 +5,7 @@ token each with the key/value cache that prefill left. Times are medians over re
 interquartile range. Memory is the largest that was held while running, on CUDA what was allocated, on the CPU the
 resident memory of the process above what it was before the model was loaded.
 
-Sizes are no part of this: the node's manifest has them. Where linears keep packed integers and compute with the
+Sizes are in the node's manifest. Where linears keep packed integers and compute with the
 dequantized matrix, time and memory are those of that simulation, and are marked as such.
 """
 
@@ -15,12 +15,14 @@ import contextlib
 import resource
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median, quantiles
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from coppice.errors import UserError
 from coppice.lazy import torch
+from coppice.records.base import Json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,7 +42,7 @@ def measure(
     baseline_memory: int,
     simulated: bool,
     seed: int = 0,
-) -> list[dict[str, Any]]:
+) -> list[Json]:
     """Rows of metrics: latency and throughput of prefill and decoding, and peak memory.
 
     `baseline_memory`: resident bytes before the model was loaded. Raises UserError where prompt and generated tokens
@@ -55,24 +57,24 @@ def measure(
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(model.config.vocab_size, (batch, prompt), generator=generator).to(model.device)
     for _ in range(warmup):
-        timed_generation(model, tokens, generate)
+        time_generation(model, tokens, generate)
     reset_peak_memory(model)
-    times = [timed_generation(model, tokens, generate) for _ in range(repeats)]
+    times = [time_generation(model, tokens, generate) for _ in range(repeats)]
     peak = peak_memory(model, baseline_memory)
     prefill, decode = zip(*times, strict=True)
     per_token = [seconds / generate for seconds in decode]
-    found = [
-        row("prefill_latency", prefill, "s"),
-        row("prefill_throughput", [batch * prompt / seconds for seconds in prefill], "tokens/s"),
-        row("decode_latency", per_token, "s/token"),
-        row("decode_throughput", [batch / seconds for seconds in per_token], "tokens/s"),
+    rows: list[Json] = [
+        median_row("prefill_latency", prefill, "s"),
+        median_row("prefill_throughput", [batch * prompt / seconds for seconds in prefill], "tokens/s"),
+        median_row("decode_latency", per_token, "s/token"),
+        median_row("decode_throughput", [batch / seconds for seconds in per_token], "tokens/s"),
         {"metric": "peak_memory", "value": peak, "spread": None, "unit": "bytes"},
     ]
-    settings = {"batch": batch, "prompt": prompt, "generate": generate, "repeats": repeats, "warmup": warmup}
-    return [{**measured, "simulated": simulated, "settings": settings} for measured in found]
+    settings: Json = {"batch": batch, "prompt": prompt, "generate": generate, "repeats": repeats, "warmup": warmup}
+    return [{**row, "simulated": simulated, "settings": settings} for row in rows]
 
 
-def row(metric: str, values: Any, unit: str) -> dict[str, Any]:
+def median_row(metric: str, values: Sequence[float], unit: str) -> Json:
     """Median of repeated measurements, and their interquartile range (None for one alone)."""
     spread = None
     if len(values) > 1:
@@ -81,20 +83,20 @@ def row(metric: str, values: Any, unit: str) -> dict[str, Any]:
     return {"metric": metric, "value": median(values), "spread": spread, "unit": unit}
 
 
-def timed_generation(model: PreTrainedModel, tokens: Tensor, generate: int) -> tuple[float, float]:
+def time_generation(model: PreTrainedModel, tokens: Tensor, generate: int) -> tuple[float, float]:
     """Seconds of prefill over `tokens` [batch, prompt], and of `generate` decoding passes after it."""
     with torch.inference_mode():
         started = now(model)
         output = model(input_ids=tokens, use_cache=True, logits_to_keep=1)
         read = now(model)
         for _ in range(generate):
-            chosen = output.logits[:, -1:].argmax(-1)
-            output = model(input_ids=chosen, past_key_values=output.past_key_values, use_cache=True)
+            next_tokens = output.logits[:, -1:].argmax(-1)
+            output = model(input_ids=next_tokens, past_key_values=output.past_key_values, use_cache=True)
         return read - started, now(model) - read
 
 
 def now(model: PreTrainedModel) -> float:
-    """Seconds on a steady clock, once all that was asked of the device is done."""
+    """Seconds on a steady clock, once the device has done all of its work."""
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)
     return time.perf_counter()
@@ -110,7 +112,7 @@ def is_simulated(model: PreTrainedModel) -> bool:
 
 
 def reset_peak_memory(model: PreTrainedModel) -> None:
-    """Begins the measurement of `peak_memory` anew, where the system can."""
+    """Restarts the measurement of `peak_memory`, where the system can."""
     if model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(model.device)
         return
@@ -132,5 +134,5 @@ def resident_bytes(field: str = "VmRSS") -> int:
         status = (PROCESS / "status").read_text()
         return 1024 * int(status.split(f"{field}:")[1].split()[0])
     except (OSError, IndexError):
-        # Systems without /proc tell the largest only.
+        # Systems without /proc report the largest only.
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

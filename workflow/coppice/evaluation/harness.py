@@ -34,14 +34,17 @@ from coppice.data import biographies
 from coppice.errors import UserError
 from coppice.evaluation import intervals
 from coppice.evaluation.batching import sequences_at_once
+from coppice.records.base import Json
+from coppice.records.metrics import Item
 from coppice.uncertainty import mean_stderr
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
+    from numpy.typing import ArrayLike
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 BUILTIN = "biographies"
-QUESTIONS = 1000  # asked of the built-in world when there is no limit
+QUESTIONS = 1000  # about the built-in world when no limit is set
 BATCH = 32  # sequences at once: fixed, as sums of floats depend on it
 RESAMPLES = 1000  # for the standard errors that have no closed form
 UNITS = {"acc": "accuracy", "acc_norm": "accuracy", "acc_bytes": "accuracy", "exact_match": "accuracy"}
@@ -58,7 +61,7 @@ def measure(
     task_path: Path | None = None,
     world: biographies.World | None = None,
     seed: int = 0,
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+) -> tuple[list[Json], list[Item]]:
     """`tasks` on `model` with `shots` solved examples before each item (None: each task's own number).
 
     `limit` takes the first items of each task; `task_path` is a folder of local tasks; `world` is what `biographies`
@@ -99,7 +102,7 @@ def harness_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) ->
     """The harness's wrapper of a model in memory, which changes nothing of the model."""
     from lm_eval.models.huggingface import HFLM
 
-    # The wrapper ties the head to the embeddings, whatever stands there; what the model has is right.
+    # The wrapper ties the head to the embeddings, whatever is there; what the model has is right.
     model.tie_weights = lambda *arguments, **options: None
     try:
         return HFLM(
@@ -125,7 +128,7 @@ def task_manager(tasks: Sequence[str], folders: list[str]) -> TaskManager:
         if task not in manager.all_tasks:
             near = difflib.get_close_matches(task, manager.all_tasks, n=1)
             suggestion = f"did you mean {near[0]!r}?" if near else "`lm-eval ls tasks` lists the harness's own."
-            raise UserError(f"There is no task {task!r}; {suggestion}")
+            raise UserError(f"{task!r} is not a task; {suggestion}")
     return manager
 
 
@@ -151,14 +154,14 @@ def quiet() -> Iterator[None]:
     import datasets
     from tqdm import tqdm
 
-    shown, begin = datasets.is_progress_bar_enabled(), tqdm.__init__
+    bars_enabled, original_init = datasets.is_progress_bar_enabled(), tqdm.__init__
     datasets.disable_progress_bars()
-    tqdm.__init__ = partialmethod(begin, mininterval=30)
+    tqdm.__init__ = partialmethod(original_init, mininterval=30)
     try:
         yield
     finally:
-        tqdm.__init__ = begin
-        if shown:
+        tqdm.__init__ = original_init
+        if bars_enabled:
             datasets.enable_progress_bars()
 
 
@@ -176,7 +179,7 @@ def write_task(folder: Path, name: str, items: Iterable[Mapping[str, Any]], deli
     task = {
         "task": name,
         "dataset_path": "json",
-        # The cache lies beside the data, so that removing the folder leaves nothing behind.
+        # The cache is next to the data, so that removing the folder removes it too.
         "dataset_kwargs": {"data_files": {"test": str(data)}, "cache_dir": str(folder / "cache")},
         "test_split": "test",
         "output_type": "multiple_choice",
@@ -198,11 +201,12 @@ def write_biographies(folder: Path, world: biographies.World, count: int, seed: 
     write_task(folder, BUILTIN, biographies.questions(world, min(count, facts), seed))
 
 
-def metric_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
+def metric_rows(results: Mapping[str, Any]) -> list[Json]:
     """Every metric of every task and group that the harness returned; with its interval where it is a mean of items."""
-    found = []
+    rows: list[Json] = []
     for task, values in results["results"].items():
-        entries, over_items = _entries(task, results), []
+        entries = _entries(task, results)
+        over_items: list[tuple[Json, np.ndarray]] = []
         counts = results["n-samples"].get(task, {})
         details = _details(task, results)
         for key, value in values.items():
@@ -211,7 +215,7 @@ def metric_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
                 continue
             stderr = values.get(f"{metric}_stderr,{filtered}")
             name = f"{task}_{metric}" if filtered == "none" else f"{task}_{metric}_{filtered}"
-            row = {
+            row: Json = {
                 "metric": name,
                 "value": float(value),
                 "stderr": float(stderr) if isinstance(stderr, int | float) else None,
@@ -219,12 +223,12 @@ def metric_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
                 "unit": UNITS.get(metric, metric),
                 **details,
             }
-            found.append(row)
+            rows.append(row)
             scores = [entry[metric] for entry in entries if entry["filter"] == filtered and metric in entry]
-            if _is_mean(row["value"], scores):
+            if _is_mean(value, scores):
                 over_items.append((row, np.array(scores, float)))
         _add_intervals(over_items)
-    return found
+    return rows
 
 
 def _entries(task: str, results: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -240,9 +244,9 @@ def _is_mean(value: float, scores: list[Any]) -> bool:
     return math.isclose(value, math.fsum(scores) / len(scores), rel_tol=1e-9, abs_tol=1e-12)
 
 
-def _add_intervals(measured: list[tuple[dict[str, Any], np.ndarray]]) -> None:
-    """Gives each row of metrics the interval of the mean of its items' scores, which stand beside it."""
-    by_count: dict[int, list[tuple[dict[str, Any], np.ndarray]]] = {}
+def _add_intervals(measured: list[tuple[Json, np.ndarray]]) -> None:
+    """Gives each row of metrics the interval of the mean of its items' scores, which come with it."""
+    by_count: dict[int, list[tuple[Json, np.ndarray]]] = {}
     for row, scores in measured:
         if np.isin(scores, (0, 1)).all():
             row |= intervals.of_proportion(scores)
@@ -254,16 +258,16 @@ def _add_intervals(measured: list[tuple[dict[str, Any], np.ndarray]]) -> None:
             row |= end
 
 
-def _details(task: str, results: Mapping[str, Any]) -> dict[str, Any]:
+def _details(task: str, results: Mapping[str, Any]) -> Json:
     return {"task": task, "shots": results["n-shot"].get(task), "version": results["versions"].get(task)}
 
 
-def continuous_rows(items: list[dict[str, Any]], results: Mapping[str, Any]) -> list[dict[str, Any]]:
+def continuous_rows(items: list[Item], results: Mapping[str, Any]) -> list[Json]:
     """Means over the items of each multiple-choice task of what is continuous in `choice_scores`.
 
     Items without exactly one right choice are left out.
     """
-    found = []
+    metrics: list[Json] = []
     for task, rows in groupby(items, key=lambda row: row["task"]):
         scores = []
         for _, choices in groupby(rows, key=lambda row: row["item"]):
@@ -273,9 +277,9 @@ def continuous_rows(items: list[dict[str, Any]], results: Mapping[str, Any]) -> 
             if len(answers) > 1 and answers.count(True) == 1:
                 scores.append(choice_scores(log_likelihoods, lengths, answers.index(True)))
         columns = np.array([[score[metric] for metric in CONTINUOUS] for score in scores]).reshape(-1, len(CONTINUOUS))
-        measured = zip(CONTINUOUS.items(), columns.T, intervals.of_means(columns), strict=True)
-        for (metric, unit), values, ends in measured if scores else ():
-            found.append(
+        columns_with_ends = zip(CONTINUOUS.items(), columns.T, intervals.of_means(columns), strict=True)
+        for (metric, unit), values, ends in columns_with_ends if scores else ():
+            metrics.append(
                 {
                     "metric": f"{task}_{metric}",
                     "value": float(values.mean()),
@@ -286,10 +290,10 @@ def continuous_rows(items: list[dict[str, Any]], results: Mapping[str, Any]) -> 
                     **_details(task, results),
                 }
             )
-    return found
+    return metrics
 
 
-def choice_scores(log_likelihoods: np.ndarray, lengths: np.ndarray, answer: np.ndarray) -> dict[str, np.ndarray]:
+def choice_scores(log_likelihoods: ArrayLike, lengths: ArrayLike, answer: ArrayLike) -> dict[str, np.ndarray]:
     """From log-likelihoods to accuracy: items [...] of k choices, with log-likelihoods and lengths [..., k].
 
     With p^V(i) = exp(l_i) and p^C(i) = p^V(i) / sum_j p^V(j),
@@ -304,29 +308,29 @@ def choice_scores(log_likelihoods: np.ndarray, lengths: np.ndarray, answer: np.n
     Source: Schaeffer et al., Why Has Predicting Downstream Capabilities of Frontier AI Models with Scale Remained
     Elusive? (arXiv 2406.04391).
     """
-    log_likelihoods, answer = np.asarray(log_likelihoods, float), np.asarray(answer)
-    right = np.arange(log_likelihoods.shape[-1]) == answer[..., None]
-    chosen = np.take_along_axis(log_likelihoods, answer[..., None], axis=-1)[..., 0]
-    incorrect = np.logaddexp.reduce(np.where(right, -np.inf, log_likelihoods), axis=-1)
-    total = np.logaddexp(chosen, incorrect)
-    probabilities = np.exp(log_likelihoods - total[..., None])
+    values, index = np.asarray(log_likelihoods, float), np.asarray(answer)
+    is_right = np.arange(values.shape[-1]) == index[..., None]
+    right_scores = np.take_along_axis(values, index[..., None], axis=-1)[..., 0]
+    incorrect = np.logaddexp.reduce(np.where(is_right, -np.inf, values), axis=-1)
+    total = np.logaddexp(right_scores, incorrect)
+    probabilities = np.exp(values - total[..., None])
     return {
-        "log_probability": chosen,
+        "log_probability": right_scores,
         "incorrect": incorrect,
-        "choice_probability": np.exp(chosen - total),
-        "brier": ((right - probabilities) ** 2).sum(axis=-1),
-        "acc": log_likelihoods.argmax(axis=-1) == answer,
-        "acc_norm": (log_likelihoods / np.asarray(lengths)).argmax(axis=-1) == answer,
+        "choice_probability": np.exp(right_scores - total),
+        "brier": ((is_right - probabilities) ** 2).sum(axis=-1),
+        "acc": values.argmax(axis=-1) == index,
+        "acc_norm": (values / np.asarray(lengths)).argmax(axis=-1) == index,
     }
 
 
-def item_rows(samples: Mapping[str, list[Mapping[str, Any]]], tasks: Mapping[str, Any]) -> list[dict[str, Any]]:
+def item_rows(samples: Mapping[str, list[Mapping[str, Any]]], tasks: Mapping[str, Any]) -> list[Item]:
     """One row a choice of each item: its log-likelihood (nats), its length (characters, as acc_norm divides by),
     whether the item was answered rightly (the same in all rows of an item), and whether the choice is the right one.
 
     Items that are answered by free generation have no log-likelihood and no rows.
     """
-    found = []
+    rows: list[Item] = []
     for task, entries in samples.items():
         for entry in entries:
             first = [responses[0] for responses in entry["resps"]]
@@ -339,7 +343,7 @@ def item_rows(samples: Mapping[str, list[Mapping[str, Any]]], tasks: Mapping[str
             graded = entry.get("acc", entry.get("exact_match"))
             correct = bool(graded) if graded in (0, 1) else None
             right = set() if correct is None else right_choices(tasks[task], entry, texts)
-            found += [
+            rows += [
                 {
                     "task": task,
                     "item": str(entry["doc_id"]),
@@ -351,7 +355,7 @@ def item_rows(samples: Mapping[str, list[Mapping[str, Any]]], tasks: Mapping[str
                 }
                 for choice, (text, score) in enumerate(zip(texts, scores, strict=False))
             ]
-    return found
+    return rows
 
 
 def right_choices(task: Any, entry: Mapping[str, Any], texts: list[str]) -> set[int]:
@@ -359,12 +363,12 @@ def right_choices(task: Any, entry: Mapping[str, Any], texts: list[str]) -> set[
 
     The harness names them by index or by text; where the choices are contexts, in the text's place.
     """
-    named = task.doc_to_text(entry["doc"]) if getattr(task, "multiple_input", 0) else entry["target"]
+    target = task.doc_to_text(entry["doc"]) if getattr(task, "multiple_input", 0) else entry["target"]
     stripped = [text.strip() for text in texts]
-    found = set()
-    for name in named if isinstance(named, list) else [named]:
-        if isinstance(name, int):
-            found.add(name)
-        elif isinstance(name, str) and name.strip() in stripped:
-            found.add(stripped.index(name.strip()))
-    return found
+    indices = set()
+    for answer in target if isinstance(target, list) else [target]:
+        if isinstance(answer, int):
+            indices.add(answer)
+        elif isinstance(answer, str) and answer.strip() in stripped:
+            indices.add(stripped.index(answer.strip()))
+    return indices

@@ -1,7 +1,7 @@
 """The 95% intervals of metrics that are means over items, as the entries `low` and `high` of metrics.json.
 
 A normal interval of the standard error has no width where all items are alike, and leaves the values' range near its
-ends: 300 right answers of 300 are no certainty, and no accuracy is above 1. So what is right or wrong an item has
+ends: 300 right answers of 300 are not a certainty, and no accuracy is above 1. So a share of right answers has
 Wilson's score interval, and every other mean the percentile bootstrap of its items, whose means are within the items'.
 """
 

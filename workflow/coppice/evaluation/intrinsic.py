@@ -8,17 +8,17 @@ states after the last norm, less their mean over the L tokens, each row scaled t
   effective rank is e^H;
 - the difference of effective ranks is that of a randomly initialised model less the node's;
 - matrix nuclear norm = sum of the min(L, d) largest lengths of columns of R, by L: at most sqrt(min(L, d) / L). It
-  stands for the nuclear norm, which it equals where the columns are orthogonal.
+  approximates the nuclear norm, which it equals where the columns are orthogonal.
 
-All depend on L, so every text is cut to one length. A model that collapses lowers them too: a low value is no good sign
-by itself, and is to be read beside the perplexity and the parent's value. A text whose tokens all have one state, or
+All depend on L, so every text is cut to one length. A model that collapses lowers them too: a low value is not a good
+sign by itself; read it together with the perplexity and the parent's value. A text whose tokens all have one state, or
 whose states are not finite, has no spectrum; it is dropped, and counted in `dropped`.
 """
 
 from __future__ import annotations
 
 from math import log
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -28,6 +28,7 @@ from coppice.errors import UserError
 from coppice.evaluation import intervals
 from coppice.evaluation.batching import sequences_at_once
 from coppice.lazy import torch
+from coppice.records.base import Json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,7 +39,7 @@ BATCH = 16  # texts at once: fixed, as sums of floats depend on it
 
 def measure(
     model: PreTrainedModel, windows: Windows, protocol: str, *, length: int, most: int, seed: int = 0
-) -> list[dict[str, Any]]:
+) -> list[Json]:
     """Rows of metrics of `model` over the first `length` tokens of the first `most` windows that have as many.
 
     The randomly initialised model is drawn from `seed`. Raises UserError where no window is long enough.
@@ -49,21 +50,21 @@ def measure(
             f"No window of the protocol {protocol!r} has {length} tokens; shorten the `length` of `intrinsic`, or fill "
             "windows with several documents (`pack: true`)."
         )
-    states, untrained = hidden_states(model, tokens), hidden_states(randomly_initialised(model, seed), tokens)
+    states, untrained = hidden_states(model, tokens), hidden_states(randomly_initialize(model, seed), tokens)
     kept = has_spectrum(states) & has_spectrum(untrained)
-    rows = normalised(states[kept])
+    rows = normalize(states[kept])
     entropy = matrix_entropy(rows)
     rank = entropy.exp()
-    found = {
+    values_and_units = {
         "matrix_entropy": (entropy / log(states.shape[2]), "ratio"),
         "effective_rank": (rank, "dimensions"),
-        "diff_effective_rank": (matrix_entropy(normalised(untrained[kept])).exp() - rank, "dimensions"),
+        "diff_effective_rank": (matrix_entropy(normalize(untrained[kept])).exp() - rank, "dimensions"),
         "matrix_nuclear_norm": (matrix_nuclear_norm(rows), "norm/token"),
     }
-    details = {"task": protocol, "length": length, "dropped": int((~kept).sum())}
+    details: Json = {"task": protocol, "length": length, "dropped": int((~kept).sum())}
     return [
         {"metric": f"{name}_{protocol}", **mean(values.numpy()), "unit": unit, **details}
-        for name, (values, unit) in found.items()
+        for name, (values, unit) in values_and_units.items()
     ]
 
 
@@ -77,14 +78,14 @@ def hidden_states(model: PreTrainedModel, tokens: Tensor) -> Tensor:
     """[texts, L, d] float64 on the CPU: the states after the decoder's last norm."""
     decoder = model.model
     with torch.inference_mode():
-        found = [
+        states = [
             decoder(input_ids=part.to(model.device), use_cache=False).last_hidden_state.cpu().double()
             for part in tokens.split(sequences_at_once(model, BATCH))
         ]
-    return torch.cat(found)
+    return torch.cat(states)
 
 
-def randomly_initialised(model: PreTrainedModel, seed: int) -> PreTrainedModel:
+def randomly_initialize(model: PreTrainedModel, seed: int) -> PreTrainedModel:
     """A model of the same config with the weights that its architecture starts training from.
 
     Drawn on the CPU in float32, so that devices agree, and then moved to where `model` is.
@@ -101,7 +102,7 @@ def has_spectrum(states: Tensor) -> Tensor:
     return ((spread > 0) & spread.isfinite()).all(dim=-1)
 
 
-def normalised(states: Tensor) -> Tensor:
+def normalize(states: Tensor) -> Tensor:
     """R [..., L, d]: states less their mean over the tokens, each scaled to unit length."""
     return torch.nn.functional.normalize(states - states.mean(dim=-2, keepdim=True), dim=-1, eps=0)
 
@@ -119,8 +120,8 @@ def matrix_nuclear_norm(rows: Tensor) -> Tensor:
     return rows.norm(dim=-2).topk(min(length, width), dim=-1).values.sum(dim=-1) / length
 
 
-def mean(values: np.ndarray) -> dict[str, Any]:
-    """value, stderr (None for fewer than two texts), interval and n of a metric over texts; NaN where there is none."""
+def mean(values: np.ndarray) -> Json:
+    """value, stderr (None for fewer than two texts), interval and n of a metric over texts; NaN without texts."""
     value = float(values.mean()) if len(values) else float("nan")
     stderr = uncertainty.mean_stderr(values) if len(values) > 1 else None
     [ends] = intervals.of_means(values[:, None])

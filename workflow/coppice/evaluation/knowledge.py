@@ -8,9 +8,9 @@ bits: what is quantized keeps its parameters, and holds more by the bit.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -19,6 +19,8 @@ from coppice.data.tokenizer import beginning_token, load_tokenizer
 from coppice.evaluation import intervals
 from coppice.evaluation.batching import sequences_at_once
 from coppice.lazy import torch
+from coppice.records.base import Json
+from coppice.records.metrics import Item
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -27,14 +29,14 @@ if TYPE_CHECKING:
 
 Pair = tuple[str, str]
 
-PEOPLE = 1000  # the first so many are asked about; people are independent, so these are a sample of all
+PEOPLE = 1000  # the questions are about the first so many; people are independent, so these are a sample of all
 BATCH = 256  # sequences at once: fixed, as sums of floats depend on it
 TASK = "knowledge"
 
 
 def measure(
     model: PreTrainedModel, directory: Path, manifest: Manifest, world: biographies.World
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+) -> tuple[list[Json], list[Item]]:
     """Knowledge of `world` in the checkpoint `directory`: rows of metrics and of items.
 
     An item is a person; its choices are the name and the attributes, in the order of `biographies.knowledge_prompts`.
@@ -43,9 +45,9 @@ def measure(
     recorded: list[tuple[Pair, float]] = []
 
     def recording(pairs: list[Pair]) -> Sequence[float]:
-        found = scores(pairs)
-        recorded.extend(zip(pairs, found, strict=True))
-        return found
+        values = scores(pairs)
+        recorded.extend(zip(pairs, values, strict=True))
+        return values
 
     people = range(min(world.people, PEOPLE))
     parameters = manifest.parameters.total
@@ -56,11 +58,15 @@ def measure(
 
 
 def metric_rows(
-    result: Mapping[str, Any], losses: np.ndarray, world: biographies.World, parameters: int, stored_bits: int
-) -> list[dict[str, Any]]:
-    """Bits by person, by parameter and by stored bit, each beside what the world holds; and bits by attribute.
+    result: biographies.MeasuredKnowledge,
+    losses: np.ndarray,
+    world: biographies.World,
+    parameters: int,
+    stored_bits: int,
+) -> list[Json]:
+    """Bits by person, by parameter and by stored bit, each next to what the world holds; and bits by attribute.
 
-    losses: -log2 Pr of the name and of each attribute of the people asked, [people, 7] bits.
+    losses: -log2 Pr of the name and of each attribute of the people, [people, 7] bits.
     """
     intervals_of = known_intervals(losses, world)
     per_person, stderr = result["bits_per_person"], result["bits_per_person_stderr"]
@@ -69,16 +75,16 @@ def metric_rows(
         "parameter": (world.people / parameters, "bits/parameter"),
         "stored_bit": (world.people / stored_bits, "bits/bit"),
     }
-    shared = {"n": result["people"], "task": TASK, "world": {"people": world.people, "seed": world.seed}}
-    found = []
+    shared: Json = {"n": result["people"], "task": TASK, "world": {"people": world.people, "seed": world.seed}}
+    rows: list[Json] = []
     for name, (scale, unit) in scales.items():
         metric = f"knowledge_bits_per_{name}"
         most = scale * result["bits_per_person_max"]
         ends = {end: scale * bits for end, bits in intervals_of["person"].items()}
-        measured = {"value": scale * per_person, "stderr": scale * stderr, **ends}
-        found.append({"metric": metric, **measured, "unit": unit, **shared})
-        found.append({"metric": f"{metric}_max", "value": most, "stderr": None, "unit": unit, **shared})
-    found += [
+        values: Json = {"value": scale * per_person, "stderr": scale * stderr, **ends}
+        rows.append({"metric": metric, **values, "unit": unit, **shared})
+        rows.append({"metric": f"{metric}_max", "value": most, "stderr": None, "unit": unit, **shared})
+    rows += [
         {
             "metric": f"knowledge_bits_{attribute}",
             "value": bits,
@@ -89,7 +95,7 @@ def metric_rows(
         }
         for attribute, bits in result["attribute_bits"].items()
     ]
-    return found
+    return rows
 
 
 def known_intervals(losses: np.ndarray, world: biographies.World) -> dict[str, dict[str, float]]:
@@ -104,8 +110,8 @@ def known_intervals(losses: np.ndarray, world: biographies.World) -> dict[str, d
     return {"person": person, **dict(zip(choices, clipped, strict=True))}
 
 
-def item_rows(recorded: list[tuple[Pair, float]], people: int) -> list[dict[str, Any]]:
-    """One row for each name or value that was asked, in order of people."""
+def item_rows(recorded: list[tuple[Pair, float]], people: int) -> list[Item]:
+    """One row for each name or value, in order of people."""
     each = len(recorded) // people
     return [
         {
@@ -146,12 +152,12 @@ def log_likelihood(model: PreTrainedModel, directory: Path) -> Callable[[list[Pa
 def continuation_scores(model: PreTrainedModel, sequences: list[list[int]], starts: list[int]) -> list[float]:
     """sum_{t >= start} ln p(x_t | x_<t) of each sequence, in nats."""
     longest = max(map(len, sequences))
-    # Padding stands on the right, where no token that counts can see it.
+    # Padding is on the right, where no token that counts can see it.
     tokens = torch.tensor([ids + [0] * (longest - len(ids)) for ids in sequences], device=model.device)
     places = torch.arange(1, longest, device=model.device)
     ends = torch.tensor([len(ids) for ids in sequences], device=model.device)
     scored = (places >= torch.tensor(starts, device=model.device)[:, None]) & (places < ends[:, None])
     with torch.inference_mode():
         logits = model(input_ids=tokens, use_cache=False).logits[:, :-1].float()
-        chosen = logits.log_softmax(-1).gather(2, tokens[:, 1:, None])[..., 0]
-    return (chosen.double() * scored).sum(1).tolist()
+        log_probabilities = logits.log_softmax(-1).gather(2, tokens[:, 1:, None])[..., 0]
+    return (log_probabilities.double() * scored).sum(1).tolist()

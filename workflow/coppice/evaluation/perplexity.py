@@ -12,7 +12,7 @@ What was sampled are documents, not tokens: standard errors are those of a ratio
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -21,15 +21,17 @@ from coppice.data.windows import Windows
 from coppice.errors import UserError
 from coppice.evaluation.batching import sequences_at_once
 from coppice.lazy import torch
+from coppice.records.base import Json
+from coppice.records.metrics import Item
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-DESCRIBED = {"text", "role", "length", "windows", "bos", "packed", "documents"}  # of a protocol's token set
+PROTOCOL_FIELDS = {"text", "role", "length", "windows", "bos", "packed", "documents"}  # of a protocol's token set
 LOGITS = 1 << 26  # logits computed at once; with the shapes it decides the batch, whatever the machine
 
 
-def measure(model: PreTrainedModel, windows: Windows, name: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def measure(model: PreTrainedModel, windows: Windows, name: str) -> tuple[list[Json], list[Item]]:
     """Loss and perplexity of `model` by the protocol `name`: rows of metrics and of items (one a document).
 
     Raises UserError where the windows are longer than the model's context, or none of their tokens is scored.
@@ -48,8 +50,8 @@ def measure(model: PreTrainedModel, windows: Windows, name: str) -> tuple[list[d
     if not tokens.any():
         raise UserError(f"The protocol {name!r} scores no token; its windows need at least two.")
     sums = np.bincount(owners[scored], weights=log_likelihoods[scored])
-    found = np.flatnonzero(tokens)
-    items = [
+    scored_documents = np.flatnonzero(tokens)
+    items: list[Item] = [
         {
             "task": name,
             "item": str(item),
@@ -58,33 +60,33 @@ def measure(model: PreTrainedModel, windows: Windows, name: str) -> tuple[list[d
             "length": int(tokens[item]),
             "correct": None,
         }
-        for item in found
+        for item in scored_documents
     ]
-    protocol = {
-        **windows.manifest.model_dump(include=DESCRIBED),
+    protocol: Json = {
+        **windows.manifest.model_dump(include=PROTOCOL_FIELDS),
         "stride": length,
         "tokens": int(tokens.sum()),
         "tokens_fingerprint": windows.manifest.fingerprint,
         "sampled": "windows" if per_window else "documents",
     }
-    return rows(name, -sums[found], tokens[found], protocol), items
+    return rows(name, -sums[scored_documents], tokens[scored_documents], protocol), items
 
 
-def rows(name: str, losses: np.ndarray, tokens: np.ndarray, protocol: dict[str, Any]) -> list[dict[str, Any]]:
+def rows(name: str, losses: np.ndarray, tokens: np.ndarray, protocol: Json) -> list[Json]:
     """Metrics from the summed losses (nats) and the tokens of documents; one document alone gives no standard error."""
     loss = float(losses.sum() / tokens.sum())
-    shared = {"n": int(tokens.sum()), "task": name, "protocol": protocol}
-    measured: list[dict[str, Any]] = [
+    shared: Json = {"n": int(tokens.sum()), "task": name, "protocol": protocol}
+    metrics: list[Json] = [
         {"metric": f"loss_{name}", "value": loss, "stderr": None, "unit": "nats/token", **shared},
         {"metric": f"perplexity_{name}", "value": float(np.exp(loss)), "stderr": None, "unit": "perplexity", **shared},
     ]
     if len(losses) > 1:
         _, stderr = uncertainty.ratio_of_sums(losses, tokens)
         low, high = uncertainty.mean_interval(loss, stderr)
-        measured[0] |= {"stderr": stderr, "low": low, "high": high}
+        metrics[0] |= {"stderr": stderr, "low": low, "high": high}
         _, stderr, (low, high) = uncertainty.perplexity(losses, tokens)
-        measured[1] |= {"stderr": stderr, "low": low, "high": high}
-    return measured
+        metrics[1] |= {"stderr": stderr, "low": low, "high": high}
+    return metrics
 
 
 def token_log_likelihoods(model: PreTrainedModel, windows: Windows) -> tuple[np.ndarray, np.ndarray]:
@@ -95,11 +97,11 @@ def token_log_likelihoods(model: PreTrainedModel, windows: Windows) -> tuple[np.
     tokens = torch.as_tensor(windows.tokens).long()
     kept = torch.as_tensor(windows.documents) >= 0
     batch = sequences_at_once(model, max(1, min(16, LOGITS // (tokens.shape[1] * model.config.vocab_size))))
-    found = []
+    batches = []
     with torch.inference_mode():
         for start in range(0, len(tokens), batch):
             part = kept[start : start + batch]
-            # Padding stands on the right; what all sequences have of it is not computed.
+            # Padding is on the right; what all sequences have of it is not computed.
             length = int(part.sum(1).max())
             inputs = tokens[start : start + batch, :length].to(model.device)
             mask = None if part[:, :length].all() else part[:, :length].to(model.device)
@@ -108,5 +110,5 @@ def token_log_likelihoods(model: PreTrainedModel, windows: Windows) -> tuple[np.
                 logits.flatten(0, 1).float(), inputs[:, 1:].flatten(), reduction="none"
             )
             scored = -losses.view(len(inputs), -1).cpu().double()
-            found.append(torch.nn.functional.pad(scored, (0, tokens.shape[1] - length)))
-    return torch.cat(found).numpy(), kept[:, 1:].numpy()
+            batches.append(torch.nn.functional.pad(scored, (0, tokens.shape[1] - length)))
+    return torch.cat(batches).numpy(), kept[:, 1:].numpy()

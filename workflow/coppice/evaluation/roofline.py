@@ -20,7 +20,7 @@ each block of queries in fused attention, which kernels that find it on the chip
 rows and the weights of norms are left out, which are small next to the linears.
 
 Integer peaks are taken only where weights and inputs are on uniform grids of 8 bits at most, those of 16-bit floats
-otherwise, for wider numbers too. What a format could do is no promise that this software does it: nodes with packed
+otherwise, for wider numbers too. A format's potential is not what this software does: nodes with packed
 integers compute here in floats.
 
 Neither torch nor NumPy is imported here: the tables are written without them.
@@ -36,6 +36,7 @@ from typing import Any, NamedTuple
 from coppice.hardware import DEVICES, Device
 from coppice.models.architectures.base import Shape, architecture, shape_of
 from coppice.models.replacements import Place, Product, word_bytes
+from coppice.records.base import Json
 from coppice.records.compression import CACHE, Entries
 
 BITS = {"float32": 32, "bfloat16": 16, "float16": 16}
@@ -63,7 +64,7 @@ class Operation(NamedTuple):
     bytes: float
     integer: bool = False
     sparse: bool = False
-    count: int = 1  # type: ignore[assignment]
+    count: int = 1  # type: ignore[assignment]  # hides tuple.count
 
 
 # Models
@@ -240,16 +241,16 @@ def fit_to_context(prompt: int, generate: int, context: int) -> tuple[int, int]:
 
 def rows(
     node: str, model: Model, context: int, *, devices: Iterable[str], batch: int, prompt: int, generate: int
-) -> list[dict[str, Any]]:
+) -> list[Json]:
     """Latencies of a node on each device, and the bytes of its cache once all tokens are written."""
     prompt, generate = fit_to_context(prompt, generate, context)
-    settings = {"batch": batch, "prompt": prompt, "generate": generate}
+    settings: Json = {"batch": batch, "prompt": prompt, "generate": generate}
     passes = {
         "prefill_latency": (prefill(model, batch, prompt), "s"),
         "decode_latency": (decode(model, batch, prompt), "s/token"),
         "generation_latency": (generation(model, batch, prompt, generate), "s"),
     }
-    latencies = [
+    latencies: list[Json] = [
         {
             "node": node,
             "device": f"{name} (roofline)",
@@ -262,7 +263,7 @@ def rows(
         for name in devices
         for metric, (operations, unit) in passes.items()
     ]
-    cache = {
+    cache: Json = {
         "node": node,
         "metric": "kv_cache_bytes",
         "value": kv_cache_bytes(model, batch, prompt, generate),

@@ -9,14 +9,15 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from coppice import storage
 from coppice.errors import UserError
 from coppice.files import atomic_directory, describe_files, fingerprint, read_json
+from coppice.records.base import Json
 from coppice.records.metrics import Item, Metric, Metrics
 
 if TYPE_CHECKING:
@@ -24,7 +25,13 @@ if TYPE_CHECKING:
     from coppice.data.windows import Windows
     from coppice.records.manifest import Manifest
 
-Rows = list[dict[str, Any]]
+
+class Measurement(NamedTuple):
+    """Rows of metrics.json and items.parquet, and the fingerprint of each protocol's windows."""
+
+    metrics: list[Json]
+    items: list[Item]
+    tokens_fingerprints: dict[str, str]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--evaluation", type=json.loads, required=True, metavar="JSON", help="the evaluation")
     parser.add_argument(
         "--tokens",
-        type=named_directory,
+        type=parse_protocol_directory,
         action="append",
         default=[],
         metavar="PROTOCOL=DIR",
@@ -46,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write")
 
 
-def named_directory(value: str) -> tuple[str, Path]:
+def parse_protocol_directory(value: str) -> tuple[str, Path]:
     """PROTOCOL=DIR as a pair."""
     name, separator, directory = value.partition("=")
     if not separator:
@@ -87,12 +94,12 @@ def evaluate(
 
     started = time.monotonic()
     manifest = checkpoint.read_manifest(model)
-    measure = {
+    measures: dict[str, Callable[..., Measurement]] = {
         "quality": measure_quality,
         "cost": measure_cost,
         "connectivity": partial(measure_connectivity, other=other),
-    }[evaluation["kind"]]
-    metrics, items, used = measure(model, manifest, evaluation, tokens, device)
+    }
+    metrics, items, fingerprints = measures[evaluation["kind"]](model, manifest, evaluation, tokens, device)
     refuse_infinite(node, metrics, items)
     identity = {
         "node": node,
@@ -100,7 +107,7 @@ def evaluate(
         "kind": evaluation["kind"],
         "model_fingerprint": manifest.fingerprint,
         **({"other_fingerprint": checkpoint.read_manifest(other).fingerprint} if other else {}),
-        "tokens_fingerprints": used,
+        "tokens_fingerprints": fingerprints,
         "options": dict(evaluation),
         "device": device_name(device),
     }
@@ -127,30 +134,31 @@ def measure_quality(
     evaluation: Mapping[str, Any],
     tokens: Mapping[str, Path],
     device: str,
-) -> tuple[Rows, Rows, dict[str, str]]:
-    """Perplexities, hidden states, tasks, knowledge: metrics, items, and the fingerprint of each protocol's windows."""
+) -> Measurement:
+    """Perplexities, hidden states, tasks, knowledge."""
     from coppice.evaluation import perplexity
     from coppice.models import checkpoint
 
     protocols = protocol_windows(model_directory, evaluation, tokens)
-    tasks, knows = evaluation.get("tasks") or [], evaluation.get("knowledge")
-    world = built_in_world(evaluation, protocols.values()) if knows or "biographies" in tasks else None
+    tasks, with_knowledge = evaluation.get("tasks") or [], evaluation.get("knowledge")
+    with_world = with_knowledge or "biographies" in tasks
+    world = built_in_world(evaluation, protocols.values()) if with_world else None
 
     model = checkpoint.load_model(model_directory, device)
-    metrics: Rows = []
-    items: Rows = []
+    metrics: list[Json] = []
+    items: list[Item] = []
 
-    def add(measured: tuple[Rows, Rows]) -> None:
-        metrics.extend(measured[0])
-        items.extend(measured[1])
+    def add(rows: tuple[list[Json], list[Item]]) -> None:
+        metrics.extend(rows[0])
+        items.extend(rows[1])
 
     for protocol, windows in protocols.items():
         add(perplexity.measure(model, windows, protocol))
-    if asked := evaluation.get("intrinsic"):
+    if options := evaluation.get("intrinsic"):
         from coppice.evaluation import intrinsic
 
-        name = asked["protocol"]
-        metrics += intrinsic.measure(model, protocols[name], name, length=asked["length"], most=asked["windows"])
+        name = options["protocol"]
+        metrics += intrinsic.measure(model, protocols[name], name, length=options["length"], most=options["windows"])
     if tasks:
         from transformers import AutoTokenizer
 
@@ -167,11 +175,12 @@ def measure_quality(
                 world=world,
             )
         )
-    if knows:
+    if with_knowledge:
         from coppice.evaluation import knowledge
 
+        assert world is not None  # as `with_world` holds
         add(knowledge.measure(model, model_directory, manifest, world))
-    return metrics, items, {name: windows.manifest.fingerprint for name, windows in protocols.items()}
+    return Measurement(metrics, items, {name: windows.manifest.fingerprint for name, windows in protocols.items()})
 
 
 def measure_connectivity(
@@ -181,10 +190,10 @@ def measure_connectivity(
     tokens: Mapping[str, Path],
     device: str,
     other: Path | None,
-) -> tuple[Rows, Rows, dict[str, str]]:
-    """Mode connectivity with the checkpoint `other`: metrics, no items, and the fingerprint of the protocol's windows.
+) -> Measurement:
+    """Mode connectivity with the checkpoint `other`; it has no items.
 
-    Raises UserError where there is no `other`, or the two cannot be compared.
+    Raises UserError where `other` is None, or the two cannot be compared.
     """
     from coppice.evaluation import connectivity
     from coppice.models import checkpoint
@@ -192,11 +201,18 @@ def measure_connectivity(
     if other is None:
         raise UserError("A connectivity compares two checkpoints; give the other one with `--other DIR`.")
     compared = checkpoint.read_manifest(other).node
-    options = {key: evaluation[key] for key in ("points", "barrier", "similarity")}
     [(protocol, windows)] = protocol_windows(model_directory, evaluation, tokens).items()
-    models = [checkpoint.load_model(directory, device) for directory in (model_directory, other)]
-    metrics = connectivity.measure(*models, windows, protocol, **options)
-    return [{**row, "other": compared} for row in metrics], [], {protocol: windows.manifest.fingerprint}
+    metrics = connectivity.measure(
+        checkpoint.load_model(model_directory, device),
+        checkpoint.load_model(other, device),
+        windows,
+        protocol,
+        points=evaluation["points"],
+        barrier=evaluation["barrier"],
+        similarity=evaluation["similarity"],
+    )
+    rows: list[Json] = [{**row, "other": compared} for row in metrics]
+    return Measurement(rows, [], {protocol: windows.manifest.fingerprint})
 
 
 def protocol_windows(
@@ -221,13 +237,13 @@ def measure_cost(
     evaluation: Mapping[str, Any],
     tokens: Mapping[str, Path],
     device: str,
-) -> tuple[Rows, Rows, dict[str, str]]:
-    """Latency, throughput and memory: metrics, no items, no windows."""
+) -> Measurement:
+    """Latency, throughput and memory; it has no items and reads no windows."""
     from coppice.evaluation import cost
     from coppice.models import checkpoint
     from coppice.models.architectures.base import architecture
 
-    # The libraries' own memory is no part of the model's, so they are imported before the baseline is taken.
+    # The libraries' own memory does not count as the model's, so they are imported before the baseline is taken.
     architecture(read_json(storage.ensure_local(model_directory / "config.json"))["model_type"]).classes()
     baseline = cost.resident_bytes()
     model = checkpoint.load_model(model_directory, device)
@@ -237,20 +253,19 @@ def measure_cost(
         baseline_memory=baseline,
         simulated=cost.is_simulated(model),
     )
-    return metrics, [], {}
+    return Measurement(metrics, [], {})
 
 
-def built_in_world(evaluation: Mapping[str, Any], windows: Any) -> World:
-    """The built-in world that is asked about: the evaluation's `world`, else that of a protocol of perplexity.
+def built_in_world(evaluation: Mapping[str, Any], windows: Iterable[Windows]) -> World:
+    """The built-in world that the questions are about: the evaluation's `world`, else that of a protocol of perplexity.
 
     Raises UserError where neither names one, or protocols are about several.
     """
     from coppice.data import sources
 
-    named = evaluation.get("world")
-    candidates: list[Windows] = list(windows)
-    found = [named] if named else [one.manifest.text for one in candidates if "builtin" in one.manifest.text]
-    worlds = {fingerprint(one): one for one in found}
+    own = evaluation.get("world")
+    texts = [own] if own else [each.manifest.text for each in windows if "builtin" in each.manifest.text]
+    worlds = {fingerprint(text): text for text in texts}
     if len(worlds) != 1:
         reason = "its protocols of perplexity are about several worlds" if worlds else "no built-in text is named"
         raise UserError(
@@ -260,11 +275,11 @@ def built_in_world(evaluation: Mapping[str, Any], windows: Any) -> World:
     return sources.world(next(iter(worlds.values())))
 
 
-def refuse_infinite(node: str, metrics: Rows, items: Rows) -> None:
+def refuse_infinite(node: str, metrics: Sequence[Json], items: Sequence[Item]) -> None:
     """Raises UserError, naming the node and the protocol or task, where a number is NaN or infinite."""
     for entry in [*metrics, *items]:
         numbers = [entry.get(key) for key in ("value", "stderr", "spread", "log_likelihood")]
-        if not all(number is None or math.isfinite(number) for number in numbers):
+        if not all(math.isfinite(number) for number in numbers if isinstance(number, int | float)):
             what = entry.get("task", entry.get("metric"))
             raise UserError(
                 f"The node {node!r} gives numbers that are not finite in {what!r}; its weights are broken (trained "
@@ -272,8 +287,8 @@ def refuse_infinite(node: str, metrics: Rows, items: Rows) -> None:
             )
 
 
-def write_items(items: Rows, path: Path) -> None:
-    """Items as Parquet, typed even where there are none."""
+def write_items(items: Sequence[Item], path: Path) -> None:
+    """Items as Parquet, typed even without items."""
     from coppice.records.arrow import schema_of, write_parquet
 
     write_parquet(path, items, schema_of(Item))

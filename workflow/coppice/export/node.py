@@ -62,6 +62,6 @@ def read_node(folder: Path) -> Node:
 def save_for_others(model: PreTrainedModel, node: Node, folder: Path) -> None:
     """Writes a model derived from a node as a checkpoint, without the two files that only Coppice reads."""
     provenance = Provenance(**{name: getattr(node.manifest, name) for name in Provenance.model_fields})
-    save_checkpoint(model, folder, node.folder, provenance, node.dtype, node.manifest.dense, travels=False)
+    save_checkpoint(model, folder, node.folder, provenance, node.dtype, node.manifest.dense, upload=False)
     for name in ("compression.json", "manifest.json"):
         (folder / name).unlink()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 WIDTH = 120
 _FIRST = 42  # columns of a table's first column at most
-_CELL = 22  # columns of a table's other columns at most: a value with its interval, and a mark behind it
+_CELL = 22  # columns of a table's other columns at most: a value with its interval, and a mark after it
 # Under a table of what `with_interval` gives.
 INTERVALS = "+- is half a 95% interval; one whose halves differ is given by its ends, in brackets."
 
@@ -29,7 +30,7 @@ def with_interval(value: float, ends: tuple[float, float] | None, digits: int = 
     """A value with its interval: `0.700 +- 0.054` where both halves are much alike, else `1.00 [0.987, 1.00]`.
 
     Much alike: the shorter half, which is not shown, is at least three quarters of the longer. Ends that are too long
-    for a cell of a table (numbers with exponents) give way to the longer half. ends: None where there is no interval.
+    for a cell of a table (numbers with exponents) give way to the longer half. ends: None without an interval.
     """
     if ends is None:
         return number(value, digits)
@@ -58,7 +59,7 @@ def duration(seconds: float) -> str:
 
 
 def join_first(names: list[str], most: int = 6) -> str:
-    """The first names, and how many more there are."""
+    """The first names, and the number of the others."""
     return join_words(names) if len(names) <= most else f"{', '.join(names[:most])} and {len(names) - most} more"
 
 
@@ -67,7 +68,7 @@ def join_words(names: tuple[str, ...] | list[str]) -> str:
     return ", ".join(names[:-1]) + " and " + names[-1] if len(names) > 1 else names[0]
 
 
-def shortened(text: str, length: int) -> str:
+def shorten(text: str, length: int) -> str:
     """The text, cut to so many characters."""
     return text if len(text) <= length else f"{text[: length - 3]}..."
 
@@ -77,10 +78,10 @@ def format_table(table: list[list[str]]) -> list[str]:
 
     The first gives way where the others leave it less of the width.
     """
-    table = [[row[0], *(shortened(cell, _CELL) for cell in row[1:])] for row in table]
+    table = [[row[0], *(shorten(cell, _CELL) for cell in row[1:])] for row in table]
     others = sum(2 + max(map(len, column)) for column in list(zip(*table, strict=True))[1:])
     first = max(_CELL, min(_FIRST, WIDTH - others))
-    table = [[shortened(row[0], first), *row[1:]] for row in table]
+    table = [[shorten(row[0], first), *row[1:]] for row in table]
     widths = [max(len(cell) for cell in column) for column in zip(*table, strict=True)]
     return [
         "  ".join(
@@ -91,7 +92,7 @@ def format_table(table: list[list[str]]) -> list[str]:
     ]
 
 
-def wrapped(text: str, indent: str = "") -> list[str]:
+def wrap_lines(text: str, indent: str = "") -> list[str]:
     """The text as lines within the width; all but the first are set in."""
     return textwrap.wrap(text, WIDTH, initial_indent=indent, subsequent_indent=indent + "  ", break_on_hyphens=False)
 
@@ -103,7 +104,7 @@ def reproduce_command(results: Path, node: str) -> str:
     return f"snakemake --cores all --configfile {results / 'study.yaml'} --force {manifest}"
 
 
-def target_of(fit: dict[str, Any]) -> tuple[str, str]:
-    """What a fitted law predicts, and its unit; "value" without a unit for a law that no single formula says."""
+def target_of(fit: Mapping[str, Any]) -> tuple[str, str]:
+    """What a fitted law predicts, and its unit; "value" without a unit for a law that is not a single formula."""
     target = fit.get("target")
     return ("value", "") if target is None else (target.replace("_", " "), fit["units"][target]["unit"])

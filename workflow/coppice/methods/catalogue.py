@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any, TypedDict
+from typing import TypedDict
 
 from coppice.methods.registry import methods
 
@@ -31,12 +32,12 @@ class Entry(TypedDict):
     family: str
     contract: str
     source: dict[str, str]
-    options: dict[str, Any]
+    options: Mapping[str, object]
     needs: list[str]
     adds_traits: list[str]
     incompatible_with: dict[str, str]
     draws: bool
-    resources: dict[str, Any]
+    resources: Mapping[str, object]
 
 
 def catalogue() -> dict[str, Entry]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from coppice.errors import did_you_mean
 from coppice.methods.options import LayerOptions, MethodOptions, RecoverOptions
-from coppice.methods.training import Clock, ParameterGroup, adamw, matrices_and_vectors
+from coppice.methods.training import Clock, OptimizerGroup, ParameterGroup, adamw, matrices_and_vectors
 from coppice.models.contracts import FROM_WINDOWS, KINDS
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from coppice.models.contracts import Decoder, Linear, LinearStatistics, Removal
     from coppice.models.replacements import Replacement
+    from coppice.records.base import Json
     from coppice.records.manifest import Manifest
 
 # What a node is; the accounting, the exports and other methods go by these.
@@ -56,7 +57,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Resources:
-    """What a method holds besides the model, for the plan and for a cluster's requests.
+    """What a method holds in addition to the model, for the plan and for a cluster's requests.
 
     reach: how much of the model it must see at once; what reaches a `linear` or a `block` can be streamed. teacher: it
     trains against the dense root. frozen_base: most weights do not train. redraws: it initializes all weights again.
@@ -72,15 +73,15 @@ class Resources:
 
 @dataclass(frozen=True, kw_only=True)
 class Declaration:
-    """What every method says of itself.
+    """What every method declares.
 
-    source: the paper. options: validated when the study is loaded. needs: what it reads besides the parent: kinds of
-    statistics gathered on the parent, `sequential_moments` (gathered after the blocks already compressed) or `windows`
-    (the calibration windows themselves); options whose `needs` names more add to it. adds_traits: what it makes of a
-    node; where that depends on the parent or the options, `traits(parent, options)` gives all traits of the node.
-    incompatible_with: for each trait of a parent that it cannot work on, the reason as half a sentence after "because"
-    (`methods.incompatible` has those that methods share). draws: whether the study's seed changes what it makes;
-    training methods, whose batches follow the seed, need not say so.
+    source: the paper. options: validated when the study is loaded. needs: what it reads in addition to the parent:
+    kinds of statistics gathered on the parent, `sequential_moments` (gathered after the blocks already compressed) or
+    `windows` (the calibration windows themselves); options whose `needs` names more add to it. adds_traits: what it
+    makes of a node; where that depends on the parent or the options, `traits(parent, options)` gives all traits of the
+    node. incompatible_with: for each trait of a parent that it cannot work on, the reason as half a sentence after
+    "because" (`methods.incompatible` has those that methods share). draws: whether the study's seed changes what it
+    makes; training methods, whose batches follow the seed, need not declare it.
     """
 
     source: Source
@@ -134,7 +135,7 @@ class LayerMethod(Declaration):
     """
 
     compress: Callable[[Linear, Any, Any], Replacement]
-    plan: Callable[[Decoder, Any], dict[str, Any]] | None = None
+    plan: Callable[[Decoder, Any], Mapping[str, object]] | None = None
     scales: Callable[[list[Linear], LinearStatistics, Any], Tensor | None] | None = None
 
     contract: ClassVar[str] = "layer"
@@ -170,19 +171,27 @@ class StructureMethod(Declaration):
 
 @dataclass(frozen=True, kw_only=True)
 class RotationMethod(Declaration):
-    """rotation(width, options) -> Tensor, an orthogonal [width, width] for a space of that width."""
+    """rotation(width, options) -> Tensor, an orthogonal [width, width] for a space of that width.
+
+    Its options have the field `heads`: whether the values within heads are rotated too.
+    """
 
     rotation: Callable[[int, Any], Tensor]
 
     contract: ClassVar[str] = "rotation"
     functions: ClassVar[Mapping[str, int]] = {"rotation": 2, "traits": 2}
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if "heads" not in self.options.model_fields:
+            raise TypeError("`options` has no field `heads`; declare whether the values within heads are rotated too")
+
 
 @dataclass(frozen=True, kw_only=True)
 class CacheMethod(Declaration):
     """cache(options) -> settings of the compressed cache of keys and values, as `kv_cache.CacheSettings` has them."""
 
-    cache: Callable[[Any], dict[str, Any]]
+    cache: Callable[[Any], Json]
 
     contract: ClassVar[str] = "cache"
     functions: ClassVar[Mapping[str, int]] = {"cache": 1, "traits": 2}
@@ -209,9 +218,9 @@ class TrainingMethod(Declaration):
     before_step(model, clock), after_step(model, clock): called in every step, with gradients disabled, before its
     forward passes and after the optimizer's update, when the parameters still have their gradients.
 
-    state(model) -> dict[str, Tensor]: what an interrupted run needs besides the trained parameters and the optimizer's
-    state, such as buffers and attributes that hooks change. restore(model, tensors) receives it, whole and on the CPU,
-    for a model from `prepare` that is not yet divided among GPUs.
+    state(model) -> dict[str, Tensor]: what an interrupted run needs in addition to the trained parameters and the
+    optimizer's state, such as buffers and attributes that hooks change. restore(model, tensors) receives it, whole and
+    on the CPU, for a model from `prepare` that is not yet divided among GPUs.
 
     Dividing a model among GPUs creates its parameters again, without hooks that `prepare` put on their gradients; the
     trainer keeps the zeros of linears that `prepare` leaves masked. `methods.training` has the types, the defaults, and
@@ -223,7 +232,7 @@ class TrainingMethod(Declaration):
     loss: Callable[..., Tensor] | None = None
     tokens: Callable[[Any, Manifest], int] | None = None
     parameter_groups: Callable[[PreTrainedModel, Any], list[ParameterGroup]] = matrices_and_vectors
-    optimizer: Callable[[list[dict[str, Any]], Any], Optimizer] = adamw
+    optimizer: Callable[[list[OptimizerGroup], Any], Optimizer] = adamw
     before_step: Callable[[PreTrainedModel, Clock], None] | None = None
     after_step: Callable[[PreTrainedModel, Clock], None] | None = None
     state: Callable[[PreTrainedModel], dict[str, Tensor]] | None = None
@@ -250,7 +259,7 @@ class TrainingMethod(Declaration):
         if (self.state is None) != (self.restore is None):
             raise TypeError("`state` and `restore` belong together; declare both or neither")
         if self.resources.teacher and self.loss is None:
-            raise TypeError("`resources` names a teacher, but there is no `loss` that learns from it")
+            raise TypeError("`resources` names a teacher, but no `loss` learns from it; declare one")
 
 
 def _require_known(field_name: str, values: Any, known: tuple[str, ...]) -> None:

@@ -15,7 +15,7 @@ class MethodOptions(BaseModel):
 
     @property
     def needs(self) -> frozenset[str]:
-        """What these options read besides the method's `needs`."""
+        """What these options read in addition to the method's `needs`."""
         return frozenset()
 
 
@@ -39,7 +39,7 @@ class LayerOptions(MethodOptions):
     def _names_some(cls, target_modules: list[str] | None) -> list[str] | None:
         if target_modules is not None and not target_modules:
             raise ValueError(
-                "the list is empty, so there is nothing to compress: name linears, or leave it out for all of them"
+                "the list is empty, so nothing would be compressed: name linears, or leave it out for all of them"
             )
         return target_modules
 
@@ -88,7 +88,7 @@ class Allocation(BaseModel):
     @model_validator(mode="after")
     def _relative_losses(self) -> Allocation:
         if self.relative and self.by not in ("water-filling", "knapsack"):
-            raise ValueError(f"'relative' goes with water-filling and knapsack, not with {self.by!r}: leave it out")
+            raise ValueError(f"'relative' requires water-filling or knapsack, not {self.by!r}: leave it out")
         return self
 
 

@@ -113,7 +113,7 @@ class Method:
         return self.declaration.resources
 
     def needs(self, options: MethodOptions | None = None) -> frozenset[str]:
-        """What the method reads besides the parent, under these options (None: at least)."""
+        """What the method reads in addition to the parent, under these options (None: at least)."""
         if options is None:
             return self.declaration.needs
         needs = self.declaration.needs | options.needs
@@ -141,7 +141,7 @@ class Method:
             return trait, self.incompatible_with[trait]
         return None
 
-    def validated(self, options: Mapping[str, Any]) -> MethodOptions:
+    def validate_options(self, options: Mapping[str, Any]) -> MethodOptions:
         """The options, checked. Raises UserError with every problem in one sentence."""
         try:
             return self.options.model_validate(options)
@@ -195,7 +195,7 @@ def _plug_in(entry_point: EntryPoint) -> Method:
     except Exception as error:  # The module is not ours: whatever it raises, the user needs its name.
         raise UserError(
             f"Method {entry_point.name!r} ({entry_point.value}) cannot be registered: "
-            f"{str(error).rstrip('.') or type(error).__name__}. Mend that package, or uninstall it."
+            f"{str(error).rstrip('.') or type(error).__name__}. Fix that package, or uninstall it."
         ) from error
     return read_declaration(entry_point.name, getattr(module, "FAMILY", None), module)
 
@@ -207,8 +207,8 @@ def _register(registered: dict[str, Method], method: Method) -> None:
 
 
 def method(name: str) -> Method:
-    """The method of that name. Raises UserError, with the nearest known name, when there is none."""
+    """The method of that name. Raises UserError, with the nearest known name, for an unknown one."""
     known = methods()
     if name not in known:
-        raise UserError(f"There is no method {name!r}.{did_you_mean(name, known)}")
+        raise UserError(f"{name!r} is not a method.{did_you_mean(name, known)}")
     return known[name]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from coppice.lazy import torch
 
@@ -50,6 +50,15 @@ class ParameterGroup:
     maximize: bool = False
 
 
+class OptimizerGroup(TypedDict):
+    """A group as torch's optimizers take it."""
+
+    params: list[nn.Parameter]
+    lr: float
+    weight_decay: float
+    maximize: bool
+
+
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Those that require a gradient, by name."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -64,8 +73,8 @@ def matrices_and_vectors(model: nn.Module, options: RecoverOptions) -> list[Para
     ]
 
 
-def adamw(groups: list[dict[str, Any]], options: RecoverOptions) -> Optimizer:
-    """The default optimizer. groups: as torch's optimizers take them: params, lr, weight_decay, maximize."""
+def adamw(groups: list[OptimizerGroup], options: RecoverOptions) -> Optimizer:
+    """The default optimizer."""
     return torch.optim.AdamW(groups, betas=options.betas)
 
 

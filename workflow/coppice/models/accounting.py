@@ -40,7 +40,7 @@ def sizes(
             linear_prefixes.append(f"{prefix}{name}.")
     packed = {name: module for name, module in model.named_modules() if isinstance(module, modules.PackedForm)}
     packed_weights = sum(module.in_features * module.out_features for module in packed.values())
-    # Of a packed linear, all but the bias stands for its weights.
+    # Of a packed linear, all but the bias encodes its weights.
     packed_tensors = {f"{name}.{buffer}" for name, module in packed.items() for buffer, _ in module.named_buffers()}
     total = packed_weights + sum(tensor.numel() for name, tensor in state.items() if name not in packed_tensors)
     in_blocks = total - sum(tensor.numel() for name, tensor in state.items() if not name.startswith(prefix))

@@ -1,11 +1,11 @@
-"""Checkpoints of nodes: Hugging Face form, safetensors, with a manifest that says what they are.
+"""Checkpoints of nodes: Hugging Face form, safetensors, with a manifest that describes them.
 
-A folder holds `config.json`, `model*.safetensors`, the tokenizer's files, `compression.json` (what stands at each
-replaced module) and `manifest.json`, written last. A folder without a manifest, or whose files differ from it, is
+A folder holds `config.json`, `model*.safetensors`, the tokenizer's files, `compression.json` (what takes the place of
+each replaced module) and `manifest.json`, written last. A folder without a manifest, or whose files differ from it, is
 refused.
 
 Stock loaders read dense, masked, shorter, narrower and integer-quantized nodes. Any other node carries a model class,
-`modeling_coppice.py`, and copies of the modules that it is made of, for loaders that are told to trust it.
+`modeling_coppice.py`, and copies of the modules that it is made of, for loaders that trust remote code.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import shutil
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 from coppice.models.accounting import is_weights, peak_memory, sizes
 from coppice.models.architectures.base import architecture, architecture_of
 from coppice.models.stock_formats import write_config
-from coppice.records.compression import CACHE, FILE, Entries, linear_entries, read_compression
+from coppice.records.compression import CACHE, FILE, Entries, Entry, linear_entries, read_compression
 from coppice.records.manifest import DenseParameters, Manifest, Provenance
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -77,14 +78,14 @@ def load_model(directory: Path, device: str = "cpu", dtype: torch.dtype | None =
     return model.to(device)
 
 
-def build_model(directory: Path, config: dict[str, Any], entries: Entries) -> PreTrainedModel:
+def build_model(directory: Path, config: Mapping[str, Any], entries: Entries) -> PreTrainedModel:
     """The model that a config and the entries of compression.json describe, without values.
 
     It is on the meta device, but for rotary tables.
     """
     family = architecture(config.get("model_type", "none"))
     config_class, model_class = family.classes()
-    # What tells other loaders how to read this folder is no part of the model.
+    # Instructions to other loaders are not part of the model.
     foreign = ("quantization_config", "auto_map", "compression")
     settings = config_class.from_dict({key: value for key, value in config.items() if key not in foreign})
     settings.name_or_path = str(directory)
@@ -120,8 +121,8 @@ def load_weights(model: PreTrainedModel, directory: Path, dtype: torch.dtype | N
         if name in state and state[name].shape != shape
     ]
     if problems:
-        listed = "; ".join(sorted(problems)[:5]) + ("; ..." if len(problems) > 5 else "")
-        raise UserError(f"The weights in {directory} do not fit its config.json: {listed}.")
+        sentence = "; ".join(sorted(problems)[:5]) + ("; ..." if len(problems) > 5 else "")
+        raise UserError(f"The weights in {directory} do not fit its config.json: {sentence}.")
     model.load_state_dict(state, strict=not tied, assign=True)
     model.tie_weights()
     for parameter in model.parameters():
@@ -129,11 +130,11 @@ def load_weights(model: PreTrainedModel, directory: Path, dtype: torch.dtype | N
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files of a folder. Raises UserError when there is none."""
-    found = sorted(path for path in Path(directory).glob("*.safetensors") if is_weights(path.name))
-    if not found:
+    """The safetensors files of a folder. Raises UserError where it has none."""
+    files = sorted(path for path in Path(directory).glob("*.safetensors") if is_weights(path.name))
+    if not files:
         raise UserError(f"{directory} holds no model*.safetensors; other weight formats are not read.")
-    return found
+    return files
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -142,7 +143,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is not a whole safetensors file ({error}); fetch or make it again.") from error
+        raise UserError(f"{path} is not a whole safetensors file ({error}); fetch it again or recompute it.") from error
 
 
 def save_checkpoint(
@@ -153,7 +154,7 @@ def save_checkpoint(
     dtype: torch.dtype,
     dense: DenseParameters | None = None,
     extra_files: dict[str, Path] | None = None,
-    travels: bool = True,
+    upload: bool = True,
 ) -> Manifest:
     """Writes a checkpoint, whole or not at all, and returns its manifest.
 
@@ -163,10 +164,10 @@ def save_checkpoint(
         dtype: in which floating tensors are stored.
         dense: the parameters of the dense model that the node comes from; None for a dense model.
         extra_files: further files by the name that they get.
-        travels: whether the files go to the store, where one is named; those of an export do not.
+        upload: whether the files go to the store, where one is named; those of an export do not.
     """
     with atomic_directory(directory) as temporary:
-        entries: dict[str, Any] = modules.describe_replacements(model)
+        entries: dict[str, Entry] = {**modules.describe_replacements(model)}
         if hasattr(model.model, "cache_settings"):
             entries[CACHE] = {"type": "Cache", **model.model.cache_settings}
         tied, head = model.config.tie_word_embeddings, architecture_of(model).head_weight
@@ -195,7 +196,7 @@ def save_checkpoint(
             versions=versions(),
             peak_memory_bytes=peak_memory(),
         )
-        if travels:
+        if upload:
             storage.upload(temporary, digests)
         manifest.write(temporary / "manifest.json")
     return manifest
@@ -214,6 +215,6 @@ def computing_dtype(directory: Path, device: str) -> torch.dtype:
 
 @cache
 def versions() -> dict[str, str]:
-    """The versions of what made a file."""
-    installed = {name: importlib.metadata.version(name) for name in PACKAGES}
-    return {"python": platform.python_version(), "coppice": __version__, **installed}
+    """The versions of the software that writes a file."""
+    packages = {name: importlib.metadata.version(name) for name in PACKAGES}
+    return {"python": platform.python_version(), "coppice": __version__, **packages}

@@ -10,6 +10,8 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from coppice.records.base import JsonMapping
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
 
 Role = Literal["q", "k", "v", "o", "gate", "up", "down"]
 KINDS = ("moments", "blocks", "gradients")
-# What a step can read besides kinds of statistics of its parent: both come from the calibration windows.
+# What a step can read in addition to kinds of statistics of its parent: both come from the calibration windows.
 FROM_WINDOWS = frozenset({"sequential_moments", "windows"})
 
 
@@ -97,7 +99,7 @@ class Decoder(Protocol):
     def statistics(self, name: str) -> LinearStatistics:
         """The parent's moments; for a method that needs them."""
 
-    def gathered(self, kind: str) -> dict[str, Tensor]:
+    def tensors(self, kind: str) -> dict[str, Tensor]:
         """The tensors of another kind of statistics; for a method that needs it."""
 
     def logits(self, window: int, outputs: Callable[[str, Tensor], Tensor] | None = None) -> Tensor:
@@ -138,4 +140,4 @@ class Removal:
     kv_groups: tuple[tuple[int, ...], ...] = ()
     neurons: tuple[tuple[int, ...], ...] = ()
     weights: Mapping[str, Tensor] = field(default_factory=dict)
-    record: dict[str, Any] = field(default_factory=dict)
+    record: JsonMapping = field(default_factory=dict)

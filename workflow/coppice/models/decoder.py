@@ -19,6 +19,7 @@ from coppice.errors import UserError
 from coppice.models import surgery
 from coppice.models.architectures.base import architecture_of, blocks, head_dim
 from coppice.models.contracts import Linear, LinearStatistics
+from coppice.models.modules import Replaceable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -35,8 +36,8 @@ class WholeDecoder:
     def __init__(
         self,
         model: PreTrainedModel,
-        linears: Mapping[str, nn.Module],
-        as_linear: Callable[[str, nn.Module], Linear],
+        linears: Mapping[str, Replaceable],
+        as_linear: Callable[[str, Replaceable], Linear],
         read: Callable[[int], dict[str, LinearStatistics]],
         kinds: Mapping[str, dict[str, Tensor]],
         tokens: Tensor | None,
@@ -62,11 +63,11 @@ class WholeDecoder:
         index, path = architecture_of(self.model).place(name)
         return self._read(index)[path]
 
-    def gathered(self, kind: str) -> dict[str, Tensor]:
+    def tensors(self, kind: str) -> dict[str, Tensor]:
         return self.kinds[kind]
 
     def logits(self, window: int, outputs: Outputs | None = None) -> Tensor:
-        with self._observed(outputs):
+        with self._observe_outputs(outputs):
             return self._forward(self._window(window)[None])[0, :-1]
 
     def loss(
@@ -76,25 +77,25 @@ class WholeDecoder:
         outputs: Outputs | None = None,
         bypass: Collection[int] = (),
     ) -> Tensor:
-        chosen = range(self.windows) if windows is None else windows
+        indices = range(self.windows) if windows is None else windows
         total: Any = 0.0
         count = 0
-        with self._exchanged(weights or {}), self._observed(outputs), self._bypassed(bypass):
-            for window in chosen:
+        with self._exchange_weights(weights or {}), self._observe_outputs(outputs), self._bypass(bypass):
+            for window in indices:
                 tokens = self._window(window)
                 logits = self._forward(tokens[None])[0, :-1]
                 logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
                 total = total + cross_entropy(logits, tokens[1:], reduction="sum")
                 count += len(tokens) - 1
         if count == 0:
-            raise UserError("No calibration window has two tokens, so there is no loss to measure.")
+            raise UserError("No calibration window has two tokens, so no loss can be measured.")
         return total / count
 
     @torch.no_grad()
     def hidden_states(self, window: int) -> Tensor:
         states: list[Tensor] = []
 
-        def keep_input(block: nn.Module, positional: tuple[Tensor, ...], keywords: dict[str, Any]) -> None:
+        def keep_input(block: nn.Module, positional: tuple[Tensor, ...], keywords: Mapping[str, Tensor]) -> None:
             states.append(positional[0] if positional else keywords["hidden_states"])
 
         hooks = [block.register_forward_pre_hook(keep_input, with_kwargs=True) for block in blocks(self.model)]
@@ -130,7 +131,7 @@ class WholeDecoder:
         return self.model(input_ids=tokens, use_cache=False).logits
 
     @contextmanager
-    def _bypassed(self, indices: Collection[int]) -> Iterator[None]:
+    def _bypass(self, indices: Collection[int]) -> Iterator[None]:
         def pass_on(hidden_states: Tensor, **keywords: Any) -> Tensor:
             return hidden_states
 
@@ -144,7 +145,7 @@ class WholeDecoder:
                 del block.forward
 
     @contextmanager
-    def _exchanged(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    def _exchange_weights(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
         before = {name: self.modules[name].weight for name in weights}
         for name, weight in weights.items():
             # A plain attribute: the weight may be part of a graph.
@@ -158,7 +159,7 @@ class WholeDecoder:
                 self.modules[name].weight = weight
 
     @contextmanager
-    def _observed(self, outputs: Outputs | None) -> Iterator[None]:
+    def _observe_outputs(self, outputs: Outputs | None) -> Iterator[None]:
         def observe(name: str, exchange: Outputs) -> Callable[[nn.Module, Any, Tensor], Tensor]:
             return lambda module, inputs, y: exchange(name, y[0])[None]
 

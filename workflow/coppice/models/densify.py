@@ -1,4 +1,4 @@
-"""A checkpoint as an ordinary dense one: every replaced linear becomes the matrix that it stands for."""
+"""A checkpoint as an ordinary dense one: every replaced linear becomes the matrix that it multiplies by."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from coppice.models.checkpoint import load_model, read_manifest, save_checkpoint
 
 
 def export_dense(directory: Path, output: Path) -> None:
-    """Writes a node as an ordinary dense checkpoint: every replaced linear becomes the matrix that it stands for.
+    """Writes a node as an ordinary dense checkpoint: every replaced linear becomes the matrix that it multiplies by.
 
-    Raises UserError for a node that rounds more than its weights, which no dense checkpoint can say.
+    Raises UserError for a node that rounds more than its weights, which no dense checkpoint can express.
     """
     source = read_manifest(directory)
     refuse_rounding(source, "a dense checkpoint")
@@ -29,11 +29,11 @@ def export_dense(directory: Path, output: Path) -> None:
     densify(model)
     recorded = {name: getattr(source, name) for name in Provenance.model_fields}
     provenance = Provenance(**recorded | {"traits": []})
-    save_checkpoint(model, output, directory, provenance, stored_dtype(directory), source.dense, travels=False)
+    save_checkpoint(model, output, directory, provenance, stored_dtype(directory), source.dense, upload=False)
 
 
 def refuse_rounding(manifest: Manifest, holder: str) -> None:
-    """Raises UserError for a node that rounds more than its weights; holder: the form that cannot say so."""
+    """Raises UserError for a node that rounds more than its weights; holder: the form that cannot express it."""
     rounded = {"quantized-activations": "the inputs of its linears", "quantized-cache": "its keys and values"}
     for trait, what in rounded.items():
         if trait in manifest.traits:

@@ -1,9 +1,9 @@
 """Scaling the inputs of linears without changing what a decoder computes.
 
 An input that a norm or another linear produces can be multiplied by anything that its producer is divided by. In each
-block: the norm before attention produces the input of q, k and v; v that of o, once for all query heads of a key/value
-head; the norm before the MLP that of gate and up; up that of down, as the product with the gate is taken element by
-element. Where an architecture has no such norm, the inputs of its readers stay as they are.
+block the norm before attention produces the input of q, k and v, and v that of o, once for all query heads of a
+key/value head. The norm before the MLP produces the input of gate and up, and up that of down, as the product with the
+gate is taken element by element. Where an architecture has no such norm, the inputs of its readers stay as they are.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class ScalableInput(SharedInput):
 
     index: Tensor
 
-    def pooled(self, scales: Tensor) -> Tensor:
+    def pool(self, scales: Tensor) -> Tensor:
         """s [n] as the producer can follow it: the geometric mean over the inputs that are one of its outputs.
 
         Summed on the processor, where the order of the sums is fixed.
@@ -81,7 +81,7 @@ def fold(block: nn.Module, shared: ScalableInput, scales: Tensor) -> None:
         weight.copy_(weight.double() * scales.to(weight.device, torch.float64))
 
 
-def scaled(statistics: LinearStatistics, scales: Tensor) -> LinearStatistics:
+def scale_statistics(statistics: LinearStatistics, scales: Tensor) -> LinearStatistics:
     """The statistics of x / s."""
     return LinearStatistics(
         second_moment=statistics.second_moment / scales / scales[:, None],

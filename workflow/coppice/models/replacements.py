@@ -11,6 +11,7 @@ from math import ceil, prod
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from coppice.errors import UserError
+from coppice.records.base import JsonMapping
 from coppice.records.compression import Entries, Entry
 
 if TYPE_CHECKING:
@@ -80,9 +81,9 @@ def form_of(entry: Entry) -> type[Replacement]:
 class Replacement:
     """What a layer method puts in a linear's place, and the record of how (numbers that go into the manifest).
 
-    Of a class: integer_grid: whether weights are on a uniform grid that integer units can multiply; pack_quantized:
-    whether they are stored as compressed-tensors stores such grids; factorized: whether the weight is a product of
-    parts; keeps_linear: whether the linear stays, with its weight as ordinary numbers.
+    Of a class: integer_grid: whether weights are on a uniform grid that integer units can multiply. pack_quantized:
+    whether they are stored as compressed-tensors stores such grids. factorized: whether the weight is a product of
+    parts. keeps_linear: whether the linear stays, with its weight as ordinary numbers.
     """
 
     integer_grid: ClassVar[bool] = False
@@ -90,7 +91,7 @@ class Replacement:
     factorized: ClassVar[bool] = False
     keeps_linear: ClassVar[bool] = False
 
-    record: dict[str, Any] = field(default_factory=dict, kw_only=True)
+    record: JsonMapping = field(default_factory=dict, kw_only=True)
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -131,7 +132,7 @@ class Replacement:
 
 @dataclass(frozen=True)
 class Unchanged(Replacement):
-    """The linear stays as it is; record["unchanged"] is a sentence that says why."""
+    """The linear stays as it is; record["unchanged"] is a sentence with the reason."""
 
     keeps_linear = True
 
@@ -162,8 +163,8 @@ class Masked(Replacement):
 class Codebook(Replacement):
     """w = absmax[block] table[code], over the weights of the inputs that are not outliers, row after row in blocks.
 
-    codes: [m, n - p] int32 in 0 .. 2^bits - 1; table: [2^bits] values in [-1, 1]; absmax: one for each `block`
-    consecutive codes of the flattened matrix (the last block may be shorter); outliers: [p] int64 inputs, in increasing
+    codes: [m, n - p] int32 in 0 .. 2^bits - 1. table: [2^bits] values in [-1, 1]. absmax: one for each `block`
+    consecutive codes of the flattened matrix (the last block may be shorter). outliers: [p] int64 inputs, in increasing
     order, whose columns `outlier_weight` [m, p] are stored as they are. transposed: what is described is W^T.
     """
 
@@ -245,7 +246,7 @@ class TensorTrain(Replacement):
 
     @classmethod
     def products(cls, place: Place) -> list[Product]:
-        """One product: with site after site, or with the matrix that they stand for where that is less."""
+        """One product: with site after site, or with the matrix that they represent where that is less."""
         entry, ends = place.entry, (1, *place.entry["bonds"], 1)
         product, stored = 0, 0.0
         for k, (i, o) in enumerate(zip(entry["in_shape"], entry["out_shape"], strict=True)):

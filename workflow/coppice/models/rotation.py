@@ -19,7 +19,7 @@ Tied embeddings are untied first, as the norm before the head goes into one of t
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -34,8 +34,10 @@ from coppice.models.architectures.base import (
     blocks,
     head_dim,
 )
+from coppice.records.base import Json
 
 
+@runtime_checkable
 class RotationOptions(Protocol):
     """What is read of a rotation method's options: whether the values within heads are rotated too."""
 
@@ -78,7 +80,7 @@ def rotate(model: PreTrainedModel, rotation: Callable[[int, Any], Tensor], optio
     return model
 
 
-def achieved(model: PreTrainedModel, options: RotationOptions) -> dict[str, Any]:
+def describe_rotation(model: PreTrainedModel, options: RotationOptions) -> Json:
     """What the rotation will do to the model, before it does.
 
     residual_width: d. head_width: h, or None where heads are not rotated. norms_folded: how many. untied: whether

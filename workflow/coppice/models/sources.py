@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from coppice.errors import UserError
 from coppice.files import read_json, sha256
@@ -26,7 +26,7 @@ def run(arguments: argparse.Namespace) -> None:
     import_root(arguments.node, arguments.source, arguments.seed, arguments.output)
 
 
-def import_root(node: str, source: dict[str, Any], seed: int, output: Path) -> None:
+def import_root(node: str, source: Mapping[str, str], seed: int, output: Path) -> None:
     """Checks a dense model and writes it as a root's checkpoint, in the dtype that it has.
 
     Raises UserError when the architecture is not supported, the model is already quantized, keys are missing, a weight
@@ -72,8 +72,8 @@ def dense_files(folder: Path) -> list[Path]:
     )
 
 
-def locate(source: dict[str, Any]) -> Path:
-    """The folder of a source; a hub model is downloaded first. Raises UserError when it is not to be had."""
+def locate(source: Mapping[str, str]) -> Path:
+    """The folder of a source; a hub model is downloaded first. Raises UserError when it cannot be downloaded."""
     if "shipped" in source:
         return SHIPPED / source["shipped"]
     if "path" in source:
@@ -83,7 +83,7 @@ def locate(source: dict[str, Any]) -> Path:
     patterns = ["config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer*"]
     try:
         return Path(snapshot_download(source["hub"], revision=source["revision"], allow_patterns=patterns))
-    except Exception as error:  # the hub's client raises a dozen types; each means that the model is not to be had
+    except Exception as error:  # the hub's client raises a dozen types; each means that the model is unavailable
         raise UserError(
             f"Model {source['hub']} at revision {source['revision']} could not be downloaded "
             f"({type(error).__name__}); connect to the hub, or put it into the local cache first."

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from transformers.dynamic_module_utils import get_relative_import_files
@@ -14,6 +14,7 @@ from coppice.files import write_json
 from coppice.models import modules
 from coppice.models.modules.kv_cache import install_cache
 from coppice.models.replacements import form_of
+from coppice.records.base import Json
 from coppice.records.compression import CACHE, Entries, Entry, linear_entries
 
 if TYPE_CHECKING:
@@ -32,18 +33,18 @@ def write_config(model: PreTrainedModel, entries: Entries, dtype: torch.dtype, d
     config = model.config
     config.dtype = dtype
     config.architectures = [type(model).__name__]
-    written = config.to_dict()
-    written["dtype"] = str(dtype).removeprefix("torch.")
+    content = config.to_dict()
+    content["dtype"] = str(dtype).removeprefix("torch.")
     linears = linear_entries(entries)
     if CACHE in entries or not all(is_ordinary(entry) for entry in linears.values()):
         grids = quantization_grids(linears)
         if all(entry.keys() == GRID_KEYS for entry in entries.values()) and stock_loaders_read(grids):
-            written["quantization_config"] = _compressed_tensors(grids)
+            content["quantization_config"] = _compressed_tensors_config(grids)
         else:
-            written["compression"] = entries
-            written["auto_map"] = {"AutoModelForCausalLM": f"{CARRIED}.CompressedForCausalLM"}
+            content["compression"] = entries
+            content["auto_map"] = {"AutoModelForCausalLM": f"{CARRIED}.CompressedForCausalLM"}
             carry_code(type(model).__name__, linears, directory)
-    write_json(directory / "config.json", {k: v for k, v in written.items() if k != "_name_or_path"})
+    write_json(directory / "config.json", {k: v for k, v in content.items() if k != "_name_or_path"})
     if model.generation_config is not None:
         model.generation_config.save_pretrained(directory)
 
@@ -71,19 +72,19 @@ def stock_loaders_read(grids: dict[tuple[int, int, bool], list[str]]) -> bool:
     return len(grids) == 1 or all(symmetric for _, _, symmetric in grids)
 
 
-def _compressed_tensors(grids: dict[tuple[int, int, bool], list[str]]) -> dict[str, Any]:
+def _compressed_tensors_config(grids: dict[tuple[int, int, bool], list[str]]) -> Json:
     """The quantization_config of compressed-tensors: one group of modules for each grid."""
-    described = {}
+    groups: Json = {}
     for index, ((bits, size, symmetric), targets) in enumerate(sorted(grids.items())):
-        strategy = {"strategy": "channel"} if size == -1 else {"strategy": "group", "group_size": size}
-        weights = {"num_bits": bits, "type": "int", "symmetric": symmetric, **strategy}
-        described[f"group_{index}"] = {"targets": targets, "weights": weights, "format": "pack-quantized"}
+        strategy: Json = {"strategy": "channel"} if size == -1 else {"strategy": "group", "group_size": size}
+        weights: Json = {"num_bits": bits, "type": "int", "symmetric": symmetric, **strategy}
+        groups[f"group_{index}"] = {"targets": [*targets], "weights": weights, "format": "pack-quantized"}
     return {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
         "quantization_status": "compressed",
         "dequantize": not all(symmetric for _, _, symmetric in grids),
-        "config_groups": described,
+        "config_groups": groups,
         "ignore": ["lm_head"],
     }
 

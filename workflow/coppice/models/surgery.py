@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from coppice.errors import UserError
 from coppice.models.architectures.base import Architecture, Substitute, architecture, architecture_of, blocks, head_dim
 from coppice.models.contracts import Removal, Structure
+from coppice.records.base import Json
 
 
 def structure(model: PreTrainedModel) -> Structure:
@@ -30,12 +31,11 @@ def structure(model: PreTrainedModel) -> Structure:
 def remove(model: PreTrainedModel, removal: Removal) -> PreTrainedModel:
     """Removes the units from the model in place and returns it, with its configuration as stock classes need it.
 
-    Indices, and the entries of `kv_groups` and `neurons`, count the blocks of the model as it comes in.
-    A model whose remaining heads do not divide hidden_size comes back as its architecture's substitute, where there is
-    one: the same computation on the same weights. New weights are put in place before blocks go.
-    Raises ValueError when the removal does not fit the model or leaves blocks of different widths, and UserError when a
-    model with biases would have to come back as a substitute that has none, or when a new weight does not fit the
-    linear that it is for, which the sentence names.
+    Indices, and the entries of `kv_groups` and `neurons`, count the blocks of the model as it comes in. A model whose
+    remaining heads do not divide hidden_size comes back as its architecture's substitute, where there is one: the same
+    computation on the same weights. New weights are put in place before blocks go. Raises ValueError when the removal
+    does not fit the model or leaves blocks of different widths. Raises UserError when a model with biases would need a
+    substitute that has none, or when a new weight does not fit its linear, which the sentence names.
     """
     units = structure(model)
     _check(removal, units)
@@ -49,10 +49,10 @@ def remove(model: PreTrainedModel, removal: Removal) -> PreTrainedModel:
     _put_weights(model, removal)
     if removal.blocks:
         _remove_blocks(model, removal.blocks)
-    return model if substitute is None else _substituted(model, substitute)
+    return model if substitute is None else _build_substitute(model, substitute)
 
 
-def achieved(model: PreTrainedModel, removal: Removal) -> dict[str, Any]:
+def describe_removal(model: PreTrainedModel, removal: Removal) -> Json:
     """What the removal will take from the model, before it does.
 
     units: of each kind how many are removed of how many (key/value groups and neurons: in each block that stays), and
@@ -145,7 +145,7 @@ def _remove_kv_groups(model: PreTrainedModel, removed: Sequence[Sequence[int]]) 
     family, h, r = architecture_of(model), head_dim(model.config), _queries_per_group(model)
     for block, groups in zip(blocks(model), removed, strict=True):
         q, k, v, o = family.modules(block, ("q", "k", "v", "o"))
-        kept = _kept(k.out_features // h, groups, k.weight.device)
+        kept = _remaining(k.out_features // h, groups, k.weight.device)
         keys, queries = _channels(kept, h), _channels(kept, r * h)
         _keep_rows(k, keys)
         _keep_rows(v, keys)
@@ -164,7 +164,7 @@ def _remove_neurons(model: PreTrainedModel, removed: Sequence[Sequence[int]]) ->
     family = architecture_of(model)
     for block, neurons in zip(blocks(model), removed, strict=True):
         gate, up, down = family.modules(block, ("gate", "up", "down"))
-        kept = _kept(down.in_features, neurons, down.weight.device)
+        kept = _remaining(down.in_features, neurons, down.weight.device)
         _keep_rows(gate, kept)
         _keep_rows(up, kept)
         _keep_columns(down, kept)
@@ -207,7 +207,7 @@ def _remove_blocks(model: PreTrainedModel, removed: Sequence[int]) -> None:
         setattr(config, name, sum(index < getattr(config, name) for index in kept))
 
 
-def _kept(count: int, removed: Sequence[int], device: torch.device) -> Tensor:
+def _remaining(count: int, removed: Sequence[int], device: torch.device) -> Tensor:
     gone = set(removed)
     return torch.tensor([index for index in range(count) if index not in gone], device=device)
 
@@ -218,22 +218,22 @@ def _channels(units: Tensor, width: int) -> Tensor:
 
 
 def _keep_weights(norm: nn.Module, channels: Tensor) -> None:
-    norm.weight = _selected(norm.get_parameter("weight"), 0, channels)
+    norm.weight = _select(norm.get_parameter("weight"), 0, channels)
 
 
 def _keep_rows(linear: nn.Linear, rows: Tensor) -> None:
-    linear.weight = _selected(linear.weight, 0, rows)
+    linear.weight = _select(linear.weight, 0, rows)
     if linear.bias is not None:
-        linear.bias = _selected(linear.bias, 0, rows)
+        linear.bias = _select(linear.bias, 0, rows)
     linear.out_features = len(rows)
 
 
 def _keep_columns(linear: nn.Linear, columns: Tensor) -> None:
-    linear.weight = _selected(linear.weight, 1, columns)
+    linear.weight = _select(linear.weight, 1, columns)
     linear.in_features = len(columns)
 
 
-def _selected(parameter: Tensor, dimension: int, indices: Tensor) -> nn.Parameter:
+def _select(parameter: Tensor, dimension: int, indices: Tensor) -> nn.Parameter:
     return nn.Parameter(parameter.detach().index_select(dimension, indices), requires_grad=parameter.requires_grad)
 
 
@@ -252,7 +252,7 @@ def _substitute(model: PreTrainedModel, kv_groups: int) -> Substitute | None:
     return substitute
 
 
-def _substituted(model: PreTrainedModel, substitute: Substitute) -> PreTrainedModel:
+def _build_substitute(model: PreTrainedModel, substitute: Substitute) -> PreTrainedModel:
     config_class, model_class = architecture(substitute.model_type).classes()
     fields = {name: value for name, value in model.config.to_dict().items() if name not in substitute.dropped}
     config = config_class(**fields | dict(substitute.changed))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from coppice.formatting import duration, format_table, human_count, join_first, join_words, number, wrapped
+from coppice.formatting import duration, format_table, human_count, join_first, join_words, number, wrap_lines
 from coppice.planning.contents import NodeRow, Plan, StageRow, Total
 from coppice.planning.times import EFFICIENCY
 
@@ -25,7 +25,7 @@ def lines(plan: Plan) -> list[str]:
         "",
         *tree_lines(nodes),
         "",
-        *wrapped(
+        *wrap_lines(
             f"Done: {done} of {len(nodes)} nodes, {plan['evaluations']['done']} of {plan['evaluations']['total']} "
             f"evaluations, {plan['laws']['done']} of {plan['laws']['total']} laws, by the files that exist in "
             f"{plan['results']} and the options, seeds, texts and calibrations that they name. Code, dates and the "
@@ -35,7 +35,7 @@ def lines(plan: Plan) -> list[str]:
     if total["left"]:
         text += ["", *stage_lines(plan), "", *elapsed_lines(plan), *notes(plan)]
         for sentence in plan["problems"] or ["What is known fits." if total["unknown"] else "Everything fits."]:
-            text += ["", *wrapped(sentence)]
+            text += ["", *wrap_lines(sentence)]
     return [line.rstrip() for line in text]
 
 
@@ -49,9 +49,11 @@ def changed_lines(plan: Plan) -> list[str]:
         if row["stage"] in NOUNS:
             names.setdefault(NOUNS[row["stage"]], []).append(row["name"])
     if not names:
-        return wrapped(f"{changed[0]['why']} Tables, laws, page and tracking are recomputed.")
+        return wrap_lines(f"{changed[0]['why']} Tables, laws, page and tracking are recomputed.")
     kinds = [f"{format_count(len(group), kind)} ({join_first(group)})" for kind, group in names.items()]
-    return wrapped(f"Changed since they were computed: {join_words(kinds)}. What follows from them is recomputed too.")
+    return wrap_lines(
+        f"Changed since they were computed: {join_words(kinds)}. What follows from them is recomputed too."
+    )
 
 
 def format_count(count: int, noun: str) -> str:
@@ -118,7 +120,7 @@ def elapsed_lines(plan: Plan) -> list[str]:
     if elapsed is None:
         return []
     gpus = f" on {format_count(machine['gpus'], 'GPU')}" if machine["gpus"] else ""
-    return wrapped(
+    return wrap_lines(
         f"With {format_count(machine['cores'], 'job')} at once{gpus}: {format_range(elapsed, duration)} in all."
     )
 
@@ -130,21 +132,21 @@ def notes(plan: Plan) -> list[str]:
     counts = ", ".join(f"{row['stage']} {row['benchmarks']}" for row in rows if row["benchmarks"])
     text = []
     if counts:
-        text += wrapped(f"measured: from this study's benchmarks ({counts}), scaled by parameters and tokens.")
+        text += wrap_lines(f"measured: from this study's benchmarks ({counts}), scaled by parameters and tokens.")
     if any(row["from"] == "predicted" for row in rows):
         where = (
             f"{EFFICIENCY:.0%} of the roofline of {machine['device']}"
             if machine["device"]
             else "one CPU thread's measured speed on the demo (name a GPU with --device)"
         )
-        text += wrapped(f"predicted: by operations at {where}, within a factor of two; memory by shapes.")
+        text += wrap_lines(f"predicted: by operations at {where}, within a factor of two; memory by shapes.")
     if any(node["size"] in ("estimated", "at most") for node in plan["nodes"]):
-        text += wrapped("~ estimated from the step's options; < at most: as large as its parent.")
+        text += wrap_lines("~ estimated from the step's options; < at most: as large as its parent.")
     if plan["unknown"]:
-        text += wrapped(
+        text += wrap_lines(
             "? unknown, and left out of all sums, because nothing of the model is on this machine. This suffices:"
         )
-        # Commands are not wrapped, so that they can be copied.
+        # Commands are not wrap_lines, so that they can be copied.
         text += [
             f"  hf download {source['hub']} config.json --revision {source['revision']}" for source in plan["unknown"]
         ]

@@ -45,10 +45,12 @@ def arrow_type(kind: Any) -> pa.DataType:
 def field(record: type, name: str, column: str | None = None) -> pa.Field:
     """A column of a table that is a field of a record, under its own name or another one."""
     kind, meaning = fields_of(record)[name]
-    return described_field(column or name, arrow_type(kind), meaning)
+    if meaning is None:
+        raise TypeError(f"{record.__name__}.{name} has no Column that describes it")
+    return column_field(column or name, arrow_type(kind), meaning)
 
 
-def described_field(name: str, kind: pa.DataType, column: Column) -> pa.Field:
+def column_field(name: str, kind: pa.DataType, column: Column) -> pa.Field:
     return pa.field(name, kind, metadata={"unit": column.unit, "description": column.text})
 
 
@@ -58,7 +60,7 @@ def schema_of(record: type) -> pa.Schema:
 
 
 def write_parquet(path: Path, rows: Sequence[Any], schema: pa.Schema) -> None:
-    """Rows as Zstandard-compressed Parquet, typed even where there are none."""
+    """Rows as Zstandard-compressed Parquet, typed even without rows."""
     pq.write_table(pa.Table.from_pylist(list(rows), schema=schema), path, compression="zstd")
 
 

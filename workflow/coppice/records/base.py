@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Self
@@ -12,6 +13,8 @@ from coppice.errors import UserError
 from coppice.files import read_json, write_json
 
 Json = dict[str, JsonValue]
+# Json that is only read.
+JsonMapping = Mapping[str, JsonValue]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,10 +47,10 @@ class Record(Part):
         """
         content = read_json(path)
         if not isinstance(content, dict):
-            raise _damaged(path, "is not a JSON object")
+            raise _damage_error(path, "is not a JSON object")
         version = content.pop("format_version", 1)
         if not isinstance(version, int):
-            raise _damaged(path, f"has format_version {version!r}, which is not a number")
+            raise _damage_error(path, f"has format_version {version!r}, which is not a number")
         if version > cls.FORMAT_VERSION:
             raise UserError(
                 f"{path} has format {version}, this version of Coppice reads up to {cls.FORMAT_VERSION}; use a newer "
@@ -56,7 +59,7 @@ class Record(Part):
         try:
             return cls.model_validate(cls.upgrade(content, version))
         except ValidationError as error:
-            raise _damaged(path, _problem(error)) from error
+            raise _damage_error(path, _problem(error)) from error
 
     @classmethod
     def upgrade(cls, content: Json, version: int) -> Json:
@@ -81,5 +84,5 @@ def _problem(error: ValidationError) -> str:
     return f"has a wrong value of {place!r} ({problem['msg'][0].lower()}{problem['msg'][1:]})"
 
 
-def _damaged(path: Path, problem: str) -> UserError:
+def _damage_error(path: Path, problem: str) -> UserError:
     return UserError(f"{path} {problem}; it is damaged or was edited by hand: remove it and run again.")

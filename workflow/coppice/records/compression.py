@@ -1,7 +1,7 @@
 """compression.json of a checkpoint: what takes the place of each linear, by name, and how keys and values are kept.
 
 An entry has a type, which is the name of a stored form (`coppice.models.replacements`), "Masked" or "Linear", and the
-fields that the form needs. `quantized_activations` says how a module rounds its inputs.
+fields that the form needs. `quantized_activations` holds how a module rounds its inputs.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Entry = Mapping[str, Any]
 Entries = Mapping[str, Entry]
 
 FILE = "compression.json"
-# The name of the entry that says how keys and values are kept.
+# The name of the entry on how keys and values are kept.
 CACHE = "cache"
 # Names of older checkpoints and what they are called now.
 RENAMED_TYPES = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import ConfigDict, Field
 
@@ -16,9 +16,7 @@ class Unit(Part):
     """The unit of a column of the points."""
 
     unit: Annotated[str, Column("Name of the unit.")]
-    scale: Annotated[
-        Number | None, Column("What the column was divided by for the fit; null where there are no points.")
-    ]
+    scale: Annotated[Number | None, Column("What the column was divided by for the fit; null without points.")]
 
 
 class Parameter(Part):
@@ -26,8 +24,8 @@ class Parameter(Part):
 
     model_config = ConfigDict(extra="allow")
 
-    value: Annotated[Number | None, Column("Its value; null where there are no points.")]
-    low: Annotated[Number | None, Column("Lower end of its 95% interval; null where there is none.")]
+    value: Annotated[Number | None, Column("Its value; null without points.")]
+    low: Annotated[Number | None, Column("Lower end of its 95% interval; null if it has none.")]
     high: Annotated[Number | None, Column("Upper end of that interval.")]
     stderr: Annotated[Number | None, Column("Its standard error over resamples of the runs.")] = None
     identified: Annotated[
@@ -38,22 +36,22 @@ class Parameter(Part):
 
 
 class HeldOut(Part):
-    """The error of one form in one held-out test, or the `reason` why the test could not be made."""
+    """The error of one form in one held-out test, or the `reason` why the test could not be run."""
 
     model_config = ConfigDict(extra="allow")
 
     rmse: Annotated[Number | None, Column("Root mean square error, in the unit of the target.")] = None
     relative: Annotated[Number | None, Column("Sum of absolute errors by the sum of absolute values.")] = None
-    low: Annotated[Number | None, Column("Lower end of the 95% interval of rmse; null where there is none.")] = None
+    low: Annotated[Number | None, Column("Lower end of the 95% interval of rmse; null if it has none.")] = None
     high: Annotated[Number | None, Column("Upper end of that interval.")] = None
     naive: Annotated[Number | None, Column("The rmse of a prediction without any law.")] = None
     unidentified: Annotated[list[str], Column("Parameters that the points fitted do not identify.")] = Field(
         default_factory=list
     )
-    reason: Annotated[str | None, Column("Why there is no error.")] = None
+    reason: Annotated[str | None, Column("Why it has no error.")] = None
 
     def sentence(self, target: str, unit: str) -> str:
-        """The error, or why there is none; target, unit: of what the law predicts."""
+        """The error, or why it is missing; target, unit: of what the law predicts."""
         if self.reason is not None:
             return self.reason
         interval = "" if self.low is None else f" [{number(self.low)}, {number(self.high)}]"
@@ -75,7 +73,7 @@ class Passes(Part):
     """Whether the law passes its own tests, so that decisions may rest on it."""
 
     ok: Annotated[bool, Column("Whether it converged and its held-out errors are small enough.")]
-    reasons: Annotated[list[str], Column("Sentences that say why not.")]
+    reasons: Annotated[list[str], Column("Sentences with the reasons why not.")]
 
 
 class FitRecord(Record):
@@ -83,7 +81,7 @@ class FitRecord(Record):
 
     law: Annotated[str, Column("Name of the law.")]
     source: Annotated[dict[str, str], Column("Title, arXiv number and equation of the paper.")]
-    options: Annotated[dict[str, Any], Column("All options of the law.")]
+    options: Annotated[Json, Column("All options of the law.")]
     units: Annotated[dict[str, Unit], Column("Units of the columns of the points.")]
     parameters: Annotated[dict[str, Parameter], Column("The fitted parameters.")]
     metrics: Annotated[dict[str, Number | None], Column("Quality of the fit on the points fitted: r2, rmse, ...")]
@@ -98,7 +96,7 @@ class FitRecord(Record):
     points: Annotated[int, Column("Number of points fitted.")]
     runs: Annotated[int, Column("Number of runs that they are of.")]
     recommendation: Annotated[list[Json], Column("What the law recommends; each with a `sentence`.")]
-    notes: Annotated[list[str], Column("What the fit cannot say.")]
+    notes: Annotated[list[str], Column("What the fit cannot determine.")]
     converged: Annotated[bool, Column("Whether the search converged.")]
     starts_within_tolerance: Annotated[int, Column("Number of equally good starts of the search.")] = 0
     target: Annotated[str | None, Column("Column that the law predicts; absent for a law without a formula.")] = None

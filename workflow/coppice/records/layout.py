@@ -36,7 +36,7 @@ class ResultsLayout:
 
     @property
     def nodes(self) -> list[str]:
-        """The nodes made so far."""
+        """The nodes that have results so far."""
         return sorted(path.parent.relative_to(self.models).as_posix() for path in self.models.rglob("manifest.json"))
 
     def token_sets(self, model: str) -> Path:
@@ -103,7 +103,7 @@ class ResultsLayout:
         return self.root / "tracking" / "runs.json"
 
     def state(self, node: str) -> Path:
-        """The folder of what an interrupted recovery resumes from; it is no output of a job."""
+        """The folder of what an interrupted recovery resumes from; it is not an output of a job."""
         return self.root / "state" / node
 
     @property

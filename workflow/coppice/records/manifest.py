@@ -34,7 +34,8 @@ class Source(Part):
     shipped: Annotated[str | None, Column("Name of a model that Coppice ships.")] = None
     path: Annotated[str | None, Column("Folder of a local model.")] = None
     hub: Annotated[str | None, Column("Name of a model of the Hugging Face hub.")] = None
-    revision: Annotated[str | None, Column("Its pinned revision; null where there is none.")] = None
+    revision: Annotated[str | None, Column("Its pinned revision; null without one.")] = None
+    folder_config: Annotated[str | None, Column("The name that the model's own config.json gives, if any.")] = None
 
     @property
     def kind(self) -> str | None:
@@ -96,7 +97,7 @@ class StoredBits(Part):
 
 
 class Provenance(Part):
-    """How a node was made: what the stage that made it knows."""
+    """How a node was made, as the stage that made it records it."""
 
     node: Annotated[str, Column("Name and path of the checkpoint: `<model>/<step>/<step>`.")]
     parent: Annotated[str | None, Column("Node it was made from; null for a dense model.")]
@@ -144,7 +145,7 @@ class Sizes(Part):
     rho_nonzero: Annotated[float, Column("The same over all parameters, zeros counted as removed.", unit="ratio")]
 
 
-# The fields of a record stand in its file from the last base to the first.
+# The fields of a record are in its file from the last base to the first.
 class Manifest(Sizes, Provenance, Record):
     """`manifest.json` of a checkpoint. Format 2: `traits` and `requested` were `marks` and `asked` before."""
 
@@ -167,13 +168,13 @@ class Manifest(Sizes, Provenance, Record):
         if isinstance(requested := content.get("requested"), dict):
             content["requested"] = rename_keys(requested, OPTIONS)
         if isinstance(step := content.get("step"), dict):
-            content["step"] = _renamed_step(step)
+            content["step"] = _rename_step(step)
         if isinstance(recovery := content.get("recovery"), dict):
             content["recovery"] = rename_keys(recovery, {"tokens_asked": "tokens_requested"})
         return content
 
 
-def _renamed_step(step: Json) -> Json:
+def _rename_step(step: Json) -> Json:
     method, options = step.get("method"), step.get("options")
     return {
         **step,

@@ -13,13 +13,13 @@ Number = int | float
 
 
 class Metric(Part):
-    """One measurement. Further keys say what was measured: protocol, task, shots, text."""
+    """One measurement. Further keys describe what was measured: protocol, task, shots, text."""
 
     model_config = ConfigDict(extra="allow")
 
     metric: Annotated[str, Column("What was measured, protocol or task included, so that a name is one scale.")]
     value: Annotated[Number | None, Column("The measurement.", unit="see unit")]
-    stderr: Annotated[Number | None, Column("Its standard error; null where there is none.", unit="see unit")] = None
+    stderr: Annotated[Number | None, Column("Its standard error; null if it has none.", unit="see unit")] = None
     low: Annotated[
         Number | None,
         Column("Lower end of the 95% interval: Wilson's of a share, bootstrap of other means.", unit="see unit"),
@@ -37,13 +37,13 @@ class Metric(Part):
     ] = None
     device: Annotated[str | None, Column("Costs: the device, where it is not that of the evaluation.")] = None
     simulated: Annotated[
-        bool, Column("Costs: whether the number stands for a device or format that did not run here.")
+        bool, Column("Costs: whether the number is computed for a device or format that did not run here.")
     ] = False
     settings: Annotated[Json | None, Column("Costs: sequences and tokens of the measurement.")] = None
 
     @property
     def details(self) -> dict[str, JsonValue]:
-        """The further keys that say something."""
+        """The further keys that are not null."""
         return {key: value for key, value in (self.model_extra or {}).items() if value is not None}
 
 

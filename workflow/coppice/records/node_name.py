@@ -6,7 +6,7 @@ import re
 
 
 class NodeName(str):
-    """A node's name as text, and what it says: `medium/width-50/full@1` was made from `medium/width-50` by `full`.
+    """A node's name as text, and its parts: `medium/width-50/full@1` was made from `medium/width-50` by `full`.
 
     A step bears a seed from the first one on that was trained with another seed than the study's.
     """

@@ -19,11 +19,11 @@ def imported_files(file: Path, package: str) -> list[Path]:
         return []
     folder = Path(spec.submodule_search_locations[0])
     reached: set[Path] = set()
-    waiting = [file]
-    while waiting:
-        imported = _imported_of_package(waiting.pop(), package, folder) - reached
+    pending = [file]
+    while pending:
+        imported = _imported_of_package(pending.pop(), package, folder) - reached
         reached |= imported
-        waiting += imported
+        pending += imported
     return sorted(reached - {file})
 
 
@@ -56,7 +56,7 @@ def imported_names(
 ) -> Iterator[tuple[str, ...]]:
     """The parts of all dotted names that statements import; of `from a import b` both `a` and `a.b`.
 
-    anchor: what so many leading dots stand for.
+    anchor: the package that so many leading dots refer to.
     """
     for node in statements:
         if isinstance(node, ast.Import):
@@ -69,7 +69,7 @@ def imported_names(
 
 
 def _anchor(file: Path, level: int, package: str, folder: Path) -> tuple[str, ...]:
-    """What `level` leading dots stand for in a file; nothing for none, and for a file outside the package."""
+    """The package that `level` leading dots refer to in a file; empty for none, and for a file outside the package."""
     if level == 0 or not file.is_relative_to(folder):
         return ()
     return (*package.split("."), *file.parents[level - 1].relative_to(folder).parts)

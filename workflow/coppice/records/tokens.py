@@ -25,7 +25,7 @@ class TokenSet(Record):
     seed: Annotated[int, Column("Seed of the built-in stream.")]
     role: Annotated[str, Column("Split of the text: calibration, recovery, validation or evaluation.")]
     packed: Annotated[bool, Column("Whether documents were joined; otherwise a window holds one document.")]
-    bos: Annotated[int | None, Column("Token that begins each document; null where there is none.")]
+    bos: Annotated[int | None, Column("Token that begins each document; null without one.")]
     tokens: Annotated[int, Column("Tokens in the windows, without padding.", unit="tokens")]
     tokens_read: Annotated[int, Column("Tokens of the documents that were read.", unit="tokens")]
     documents: Annotated[int, Column("Documents in the windows.", unit="documents")]

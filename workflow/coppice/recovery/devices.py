@@ -17,9 +17,9 @@ from coppice.errors import UserError
 
 # Identify the allocation of a scheduler, within which devices have their own names.
 ALLOCATIONS = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID")
-MACHINE = "machine"  # in place of an allocation where there is no scheduler
+MACHINE = "machine"  # in place of an allocation, without a scheduler
 PAUSE = 0.5  # seconds between two searches for a free device
-# Neither XDG_RUNTIME_DIR nor TMPDIR, which some jobs of a user have and others do not (of cron, say).
+# Neither XDG_RUNTIME_DIR nor TMPDIR, which some jobs of a user have and others do not (of cron, for instance).
 LOCKS = Path("/tmp")
 
 _claims: list[IO[str]] = []  # held open, and so locked, until the process ends
@@ -39,7 +39,7 @@ def claim(count: int = 1) -> None:
     """Reserves `count` devices for this job, the only ones that CUDA then sees; waits until that many are free.
 
     To be called before CUDA is used. A job that sees a single device computes on it, whether or not others do; other
-    jobs on the machine see that it is taken. Raises UserError where there are some devices, but fewer than `count`.
+    jobs on the machine see that it is taken. Raises UserError where the machine has devices, but fewer than `count`.
     """
     devices = visible_devices()
     if devices and len(devices) < count:

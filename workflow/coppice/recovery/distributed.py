@@ -2,7 +2,7 @@
 
 `coppice recover` of a step with `gpus: n` claims n devices and starts itself n times (`launch`, torch's elastic agent,
 as torchrun does). Processes communicate through nccl on GPUs and through gloo on CPUs. The result does not depend on n:
-the order of windows, the windows of a step and the learning rate are those of one process; micro-batches go round the
+the order of windows, the windows of a step and the learning rate are those of one process. Micro-batches go round the
 processes, and a gradient is the sum over all of them, divided by all targets of the step. Only dropout draws other
 numbers, as it is a function of seed, step and process. Sums in another order differ in their last digits.
 
@@ -110,7 +110,7 @@ def report(sentence: str) -> None:
 
 def join(device: str) -> None:
     """Makes this launched process one of its group; only the first prints, and none outlives its launcher."""
-    from torch.multiprocessing import _prctl_pr_set_pdeathsig as die_with_parent  # type: ignore[attr-defined]
+    from torch.multiprocessing import _prctl_pr_set_pdeathsig as die_with_parent  # type: ignore[attr-defined]  # not in the stubs
 
     die_with_parent(signal.SIGKILL)
     own_device = torch.device(device)
@@ -183,5 +183,5 @@ def shard(model: nn.Module, device: str, precision: str) -> None:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     # Resharded as the blocks are: between steps every parameter is a share.
     fully_shard(model, mesh=mesh, reshard_after_forward=True)
-    # Tells Trainer that the model owns its placement and the reduction of its gradients.
-    model._is_distributed_loading_by_transformers = True  # type: ignore[assignment]
+    # Trainer reads from it that the model owns its placement and the reduction of its gradients.
+    model._is_distributed_loading_by_transformers = True  # type: ignore[assignment]  # mypy lets a module hold tensors and modules only

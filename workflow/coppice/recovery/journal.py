@@ -48,7 +48,7 @@ class Run:
         return any(self.tokens(step - 1) < budget <= self.tokens(step) for budget in self.budgets)
 
     def ends_early(self, rows: list[Row]) -> bool:
-        """Whether the curve so far says that the rest of the tokens gains at most options.stop_gain.
+        """Whether the curve so far predicts that the rest of the tokens gains at most options.stop_gain.
 
         A function of the held-out losses alone, so that a resumed run stops where an undisturbed one does.
         """

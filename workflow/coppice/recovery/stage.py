@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 from coppice.errors import UserError
 from coppice.files import fingerprint, sha256
-from coppice.methods import training
+from coppice.methods import registry, training
 from coppice.methods.options import RecoverOptions
-from coppice.methods.registry import Method, method
+from coppice.methods.registry import Method
+from coppice.records.base import Json
 from coppice.records.manifest import Manifest, Provenance, RecoveryRecord, StepRecord
 from coppice.recovery import distributed
 
@@ -105,7 +106,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def recover(recovery: Recovery, device: str = "cpu") -> Manifest | None:
-    """Trains the parent as the step says and writes the node. Returns its manifest.
+    """Trains the parent by the step's method and writes the node. Returns its manifest.
 
     Of several processes (see `distributed`) that train it together, the first writes; the others return None.
 
@@ -120,10 +121,10 @@ def recover(recovery: Recovery, device: str = "cpu") -> Manifest | None:
     started = time.monotonic()
     step, seed = recovery.step, recovery.seed
     parent_manifest, dense_manifest = read_manifest(recovery.parent), read_manifest(recovery.dense)
-    chosen = method(step["method"])
-    options = chosen.validated(step["options"])
+    method = registry.method(step["method"])
+    options = method.validate_options(step["options"])
     assert isinstance(options, RecoverOptions)
-    refuse_impossible(step["name"], chosen, parent_manifest.traits)
+    refuse_impossible(step["name"], method, parent_manifest.traits)
     windows, held_out = load_windows(recovery.tokens), load_windows(recovery.validation)
     _check_windows(windows, held_out, recovery.parent, options)
 
@@ -137,11 +138,11 @@ def recover(recovery: Recovery, device: str = "cpu") -> Manifest | None:
 
     together = distributed.world_size() > 1
     precision = _precision(options, device)
-    identity = _identity(recovery, chosen, options, parent_manifest, dense_manifest, windows, held_out)
-    requested = chosen.training.tokens(options, parent_manifest) if chosen.training.tokens else options.tokens
+    identity = _identity(recovery, method, options, parent_manifest, dense_manifest, windows, held_out)
+    requested = method.training.tokens(options, parent_manifest) if method.training.tokens else options.tokens
     schedule = batch_schedule((windows.documents >= 0).sum(axis=1), options.batch_size, requested, seed)
     planned = Run(
-        method=chosen.training,
+        method=method.training,
         options=options,
         schedule=schedule,
         budgets=recovery.budgets,
@@ -162,7 +163,7 @@ def recover(recovery: Recovery, device: str = "cpu") -> Manifest | None:
     def load_prepared() -> PreTrainedModel:
         model = load_model(recovery.parent, loaded_on, torch.float32)
         torch.manual_seed(seed)
-        return chosen.training.prepare(model, options)
+        return method.training.prepare(model, options)
 
     def load_dense() -> PreTrainedModel:
         model = load_model(recovery.dense, loaded_on, torch.float32).requires_grad_(False)
@@ -170,11 +171,11 @@ def recover(recovery: Recovery, device: str = "cpu") -> Manifest | None:
         return model
 
     model = load_prepared()
-    teacher = load_dense() if chosen.resources.teacher else None
+    teacher = load_dense() if method.resources.teacher else None
     with tempfile.TemporaryDirectory() as folder:
         progress = train(model, windows, planned, Path(folder), teacher, device)
     if together:
-        del model  # its share makes room for the dense root's
+        del model  # frees memory for the dense root's share
     dense_loss = planned.validate(teacher or load_dense())
     print(f"Dense model: held-out loss {dense_loss:.4f}", flush=True)
     if distributed.rank():
@@ -183,7 +184,7 @@ def recover(recovery: Recovery, device: str = "cpu") -> Manifest | None:
         # No process has the whole model, but the state of the last step has.
         model = load_prepared()
         planned.restore(model)
-    model = chosen.training.finish(model, options)
+    model = method.training.finish(model, options)
 
     with tempfile.TemporaryDirectory() as folder:
         curve = Path(folder) / "curve.parquet"
@@ -191,15 +192,15 @@ def recover(recovery: Recovery, device: str = "cpu") -> Manifest | None:
         provenance = Provenance(
             node=recovery.node,
             parent=parent_manifest.node,
-            step=StepRecord(name=step["name"], method=chosen.name, family=chosen.family, options=step["options"]),
+            step=StepRecord(name=step["name"], method=method.name, family=method.family, options=step["options"]),
             seed=seed,
-            traits=sorted(chosen.traits(frozenset(parent_manifest.traits), options)),
+            traits=sorted(method.traits(frozenset(parent_manifest.traits), options)),
             source=parent_manifest.source,
             requested=options.model_dump(mode="json"),
             achieved={"tokens": planned.tokens(progress.step)},
             layers={},
             calibration=None,
-            recovery=recovery_record(planned, progress, chosen, windows, parent_manifest, requested),
+            recovery=recovery_record(planned, progress, method, windows, parent_manifest, requested),
             wall_seconds=time.monotonic() - started,
         )
         manifest = save_checkpoint(
@@ -246,13 +247,13 @@ def _precision(options: RecoverOptions, device: str) -> str:
 
 def _identity(
     recovery: Recovery,
-    chosen: Method,
+    method: Method,
     options: RecoverOptions,
     parent: Manifest,
     dense: Manifest,
     windows: Windows,
     held_out: Windows,
-) -> dict[str, Any]:
+) -> Json:
     """All that the result of a run depends on, flat, so that a difference can be named.
 
     On how many GPUs it ran is not part of it. Its code is every file of this package, of the method and of what
@@ -260,11 +261,11 @@ def _identity(
     """
     from coppice.laws.learning_curve.trends import pays_too_little
 
-    files = [*sorted(Path(__file__).parent.glob("*.py")), Path(training.__file__), *chosen.files]
+    files = [*sorted(Path(__file__).parent.glob("*.py")), Path(training.__file__), *method.files]
     if options.stop_gain is not None:
         files.append(Path(inspect.getfile(pays_too_little)))
     return {
-        "method": chosen.name,
+        "method": method.name,
         **{f"options.{key}": value for key, value in options.model_dump(mode="json", exclude={"gpus"}).items()},
         "seed": recovery.seed,
         "budgets": list(recovery.budgets),
@@ -277,13 +278,13 @@ def _identity(
 
 
 def recovery_record(
-    planned: Run, progress: Progress, chosen: Method, windows: Windows, parent: Manifest, requested: int
+    planned: Run, progress: Progress, method: Method, windows: Windows, parent: Manifest, requested: int
 ) -> RecoveryRecord:
     """The manifest's record of training. budgets: the whole ladder, also above where training ended."""
     tokens = planned.tokens(progress.step)
     before = parent.recovery.tokens_total if parent.recovery else 0
     return RecoveryRecord(
-        method=chosen.name,
+        method=method.name,
         tokens=tokens,
         tokens_requested=requested,
         tokens_total=before + tokens,

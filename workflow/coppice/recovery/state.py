@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TypedDict
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from coppice.errors import UserError
 from coppice.files import atomic_write
 from coppice.methods.training import distribute_like, full_tensor, trained_parameters
+from coppice.records.base import Json
 from coppice.recovery import distributed
 
 
@@ -51,18 +52,18 @@ class StateFile:
     """Trained parameters, optimizer state, a method's own tensors and progress of a run, in one safetensors file.
 
     Tensors are named `parameter.<parameter>`, `optimizer.<key>.<parameter>` and `method.<name>`; what the optimizer
-    keeps besides tensors is in the metadata. Of a model that is divided among processes the file holds whole tensors,
-    which the first process writes. identity: flat, all that the run's result depends on; a state of another identity is
-    refused.
+    keeps that is not a tensor is in the metadata. Of a model that is divided among processes the file holds whole
+    tensors, which the first process writes. identity: flat, all that the run's result depends on; a state of another
+    identity is refused.
     """
 
     path: Path
-    identity: dict[str, Any]
+    identity: Json
 
     def save(self, model: nn.Module, optimizer: Optimizer, progress: Progress, extra: Mapping[str, Tensor]) -> None:
         """Replaces the file. extra: the method's own tensors. Every process must call it."""
         tensors: dict[str, Tensor] = {}
-        values: dict[str, dict[str, Any]] = {}
+        values: dict[str, dict[str, object]] = {}
         for name, parameter in trained_parameters(model).items():
             tensors[f"parameter.{name}"] = parameter.detach()
             for key, value in optimizer.state.get(parameter, {}).items():
@@ -79,7 +80,7 @@ class StateFile:
             save_file(complete, temporary, {key: json.dumps(value) for key, value in metadata.items()})
 
     def progress(self) -> Progress:
-        """Where to resume: at the start where there is no state. Raises UserError for another run's or a broken one."""
+        """Where to resume: at the start without a state. Raises UserError for another run's or a broken one."""
         if not self.path.exists():
             return Progress()
         try:

@@ -22,7 +22,7 @@ from coppice.data.windows import Windows
 from coppice.errors import UserError
 from coppice.methods.declaration import TrainingMethod
 from coppice.methods.options import RecoverOptions
-from coppice.methods.training import Clock, distribute_like, trained_parameters
+from coppice.methods.training import Clock, OptimizerGroup, distribute_like, trained_parameters
 from coppice.models.modules import mask, weight_matrices
 from coppice.recovery import distributed, objective
 from coppice.recovery.journal import Journal, Run
@@ -40,7 +40,7 @@ def create_optimizer(model: PreTrainedModel, method: TrainingMethod, options: Re
                 f"The parameter {name} requires a gradient, but is in none of the method's parameter_groups; add it "
                 "to one, or let `prepare` freeze it."
             )
-    settings = [
+    settings: list[OptimizerGroup] = [
         {
             "params": list(group.parameters),
             "lr": options.learning_rate * group.learning_rate_multiplier,
@@ -186,7 +186,7 @@ def train(
     teacher: PreTrainedModel | None = None,
     device: str = "cpu",
 ) -> Progress:
-    """Trains the model in place, from where the run's state says, and returns the whole curve.
+    """Trains the model in place, from the run's state on, and returns the whole curve.
 
     folder: where the Trainer may write. teacher: for the method's loss. device: of a model that several processes train
     together, which lies on the CPU; it is divided among them. Raises UserError where the state is another run's and

@@ -19,7 +19,7 @@ from coppice.formatting import (
     join_words,
     number,
     reproduce_command,
-    wrapped,
+    wrap_lines,
 )
 from coppice.records.layout import ResultsLayout
 from coppice.records.manifest import Manifest
@@ -85,10 +85,10 @@ def failure_lines(missing: list[tuple[str, Path]]) -> list[str]:
     """Jobs that failed or are running, and the last lines of their logs."""
     lines: list[str] = []
     for stage, log in missing:
-        lines += ["", *wrapped(f"MISSING: {stage} ({final_error(log)}), by {log}:")]
+        lines += ["", *wrap_lines(f"MISSING: {stage} ({final_error(log)}), by {log}:")]
         text = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
         for line in text[-LOG_LINES:]:
-            lines += wrapped(line, "  ")
+            lines += wrap_lines(line, "  ")
     return lines
 
 
@@ -101,11 +101,11 @@ def recipe_lines(manifests: Mapping[NodeName, Manifest]) -> list[str]:
             source = ", ".join(
                 f"{key} {value}" for key, value in manifest.source.model_dump().items() if value is not None
             )
-            lines += wrapped(f"{name}: dense ({source})", "  ")
+            lines += wrap_lines(f"{name}: dense ({source})", "  ")
             continue
         options = format_options(step.options)
         seed = f", seed {manifest.seed}"
-        lines += wrapped(f"{name.last_part}: {step.family} by {step.method} ({options or 'no options'}{seed})", "  ")
+        lines += wrap_lines(f"{name.last_part}: {step.family} by {step.method} ({options or 'no options'}{seed})", "  ")
     return lines
 
 
@@ -185,7 +185,7 @@ def comparison_lines(results: Path, name: str) -> list[str]:
         "Paired tests (bootstrap of the items): intervals and raw p-values are per pair; the Holm-adjusted p decides "
         "significance."
     )
-    lines = wrapped(title) if rows else []
+    lines = wrap_lines(title) if rows else []
     for row in rows:
         pairs = "1 pair" if row["family"] == 1 else f"{row['family']} pairs"
         verdict = "significantly different" if row["distinguishable"] else "not significantly different"
@@ -195,7 +195,7 @@ def comparison_lines(results: Path, name: str) -> list[str]:
             if row["right_to_wrong"] is not None
             else ""
         )
-        lines += wrapped(
+        lines += wrap_lines(
             f"{row['measure'].replace('_', ' ')} of {row['task']} minus that of {against}: {number(row['difference'])} "
             f"[{number(row['low'])}, {number(row['high'])}] {row['unit']} over {row['n']} items, "
             f"{p_value(row['p_value'])}, adjusted for {pairs} {p_value(row['p_adjusted'])}: {verdict}{flips}.",
@@ -230,7 +230,7 @@ def recovery_lines(results: Path, name: str, manifest: Manifest) -> list[str]:
         ["  tokens", *(human_count(row["tokens"]) for row in points), "dense"],
         ["  held-out loss, nats/token", *(number(row["loss"], 4) for row in points), number(losses["dense_loss"], 4)],
     ]
-    return [*wrapped(text), *format_table(table)]
+    return [*wrap_lines(text), *format_table(table)]
 
 
 def layer_lines(manifest: Manifest) -> list[str]:
@@ -249,12 +249,12 @@ def layer_lines(manifest: Manifest) -> list[str]:
         else:
             table.append([key.replace("_", " "), *ends])
     lines = format_table(table) if len(table) > 1 else [table[0][0]]
-    lines += wrapped(f"The same in each: {', '.join(constant)}.") if constant else []
+    lines += wrap_lines(f"The same in each: {', '.join(constant)}.") if constant else []
     for key in HIGHER_IS_WORSE:
         if key in columns:
             worst = sorted(layers, key=lambda name: layers[name].get(key, 0), reverse=True)[:3]
             values_of = [f"{name.removeprefix('model.')} ({number(layers[name].get(key))})" for name in worst]
-            return [*lines, *wrapped(f"Largest {key.replace('_', ' ')}: {join_words(values_of)}.")]
+            return [*lines, *wrap_lines(f"Largest {key.replace('_', ' ')}: {join_words(values_of)}.")]
     return lines
 
 
@@ -280,14 +280,14 @@ def achieved_lines(manifest: Manifest) -> list[str]:
         for kind, entry in (units.items() if isinstance(units, dict) else ())
         if isinstance(entry, dict) and entry["removed"]
     ]
-    return wrapped(f"Removed: {join_words(cut)}.") if cut else []
+    return wrap_lines(f"Removed: {join_words(cut)}.") if cut else []
 
 
 def cost_lines(results: Path, name: str, manifest: Manifest) -> list[str]:
     """The time and memory of computing the node, and its measured costs."""
     memory = manifest.peak_memory_bytes
     peak = "" if memory is None else f", peak memory {number(memory / 1e9)} GB"
-    lines = wrapped(f"Computed in {number(manifest.wall_seconds)} s{peak}.")
+    lines = wrap_lines(f"Computed in {number(manifest.wall_seconds)} s{peak}.")
     rows = [row for path in evaluations_of(results, name) for row in _measurements(name, path).costs]
     for row in rows:
         megabytes = row["unit"] == "bytes"
@@ -295,7 +295,7 @@ def cost_lines(results: Path, name: str, manifest: Manifest) -> list[str]:
         spread = "" if row["spread"] is None else f" +- {number(row['spread'] / scale / 2, 2)}"
         simulated = ", simulated" if row["simulated"] else ""
         words = f"{row['metric'].replace('_', ' ')}: {number(row['value'] / scale)}{spread} {unit}"
-        lines += wrapped(f"{words} ({row['device']}{simulated})", "  ")
+        lines += wrap_lines(f"{words} ({row['device']}{simulated})", "  ")
     if any(row["spread"] is not None for row in rows):
         lines.append("  +- is half the interquartile range of the repeats.")
     return lines
@@ -306,10 +306,10 @@ def place_lines(results: Path, name: str, complete: list[str]) -> list[str]:
     folder = ResultsLayout(results).checkpoint(name)
     below = [node.removeprefix(f"{name}/") for node in complete if NodeName(node).is_below(name)]
     logs = list(_logs(results, name))
-    lines = wrapped(f"Files:       {folder}") if name in complete else []
-    lines += wrapped(f"Logs:        {', '.join(logs)}") if logs else []
-    lines += wrapped(f"Downstream:  {join_first(below)}") if below else []
-    # A command is not wrapped, so that it can be copied.
+    lines = wrap_lines(f"Files:       {folder}") if name in complete else []
+    lines += wrap_lines(f"Logs:        {', '.join(logs)}") if logs else []
+    lines += wrap_lines(f"Downstream:  {join_first(below)}") if below else []
+    # A command is not wrap_lines, so that it can be copied.
     return [*lines, f"Recompute:   {reproduce_command(results, name)}"]
 
 

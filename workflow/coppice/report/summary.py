@@ -7,7 +7,7 @@ from pathlib import Path
 
 from coppice.decisions.fitted import refusal
 from coppice.decisions.stage import answer_lines, overview
-from coppice.formatting import INTERVALS, format_table, number, wrapped
+from coppice.formatting import INTERVALS, format_table, number, wrap_lines
 from coppice.records.fit import FitRecord
 from coppice.records.layout import ResultsLayout
 from coppice.report.view import comparisons_note, format_metric, indistinct_from_next, perplexities, scores
@@ -30,7 +30,10 @@ def summary(results: Path) -> str:
     tables = {name: read_table(layout.tables, name).to_pylist() for name in names}
     lines = [_heading(results, tables), "", *_node_lines(tables["nodes"], tables["metrics"], tables["comparisons"])]
     for row in tables["failures"]:
-        lines += ["", *wrapped(f"FAILED {row['node'] or row['stage']}: {row['error']} (log: {results / row['log']})")]
+        lines += [
+            "",
+            *wrap_lines(f"FAILED {row['node'] or row['stage']}: {row['error']} (log: {results / row['log']})"),
+        ]
     for name, path in layout.fits.items():
         lines += ["", *law_lines(name, FitRecord.read(path))]
     lines += decision_lines(results, tables)
@@ -81,7 +84,7 @@ def _node_lines(nodes: list[Row], metrics: list[Row], comparisons: list[Row]) ->
     if perplexity or score:
         notes += [INTERVALS]
     if alike:
-        notes += wrapped(comparisons_note(comparisons))
+        notes += wrap_lines(comparisons_note(comparisons))
     return format_table(table) + ([""] if notes else []) + notes
 
 
@@ -94,7 +97,7 @@ def law_lines(name: str, fit: FitRecord) -> list[str]:
     facts += [] if r2 is None else [f"R2 {r2:.4f}"]
     facts += [] if rmse is None else [f"rmse {number(rmse)} {unit}".rstrip()]
     facts += ["passes its own tests"] if fit.passes is not None and fit.passes.ok else []
-    lines = [*wrapped(f"Law {name}: {', '.join(facts)}"), *wrapped(fit.source["equation"], "  ")]
+    lines = [*wrap_lines(f"Law {name}: {', '.join(facts)}"), *wrap_lines(fit.source["equation"], "  ")]
     known = {key: value for key, value in fit.parameters.items() if value.identified}
     for key, value in known.items():
         between = "" if value.low is None else f"   [{number(value.low)}, {number(value.high)}]"
@@ -102,15 +105,15 @@ def law_lines(name: str, fit: FitRecord) -> list[str]:
         between = "   at its bound" if value.at_bound else between
         lines.append(f"  {key:<8}{number(value.value):>10}{between}")
     if unknown := [key for key in fit.parameters if key not in known]:
-        lines += wrapped(f"Not identified by these points: {', '.join(unknown)}.", "  ")
+        lines += wrap_lines(f"Not identified by these points: {', '.join(unknown)}.", "  ")
     for test, error in fit.own_errors.items():
         sentence = error.sentence(target, unit)
-        lines += wrapped(f"Held out, {test.replace('_', ' ')}: {sentence}{_best_form(fit, test)}", "  ")
+        lines += wrap_lines(f"Held out, {test.replace('_', ' ')}: {sentence}{_best_form(fit, test)}", "  ")
     reason = refusal(name, fit)
     for sentence in [str(entry["sentence"]) for entry in fit.recommendation] if reason is None else [reason]:
-        lines += wrapped(sentence, "  ")
+        lines += wrap_lines(sentence, "  ")
     for note in fit.notes:
-        lines += wrapped(note, "  ")
+        lines += wrap_lines(note, "  ")
     return lines
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from coppice.records.arrow import described_field, field
+from coppice.records.arrow import column_field, field
 from coppice.records.base import Column
 from coppice.records.curve import CurvePoint
 from coppice.records.failure import Failure
@@ -33,7 +33,7 @@ def _table(description: str, key: str, *columns: pa.Field) -> pa.Schema:
 
 
 def _column(name: str, kind: pa.DataType, unit: str, text: str) -> pa.Field:
-    return described_field(name, kind, Column(text, unit))
+    return column_field(name, kind, Column(text, unit))
 
 
 def _fields(record: type, *names: str) -> list[pa.Field]:

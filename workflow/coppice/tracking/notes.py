@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from coppice.formatting import human_count, join_words, number, shortened
+from coppice.formatting import human_count, join_words, number, shorten
 from coppice.records.layout import ResultsLayout
 from coppice.results.schemas import Row
 from coppice.study.schema import Study
@@ -111,7 +111,7 @@ def _step(row: Row) -> tuple[str, ...]:
         return name, "dense model", f"{row['source_kind'] or ''} {row['source'] or ''}".strip()
     options = {key: value for key, value in json.loads(row["options"]).items() if value is not None}
     text = ", ".join(f"{key} {_plain(value)}" for key, value in options.items())
-    return name, f"{row['method']} ({row['family']})", shortened(text, OPTIONS)
+    return name, f"{row['method']} ({row['family']})", shorten(text, OPTIONS)
 
 
 def _plain(value: Any) -> str:

@@ -41,7 +41,7 @@ def run(arguments: argparse.Namespace) -> None:
     if not worth_salvaging(arguments.logs):
         return
     if arguments.fetch:
-        storage.fetch_results(storage.named_store(), arguments.results)
+        storage.fetch_results(storage.store_address(), arguments.results)
     salvage(load_study(merge_files(arguments.files, arguments.config)), arguments.results, arguments.uri)
 
 

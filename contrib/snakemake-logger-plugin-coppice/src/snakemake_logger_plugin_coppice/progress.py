@@ -101,7 +101,7 @@ class Progress:
 
     def lines(self, now: float, width: int) -> list[str]:
         """A heading, wrapped to a width, and a line a stage: how many are done, which run, for how long."""
-        from coppice.formatting import duration, shortened
+        from coppice.formatting import duration, shorten
 
         wide = max(map(len, self.totals))
         digits = max(len(str(total)) for total in self.totals.values())
@@ -111,7 +111,7 @@ class Progress:
         for stage, total in self.totals.items():
             failed = sum(name == stage for name in self.failed.values())
             running = [job for job in self.running.values() if job.stage == stage]
-            names = [f"{shortened(job.name, 40)} ({duration(now - job.started)})" for job in running[:NAMES]]
+            names = [f"{shorten(job.name, 40)} ({duration(now - job.started)})" for job in running[:NAMES]]
             names += [f"{len(running) - NAMES} more"] if len(running) > NAMES else []
             names += [f"{failed} failed"] if failed else []
             done = f"{self.done(stage):>{digits}}/{total:<{digits}}"

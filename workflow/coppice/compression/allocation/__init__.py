@@ -1,12 +1,12 @@
 """Allocates a sparsity, rank, bit or correction target across linears: one number for the whole model becomes one for
 each linear.
 
-A target is counted in a whole-number cost: weights kept for a sparsity, parameters for a share to keep (k (m + n) at
-rank k, m n where the linear stays dense) and for the rank of a correction, bits for bits (one file each: `sparsity`,
-`rank`, `correction`, `bits`). A rule (one file each: `uniform`, `sensitivity`, `outliers`, `svd_llm_v2`,
-`water_filling`, `knapsack`) gives each linear i of n_i weights a cost c_i between its floor and the most that it can
-use. sum c_i is the requested target, less what no linear can use: nothing for a sparsity, less than a rank or a bit for
-every weight of the smallest linear that could take one. It is never more.
+A target is counted in a whole-number cost (one file each: `sparsity`, `rank`, `correction`, `bits`). For a sparsity
+these are the weights kept. For a share to keep they are parameters (k (m + n) at rank k, m n where the linear stays
+dense), and so for the rank of a correction. For bits they are bits. A rule (one file each: `uniform`, `sensitivity`,
+`outliers`, `svd_llm_v2`, `water_filling`, `knapsack`) gives each linear i of n_i weights a cost c_i between its floor
+and the most that it can use. sum c_i is the requested target, less what no linear can use: nothing for a sparsity, less
+than a rank or a bit for every weight of the smallest linear that could take one. It is never more.
 
 What a linear loses at each cost is measured by `methods.solvers.demand`.
 """
@@ -27,6 +27,7 @@ from coppice.compression.allocation.sparsity import SparsityTarget
 from coppice.errors import UserError, error_context
 from coppice.methods.options import Allocation, TargetOptions
 from coppice.models.contracts import Linear, LinearStatistics
+from coppice.records.base import Json
 
 # By the option that holds the target.
 TARGETS: dict[str, Callable[[Any], Target]] = {
@@ -41,7 +42,7 @@ MEASURING = ("sensitivity", "owl", "mosaic", "svd-llm-v2")
 
 def allocate(
     linears: Iterable[tuple[str, Linear, Any]], options: TargetOptions
-) -> tuple[dict[str, TargetOptions], dict[str, Any]]:
+) -> tuple[dict[str, TargetOptions], Json]:
     """The options of each linear, with a target of its own, and the record of what was requested and achieved.
 
     linears: (full name, linear, LinearStatistics) in the model's order, read once; those of a block must come together.
@@ -54,7 +55,7 @@ def allocate(
     plain = options.model_copy(update={"allocation": Allocation()})
     entries = uniform.entries(linears) if rule.by == "uniform" else list(survey(linears, target, rule))
     if not entries:
-        raise UserError("There is no linear to allocate a target to: let the option 'target_modules' name some.")
+        raise UserError("No linear is left to allocate a target to: let the option 'target_modules' name some.")
     size = sum(entry.size for entry in entries)
     if rule.by == "uniform":
         costs = uniform.costs(entries, target)
@@ -67,7 +68,7 @@ def allocate(
             entry.name: plain.model_copy(update=target.update(entry, cost))
             for entry, cost in zip(entries, costs, strict=True)
         }
-    record = {
+    record: Json = {
         "by": rule.by,
         "asked": target.requested,
         "achieved": target.value(sum(costs), size),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any
 
 from coppice.compression.allocation import knapsack, sensitivity
 from coppice.compression.allocation.entries import Entry, comparable_losses, relative_error, shape_of
@@ -14,6 +13,7 @@ from coppice.methods.solvers.grid import GridOptions
 from coppice.methods.solvers.loss import output_power
 from coppice.methods.solvers.moments import second_moment
 from coppice.models.contracts import Linear, LinearStatistics
+from coppice.records.base import Json
 
 
 class BitsTarget:
@@ -62,5 +62,5 @@ class BitsTarget:
 
         return raise_levels(highest_levels(costs, real), costs, missing, capacity)
 
-    def update(self, entry: Entry, cost: int) -> dict[str, Any]:
+    def update(self, entry: Entry, cost: int) -> Json:
         return {"bits": entry.levels[entry.costs.index(cost)]}

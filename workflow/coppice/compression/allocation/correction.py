@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Protocol
+from typing import Protocol
 
 from coppice.compression.allocation import water_filling
 from coppice.compression.allocation.entries import Entry, comparable_losses, shape_of
@@ -12,6 +12,7 @@ from coppice.methods.solvers import demand
 from coppice.methods.solvers.loss import output_power
 from coppice.methods.solvers.moments import second_moment
 from coppice.models.contracts import Linear, LinearStatistics
+from coppice.records.base import Json
 
 
 class CorrectionOptions(Protocol):
@@ -60,5 +61,5 @@ class CorrectionTarget:
         levels = water_filling.fill(entries, [0] * len(entries), capacity)
         return [entry.costs[level] for entry, level in zip(entries, levels, strict=True)]
 
-    def update(self, entry: Entry, cost: int) -> dict[str, Any]:
+    def update(self, entry: Entry, cost: int) -> Json:
         return {"rank": cost // sum(entry.shape)}

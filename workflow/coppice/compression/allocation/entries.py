@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from coppice.methods.options import Allocation
 from coppice.models.contracts import Linear, LinearStatistics
+from coppice.records.base import Json
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Target(Protocol):
     def spread(self, entries: list[Entry], capacity: int) -> list[int]:
         """The cost of each linear."""
 
-    def update(self, entry: Entry, cost: int) -> dict[str, Any]:
+    def update(self, entry: Entry, cost: int) -> Json:
         """The options that give a linear this cost."""
 
 

@@ -27,7 +27,7 @@ def levels_around(requested: Fraction, floor: Fraction) -> list[Fraction]:
 
 
 def levels_above(floor: Fraction | float, levels: Sequence[Level], rule: Allocation) -> list[Level]:
-    """The levels that are not below the floor. Raises UserError when there is none."""
+    """The levels that are not below the floor. Raises UserError where none is left."""
     above = [level for level in levels if level >= floor - ROUNDING]
     if not above:
         raise UserError(

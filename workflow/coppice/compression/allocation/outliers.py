@@ -1,4 +1,4 @@
-"""owl (Yin et al., OWL, arXiv 2310.05175) and mosaic (arXiv 2504.06323): more where there are more outliers.
+"""owl (Yin et al., OWL, arXiv 2310.05175) and mosaic (arXiv 2504.06323): more for linears with more outliers.
 
 c_i / n_i rises with the share D of outliers among |W_ij| sqrt(H_jj), of a block (owl) or of each projection over the
 blocks (mosaic): from the mean, D scaled to [0, 2 spread] less its own mean.
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy
 
 from coppice.compression.allocation.entries import Entry, block_and_kind
-from coppice.compression.allocation.spreading import Array, Limits, same_kinds, shifted, spread_groups
+from coppice.compression.allocation.spreading import Array, Limits, same_kinds, shift_shares, spread_groups
 from coppice.methods.options import Allocation
 from coppice.methods.solvers import demand
 from coppice.models.contracts import Linear, LinearStatistics
@@ -44,7 +44,7 @@ def costs(entries: Sequence[Entry], rule: Allocation, capacity: int) -> Array:
     mean = capacity / sum(entry.size for entry in entries)
 
     def spread(outliers: Array, limits: Limits, total: float) -> Array:
-        return shifted(by_outliers(outliers, limits.sizes, rule.spread, mean), *limits, total)
+        return shift_shares(by_outliers(outliers, limits.sizes, rule.spread, mean), *limits, total)
 
     return spread_groups(entries, groups, capacity, spread)
 
@@ -52,5 +52,5 @@ def costs(entries: Sequence[Entry], rule: Allocation, capacity: int) -> Array:
 def by_outliers(outliers: Array, sizes: Array, spread: float, mean: float) -> Array:
     """Shares whose mean over the weights is `mean`: D scaled to [0, 2 spread], centred. Equal D give equal shares."""
     lowest, span = outliers.min(), numpy.ptp(outliers)
-    scaled = 2 * spread * (outliers - lowest) / (span if span > 0 else 1)
-    return scaled - (scaled * sizes).sum() / sizes.sum() + mean
+    offsets = 2 * spread * (outliers - lowest) / (span if span > 0 else 1)
+    return offsets - (offsets * sizes).sum() / sizes.sum() + mean

@@ -9,7 +9,6 @@ import math
 from bisect import bisect_right
 from dataclasses import replace
 from fractions import Fraction
-from typing import Any
 
 from coppice.compression.allocation import knapsack, sensitivity, svd_llm_v2, water_filling
 from coppice.compression.allocation.entries import Entry, comparable_losses, relative_error, shape_of
@@ -18,6 +17,7 @@ from coppice.methods.solvers import demand
 from coppice.methods.solvers.selection import share_of
 from coppice.methods.solvers.truncation import RankOptions, align_rank, break_even, chosen_rank
 from coppice.models.contracts import Linear, LinearStatistics
+from coppice.records.base import Json
 
 
 class RankTarget:
@@ -94,5 +94,5 @@ class RankTarget:
             levels = water_filling.fill(entries, levels, share, members)
         return levels
 
-    def update(self, entry: Entry, cost: int) -> dict[str, Any]:
+    def update(self, entry: Entry, cost: int) -> Json:
         return {"keep": None, "rank": entry.levels[entry.costs.index(cost)]}

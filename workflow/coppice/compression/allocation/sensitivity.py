@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import numpy
 
 from coppice.compression.allocation.entries import Entry
-from coppice.compression.allocation.spreading import Array, shifted, spread_groups
+from coppice.compression.allocation.spreading import Array, shift_shares, spread_groups
 
 
 def costs(entries: Sequence[Entry], capacity: int, by_error: Callable[..., Array]) -> Array:
@@ -27,4 +27,4 @@ def logarithmic(errors: Array, sizes: Array, least: Array, most: Array, total: f
     """Costs (log2 e_i + t) n_i, cut to [least_i, most_i]: a bit more for each doubling of the error."""
     largest = errors.max()
     errors = numpy.maximum(errors, 1e-12 * largest) if largest > 0 else numpy.ones_like(errors)
-    return shifted(numpy.log2(errors), sizes, least, most, total)
+    return shift_shares(numpy.log2(errors), sizes, least, most, total)

@@ -5,16 +5,17 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from fractions import Fraction
-from typing import Any, Protocol
+from typing import Protocol
 
 from coppice.compression.allocation import knapsack, outliers, sensitivity
 from coppice.compression.allocation.entries import Entry, comparable_losses, relative_error, shape_of
-from coppice.compression.allocation.spreading import limits_of, proportional, shifted, whole
+from coppice.compression.allocation.spreading import limits_of, proportional, round_to_total, shift_shares
 from coppice.methods.options import Allocation
 from coppice.methods.solvers import demand
 from coppice.methods.solvers.knapsack import knapsack as solve
 from coppice.methods.solvers.selection import share_of
 from coppice.models.contracts import Linear, LinearStatistics
+from coppice.records.base import Json
 
 
 class SparsityOptions(Protocol):
@@ -71,12 +72,12 @@ class SparsityTarget:
 
     def spread(self, entries: list[Entry], capacity: int) -> list[int]:
         if self.rule.by == "knapsack":
-            costs = shifted(self.best_shares(entries), *limits_of(entries), capacity)
+            costs = shift_shares(self.best_shares(entries), *limits_of(entries), capacity)
         elif self.rule.by == "sensitivity":
             costs = sensitivity.costs(entries, capacity, proportional)
         else:
             costs = outliers.costs(entries, self.rule, capacity)
-        return whole(costs, capacity)
+        return round_to_total(costs, capacity)
 
     def best_shares(self, entries: list[Entry]) -> list[float]:
         """The knapsack's shares. Costs are in parts of a weight, in which every share of every linear is whole."""
@@ -87,5 +88,5 @@ class SparsityTarget:
         chosen = solve(costs, [entry.losses for entry in entries], capacity)
         return [float(shares[level]) for level in chosen]
 
-    def update(self, entry: Entry, cost: int) -> dict[str, Any]:
+    def update(self, entry: Entry, cost: int) -> Json:
         return {"sparsity": self.value(cost, entry.size)}

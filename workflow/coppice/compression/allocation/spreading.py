@@ -55,7 +55,7 @@ def spread_groups(
     measures = numpy.array([entry.measure for entry in entries])
     mean = capacity / limits.sizes.sum()
     group_limits = Limits(*(numpy.array([part[list(members)].sum() for members in groups]) for part in limits))
-    totals = shifted([mean] * len(groups), *group_limits, capacity)
+    totals = shift_shares([mean] * len(groups), *group_limits, capacity)
     costs = numpy.empty(len(entries))
     for indices, total in zip(groups, totals, strict=True):
         members = list(indices)
@@ -74,7 +74,7 @@ def proportional(worth: Array, sizes: Array, least: Array, most: Array, total: f
     return _solve(lambda t: numpy.clip(t * worth * sizes, least, most), 0.0, highest, total)
 
 
-def shifted(shares: Sequence[float] | Array, sizes: Array, least: Array, most: Array, total: float) -> Array:
+def shift_shares(shares: Sequence[float] | Array, sizes: Array, least: Array, most: Array, total: float) -> Array:
     """Costs (share_i + t) n_i, cut to [least_i, most_i], with the t for which they sum to `total`."""
     shares = numpy.asarray(shares, dtype=float)
     lowest, highest = (least / sizes - shares).min(), (most / sizes - shares).max()
@@ -91,7 +91,7 @@ def _solve(costs: Callable[[float], Array], low: float, high: float, total: floa
     return costs(high)
 
 
-def whole(costs: Array, total: int) -> list[int]:
+def round_to_total(costs: Array, total: int) -> list[int]:
     """Whole costs that sum to `total`: rounded down, and one more for the largest remainders."""
     rounded = numpy.floor(costs + ROUNDING).astype(int)
     missing = total - int(rounded.sum())

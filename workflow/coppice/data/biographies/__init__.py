@@ -1,7 +1,7 @@
 """The built-in world: synthetic biographies, questions about them, and a meter of the knowledge a model holds.
 
-After bioS of "Physics of Language Models: Part 3.3, Knowledge Capacity Scaling Laws" (Allen-Zhu and Li,
-arXiv 2404.05405), scaled down: every value is one word of a small vocabulary (a date is three), so that a model of 0.1
+After bioS of "Physics of Language Models: Part 3.3, Knowledge Capacity Scaling Laws" (Allen-Zhu and Li, arXiv
+2404.05405), scaled down. Every value is one word of a small vocabulary (a date is three), so that a model of 0.1
 million parameters spends most of them on facts and not on embeddings.
 """
 

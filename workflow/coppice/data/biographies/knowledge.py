@@ -14,7 +14,7 @@ KNOWLEDGE = ("pronoun", "birth_date", "birth_city", "university", "major", "empl
 
 
 class KnowledgeBits(TypedDict):
-    """What a model holds of the world, and the most that there is to hold; attribute_bits by attribute, per person."""
+    """What a model holds of the world, and the most that it could hold; attribute_bits by attribute, per person."""
 
     bits_per_person: float
     bits_per_person_max: float

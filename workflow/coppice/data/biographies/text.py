@@ -121,7 +121,7 @@ def stream(world: World, split: str, seed: int | str) -> Iterator[str]:
     Raises UserError for a split that does not exist.
     """
     if split not in SPLITS:
-        raise UserError(f"There is no split {split!r} of the biographies; choose one of {', '.join(SPLITS)}.")
+        raise UserError(f"{split!r} is not a split of the biographies; choose one of {', '.join(SPLITS)}.")
     generator = random.Random(f"{split} {world.seed} {seed}")
     while True:
         for i in permutation(generator, world.people):

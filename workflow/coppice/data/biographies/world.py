@@ -121,7 +121,7 @@ class Person:
 class World:
     """A population and the sizes of the sets that its names and values are drawn from.
 
-    Raises UserError where a size lies outside what the word lists offer, or where there are more people than names.
+    Raises UserError where a size lies outside what the word lists offer, or where people outnumber names.
     """
 
     people: int = 1200

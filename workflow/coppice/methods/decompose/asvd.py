@@ -117,7 +117,7 @@ def plan(decoder: Decoder, options: Options) -> dict[str, PlannedRank]:
         return {}
     target = RankTarget.of(decoder, options.keep, options.align)
     measure = _by_loss if options.search == "strs" else _by_spectrum
-    return target.planned(search(list(measure(decoder, options)), target))
+    return target.plans(search(list(measure(decoder, options)), target))
 
 
 def search(candidates: list[Candidate], target: RankTarget) -> dict[str, int]:
@@ -132,7 +132,7 @@ def search(candidates: list[Candidate], target: RankTarget) -> dict[str, int]:
 
     # The cost falls with every candidate accepted.
     counts = range(len(candidates))
-    count = bisect_left(counts, True, key=lambda count: target.total(ranks(count)) <= target.allowed)
+    count = bisect_left(counts, True, key=lambda count: target.total(ranks(count)) <= target.capacity)
     accepted = ranks(count)
     if count:
         accepted = target.fill(accepted, [candidates[count - 1].name])
@@ -191,7 +191,7 @@ def scaling(statistics: LinearStatistics, options: Options) -> Tensor:
 def compress(linear: Linear, statistics: LinearStatistics, options: Options) -> LowRank | Unchanged:
     """The rank-k factors with the least sum_ij d_j^2 (W - W_k)_ij^2; from break-even on the linear stays dense.
 
-    Inputs that were always zero have no say in U_k (unless alpha is 0); their columns are projected on it like the
+    Inputs that were always zero do not influence U_k (unless alpha is 0); their columns are projected on it like the
     others. Raises UserError when the weight holds values that are not finite, or when the statistics are unfit.
     """
     rows, columns = linear.weight.shape

@@ -5,13 +5,13 @@ Tomut et al., CompactifAI: Extreme Compression of Large Language Models using Qu
 much is kept. K = 2 is a sum of chi Kronecker products.
 
 The paper publishes neither site shapes nor bonds: these are chosen here, by rule or by a profile of the loss against
-the bond. An operator saves storage; its products may cost more than the dense ones, which the record says.
+the bond. An operator saves storage; its products may cost more than the dense ones, which is on record.
 """
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal, TypedDict
 
 from pydantic import Field, model_validator
 
@@ -34,6 +34,7 @@ from coppice.methods.solvers.tensor_train import (
 )
 from coppice.models.contracts import Decoder, Linear, LinearStatistics
 from coppice.models.replacements import TensorTrain, Unchanged
+from coppice.records.base import Json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -87,7 +88,22 @@ class Options(LayerOptions):
         return self
 
 
-def plan(decoder: Decoder, options: Options) -> dict[str, Any]:
+class Choice(TypedDict):
+    """What a linear can be: dense (bond None) or an operator of a bond; its parameters and the loss that it adds."""
+
+    bond: int | None
+    parameters: int
+    loss_increase: float
+
+
+class Planned(TypedDict):
+    """The bond of a linear (None: dense), and the choices that it was taken from."""
+
+    bond: int | None
+    profile: list[Choice]
+
+
+def plan(decoder: Decoder, options: Options) -> dict[str, Planned]:
     """For each linear that is not excluded, its bond (None: dense) and the loss increases that decided it.
 
     Empty without a profile. Raises UserError when a loss is not finite, or when the smallest shares exceed the budget.
@@ -95,7 +111,7 @@ def plan(decoder: Decoder, options: Options) -> dict[str, Any]:
     if options.profile is None:
         return {}
     windows = range(min(options.profile_windows, decoder.windows))
-    names = [name for name in decoder.names if not _excluded(name, options)]
+    names = [name for name in decoder.names if not _is_excluded(name, options)]
     with torch.no_grad():
         dense = decoder.loss(windows).item()
         if not math.isfinite(dense):
@@ -117,7 +133,7 @@ def compress(linear: Linear, statistics: LinearStatistics | None, options: Optio
 
     Raises UserError when the weight holds values that are not finite, or when the statistics are unfit.
     """
-    if _excluded(linear.name, options):
+    if _is_excluded(linear.name, options):
         kind = linear.name.rpartition(".")[-1]
         return Unchanged(record={"unchanged": f"`exclude` names {kind}.", "keep": 1.0})
     planned = {} if linear.plan is None else {"profile": linear.plan["profile"]}
@@ -135,7 +151,7 @@ def compress(linear: Linear, statistics: LinearStatistics | None, options: Optio
         return Unchanged(record={"unchanged": reason, "bond_asked": bond, "keep": 1.0, **planned})
     operator, scaling = operator_of(linear.weight, statistics, sites, bond, options)
     bonds = sites.bonds(bond)
-    record = {
+    record: Json = {
         "bond_asked": bond,
         "bond": max(bonds),
         "bonds": list(bonds),
@@ -146,7 +162,7 @@ def compress(linear: Linear, statistics: LinearStatistics | None, options: Optio
         "macs_per_token": sites.multiply_adds(bond),
         "dense_macs_per_token": sites.weights,
     }
-    return TensorTrain(operator.cores, record=record | scaling | planned | _indivisible(sites))
+    return TensorTrain(operator.cores, record={**record, **scaling, **planned, **_indivisible_note(sites)})
 
 
 def chosen_bond(options: Options, sites: Sites) -> int:
@@ -165,7 +181,7 @@ def break_even(sites: Sites) -> int:
 
 def operator_of(
     weight: Tensor, statistics: LinearStatistics | None, sites: Sites, bond: int, options: Options
-) -> tuple[Approximation, dict[str, Any]]:
+) -> tuple[Approximation, dict[str, float]]:
     """The operator of that bond and the record of its scaling; its error is that of the scaled weight."""
     if options.scaling == "none":
         return decompose(weight, sites, bond), {}
@@ -238,14 +254,14 @@ def least_increase(sizes: list[list[int]], increases: list[list[float]], budget:
         current[item] = index
 
 
-def _profile(decoder: Decoder, name: str, dense: float, windows: range, options: Options) -> list[dict[str, Any]]:
+def _profile(decoder: Decoder, name: str, dense: float, windows: range, options: Options) -> list[Choice]:
     """The dense linear, then its operator at each share that saves parameters: bond, parameters and loss increase."""
     weight = decoder.linear(name).weight
     statistics = None if options.scaling == "none" else decoder.statistics(name)
     rows, columns = weight.shape
     sites = split(rows, columns, options.sites)
     bonds = {sites.largest_bond(share_of(share, sites.weights)) for share in options.profile or ()}
-    entries: list[dict[str, Any]] = [{"bond": None, "parameters": sites.weights, "loss_increase": 0.0}]
+    entries: list[Choice] = [{"bond": None, "parameters": sites.weights, "loss_increase": 0.0}]
     for bond in sorted(bonds, reverse=True):
         if bond >= break_even(sites):
             continue
@@ -256,19 +272,19 @@ def _profile(decoder: Decoder, name: str, dense: float, windows: range, options:
     return entries
 
 
-def _excluded(name: str, options: Options) -> bool:
+def _is_excluded(name: str, options: Options) -> bool:
     return name.rpartition(".")[-1] in options.exclude
 
 
-def _indivisible(sites: Sites) -> dict[str, str]:
+def _indivisible_note(sites: Sites) -> dict[str, str]:
     """The sentence about widths that do not split into as many factors as there are sites."""
     widths = {"outputs": sites.outputs, "inputs": sites.inputs}
-    said = [
+    sentences = [
         f"{math.prod(shape)} {side} have no {len(shape)} factors above 1, so some sites see one of them"
         for side, shape in widths.items()
         if 1 in shape
     ]
-    return {"indivisible": "; ".join(said) + "."} if said else {}
+    return {"indivisible": "; ".join(sentences) + "."} if sentences else {}
 
 
 METHOD = LayerMethod(

@@ -83,11 +83,11 @@ def plan(decoder: Decoder, options: Options) -> dict[str, bool]:
     """For each linear whether its block is among those to compress.
 
     These have the least angular distance arccos(cos(h_in, h_out)) / pi between input and output, of blocks 1 .. L - 2.
-    Raises UserError when there are fewer of them than requested, or when a distance is not finite.
+    Raises UserError when they are fewer than requested, or when a distance is not finite.
     """
     if options.blocks is None:
         return dict.fromkeys(decoder.names, True)
-    distance = decoder.gathered("blocks")["angular_distance"]
+    distance = decoder.tensors("blocks")["angular_distance"]
     inner = distance[1:-1]
     if options.blocks > len(inner):
         raise UserError(

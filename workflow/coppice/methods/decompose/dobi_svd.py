@@ -16,7 +16,7 @@ Wang et al., Dobi-SVD: Differentiable SVD for LLM Compression and Some New Persp
    approaches it by an incremental principal component analysis of centred, unweighted bases.
 3. Remapping. W_k = sum_i u_i sigma_i v_i^T. With m >= n, all of v_i [n] and the first n entries of sigma_i u_i [m] are
    stored as 8-bit codes of the dynamic table (see `solvers.codebook`), each with one scale, and the m - n entries left
-   as they are; mirrored where n > m. At 16 bits a number, a rank takes 2 max(m, n) bytes besides the scales, so that
+   as they are; mirrored where n > m. At 16 bits a number, a rank takes 2 max(m, n) bytes plus the scales, so that
    the share of bytes is k / min(m, n) and every rank saves some. It is storage that is saved: arithmetic is not.
 """
 
@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
 
@@ -49,6 +49,7 @@ from coppice.methods.solvers.truncation import (
 )
 from coppice.models.contracts import Decoder, Linear, LinearStatistics
 from coppice.models.replacements import Codebook, LowRank, Unchanged
+from coppice.records.base import Json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -122,8 +123,8 @@ def plan(decoder: Decoder, options: Options) -> dict[str, PlannedRank]:
         return {}
     target = RankTarget.of(decoder, options.keep, options.align, options.remap)
     sizes = dict(zip(decoder.names, learn(decoder, target, options).tolist(), strict=True))
-    planned = target.planned(target.scaled(sizes))
-    return {name: PlannedRank(each.rank, each.record | {"rank_learned": sizes[name]}) for name, each in planned.items()}
+    plans = target.plans(target.in_proportion(sizes))
+    return {name: PlannedRank(each.rank, each.record | {"rank_learned": sizes[name]}) for name, each in plans.items()}
 
 
 def learn(decoder: Decoder, target: RankTarget, options: Options) -> Tensor:
@@ -183,7 +184,7 @@ class RankCosts:
         """[linears] the share of min(m, n) that costs `keep` of each linear."""
         return keep * self.size / (self.price * self.ranks)
 
-    def kept(self, shares: Tensor) -> Tensor:
+    def total_share(self, shares: Tensor) -> Tensor:
         """The share of sum m n that ranks [linears], as shares of min(m, n), cost."""
         cost = (shares.clamp(min=0) * self.ranks * self.price).minimum(self.size)
         return cost.sum() / self.size.sum()
@@ -193,18 +194,18 @@ def objective(decoder: Decoder, window: int, shares: Tensor, costs: RankCosts, o
     """The loss of a window with every output truncated, with its penalties; shares: [linears] ranks over min(m, n)."""
     barriers = []
 
-    def truncated(name: str, outputs: Tensor) -> Tensor:
+    def truncate_output(name: str, outputs: Tensor) -> Tensor:
         place = costs.index[name]
         count = int(min(len(outputs), costs.ranks[place].item()))
         position = shares[place] * count
         barriers.append(torch.relu(-position).square() + torch.relu(position - count).square())
         return soft_truncation(outputs, position, options.beta, count)
 
-    loss = decoder.loss([window], outputs=truncated)
+    loss = decoder.loss([window], outputs=truncate_output)
     if options.loss == "perplexity":
         loss = loss.exp()
     assert options.keep is not None  # learned ranks share it
-    distance = (costs.kept(shares) - options.keep).abs()
+    distance = (costs.total_share(shares) - options.keep).abs()
     return loss + options.penalty * distance + torch.stack(barriers).sum()
 
 
@@ -247,7 +248,7 @@ def _uniform_rank(options: Options, short: int) -> int:
     return share_of(options.keep, short)
 
 
-def remap_factors(truncation: Truncation, storage: torch.dtype, record: dict[str, Any]) -> LowRank:
+def remap_factors(truncation: Truncation, storage: torch.dtype, record: Json) -> LowRank:
     """The factors sigma_i u_i and v_i (mirrored where n > m) with min(m, n) entries of each in 8 bits."""
     orthonormal, upper = torch.linalg.qr(truncation.second)
     left, values, right = torch.linalg.svd(upper @ truncation.first, full_matrices=False)
@@ -258,11 +259,11 @@ def remap_factors(truncation: Truncation, storage: torch.dtype, record: dict[str
     else:
         right = values[:, None] * right
     short = min(rows, columns)
-    second = replace(_coded(left, short, storage), transposed=True)
-    return LowRank(_coded(right, short, storage), second, record=record)
+    second = replace(_encode(left, short, storage), transposed=True)
+    return LowRank(_encode(right, short, storage), second, record=record)
 
 
-def _coded(vectors: Tensor, count: int, storage: torch.dtype) -> Codebook:
+def _encode(vectors: Tensor, count: int, storage: torch.dtype) -> Codebook:
     """The rows of [k, w]: the first `count` entries of each as codes with one scale, the others as they are."""
     width = vectors.shape[1]
     rest = torch.arange(count, width, device=vectors.device) if count < width else None

@@ -59,7 +59,7 @@ def plan(decoder: Decoder, options: Options) -> dict[str, Tensor]:
 def compress(linear: Linear, statistics: LinearStatistics | None, options: Options) -> LowRank | Unchanged:
     """The rank-k factors with the least sum_ij d_j^2 (W - W_k)_ij^2; from break-even on the linear stays dense.
 
-    Inputs without importance (d_j = 0) have no say in U_k; their columns are projected on it like the others.
+    Inputs without importance (d_j = 0) do not influence U_k; their columns are projected on it like the others.
     Raises UserError when the weight or the importance holds values that are not finite, or when no input has any.
     """
     shape = linear.weight.shape
@@ -71,7 +71,7 @@ def compress(linear: Linear, statistics: LinearStatistics | None, options: Optio
         raise UserError("The gradients of this layer's weights are not finite: calibrate in a wider dtype.")
     if not importance.any():
         raise UserError(
-            "The gradients of this layer's weights are zero on every window, so nothing says which inputs matter: "
+            "The gradients of this layer's weights are zero on every window, so nothing indicates which inputs matter: "
             "calibrate on text that reaches this layer."
         )
     record = {"inputs_without_importance": int((importance == 0).sum())}

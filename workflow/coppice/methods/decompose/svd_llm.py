@@ -11,7 +11,7 @@ A <- W H' B^T (B H' B^T)^-1. On H' = H this changes nothing.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
 
@@ -33,6 +33,7 @@ from coppice.methods.solvers.truncation import (
 )
 from coppice.models.contracts import Linear, LinearStatistics
 from coppice.models.replacements import LowRank, Unchanged
+from coppice.records.base import Json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -81,7 +82,7 @@ def compress(linear: Linear, statistics: LinearStatistics, options: Options) -> 
     rank = chosen_rank(options, *weight.shape)
     if rank >= break_even(*weight.shape):
         return stays_dense(rank, *weight.shape)
-    record: dict[str, Any] = {}
+    record: Json = {}
     if options.whitening == "cholesky":
         root, record["damping"] = cholesky_root(moment)
         truncation = truncate(weight, rank, root)

@@ -22,7 +22,7 @@ candidate, Wanda's mask rounded to nearest; `best_iteration` is then 0.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
 
@@ -52,6 +52,7 @@ from coppice.methods.solvers.moments import second_moment
 from coppice.methods.solvers.refit import refit
 from coppice.models.contracts import Linear, LinearStatistics
 from coppice.models.replacements import Masked, Quantized, Unchanged
+from coppice.records.base import Json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -148,7 +149,7 @@ def compress(linear: Linear, statistics: LinearStatistics, options: Options) -> 
     step = _step(moment, options)
     first = project(weight, weight.abs() * power.sqrt().to(weight.dtype))
     best, steps = _descend(weight, moment.to(weight.dtype), step, first, project, options)
-    record: dict[str, Any] = {**steps, "step": step, "dead_inputs": int(dead.sum())}
+    record: Json = {**steps, "step": step, "dead_inputs": int(dead.sum())}
     if options.prunes:
         record |= pruning_record(options, best.mask)
     if best.grid is None or project.grid is None:

@@ -64,7 +64,7 @@ def choose(decoder: Decoder, statistics: Mapping[str, Tensor], options: Options)
     structure = decoder.structure
     kv_ratio = options.ratio if options.kv_ratio is None else options.kv_ratio
     kv_groups = whole_units(kv_ratio, structure.kv_groups)
-    neurons = _removed_neurons(structure.neurons, options.ratio, options.round)
+    neurons = _count_removed_neurons(structure.neurons, options.ratio, options.round)
     return Removal(
         kv_groups=_lowest_of_each(statistics, "kv_groups", options.importance, kv_groups),
         neurons=_lowest_of_each(statistics, "neurons", options.importance, neurons),
@@ -81,7 +81,7 @@ def choose(decoder: Decoder, statistics: Mapping[str, Tensor], options: Options)
     )
 
 
-def _removed_neurons(neurons: int, ratio: float, multiple: int) -> int:
+def _count_removed_neurons(neurons: int, ratio: float, multiple: int) -> int:
     """At most floor(ratio * neurons), fewer so that what stays is a multiple; none where that is impossible."""
     kept = neurons - whole_units(ratio, neurons)
     kept += -kept % multiple

@@ -40,7 +40,7 @@ class Options(SparsityOptions):
     def _scope_without_pattern(self) -> Options:
         # The default is let through: an effective study writes it out.
         if self.pattern is not None and self.scope != "layer":
-            raise ValueError("'scope' goes with 'sparsity': a pattern compares the inputs of each of its groups")
+            raise ValueError("'scope' requires 'sparsity': a pattern compares the inputs of each of its groups")
         return self
 
 

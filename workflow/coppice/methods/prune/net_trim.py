@@ -42,6 +42,7 @@ from coppice.methods.solvers.refit import refit, solve_free
 from coppice.methods.solvers.selection import share_of
 from coppice.models.contracts import Linear, LinearStatistics
 from coppice.models.replacements import Masked, Unchanged
+from coppice.records.base import Json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -144,7 +145,7 @@ def compress(linear: Linear, statistics: LinearStatistics, options: Options) -> 
         scores = pruned.abs() * moment.diagonal().sqrt()
         mask = keep_largest(scores, weight.numel(), count, free if solution.multiplier == 0 else mask)
         pruned = pruned.masked_fill(~mask, 0)
-    record = {
+    record: Json = {
         "epsilon_asked": options.epsilon,
         "sparsity_asked": options.sparsity,
         "sparsity": 1 - mask.sum().item() / mask.numel(),
@@ -301,13 +302,13 @@ class _Problem:
             count = min(left, _STEPS_BETWEEN)
             left, self.iterations = left - count, self.iterations + count
             solution[rows] = self._alternate(solution[rows], rows, multiplier, count, turn)
-            rows = self._unsolved(solution, rows, multiplier, tolerance)
+            rows = self._select_unsolved(solution, rows, multiplier, tolerance)
             if len(rows):
                 solution[rows] = self._newton(solution[rows], rows, multiplier)
-                rows = self._unsolved(solution, rows, multiplier, tolerance)
+                rows = self._select_unsolved(solution, rows, multiplier, tolerance)
         return solution
 
-    def _unsolved(self, solution: Tensor, rows: Tensor, multiplier: float, tolerance: float) -> Tensor:
+    def _select_unsolved(self, solution: Tensor, rows: Tensor, multiplier: float, tolerance: float) -> Tensor:
         residuals = _residuals(solution[rows], self.weight[rows], self.moment, self.free[rows], multiplier)
         return rows[residuals > tolerance]
 

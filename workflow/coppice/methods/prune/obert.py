@@ -19,7 +19,7 @@ schedule is a chain of nodes with training between them.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
 
@@ -32,6 +32,7 @@ from coppice.methods.solvers.mask import keep_largest, nothing_to_prune
 from coppice.methods.solvers.selection import share_of
 from coppice.models.contracts import Decoder, Linear, LinearStatistics
 from coppice.models.replacements import Masked, Unchanged
+from coppice.records.base import JsonMapping
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -89,7 +90,7 @@ class Planned:
 
     weight: Tensor
     mask: Tensor
-    record: dict[str, Any]
+    record: JsonMapping
 
 
 def plan(decoder: Decoder, options: Options) -> dict[str, Planned]:
@@ -123,7 +124,7 @@ def plan(decoder: Decoder, options: Options) -> dict[str, Planned]:
         mask = kept[name].repeat_interleave(options.unit, dim=1)
         if linear.mask is not None:
             mask &= linear.mask
-        weight = _updated(curvature.pop(name), linear.weight, mask, options)
+        weight = _update_weight(curvature.pop(name), linear.weight, mask, options)
         # What the parent had pruned adds nothing: its score is zero.
         predicted = scores[name].masked_fill(kept[name], 0).sum().item()
         record = {"gradients": count, "predicted_loss_increase": predicted}
@@ -227,7 +228,7 @@ def _alive(linear: Linear, unit: int) -> Tensor:
     return mask.unflatten(1, (-1, unit)).any(2)
 
 
-def _updated(inverse: Tensor, weight: Tensor, mask: Tensor, options: Options) -> Tensor:
+def _update_weight(inverse: Tensor, weight: Tensor, mask: Tensor, options: Options) -> Tensor:
     """[m, n] w + d, with exact zeros where mask is False."""
     before = _blocks(weight, options.block)
     gone = _blocks(~mask, options.block)

@@ -11,10 +11,9 @@ w_hat is best at the places R with d_R = H_RR^-1 H_RE e_E added to it (see `solv
    trailing block of that of all inputs.
 
 Scales come from the weights before pruning; the paper has one symmetric grid for each output (`symmetric: true`,
-`group_size: -1`). Without bits only step 1 is taken.
-Differs from the paper: its algorithm has d with a minus sign and its text with a plus, which is right under its own
-definitions; inputs are split by their index at floor(alpha n), as its code does; ranges are not clipped; the rotation
-is a step of its own, `rotate`.
+`group_size: -1`). Without bits only step 1 is taken. Differs from the paper: its algorithm has d with a minus sign and
+its text with a plus, which is right under its own definitions. Inputs are split by their index at floor(alpha n), as
+its code does. Ranges are not clipped; the rotation is a step of its own, `rotate`.
 """
 
 from __future__ import annotations
@@ -50,6 +49,7 @@ from coppice.methods.solvers.selection import share_of
 from coppice.methods.solvers.sweep import CholeskyFactor, Quantizer, cholesky_factor, sweep
 from coppice.models.contracts import Linear, LinearStatistics
 from coppice.models.replacements import Masked, Quantized, Unchanged
+from coppice.records.base import Json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -90,7 +90,7 @@ class Options(PruningOptions, OptionalGridOptions):
         # Defaults are let through: an effective study writes them out.
         for name in ("form", "alpha"):
             if self.bits is None and getattr(self, name) != type(self).model_fields[name].default:
-                raise ValueError(f"'{name}' goes with 'bits', which says that weights are rounded")
+                raise ValueError(f"'{name}' requires 'bits', which rounds the weights")
         return self
 
 
@@ -137,7 +137,7 @@ def _quantize(
     moment: Tensor,
     factor: CholeskyFactor,
     options: Options,
-    record: dict,
+    record: Json,
 ) -> Quantized:
     inputs = weight.shape[1]
     width = group_width(options, inputs)

@@ -61,7 +61,7 @@ class Options(SparsityOptions, OptionalGridOptions):
 
 
 def traits(parent: frozenset[str], options: Options) -> frozenset[str]:
-    """Masked, and quantized where there are bits."""
+    """Masked, and quantized if the options have bits."""
     return parent | ({"masked"} if options.bits is None else {"masked", "quantized"})
 
 
@@ -84,7 +84,7 @@ def compress(linear: Linear, statistics: LinearStatistics, options: Options) -> 
     if options.bits is None:
         swept = sweep(weight, factor, options.block, kept=linear.mask, selection=selection)
         replacement = masked_replacement(weight, swept.weight, swept.mask, statistics, options)
-        return replace(replacement, record=replacement.record | factor.record)
+        return replace(replacement, record={**replacement.record, **factor.record})
     width = group_width(options, inputs)
     grid = make_grid(linear, options)
     groups = group_of_inputs(inputs, width, weight.device)

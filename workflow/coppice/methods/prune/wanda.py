@@ -48,7 +48,7 @@ def compress(linear: Linear, statistics: LinearStatistics, options: Options) -> 
     scores = weight.abs() * power.sqrt().to(weight.dtype)
     mask = keep_largest(scores, *comparison_group(options, width, width), linear.mask)
     replacement = masked_replacement(weight, weight.masked_fill(~mask, 0), mask, statistics, options)
-    return replace(replacement, record=replacement.record | {"dead_inputs": int((power == 0).sum())})
+    return replace(replacement, record={**replacement.record, "dead_inputs": int((power == 0).sum())})
 
 
 METHOD = LayerMethod(

@@ -93,7 +93,7 @@ def compress(linear: Linear, statistics: LinearStatistics, options: Options) -> 
     record = grid_record(options, width)
     if options.clip and (options.clip_attention or linear.role not in ("q", "k")):
         moment = second_moment(statistics.second_moment).to(weight.dtype)
-        scale, zero_point, clipped = _clipped_groups(grid, weight, moment, width)
+        scale, zero_point, clipped = _clip_groups(grid, weight, moment, width)
         record |= {"clipped_groups": clipped}
     else:
         scale, zero_point = fit_groups(grid, weight, width)
@@ -146,7 +146,7 @@ def _scaled_loss(linears: list[Linear], moment: Tensor, factors: Tensor | None, 
     return total
 
 
-def _clipped_groups(grid: Grid, weight: Tensor, moment: Tensor, width: int) -> tuple[Tensor, Tensor, float]:
+def _clip_groups(grid: Grid, weight: Tensor, moment: Tensor, width: int) -> tuple[Tensor, Tensor, float]:
     """Scale and zero point [m, groups] of the best range of each group, and the share of groups whose range is cut."""
     groups = weight.unflatten(1, (-1, width))
     starts = range(0, len(moment), width)

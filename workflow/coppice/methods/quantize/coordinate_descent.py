@@ -2,7 +2,7 @@
 
 Behdin et al., QuantEase: Optimization-based Quantization for Language Models (arXiv 2309.01885), the update of one
 input of all outputs; greedy orders are studied by Nair and Suggala, CDQuant (arXiv 2406.17542). With G = (W - Q) H, the
-best real value of input j given the rest is q_j + G_j / H_jj; as tr((W - Q) H (W - Q)^T) is a parabola in q_j, the
+best real value of input j given the rest is q_j + G_j / H_jj. As tr((W - Q) H (W - Q)^T) is a parabola in q_j, the
 nearest point of the grid to it is the best code. A code changes only where that is strictly nearer, so the loss never
 grows, and the search ends at a fixed point or after the requested number of sweeps.
 
@@ -60,7 +60,8 @@ def compress(linear: Linear, statistics: LinearStatistics, options: Options) -> 
     weight = linear.weight.double()
     codes, sweeps = _descend(linear, start, moment, options)
     quantized = dataclasses.replace(start, codes=codes)
-    record = start.record | {
+    record = {
+        **start.record,
         "start": options.start,
         "loss_start": output_power(weight - dequantize(start), moment),
         "loss": output_power(weight - dequantize(quantized), moment),
@@ -72,10 +73,10 @@ def compress(linear: Linear, statistics: LinearStatistics, options: Options) -> 
 
 
 def _start(linear: Linear, statistics: LinearStatistics, options: Options) -> Quantized:
-    given = options.model_dump(include=set(GridOptions.model_fields))
+    shared = options.model_dump(include=set(GridOptions.model_fields))
     if options.start == "rtn":
-        return rtn.compress(linear, statistics, rtn.Options(**given))
-    return gptq.compress(linear, statistics, gptq.Options(**given, damping=options.damping, block=options.block))
+        return rtn.compress(linear, statistics, rtn.Options(**shared))
+    return gptq.compress(linear, statistics, gptq.Options(**shared, damping=options.damping, block=options.block))
 
 
 def _descend(linear: Linear, start: Quantized, moment: Tensor, options: Options) -> tuple[Tensor, int]:

@@ -25,7 +25,7 @@ relative error of its outputs, tr(dW H dW^T) + sum_j min(step^2 / 12, H_jj) |w_j
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
@@ -42,6 +42,7 @@ from coppice.methods.solvers.selection import share_of
 from coppice.methods.solvers.sweep import Quantizer, cholesky_factor, sweep
 from coppice.models.contracts import Linear, LinearStatistics
 from coppice.models.replacements import FlattenQuant
+from coppice.records.base import Json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -100,7 +101,7 @@ class Rounded:
     scale: Tensor
     weight_error: float
     input_error: float
-    record: dict[str, Any]
+    record: Json
 
     @property
     def error(self) -> float:
@@ -138,9 +139,9 @@ def compress(linear: Linear, statistics: LinearStatistics, options: Options) -> 
     columns = weight.abs().amax(dim=0).double()
     weight_threshold, weight_pieces = split(columns, input_pieces.double(), left, options)
 
-    record: dict[str, Any] = {"bits_asked": options.bits}
-    tried = [4, 8] if options.bits == "auto" else [options.bits]
-    for bits in tried:
+    record: Json = {"bits_asked": options.bits}
+    widths = [4, 8] if options.bits == "auto" else [options.bits]
+    for bits in widths:
         rounded = _round(linear, statistics, options, bits, threshold, weight_threshold, weight_pieces)
         if options.bits == "auto":
             record[f"error_at_{bits}_bits"] = rounded.error
@@ -196,7 +197,7 @@ def split(maxima: Tensor, cost: Tensor, spare: int, options: Options) -> tuple[f
 def layout(input_pieces: Tensor, weight_pieces: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Source, input piece and weight piece of each column, int64 [n']: every pair of pieces of an input in turn.
 
-    -1 in the place of a piece where there is only one.
+    -1 for a piece that is the only one.
     """
     counts = input_pieces * weight_pieces
     source = torch.repeat_interleave(counts)
@@ -234,7 +235,7 @@ def _round(
     scale = scale.clamp(min=torch.finfo(storage).tiny).to(weight.dtype)
     grid = CentredGrid(bits, True, storage)
     zero_point = (weight_pieces * top).to(torch.int32)
-    record: dict[str, Any] = {}
+    record: Json = {}
     if options.solver == "rtn":
         codes = grid.encode(weight, scale, zero_point)
     else:

@@ -8,13 +8,12 @@ in `models.kv_cache`.
 
 from __future__ import annotations
 
-from typing import Any
-
 from pydantic import Field
 
 from coppice.methods.declaration import CacheMethod, Source
 from coppice.methods.incompatible import QUANTIZE_CACHE
 from coppice.methods.options import CacheOptions
+from coppice.records.base import Json
 
 SOURCE = Source(
     "GEAR: An Efficient KV Cache Compression Recipe for Near-Lossless Generative Inference of LLM",
@@ -45,7 +44,7 @@ class Options(CacheOptions):
     loops: int = Field(default=3, ge=1, description="Power iterations.")
 
 
-def cache(options: Options) -> dict[str, Any]:
+def cache(options: Options) -> Json:
     """Settings for `kv_cache.install_cache`."""
     return {
         "bits": options.bits,

@@ -8,8 +8,8 @@ share of outlier inputs; the table of a linear is not counted.
 
 Proxy quantization keeps the weights of some inputs as they are, without looking at activations: an input is taken to be
 an outlier where the weights that produce it vary most. The standard deviation is over the row of the previous linear
-that writes the input: v_proj for o_proj (the heads repeated as grouped queries do), up_proj for down_proj, and for a
-reader of the residual stream (q, k, v, gate and up) the o_proj or down_proj that added to it last, of the linears that
+that writes the input: v_proj for o_proj (the heads repeated as grouped queries do), up_proj for down_proj. For a reader
+of the residual stream (q, k, v, gate and up) it is the o_proj or down_proj that added to it last, of the linears that
 the options name. The norm between is left out of account. q, k and v of the first block read the embedding, which is no
 linear: they have no outliers.
 """
@@ -19,7 +19,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
 
@@ -38,6 +38,7 @@ from coppice.methods.solvers.codebook import (
 from coppice.methods.solvers.selection import share_of
 from coppice.models.contracts import Decoder, Linear, LinearStatistics, Role
 from coppice.models.replacements import Codebook
+from coppice.records.base import Json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -88,7 +89,7 @@ class Options(LayerOptions):
         if self.type == "normal" and self.bits != 4:
             raise ValueError(f"the type normal (NF4) has 4 bits, not {self.bits}; set 'bits: 4' or take another type")
         if self.exponent_bits is not None and self.type != "float":
-            raise ValueError(f"'exponent_bits' goes with the type float, not with {self.type}")
+            raise ValueError(f"'exponent_bits' requires the type float, not {self.type}")
         if self.exponent_bits is not None and self.exponent_bits >= self.bits:
             raise ValueError(
                 f"{self.exponent_bits} exponent bits and a sign do not fit in {self.bits} bits; "
@@ -101,7 +102,7 @@ class Options(LayerOptions):
 
 @dataclass(frozen=True)
 class Proxy:
-    """inputs: [p] int64 outlier inputs in increasing order, None where nothing predicts them; source: what says so."""
+    """inputs: [p] int64 outlier inputs in increasing order, None where nothing predicts them; source: what does."""
 
     inputs: Tensor | None
     source: str
@@ -185,11 +186,11 @@ def _table(weight: Tensor, options: Options) -> Tensor:
     return normal_float_table()
 
 
-def _record(codebook: Codebook, proxy: Proxy, options: Options, stored_bits: int) -> dict[str, Any]:
+def _record(codebook: Codebook, proxy: Proxy, options: Options, stored_bits: int) -> Json:
     whole = 0 if codebook.outlier_weight is None else codebook.outlier_weight.numel()
     coded = codebook.codes.numel()
     bits = coded * codebook.bits + (len(codebook.absmax) + whole) * stored_bits
-    record: dict[str, Any] = {
+    record: Json = {
         "bits": codebook.bits,
         "type": options.type,
         "block": codebook.block,

@@ -2,19 +2,18 @@
 
 Liu et al., KIVI: A Tuning-Free Asymmetric 2bit Quantization for KV Cache (arXiv 2402.02750), section 3. A grid of 2^b
 levels from the minimum to the maximum of g consecutive tokens of a key's channel, or of g consecutive channels of a
-value's token; tokens that do not fill a window stay as they are, values too (in the paper the newest values always do).
+value's token. Tokens that do not fill a window stay as they are, values too (in the paper the newest values always do).
 The mathematics are in `models.kv_cache`, without its low-rank and its sparse part.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 from pydantic import Field
 
 from coppice.methods.declaration import CacheMethod, Source
 from coppice.methods.incompatible import QUANTIZE_CACHE
 from coppice.methods.options import CacheOptions
+from coppice.records.base import Json
 
 SOURCE = Source(
     "KIVI: A Tuning-Free Asymmetric 2bit Quantization for KV Cache",
@@ -31,7 +30,7 @@ class Options(CacheOptions):
     )
 
 
-def cache(options: Options) -> dict[str, Any]:
+def cache(options: Options) -> Json:
     """Settings for `kv_cache.install_cache`."""
     return {"bits": options.bits, "group_size": options.group_size, "window": options.window}
 

@@ -20,7 +20,7 @@ Ten times on the way, and at the end, h is rounded; what is kept is the best of 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
 
@@ -42,6 +42,7 @@ from coppice.methods.solvers.loss import output_power
 from coppice.methods.solvers.moments import second_moment
 from coppice.models.contracts import Linear, LinearStatistics
 from coppice.models.replacements import Codebook, Quantized
+from coppice.records.base import Json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -79,11 +80,11 @@ class Options(GridOptions):
     @model_validator(mode="after")
     def _format_exists(self) -> Options:
         if self.format == "int" and self.exponent_bits is not None:
-            raise ValueError("'exponent_bits' goes with 'format: float'")
+            raise ValueError("'exponent_bits' requires 'format: float'")
         if self.format == "float":
             for name in ("group_size", "symmetric"):
                 if getattr(self, name) != GroupOptions.model_fields[name].default:
-                    raise ValueError(f"{name!r} goes with 'format: int'; a float format is that of the whole matrix")
+                    raise ValueError(f"{name!r} requires 'format: int'; a float format is that of the whole matrix")
         if self.exponent_bits is not None and self.exponent_bits >= self.bits:
             raise ValueError(
                 f"{self.exponent_bits} exponent bits and a sign do not fit in {self.bits} bits; "
@@ -159,7 +160,8 @@ def _on_floats(linear: Linear, moment: Tensor, options: Options) -> Codebook:
         "exponent_bits": exponent_bits,
         "largest": limit.item(),
         "range_kept": limit.item() / largest if largest > 0 else 1.0,
-    } | record
+        **record,
+    }
     return Codebook(codes + up, table, limit[None], codes.numel(), options.bits, record=record)
 
 
@@ -199,7 +201,7 @@ def _neighbours(linear: Linear, codes: Tensor, low: Tensor, high: Tensor, neares
     return Neighbours(low, step, codes, share, (nearest > codes) & (step != 0))
 
 
-def learn(weight: Tensor, neighbours: Neighbours, moment: Tensor, options: Options) -> tuple[Tensor, dict[str, Any]]:
+def learn(weight: Tensor, neighbours: Neighbours, moment: Tensor, options: Options) -> tuple[Tensor, Json]:
     """Which weights [m, n] (int32, 0 or 1) go up, and the record of how."""
     step, rest = neighbours.step, weight - neighbours.low
     movable = step != 0

@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 from pydantic import Field, field_validator, model_validator
 
@@ -36,6 +36,7 @@ from coppice.methods.solvers.rounding import SweepOptions, SweptGridOptions, rou
 from coppice.methods.solvers.selection import share_of
 from coppice.models.contracts import Decoder, Linear, LinearStatistics
 from coppice.models.replacements import Quantized
+from coppice.records.base import Json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -89,7 +90,14 @@ class Options(GroupOptions, SweepOptions):
         return super().needs | (frozenset() if self.search == "knapsack" else frozenset({"windows"}))
 
 
-def plan(decoder: Decoder, options: Options) -> dict[str, dict[str, Any]]:
+class Planned(TypedDict):
+    """The bits of a linear, and the record of how they were chosen."""
+
+    bits: int
+    record: Json
+
+
+def plan(decoder: Decoder, options: Options) -> dict[str, Planned]:
     """For each linear its `bits`, and the `record` of how they were chosen.
 
     Raises UserError when the windows, the weights or the statistics give no numbers to choose by.
@@ -100,7 +108,7 @@ def plan(decoder: Decoder, options: Options) -> dict[str, dict[str, Any]]:
     ]
     size = sum(row[0] for row in costs) // options.candidates[0]
     capacity = share_of(options.bits_average, size)
-    records: list[dict[str, Any]] = [{} for _ in names]
+    records: list[Json] = [{} for _ in names]
     starts: dict[str, list[int]] = {}
     if options.search != "knapsack":
         information, tokens = output_information(decoder, options.bins)
@@ -109,7 +117,7 @@ def plan(decoder: Decoder, options: Options) -> dict[str, dict[str, Any]]:
     if options.search != "mutual-information":
         errors = [_errors(decoder, name, options) for name in names]
         starts["knapsack"] = knapsack(costs, errors, capacity)
-    overall: dict[str, Any] = {}
+    overall: Json = {}
     if options.search == "bayesian":
         starts = {start: repair_levels(levels, costs, errors, capacity) for start, levels in starts.items()}
         losses = refine(decoder, options, list(starts.values()), errors, costs, capacity)
@@ -119,11 +127,11 @@ def plan(decoder: Decoder, options: Options) -> dict[str, dict[str, Any]]:
         overall |= {f"loss_{start.replace('-', '_')}": losses[tuple(levels)] for start, levels in starts.items()}
     else:
         chosen = starts[options.search]
-    spent = sum(row[level] for row, level in zip(costs, chosen, strict=True))
+    cost = sum(row[level] for row, level in zip(costs, chosen, strict=True))
     overall |= {
         "search": options.search,
         "bits_average_asked": options.bits_average,
-        "bits_average": spent / size,
+        "bits_average": cost / size,
     }
     return {
         name: {"bits": options.candidates[level], "record": record | overall}
@@ -142,7 +150,7 @@ def compress(linear: Linear, statistics: LinearStatistics, options: Options) -> 
         quantized = round_to_nearest(linear, grid)
     else:
         quantized = sweep_to_grid(linear, statistics.second_moment, grid)
-    return replace(quantized, record=quantized.record | linear.plan["record"])
+    return replace(quantized, record={**quantized.record, **linear.plan["record"]})
 
 
 def _grid(options: Options, bits: int) -> SweptGridOptions:
@@ -193,12 +201,12 @@ def mutual_information(x: Tensor, y: Tensor, bins: int) -> float:
 
     The correction leaves the mean for independent X and Y near 0, so single values may be below it.
     """
-    cells = [_binned(values, bins) for values in (x, y)]
+    cells = [_bin_values(values, bins) for values in (x, y)]
     counts = torch.bincount(cells[0] * bins + cells[1], minlength=bins**2).view(bins, bins)
     return _entropy(counts.sum(1)) + _entropy(counts.sum(0)) - _entropy(counts)
 
 
-def _binned(values: Tensor, bins: int) -> Tensor:
+def _bin_values(values: Tensor, bins: int) -> Tensor:
     """[n] int64 in 0 .. bins - 1."""
     firsts = torch.arange(1, bins, device=values.device) * len(values) // bins
     return torch.searchsorted(values.sort().values[firsts], values, right=True)

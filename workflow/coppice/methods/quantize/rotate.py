@@ -52,7 +52,7 @@ def rotation(width: int, options: Options) -> Tensor:
 
 
 def hadamard_like(width: int, seed: int | None = None) -> Tensor:
-    """Q [width, width] float64 with Q^T Q = I; its rows have random signs when there is a seed."""
+    """Q [width, width] float64 with Q^T Q = I; its rows have random signs if a seed is given."""
     power = width & -width
     matrix = torch.kron(_hadamard(power), _cosines(width // power))
     if seed is None:

@@ -54,7 +54,7 @@ class Options(RecoverOptions):
 def prepare(model: PreTrainedModel, options: Options) -> PreTrainedModel:
     """Lets links or factors train and nothing else; pruned weights of masked ones receive no gradient.
 
-    Raises UserError where there are none, or all of them are packed integers.
+    Raises UserError where it has none, or all of them are packed integers.
     """
     from coppice.models.modules import mask
 
@@ -62,7 +62,7 @@ def prepare(model: PreTrainedModel, options: Options) -> PreTrainedModel:
     factors = _trainable_factors(model, options)
     if not factors:
         raise UserError(
-            "There is nothing to heal: no linear of this model consists of factors that can be trained. Heal the node "
+            "Nothing can be healed: no linear of this model consists of factors that can be trained. Heal the node "
             "of a decompose step before it is quantized, or use full."
         )
     for factor in factors:

@@ -55,7 +55,7 @@ def prepare(model: PreTrainedModel, options: Options) -> PreTrainedModel:
     targets = [name for name, module in model.named_modules() if id(module) in linears]
     configuration = LoraConfig(
         r=options.rank,
-        lora_alpha=options.alpha,  # type: ignore[arg-type]
+        lora_alpha=options.alpha,
         lora_dropout=options.dropout,
         target_modules=targets,
         bias="none",

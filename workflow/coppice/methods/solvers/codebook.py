@@ -1,7 +1,7 @@
 """Tables of values in [-1, 1] that a few bits index, and weights coded by them in blocks of one scale each.
 
 Sources: Dettmers and Zettlemoyer, The case for 4-bit precision: k-bit Inference Scaling Laws (arXiv 2212.09720), for
-blocks and the integer, float, dynamic exponent and quantile types; Dettmers et al., 8-bit Optimizers via Block-wise
+blocks and the integer, float, dynamic exponent and quantile types. Dettmers et al., 8-bit Optimizers via Block-wise
 Quantization (arXiv 2110.02861), for the dynamic exponent; Dettmers et al., QLoRA (arXiv 2305.14314), for NormalFloat.
 
 A weight w of a block with a = max|w| is stored as the index of the entry of the table that is nearest to w / a, and
@@ -138,7 +138,7 @@ def quantize_blocks(
     blocks = torch.nn.functional.pad(coded.flatten(), (0, -count % width)).view(-1, width)
     storage = storage or weight.dtype
     absmax = blocks.abs().amax(dim=1).clamp(max=torch.finfo(storage).max).to(storage).to(weight.dtype)
-    # A block of zeros, or one too small for the stored type, is zero whatever its codes say.
+    # A block of zeros, or one too small for the stored type, is zero whatever its codes are.
     divisor = torch.where(absmax == 0, torch.inf, absmax)
     codes = encode(blocks / divisor[:, None], table).flatten()[:count].view_as(coded)
     return Codebook(codes, table.to(weight), absmax, width, bits, outliers, outlier_weight)

@@ -14,7 +14,7 @@ the grid. Source: Frantar et al., GPTQ (arXiv 2210.17323), section 4, "min-max" 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -23,6 +23,7 @@ from coppice.lazy import torch
 from coppice.methods.options import LayerOptions, TargetOptions
 from coppice.models.contracts import Linear
 from coppice.models.replacements import Quantized
+from coppice.records.base import Json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -70,7 +71,7 @@ class OptionalGridOptions(GroupOptions):
         fields = GroupOptions.__annotations__
         given = [name for name in fields if getattr(self, name) != GroupOptions.model_fields[name].default]
         if self.bits is None and given:
-            raise ValueError(f"'{given[0]}' goes with 'bits', which says that weights are rounded")
+            raise ValueError(f"'{given[0]}' requires 'bits', which rounds the weights")
         return self
 
 
@@ -131,7 +132,7 @@ def make_grid(linear: Linear, options: GridOptions | OptionalGridOptions) -> Gri
 def group_width(options: GroupOptions, width: int) -> int:
     """Inputs in a group of a linear with `width` inputs.
 
-    Raises UserError when the requested size does not divide the width, unless `indivisible` says to take the row.
+    Raises UserError when the requested size does not divide the width, unless `indivisible` allows the whole row.
     """
     if options.group_size == -1:
         return width
@@ -156,7 +157,7 @@ def group_of_inputs(inputs: int, width: int, device: torch.device) -> Tensor:
     return torch.arange(inputs, device=device, dtype=torch.int32) // width
 
 
-def grid_record(options: GridOptions | OptionalGridOptions, width: int) -> dict[str, Any]:
+def grid_record(options: GridOptions | OptionalGridOptions, width: int) -> Json:
     return {
         "bits": options.bits,
         "symmetric": options.symmetric,

@@ -6,7 +6,7 @@ An N:M pattern keeps N of every M consecutive inputs of an output (2:4 keeps 2 o
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pydantic import Field, field_validator, model_validator
 
@@ -17,6 +17,7 @@ from coppice.methods.solvers.refit import refit
 from coppice.methods.solvers.selection import share_of
 from coppice.models.contracts import LinearStatistics
 from coppice.models.replacements import Masked, Unchanged
+from coppice.records.base import Json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -132,8 +133,8 @@ def keep_largest(scores: Tensor, size: int, count: int, kept: Tensor | None) -> 
         groups = scores.reshape(-1, size)
         threshold = groups.kthvalue(count, dim=1, keepdim=True).values
         below, tied = groups < threshold, groups == threshold
-        room = count - below.sum(dim=1, keepdim=True)
-        mask = ~(below | (tied & (tied.cumsum(dim=1) <= room))).view_as(scores)
+        spare = count - below.sum(dim=1, keepdim=True)
+        mask = ~(below | (tied & (tied.cumsum(dim=1) <= spare))).view_as(scores)
     return mask if kept is None else mask & kept
 
 
@@ -141,7 +142,7 @@ def nothing_to_prune() -> Unchanged:
     return Unchanged(record={"unchanged": "A sparsity of 0 prunes nothing.", "sparsity_asked": 0.0})
 
 
-def pruning_record(options: PruningOptions, mask: Tensor) -> dict[str, Any]:
+def pruning_record(options: PruningOptions, mask: Tensor) -> Json:
     """The requested share and the share of weights that the mask prunes."""
     pruned = mask.numel() - int(mask.sum())
     return {"sparsity_asked": options.pruned_share, "sparsity": pruned / mask.numel()}

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 Result = TypeVar("Result")
 
 
-def once_for_shared(function: Callable[..., Result]) -> Callable[..., Result]:
+def compute_once_for_shared(function: Callable[..., Result]) -> Callable[..., Result]:
     """function(moment, *rest), computed once while it is called with the same tensor and equal rest.
 
     Linears that share an input (q, k and v; gate and up) share its second moment. The last result is kept as long as
@@ -36,7 +36,7 @@ def once_for_shared(function: Callable[..., Result]) -> Callable[..., Result]:
             of = result = None
 
     @wraps(function)
-    def remembered(moment: Tensor, *rest: object) -> Result:
+    def compute_once(moment: Tensor, *rest: object) -> Result:
         nonlocal of, key, result
         if of is None or of() is not moment or key != rest:
             # Two results never take memory at once.
@@ -45,7 +45,7 @@ def once_for_shared(function: Callable[..., Result]) -> Callable[..., Result]:
             of, key = weakref.ref(moment, forget), rest
         return result
 
-    return remembered
+    return compute_once
 
 
 def second_moment(moment: Tensor) -> Tensor:
@@ -80,7 +80,7 @@ def input_size(sizes: Tensor, what: str) -> Tensor:
         )
     if not sizes.any():
         raise UserError(
-            "The statistics of this layer's inputs are zero everywhere, so nothing says which weights matter: "
+            "The statistics of this layer's inputs are zero everywhere, so nothing indicates which weights matter: "
             "calibrate on text that reaches this layer."
         )
     return sizes

@@ -2,7 +2,7 @@
 
 Of linears [m, n] with sum m n parameters, ranks k may together cost floor(keep sum m n). A rank costs m + n, what its
 row of the first factor and its column of the second hold, and a linear whose rank reaches break-even stays dense and
-costs m n; remapped (see `decompose.dobi_svd`) a rank costs max(m, n), in numbers of 16 bits, up to min(m, n).
+costs m n. Remapped (see `decompose.dobi_svd`) a rank costs max(m, n), in numbers of 16 bits, up to min(m, n).
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class RankTarget:
         return cls(shapes, keep, align, remapped)
 
     @property
-    def allowed(self) -> int:
+    def capacity(self) -> int:
         return share_of(self.keep, self._all)
 
     @property
@@ -68,7 +68,7 @@ class RankTarget:
     def fill(self, ranks: Mapping[str, int], order: Sequence[str]) -> dict[str, int]:
         """The ranks, raised in turns by one multiple of align, in this order, until no raise is affordable."""
         filled = dict(ranks)
-        room = self.allowed - self.total(filled)
+        spare = self.capacity - self.total(filled)
         raised = True
         while raised:
             raised = False
@@ -77,11 +77,11 @@ class RankTarget:
                     continue
                 higher = min(align_rank(filled[name] + self.align, self.align), self.largest(name))
                 price = self.cost(name, higher) - self.cost(name, filled[name])
-                if price <= room:
-                    filled[name], room, raised = higher, room - price, True
+                if price <= spare:
+                    filled[name], spare, raised = higher, spare - price, True
         return filled
 
-    def scaled(self, sizes: Mapping[str, float]) -> dict[str, int]:
+    def in_proportion(self, sizes: Mapping[str, float]) -> dict[str, int]:
         """Ranks in proportion to the sizes (> 0), as large as the target affords, and at least 1."""
 
         def ranks(factor: float) -> dict[str, int]:
@@ -95,7 +95,7 @@ class RankTarget:
         affordable, too_much = 0.0, 1 + max(self.largest(name) / size for name, size in sizes.items())
         # The ends come together to the last digit.
         while affordable < (middle := (affordable + too_much) / 2) < too_much:
-            if self.total(ranks(middle)) <= self.allowed:
+            if self.total(ranks(middle)) <= self.capacity:
                 affordable = middle
             else:
                 too_much = middle
@@ -103,7 +103,7 @@ class RankTarget:
         missing = {name: affordable * size - rounded[name] for name, size in sizes.items()}
         return self.fill(rounded, sorted(sizes, key=lambda name: -missing[name]))
 
-    def planned(self, ranks: Mapping[str, int]) -> dict[str, PlannedRank]:
+    def plans(self, ranks: Mapping[str, int]) -> dict[str, PlannedRank]:
         """The ranks, with what was requested over all linears and what was achieved."""
         what = "bytes" if self.remapped else "parameters"
         record = {f"planned_{what}_asked": self.keep, f"planned_{what}": self.total(ranks) / self._all}

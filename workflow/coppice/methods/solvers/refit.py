@@ -18,12 +18,13 @@ rows and columns of the identity.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from coppice.errors import UserError
 from coppice.lazy import torch
 from coppice.methods.solvers.damping import damp
 from coppice.methods.solvers.moments import second_moment
+from coppice.records.base import Json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,7 +44,7 @@ class Refit:
     requested: float
 
     @property
-    def record(self) -> dict[str, Any]:
+    def record(self) -> Json:
         return {"refit_damping_asked": self.requested, "refit_damping": self.damping}
 
 

@@ -18,7 +18,7 @@ def share_of(share: float, size: float) -> int:
 
 
 def whole_units(ratio: float, count: int) -> int:
-    """floor(ratio * count) for a ratio below 1, as its decimal digits say it.
+    """floor(ratio * count) for a ratio below 1, from its decimal digits.
 
     In binary, 0.29 * 100 is below 29.
     """

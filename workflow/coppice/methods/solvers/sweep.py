@@ -35,12 +35,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from coppice.lazy import torch
 from coppice.methods.solvers.damping import damp
 from coppice.methods.solvers.grid import Grid, decode
-from coppice.methods.solvers.moments import once_for_shared
+from coppice.methods.solvers.moments import compute_once_for_shared
+from coppice.records.base import Json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,7 +61,7 @@ class CholeskyFactor:
     requested: float
 
     @property
-    def record(self) -> dict[str, Any]:
+    def record(self) -> Json:
         return {"damping_asked": self.requested, "damping": self.damping, "dead_inputs": int(self.dead.sum())}
 
 
@@ -109,7 +110,7 @@ class Swept:
         return self.codes, self.scale, self.zero_point
 
 
-@once_for_shared
+@compute_once_for_shared
 def cholesky_factor(moment: Tensor, damping: float) -> CholeskyFactor:
     """R of the damped second moment [n, n]; computed once for linears that share an input (see `moments`).
 

@@ -15,16 +15,17 @@ also the first eigenvectors of M H M^T, the second moment of the outputs.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field, model_validator
 
 from coppice.errors import UserError
 from coppice.lazy import torch
 from coppice.methods.options import TargetOptions
-from coppice.methods.solvers.moments import once_for_shared, second_moment
+from coppice.methods.solvers.moments import compute_once_for_shared, second_moment
 from coppice.methods.solvers.selection import share_of
 from coppice.models.replacements import LowRank, Unchanged
+from coppice.records.base import Json, JsonMapping
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -69,7 +70,7 @@ class Truncation:
     error: float
 
 
-@once_for_shared
+@compute_once_for_shared
 def square_root(moment: Tensor) -> Tensor:
     """S = Q Lambda^(1/2) [n, n] of H = Q Lambda Q^T [n, n], in float64; eigenvalues that rounding left below 0 are 0.
 
@@ -83,7 +84,7 @@ def square_root(moment: Tensor) -> Tensor:
     return vectors * values.clamp(min=0).sqrt()
 
 
-@once_for_shared
+@compute_once_for_shared
 def cholesky_root(moment: Tensor) -> tuple[Tensor, float]:
     """L [n, n], lower triangular with L L^T = H + damping mean(diag H) I in float64, and the damping.
 
@@ -213,22 +214,22 @@ def break_even(rows: int, columns: int) -> int:
     return rows * columns // (rows + columns)
 
 
-def stays_dense(rank: int, rows: int, columns: int, record: dict[str, Any] | None = None) -> Unchanged:
+def stays_dense(rank: int, rows: int, columns: int, record: JsonMapping | None = None) -> Unchanged:
     """The linear whose rank reaches break-even; `record` is added to its record."""
     reason = f"Rank {rank} reaches {break_even(rows, columns)}, where factors of {rows} x {columns} save no parameters."
-    return Unchanged(record={"unchanged": reason, "rank_asked": rank, "keep": 1.0} | (record or {}))
+    return Unchanged(record={"unchanged": reason, "rank_asked": rank, "keep": 1.0, **(record or {})})
 
 
-def factors(truncation: Truncation, requested: int, record: dict[str, Any] | None = None) -> LowRank:
+def factors(truncation: Truncation, requested: int, record: JsonMapping | None = None) -> LowRank:
     """The truncation as a replacement, with its rank, its share of the parameters and its error on record.
 
     `record` is added.
     """
     first, second = truncation.first, truncation.second
-    return LowRank(first, second, record=factors_record(truncation, requested) | (record or {}))
+    return LowRank(first, second, record={**factors_record(truncation, requested), **(record or {})})
 
 
-def factors_record(truncation: Truncation, requested: int) -> dict[str, Any]:
+def factors_record(truncation: Truncation, requested: int) -> Json:
     rank, columns = truncation.first.shape
     rows = len(truncation.second)
     return {

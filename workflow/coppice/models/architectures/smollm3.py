@@ -1,6 +1,6 @@
 """SmolLM3: smol, multilingual, long-context reasoner (Hugging Face, July 2025, huggingface.co/blog/smollm3).
 
-Llama without rotary embeddings in every fourth block (NoPE, arXiv 2501.18795). `no_rope_layers` says for each block
+Llama without rotary embeddings in every fourth block (NoPE, arXiv 2501.18795). `no_rope_layers` has for each block
 whether it has them (1) or not (0), and moves with the blocks. transformers 5.23 does not read it from GGUF.
 """
 

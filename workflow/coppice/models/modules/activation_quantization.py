@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
+
+
+class ActivationSettings(TypedDict):
+    """How inputs are rounded: the parameters of `round_tokens`."""
+
+    bits: int
+    symmetric: bool
+    clip: float
 
 
 def round_tokens(x: Tensor, bits: int, symmetric: bool, clip: float) -> Tensor:
@@ -30,9 +38,9 @@ def round_tokens(x: Tensor, bits: int, symmetric: bool, clip: float) -> Tensor:
     return x + (rounded.to(x.dtype) - x).detach()
 
 
-def quantize_activations(linear: nn.Module, settings: dict[str, Any]) -> None:
+def quantize_activations(linear: nn.Module, settings: ActivationSettings) -> None:
     """Makes a linear round its inputs token by token from now on: settings of `round_tokens`."""
-    linear.quantized_activations = settings  # type: ignore[assignment]
+    linear.quantized_activations = settings  # type: ignore[assignment]  # mypy lets a module hold tensors and modules only
     linear.register_forward_pre_hook(_quantize_first)
 
 

@@ -11,11 +11,23 @@ Shapes: m = out_features, n = in_features, k = rank, b = bits, x: [..., n].
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, ClassVar, Self
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Self, TypedDict
 
 import torch
 from torch import Tensor, nn
+
+# What `build` needs to know of a form, and an entry of `compression.json`: JSON, whose keys are the form's own.
+Fields = Mapping[str, Any]
+Entry = Mapping[str, Any]
+
+
+class Factory(TypedDict):
+    """The device and the dtype of tensors to make."""
+
+    device: torch.device
+    dtype: torch.dtype
+
 
 # The forms by their type in `compression.json`.
 FORMS: dict[str, type[StoredForm]] = {}
@@ -37,22 +49,22 @@ class StoredForm(nn.Module):
             FORMS[cls.kind] = cls
 
     @classmethod
-    def from_replacement(cls, replacement: Any, linear: Replaceable, stored: Callable[[Tensor], Tensor]) -> Self:
+    def from_replacement(cls, replacement: Any, linear: Replaceable, as_stored: Callable[[Tensor], Tensor]) -> Self:
         """The form that holds what a method returned (the dataclass of the same name) for a linear, whose bias it takes
-        over. stored: values as they will be read back from the checkpoint, in the dtype to compute in."""
+        over. as_stored: values as they will be read back from the checkpoint, in the dtype to compute in."""
         raise NotImplementedError
 
     @classmethod
-    def build(cls, linear: nn.Linear, fields: dict[str, Any]) -> Self:
+    def build(cls, linear: nn.Linear, fields: Fields) -> Self:
         """The form without values, for the place of a linear; fields: what `fields` returned."""
         bias = linear.bias is not None
         return cls(linear.in_features, linear.out_features, **fields, bias=bias, **factory_of(linear))
 
-    def fields(self) -> dict[str, Any]:
+    def fields(self) -> Fields:
         """What `build` needs to know, as JSON."""
         raise NotImplementedError
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> Entry:
         """The entry of `compression.json`."""
         return {"type": self.kind, **self.fields()}
 
@@ -64,10 +76,10 @@ class StoredForm(nn.Module):
 class PackedForm(StoredForm, nn.Linear, abstract=True):
     """A linear whose weight is decoded from packed codes: `weight` is a property, all buffers stand for it."""
 
-    bias: nn.Parameter | None  # type: ignore[assignment]
+    bias: nn.Parameter | None  # type: ignore[assignment]  # torch's own stub forgets None
 
     @property
-    def weight(self) -> Tensor:  # type: ignore[override]
+    def weight(self) -> Tensor:  # type: ignore[override]  # decoded, not held
         """[m, n]."""
         raise NotImplementedError
 
@@ -95,17 +107,17 @@ def wide_weight(module: Replaceable) -> Tensor:
     return weight.to(torch.promote_types(weight.dtype, torch.float32))
 
 
-def linear_of(matrix: Any, bias: nn.Parameter | None, stored: Callable[[Tensor], Tensor]) -> nn.Linear:
+def linear_of(matrix: Any, bias: nn.Parameter | None, as_stored: Callable[[Tensor], Tensor]) -> nn.Linear:
     """A linear that holds a matrix [m, n] of a replacement: a tensor, or a replacement of a packed form."""
     linear = nn.Linear(matrix.shape[1], matrix.shape[0], bias is not None, device="meta")
-    linear.bias = bias  # type: ignore[assignment]
+    linear.bias = bias  # type: ignore[assignment]  # the same
     if isinstance(matrix, Tensor):
-        linear.weight = nn.Parameter(stored(matrix))
+        linear.weight = nn.Parameter(as_stored(matrix))
         return linear
-    packed: Any = FORMS[type(matrix).__name__].from_replacement(matrix, linear, stored)
+    packed: Any = FORMS[type(matrix).__name__].from_replacement(matrix, linear, as_stored)
     return packed
 
 
-def factory_of(linear: nn.Linear) -> dict[str, Any]:
+def factory_of(linear: nn.Linear) -> Factory:
     """The device and the dtype of a linear's weight."""
     return {"device": linear.weight.device, "dtype": linear.weight.dtype}

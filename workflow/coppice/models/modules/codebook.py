@@ -9,7 +9,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from .base import PackedForm, Replaceable
+from .base import Fields, PackedForm, Replaceable
 from .packing import pack, packed_words, unpack, zero_words
 
 # Codebooks are stored as whole multiples of this, so that the type of a checkpoint's numbers does not round them.
@@ -59,10 +59,10 @@ class CodebookLinear(PackedForm):
         self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
 
     @classmethod
-    def from_replacement(cls, replacement: Any, linear: Replaceable, stored: Callable[[Tensor], Tensor]) -> Self:
+    def from_replacement(cls, replacement: Any, linear: Replaceable, as_stored: Callable[[Tensor], Tensor]) -> Self:
         bits, bias, kept = replacement.bits, linear.bias, replacement.outliers
         out_features, in_features = replacement.shape
-        absmax = stored(replacement.absmax)
+        absmax = as_stored(replacement.absmax)
         form = cls(
             in_features,
             out_features,
@@ -79,17 +79,17 @@ class CodebookLinear(PackedForm):
         form.weight_table = table.to(replacement.codes.device)
         form.weight_absmax = absmax
         if kept is not None and len(kept):
-            form.weight_outliers = stored(replacement.outlier_weight)
+            form.weight_outliers = as_stored(replacement.outlier_weight)
             form.weight_outlier_index = kept.to(torch.int32)
         form.bias = None if bias is None else nn.Parameter(bias)
         return form
 
-    def fields(self) -> dict[str, Any]:
+    def fields(self) -> Fields:
         fields = {"bits": self.bits, "block": self.block, "outliers": self.outliers}
         return {**fields, "transposed": self.transposed}
 
     @property
-    def weight(self) -> Tensor:  # type: ignore[override]
+    def weight(self) -> Tensor:  # type: ignore[override]  # decoded, not held
         """The dequantized weight [m, n], in the dtype of the scales, to which each product is rounded once."""
         count = prod(self.coded_shape)
         codes = unpack(self.weight_packed[None], self.bits, count)[0]

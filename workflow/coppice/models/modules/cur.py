@@ -7,7 +7,7 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 
-from .base import Replaceable, StoredForm, linear_of, wide_weight
+from .base import Fields, Replaceable, StoredForm, linear_of, wide_weight
 
 
 class CURLinear(StoredForm):
@@ -25,21 +25,21 @@ class CURLinear(StoredForm):
         self.columns = nn.Linear(rank, out_features, bias=bias, **factory)
 
     @classmethod
-    def from_replacement(cls, replacement: Any, linear: Replaceable, stored: Callable[[Tensor], Tensor]) -> Self:
-        rows, link = linear_of(replacement.rows, None, stored), linear_of(replacement.link, None, stored)
-        columns = linear_of(replacement.columns, linear.bias, stored)
+    def from_replacement(cls, replacement: Any, linear: Replaceable, as_stored: Callable[[Tensor], Tensor]) -> Self:
+        rows, link = linear_of(replacement.rows, None, as_stored), linear_of(replacement.link, None, as_stored)
+        columns = linear_of(replacement.columns, linear.bias, as_stored)
         form = cls(rows.in_features, columns.out_features, link.out_features, linear.bias is not None, device="meta")
         form.rows, form.link, form.columns = rows, link, columns
         return form
 
-    def fields(self) -> dict[str, Any]:
+    def fields(self) -> Fields:
         return {"rank": self.link.out_features}
 
     def effective_weight(self) -> Tensor:
         return wide_weight(self.columns) @ wide_weight(self.link) @ wide_weight(self.rows)
 
     @property
-    def bias(self) -> nn.Parameter | None:  # type: ignore[override]
+    def bias(self) -> nn.Parameter | None:  # type: ignore[override]  # that of a part
         return self.columns.bias
 
     def forward(self, x: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .activation_quantization import quantize_activations
-from .base import FORMS, Replaceable, StoredForm
+from .base import FORMS, Entry, Replaceable, StoredForm
 
 
 def replaceable_modules(module: nn.Module) -> dict[str, Replaceable]:
@@ -19,6 +19,13 @@ def replaceable_modules(module: nn.Module) -> dict[str, Replaceable]:
         if not inside and isinstance(child, (nn.Linear, StoredForm)):
             modules[name] = child
     return modules
+
+
+def replaceable_module(block: nn.Module, name: str) -> Replaceable:
+    """The linear of that name, or the stored form in its place."""
+    module = block.get_submodule(name)
+    assert isinstance(module, (nn.Linear, StoredForm))  # as `replaceable_modules` and `weight_matrices` list them
+    return module
 
 
 def weight_matrices(module: nn.Module) -> dict[str, nn.Linear]:
@@ -33,11 +40,12 @@ def mask(linear: nn.Linear) -> Tensor | None:
 
 def set_masked(linear: nn.Module, masked: bool) -> None:
     """Whether a linear's zeros are pruned weights, which stay zero."""
-    linear.masked = masked  # type: ignore[assignment]
+    linear.masked = masked  # type: ignore[assignment]  # mypy lets a module hold tensors and modules only
 
 
-def describe(module: nn.Module) -> dict[str, Any]:
+def describe(module: nn.Module) -> Entry:
     """The entry of a module in `compression.json`; empty for an ordinary linear and for every other module."""
+    entry: Entry
     if isinstance(module, StoredForm):
         entry = module.describe()
     else:
@@ -47,7 +55,7 @@ def describe(module: nn.Module) -> dict[str, Any]:
     return entry
 
 
-def describe_replacements(model: nn.Module) -> dict[str, dict[str, Any]]:
+def describe_replacements(model: nn.Module) -> dict[str, Entry]:
     """The entries of all modules that take a linear's place, by name: what `install` needs to build them again."""
     return {name: entry for name, module in model.named_modules() if (entry := describe(module))}
 

@@ -8,7 +8,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from .base import PackedForm, Replaceable
+from .base import Fields, PackedForm, Replaceable
 from .packing import pack, packed_words, unpack, zero_words
 
 
@@ -48,20 +48,20 @@ class FlattenQuantLinear(PackedForm):
         self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
 
     @classmethod
-    def from_replacement(cls, replacement: Any, linear: Replaceable, stored: Callable[[Tensor], Tensor]) -> Self:
+    def from_replacement(cls, replacement: Any, linear: Replaceable, as_stored: Callable[[Tensor], Tensor]) -> Self:
         codes, bits, bias = replacement.codes, replacement.bits, linear.bias
-        scale = stored(replacement.scale)
+        scale = as_stored(replacement.scale)
         factory = {"device": codes.device, "dtype": scale.dtype}
         form = cls(linear.in_features, len(codes), bits, codes.shape[1], bias is not None, **factory)
         form.weight_packed = pack(codes + 2 ** (bits - 1), bits)
         form.weight_source = replacement.source.to(torch.int32)
         form.weight_piece = replacement.piece.to(torch.int32)
         form.weight_scale = scale
-        form.weight_threshold = stored(torch.tensor([replacement.threshold], device=codes.device))
+        form.weight_threshold = as_stored(torch.tensor([replacement.threshold], device=codes.device))
         form.bias = None if bias is None else nn.Parameter(bias)
         return form
 
-    def fields(self) -> dict[str, Any]:
+    def fields(self) -> Fields:
         return {"bits": self.bits, "expanded": self.expanded}
 
     @property
@@ -71,7 +71,7 @@ class FlattenQuantLinear(PackedForm):
         return codes.to(self.weight_scale.dtype) * self.weight_scale
 
     @property
-    def weight(self) -> Tensor:  # type: ignore[override]
+    def weight(self) -> Tensor:  # type: ignore[override]  # decoded, not held
         """[m, n] what the layer multiplies by where no input saturates."""
         source, expanded = self.weight_source.long(), self.expanded_weight
         # An input's pieces see the same columns; the parts of a split column add up.

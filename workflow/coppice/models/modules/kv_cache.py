@@ -21,6 +21,7 @@ the newest tokens too, so one call over a whole text measures the compression. P
 A checkpoint carries a copy of this file, which imports torch, transformers' cache classes and a file next to it alone.
 """
 
+from collections.abc import Mapping
 from functools import partial
 from math import ceil
 from typing import Any, NamedTuple
@@ -60,7 +61,7 @@ class CompressedStates(NamedTuple):
     scale: Tensor
     minimum: Tensor
     outliers: Tensor | None = None
-    index: Tensor | None = None  # type: ignore[assignment]
+    index: Tensor | None = None  # type: ignore[assignment]  # as transformers' own layers begin  # hides tuple.index
     tokens: Tensor | None = None
     channels: Tensor | None = None
 
@@ -92,7 +93,7 @@ def compress_states(states: Tensor, by_channel: bool, settings: CacheSettings, r
     levels = torch.round((groups - minimum[:, :, None]) / scale.to(exact)[:, :, None]).clamp(0, 2**settings.bits - 1)
     codes = levels.flatten(1)[:, :length].to(torch.int32)
     stored = CompressedStates(
-        tuple(states.shape),  # type: ignore[arg-type]
+        tuple(states.shape),  # type: ignore[arg-type]  # of four dimensions
         by_channel,
         settings.bits,
         group,
@@ -200,8 +201,8 @@ def _vectors_of(states: Tensor, by_channel: bool) -> Tensor:
 def _split_into_groups(vectors: Tensor, group: int) -> Tensor:
     """[N, n] -> [N, groups, group], the last value repeated to fill the last group: its range stays what it is."""
     missing = -vectors.shape[1] % group
-    filled = torch.cat([vectors, vectors[:, -1:].expand(-1, missing)], dim=1)
-    return filled.unflatten(1, (-1, group))
+    padded = torch.cat([vectors, vectors[:, -1:].expand(-1, missing)], dim=1)
+    return padded.unflatten(1, (-1, group))
 
 
 class CompressedCacheLayer(CacheLayerMixin):
@@ -262,7 +263,7 @@ class CompressedCacheLayer(CacheLayerMixin):
         return -1
 
     def reset(self) -> None:
-        self.keys = self.values = None  # type: ignore[assignment]
+        self.keys = self.values = None  # type: ignore[assignment]  # as transformers' own layers begin
         self.chunks, self.length, self.is_initialized = [], 0, False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -293,9 +294,9 @@ def _straight_through(held: Tensor, new: Tensor) -> Tensor:
 
 
 class CompressedCache(Cache):
-    """A cache whose layers are kept as the settings (fields of `CacheSettings`) say."""
+    """A cache whose layers are kept by the settings (fields of `CacheSettings`)."""
 
-    def __init__(self, settings: dict[str, Any]) -> None:
+    def __init__(self, settings: Mapping[str, Any]) -> None:
         super().__init__(layer_class_to_replicate=partial(CompressedCacheLayer, CacheSettings(**settings)))
 
     @property
@@ -303,8 +304,8 @@ class CompressedCache(Cache):
         return sum(layer.stored_bytes for layer in self.layers)
 
 
-def install_cache(model: nn.Module, settings: dict[str, Any]) -> None:
-    """Makes the model's decoder keep its keys and values as the settings (fields of `CacheSettings`) say.
+def install_cache(model: nn.Module, settings: Mapping[str, Any]) -> None:
+    """Makes the model's decoder keep its keys and values by the settings (fields of `CacheSettings`).
 
     They are left on the decoder as `cache_settings`; installing again replaces them.
     """

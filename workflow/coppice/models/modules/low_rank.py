@@ -7,7 +7,7 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 
-from .base import Replaceable, StoredForm, linear_of, wide_weight
+from .base import Fields, Replaceable, StoredForm, linear_of, wide_weight
 
 
 class LowRankLinear(StoredForm):
@@ -23,21 +23,21 @@ class LowRankLinear(StoredForm):
         self.second = nn.Linear(rank, out_features, bias=bias, **factory)
 
     @classmethod
-    def from_replacement(cls, replacement: Any, linear: Replaceable, stored: Callable[[Tensor], Tensor]) -> Self:
-        first = linear_of(replacement.first, None, stored)
-        second = linear_of(replacement.second, linear.bias, stored)
+    def from_replacement(cls, replacement: Any, linear: Replaceable, as_stored: Callable[[Tensor], Tensor]) -> Self:
+        first = linear_of(replacement.first, None, as_stored)
+        second = linear_of(replacement.second, linear.bias, as_stored)
         form = cls(first.in_features, second.out_features, first.out_features, linear.bias is not None, device="meta")
         form.first, form.second = first, second
         return form
 
-    def fields(self) -> dict[str, Any]:
+    def fields(self) -> Fields:
         return {"rank": self.first.out_features}
 
     def effective_weight(self) -> Tensor:
         return wide_weight(self.second) @ wide_weight(self.first)
 
     @property
-    def bias(self) -> nn.Parameter | None:  # type: ignore[override]
+    def bias(self) -> nn.Parameter | None:  # type: ignore[override]  # that of a part
         return self.second.bias
 
     def forward(self, x: Tensor) -> Tensor:

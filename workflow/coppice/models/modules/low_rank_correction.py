@@ -7,7 +7,7 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 
-from .base import Replaceable, StoredForm, factory_of, linear_of, wide_weight
+from .base import Fields, Replaceable, StoredForm, factory_of, linear_of, wide_weight
 from .low_rank import LowRankLinear
 
 
@@ -24,24 +24,24 @@ class LowRankCorrectionLinear(StoredForm):
         self.compensation = LowRankLinear(self.in_features, self.out_features, rank, **factory)
 
     @classmethod
-    def from_replacement(cls, replacement: Any, linear: Replaceable, stored: Callable[[Tensor], Tensor]) -> Self:
+    def from_replacement(cls, replacement: Any, linear: Replaceable, as_stored: Callable[[Tensor], Tensor]) -> Self:
         form = cls(linear, len(replacement.first), device="meta")
-        form.compensation.first = linear_of(replacement.first, None, stored)
-        form.compensation.second = linear_of(replacement.second, None, stored)
+        form.compensation.first = linear_of(replacement.first, None, as_stored)
+        form.compensation.second = linear_of(replacement.second, None, as_stored)
         return form
 
     @classmethod
-    def build(cls, linear: nn.Linear, fields: dict[str, Any]) -> Self:
+    def build(cls, linear: nn.Linear, fields: Fields) -> Self:
         return cls(linear, **fields, **factory_of(linear))
 
-    def fields(self) -> dict[str, Any]:
+    def fields(self) -> Fields:
         return {"rank": self.compensation.first.out_features}
 
     def effective_weight(self) -> Tensor:
         return wide_weight(self.base) + wide_weight(self.compensation)
 
     @property
-    def bias(self) -> nn.Parameter | None:  # type: ignore[override]
+    def bias(self) -> nn.Parameter | None:  # type: ignore[override]  # that of a part
         return self.base.bias
 
     def forward(self, x: Tensor) -> Tensor:

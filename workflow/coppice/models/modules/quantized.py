@@ -8,7 +8,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from .base import PackedForm, Replaceable
+from .base import Fields, PackedForm, Replaceable
 from .packing import pack, packed_words, unpack, zero_words
 
 
@@ -51,10 +51,10 @@ class QuantizedLinear(PackedForm):
         self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
 
     @classmethod
-    def from_replacement(cls, replacement: Any, linear: Replaceable, stored: Callable[[Tensor], Tensor]) -> Self:
+    def from_replacement(cls, replacement: Any, linear: Replaceable, as_stored: Callable[[Tensor], Tensor]) -> Self:
         bits, symmetric, bias = replacement.bits, replacement.symmetric, linear.bias
         out_features, in_features = replacement.codes.shape
-        scale = stored(replacement.scale)
+        scale = as_stored(replacement.scale)
         factory = {"device": replacement.codes.device, "dtype": scale.dtype}
         form = cls(in_features, out_features, bits, replacement.group_size, symmetric, bias is not None, **factory)
         form.weight_packed = pack(replacement.codes + 2 ** (bits - 1) if symmetric else replacement.codes, bits)
@@ -64,11 +64,11 @@ class QuantizedLinear(PackedForm):
         form.bias = None if bias is None else nn.Parameter(bias)
         return form
 
-    def fields(self) -> dict[str, Any]:
+    def fields(self) -> Fields:
         return {"bits": self.bits, "group_size": self.group_size, "symmetric": self.symmetric}
 
     @property
-    def weight(self) -> Tensor:  # type: ignore[override]
+    def weight(self) -> Tensor:  # type: ignore[override]  # decoded, not held
         """The dequantized weight [m, n], in the dtype of the scale."""
         codes = unpack(self.weight_packed, self.bits, self.in_features)
         groups = self.weight_scale.shape[1]

@@ -9,7 +9,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from .base import Replaceable, StoredForm, factory_of, linear_of, wide_weight
+from .base import Fields, Replaceable, StoredForm, factory_of, linear_of, wide_weight
 
 
 class TensorTrainLinear(StoredForm):
@@ -39,19 +39,19 @@ class TensorTrainLinear(StoredForm):
         self.bias = nn.Parameter(torch.zeros(self.out_features, **factory)) if bias else None
 
     @classmethod
-    def from_replacement(cls, replacement: Any, linear: Replaceable, stored: Callable[[Tensor], Tensor]) -> Self:
+    def from_replacement(cls, replacement: Any, linear: Replaceable, as_stored: Callable[[Tensor], Tensor]) -> Self:
         cores = replacement.cores
         in_shape, out_shape, bonds = ([core.shape[axis] for core in cores] for axis in (2, 1, 3))
         form = cls(in_shape, out_shape, bonds[:-1], device="meta")
-        form.sites = nn.ModuleList(linear_of(core.flatten(2).flatten(0, 1), None, stored) for core in cores)
+        form.sites = nn.ModuleList(linear_of(core.flatten(2).flatten(0, 1), None, as_stored) for core in cores)
         form.bias = linear.bias
         return form
 
     @classmethod
-    def build(cls, linear: nn.Linear, fields: dict[str, Any]) -> Self:
+    def build(cls, linear: nn.Linear, fields: Fields) -> Self:
         return cls(**fields, bias=linear.bias is not None, **factory_of(linear))
 
-    def fields(self) -> dict[str, Any]:
+    def fields(self) -> Fields:
         return {"in_shape": list(self.in_shape), "out_shape": list(self.out_shape), "bonds": list(self.bonds)}
 
     def effective_weight(self) -> Tensor:
