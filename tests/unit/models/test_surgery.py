@@ -259,7 +259,6 @@ def test_biases_of_every_linear():
 @pytest.mark.parametrize(
     ("removal", "sentence"),
     [
-        (Removal(neurons=((0,), (0, 1), (0,))), "equally many from each"),
         (Removal(neurons=((0,), (0,))), "names 2 blocks, but the model has 3"),
         (Removal(neurons=((0,), (48,), (0,))), "neurons of block 1 outside 0..47"),
         (Removal(kv_groups=((0, 0), (0, 1), (0, 1))), "kv_groups of block 0 twice"),

@@ -129,8 +129,8 @@ class Decoder(Protocol):
 class Removal:
     """Units to remove, and new weights for what stays.
 
-    blocks: indices. kv_groups and neurons: for each block the indices, equally many in each. Indices count the blocks
-    and units of the model as `choose` sees it. weights: for linears that stay, by the full name that they have there,
+    blocks: indices. kv_groups and neurons: for each block the indices, any number of them that leaves the block a unit.
+    Indices count the blocks and units of the model as `choose` sees it. weights: for linears that stay, by the full name that they have there,
     the weight [m, n] in the shape that it has after the removal.
     """
 
