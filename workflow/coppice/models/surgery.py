@@ -79,10 +79,10 @@ def remove(model: PreTrainedModel, removal: Removal) -> PreTrainedModel:
 def achieved(model: PreTrainedModel, removal: Removal) -> dict[str, Any]:
     """What the removal will take from the model, before it does.
 
-    units: of each kind how many are removed of how many, and the share. Key/value groups and neurons are counted in
-    each block that stays: one number where all blocks have the same, else a list, and the share is that of all these
-    blocks together. parameters: how many are removed, and their share of the blocks' parameters and of the model's
-    (tied embeddings counted once).
+    units: of each kind how many are removed of how many, and the share. Key/value groups and neurons: in each block
+    that stays, where these blocks are alike; else lists over all blocks, of which removed ones lose all, and the share
+    is that of the blocks that stay together. parameters: how many are removed, and their share of the blocks'
+    parameters and of the model's (tied embeddings counted once).
     """
     widths, family = block_widths(model), architecture_of(model)
     removed = _removed_widths(removal, len(widths))
@@ -95,11 +95,13 @@ def achieved(model: PreTrainedModel, removal: Removal) -> dict[str, Any]:
         parameters += removed[index].neurons * _neuron_parameters(family, block)
     return {
         "units": {
-            "blocks": _units([len(removal.blocks)], [len(widths)]),
-            "kv_groups": _units(
-                [removed[index].kv_groups for index in kept], [widths[index].kv_groups for index in kept]
-            ),
-            "neurons": _units([removed[index].neurons for index in kept], [widths[index].neurons for index in kept]),
+            "blocks": {
+                "removed": len(removal.blocks),
+                "of": len(widths),
+                "share": len(removal.blocks) / len(widths),
+            },
+            "kv_groups": _units([each.kv_groups for each in removed], [each.kv_groups for each in widths], kept),
+            "neurons": _units([each.neurons for each in removed], [each.neurons for each in widths], kept),
         },
         "parameters": {
             "removed": parameters,
@@ -139,11 +141,14 @@ def _removed_widths(removal: Removal, count: int) -> list[Widths]:
     return [Widths(len(groups), len(neurons)) for groups, neurons in rows]
 
 
-def _units(removed: list[int], of: list[int]) -> dict[str, Any]:
-    share = sum(removed) / sum(of)
-    if len(set(removed)) == len(set(of)) == 1:
-        return {"removed": removed[0], "of": of[0], "share": share}
-    return {"removed": removed, "of": of, "share": share}
+def _units(removed: list[int], of: list[int], kept: list[int]) -> dict[str, Any]:
+    """The record of one kind of units, from those of each block and the indices of the blocks that stay."""
+    pairs = [(removed[index], of[index]) for index in kept]
+    if len(set(pairs)) == 1:
+        number, whole = pairs[0]
+        return {"removed": number, "of": whole, "share": number / whole}
+    gone = [removed[index] if index in kept else of[index] for index in range(len(of))]
+    return {"removed": gone, "of": of, "share": sum(number for number, _ in pairs) / sum(whole for _, whole in pairs)}
 
 
 def _check(removal: Removal, widths: Sequence[Widths]) -> None:

@@ -273,12 +273,15 @@ def format_value(value: float) -> str:
 def achieved_lines(manifest: Manifest) -> list[str]:
     """Units that a step removed from the whole model."""
     units = manifest.achieved.get("units", {})
-    cut = [
-        f"{entry['removed']} of {entry['of']} {kind.replace('_', ' ')}{'' if kind == 'blocks' else ' of each block'}"
-        for kind, entry in units.items()
-        if entry["removed"]
-    ]
+    cut = [_removed_units(kind, entry) for kind, entry in units.items() if entry["share"]]
     return wrapped(f"Removed: {join_words(cut)}.") if cut else []
+
+
+def _removed_units(kind: str, entry: dict[str, Any]) -> str:
+    removed, of, name = entry["removed"], entry["of"], kind.replace("_", " ")
+    if isinstance(removed, list):
+        return f"{sum(removed)} of {sum(of)} {name}, not equally many of each block"
+    return f"{removed} of {of} {name}{'' if kind == 'blocks' else ' of each block'}"
 
 
 def cost_lines(results: Path, name: str, manifest: Manifest) -> list[str]:
