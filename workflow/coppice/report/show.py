@@ -280,7 +280,7 @@ def achieved_lines(manifest: Manifest) -> list[str]:
 def _removed_units(kind: str, entry: dict[str, Any]) -> str:
     removed, of, name = entry["removed"], entry["of"], kind.replace("_", " ")
     if isinstance(removed, list):
-        return f"{sum(removed)} of {sum(of)} {name}, not equally many of each block"
+        return f"{sum(removed)} of all {sum(of)} {name}"
     return f"{removed} of {of} {name}{'' if kind == 'blocks' else ' of each block'}"
 
 
