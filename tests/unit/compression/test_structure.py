@@ -73,6 +73,25 @@ def test_new_weights_arrive_exactly(register: Callable[..., None], tmp_path: Pat
     assert read_manifest(node).achieved["units"]["neurons"]["removed"] == 24
 
 
+def test_blocks_may_lose_different_numbers_of_units(register: Callable[..., None], tmp_path: Path) -> None:
+    root = save_root(tmp_path / "root")
+    neurons = (0, 5, 6, 20, 30)
+    removal = Removal(kv_groups=((1,), (), ()), neurons=(neurons, (), ()))
+    register(lambda decoder, statistics, options: removal)
+    node = make(tmp_path / "node", root, "toy")
+    expected, tokens = load_model(root), tiny_tokens()
+    with torch.no_grad():
+        # Two query heads of 4 channels read each key/value head.
+        expected.model.layers[0].self_attn.o_proj.weight[:, 8:16] = 0
+        expected.model.layers[0].mlp.down_proj.weight[:, neurons] = 0
+    model = load_model(node)
+    torch.testing.assert_close(logits(model, tokens), logits(expected, tokens), rtol=0, atol=1e-5)
+    assert model.model.layers[0].mlp.up_proj.out_features == 43
+    assert read_manifest(node).achieved["units"]["kv_groups"]["removed"] == [1, 0, 0]
+    # What the next structure method removes is counted in the units that are left.
+    assert load_model(make(tmp_path / "again", node, "toy")).model.layers[0].mlp.up_proj.out_features == 38
+
+
 def test_names_count_the_blocks_before_the_removal() -> None:
     model, tokens = tiny_model(), tiny_tokens()
     name = "model.layers.2.mlp.down_proj"

@@ -25,6 +25,7 @@ TOKENS = tiny_tokens()
 
 WIDTHS = Removal(kv_groups=((1,), (0,), (1,)), neurons=((0, 5, 47), (3, 4, 5), (20, 21, 40)))
 DEPTH = Removal(blocks=(1,))
+UNEQUAL = Removal(kv_groups=((1,), (), ()), neurons=((0, 5, 6, 46, 47), (), (3, 4)))
 BOTH = Removal(blocks=(1,), kv_groups=WIDTHS.kv_groups, neurons=WIDTHS.neurons)
 
 
@@ -85,7 +86,7 @@ def test_removing_nothing_changes_nothing(architecture):
     assert all(torch.equal(before[name], tensor) for name, tensor in pruned.state_dict().items())
 
 
-@pytest.mark.parametrize("removal", [WIDTHS, DEPTH, BOTH], ids=["widths", "depth", "both"])
+@pytest.mark.parametrize("removal", [WIDTHS, DEPTH, BOTH, UNEQUAL], ids=["widths", "depth", "both", "unequal"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_removal_is_switching_off(architecture, removal):
     model = tiny_model(architecture, dtype=torch.float64)
@@ -263,7 +264,6 @@ def test_biases_of_every_linear():
 @pytest.mark.parametrize(
     ("removal", "sentence"),
     [
-        (Removal(neurons=((0,), (0, 1), (0,))), "equally many from each"),
         (Removal(neurons=((0,), (0,))), "names 2 blocks, but the model has 3"),
         (Removal(neurons=((0,), (48,), (0,))), "neurons of block 1 outside 0..47"),
         (Removal(kv_groups=((0, 0), (0, 1), (0, 1))), "kv_groups of block 0 twice"),

@@ -21,8 +21,10 @@ from coppice.data.windows import Windows, load_windows, save_windows
 from coppice.errors import UserError
 from coppice.files import sha256, write_json
 from coppice.methods.recover import full, lora
+from coppice.models import surgery
 from coppice.models.architectures.base import blocks
 from coppice.models.checkpoint import load_model, read_manifest, save_checkpoint
+from coppice.models.contracts import Removal
 from coppice.models.modules import LowRankCorrectionLinear
 from coppice.recovery import distributed, objective, stage
 from coppice.recovery.journal import Journal
@@ -377,6 +379,22 @@ def test_lora_over_a_masked_parent_leaves_its_weights_alone(place, tmp_path):
     assert not torch.equal(blocks(model)[0].mlp.up_proj.weight, blocks(parent)[0].mlp.up_proj.weight)
     loss = objective.held_out_loss(model, load_windows(place / "validation"), 8, "float32")
     assert curve(tmp_path / "node")[-1]["validation_loss"] == pytest.approx(loss, rel=1e-5)
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "scratch"])
+def test_blocks_of_different_widths_are_trained(place, tmp_path, method):
+    narrower = surgery.remove(
+        tiny_model(num_hidden_layers=2), Removal(kv_groups=((1,), ()), neurons=((0, 5, 6, 46, 47), ()))
+    )
+    parent = save_node(tmp_path / "parent", "dense/narrower", narrower, ["smaller"], dense=place / "dense")
+    manifest = recover(
+        place, tmp_path / "node", parent=parent, method=method, **{"rank": 2} if method == "lora" else {}
+    )
+    rows = [row for row in curve(tmp_path / "node") if row["validation_loss"] is not None]
+    assert rows[-1]["validation_loss"] < rows[0]["validation_loss"] - 0.1
+    model = load_model(tmp_path / "node")
+    assert blocks(model)[0].mlp.up_proj.out_features == 43 and blocks(model)[1].mlp.up_proj.out_features == 48
+    assert manifest.parameters == read_manifest(parent).parameters
 
 
 def test_scratch_forgets_the_weights_and_trains_for_as_much_computation(place, tmp_path):

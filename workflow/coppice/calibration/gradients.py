@@ -21,7 +21,7 @@ from coppice.calibration.walk import windows_in_a_batch
 from coppice.errors import UserError
 from coppice.models.architectures.base import UNITS, architecture_of, blocks
 from coppice.models.contracts import Role
-from coppice.models.surgery import structure
+from coppice.models.surgery import block_widths, structure
 
 IMPORTANCES = ("vector", "first", "second", "mixed")
 
@@ -77,10 +77,15 @@ def unit_scores(model: PreTrainedModel, tokens: Tensor, attention_mask: Tensor, 
 
     and a unit's score is the sum over its rows and columns. Memory in addition to the model and the activations of a
     batch: nothing lasting when all windows go in one batch, else g and a of the blocks' linears, two float32 copies.
-    Raises UserError when no window predicts a token, and when a linear's output, a window's loss or a gradient is not
-    finite.
+    Raises UserError when the blocks are of different widths, when no window predicts a token, and when a linear's
+    output, a window's loss or a gradient is not finite.
     """
     model.eval()
+    if len(set(block_widths(model))) > 1:
+        raise UserError(
+            "Taylor importances compare as many units in every block, and the blocks of this model are of different "
+            "widths; use a method that reads other statistics, or the node from before that step."
+        )
     predicted = (attention_mask[:, 1:] & attention_mask[:, :-1]).bool()
     used = predicted.any(1)
     if not used.any():

@@ -29,12 +29,14 @@ Neither torch nor NumPy is imported here: the tables are written without them.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from math import ceil
 from typing import Any, NamedTuple
 
 from coppice.hardware import DEVICES, Device
-from coppice.models.architectures.base import Shape, architecture, shape_of
+from coppice.models.architectures.base import Architecture, Shape, architecture, shape_of
+from coppice.models.contracts import Role
 from coppice.models.replacements import Place, Product, word_bytes
 from coppice.records.base import Json
 from coppice.records.compression import CACHE, Entries
@@ -45,11 +47,12 @@ BITS = {"float32": 32, "bfloat16": 16, "float16": 16}
 class Model(NamedTuple):
     """A decoder as the roofline sees it.
 
-    linears: every product of the blocks; head: those of the head; activation_bits, kv_bits: of a number of the states
-    and of the cache; cache: how keys and values are compressed, in the fields of `kv_cache.CacheSettings`, or None.
+    shapes: those of the blocks, which may be of different widths; linears: every product of the blocks; head: those of
+    the head; activation_bits, kv_bits: of a number of the states and of the cache; cache: how keys and values are
+    compressed, in the fields of `kv_cache.CacheSettings`, or None.
     """
 
-    shape: Shape
+    shapes: tuple[Shape, ...]
     linears: tuple[Product, ...]
     head: tuple[Product, ...]
     activation_bits: float
@@ -81,7 +84,7 @@ def uniform(shape: Shape, weight_bits: float = 16, activation_bits: float = 16, 
 
     block = [product(role, *sizes) for role, sizes in shape.linears().items()]
     head = product("head", shape.hidden, shape.vocabulary)
-    return Model(shape, tuple(block) * shape.layers, (head,), activation_bits, kv_bits)
+    return Model((shape,) * shape.layers, tuple(block) * shape.layers, (head,), activation_bits, kv_bits)
 
 
 def model_of_node(config: Mapping[str, Any], entries: Entries, sparse: bool = False) -> Model:
@@ -92,14 +95,26 @@ def model_of_node(config: Mapping[str, Any], entries: Entries, sparse: bool = Fa
     """
     family, shape = architecture(config["model_type"]), shape_of(config)
     bits = BITS[config.get("dtype", config.get("torch_dtype", "float32"))]
+    shapes = [block_shape(shape, family, layer, entries) for layer in range(shape.layers)]
     linears = [
         product
-        for layer in range(shape.layers)
-        for role, sizes in shape.linears().items()
+        for layer, block in enumerate(shapes)
+        for role, sizes in block.linears().items()
         for product in products(entries, family.full_name(layer, family.linears[role]), *sizes, bits, sparse)
     ]
     head = products(entries, family.head, shape.hidden, shape.vocabulary, bits, sparse)
-    return Model(shape, tuple(linears), tuple(head), bits, bits, entries.get(CACHE))
+    return Model(tuple(shapes), tuple(linears), tuple(head), bits, bits, entries.get(CACHE))
+
+
+def block_shape(shape: Shape, family: Architecture, layer: int, entries: Entries) -> Shape:
+    """The shape of a block: that of the model's config, but where compression.json gives its linears another width."""
+
+    def outputs(role: Role) -> int:
+        entry = entries.get(family.full_name(layer, family.linears[role]), {})
+        return entry.get("out_features", shape.linears()[role][1])
+
+    heads, kv_heads = outputs("q") // shape.head_dim, outputs("k") // shape.head_dim
+    return shape._replace(heads=heads, kv_heads=kv_heads, intermediate=outputs("up"))
 
 
 def products(entries: Entries, name: str, inputs: int, outputs: int, bits: int, sparse: bool = False) -> list[Product]:
@@ -117,12 +132,15 @@ def weight_bytes(model: Model) -> float:
 
 def kv_cache_bytes(model: Model, batch: int, prompt: int, decoded: int = 0) -> float:
     """Bytes of keys and values of all layers after a prompt of so many tokens and so many decoded ones."""
-    return model.shape.layers * _layer_cache_bytes(model, batch, prompt, decoded)
+    return sum(
+        count * _layer_cache_bytes(model, shape, batch, prompt, decoded)
+        for shape, count in Counter(model.shapes).items()
+    )
 
 
-def _layer_cache_bytes(model: Model, batch: int, prompt: int, decoded: int) -> float:
+def _layer_cache_bytes(model: Model, shape: Shape, batch: int, prompt: int, decoded: int) -> float:
     """The same of one layer; a compressed cache as `kv_cache.cache_bytes` counts it."""
-    heads, width, number = model.shape.kv_heads, model.shape.head_dim, model.kv_bits / 8
+    heads, width, number = shape.kv_heads, shape.head_dim, model.kv_bits / 8
     if model.cache is None:
         return 2 * batch * heads * width * (prompt + decoded) * number
     window = model.cache["window"]
@@ -173,14 +191,15 @@ def generation(model: Model, batch: int, prompt: int, generate: int, fused: bool
 
 def _dense_operations(model: Model, batch: int, tokens: int) -> list[Operation]:
     """All but attention: what does not depend on the tokens before."""
-    shape, number = model.shape, model.activation_bits / 8
-    states, gates = batch * tokens * shape.hidden, batch * tokens * shape.intermediate
+    layers, number = len(model.shapes), model.activation_bits / 8
+    states = batch * tokens * model.shapes[0].hidden
+    activations = [(batch * tokens * shape.intermediate, count) for shape, count in Counter(model.shapes).items()]
     return [
         *(_operation(product, batch * tokens) for product in model.linears),
         *(_operation(product, batch) for product in model.head),
-        Operation(7 * states, 2 * states * number, count=2 * shape.layers + 1),
-        Operation(states, 2 * states * number, count=2 * shape.layers),
-        Operation(2 * gates, 3 * gates * number, count=shape.layers),
+        Operation(7 * states, 2 * states * number, count=2 * layers + 1),
+        Operation(states, 2 * states * number, count=2 * layers),
+        *(Operation(2 * gates, 3 * gates * number, count=count) for gates, count in activations),
     ]
 
 
@@ -191,19 +210,30 @@ def _operation(product: Product, vectors: int) -> Operation:
 
 
 def _attention(model: Model, batch: int, tokens: int, prompt: int, decoded: int, fused: bool) -> list[Operation]:
-    shape, number = model.shape, model.activation_bits / 8
+    return [
+        operation
+        for shape, count in Counter(model.shapes).items()
+        for operation in _block_attention(model, shape, count, batch, tokens, prompt, decoded, fused)
+    ]
+
+
+def _block_attention(
+    model: Model, shape: Shape, count: int, batch: int, tokens: int, prompt: int, decoded: int, fused: bool
+) -> list[Operation]:
+    """The attention of `count` blocks of one shape."""
+    number = model.activation_bits / 8
     seen = prompt + decoded
     queries = batch * shape.heads * tokens * shape.head_dim
     scores = batch * shape.heads * tokens * seen
-    cached = _layer_cache_bytes(model, batch, prompt, decoded)
+    cached = _layer_cache_bytes(model, shape, batch, prompt, decoded)
     integer = max(model.activation_bits, model.kv_bits) <= 8
     if fused:
         operations = 4 * scores * shape.head_dim + 5 * scores
-        return [Operation(operations, 2 * queries * number + cached, integer, count=shape.layers)]
+        return [Operation(operations, 2 * queries * number + cached, integer, count=count)]
     products = Operation(2 * scores * shape.head_dim, (queries + scores) * number + cached / 2, integer)
     return [
-        products._replace(count=2 * shape.layers),
-        Operation(5 * scores, 2 * scores * number, integer, count=shape.layers),
+        products._replace(count=2 * count),
+        Operation(5 * scores, 2 * scores * number, integer, count=count),
     ]
 
 

@@ -79,10 +79,12 @@ def export(folder: Path, to: str, output: Path, tolerance: float | None = None) 
     """
     from coppice.export import check
     from coppice.export.node import read_node
-    from coppice.models.densify import refuse_rounding
+    from coppice.models.architectures.base import architecture
+    from coppice.models.densify import refuse_rounding, refuse_unequal_blocks
 
     node, form = read_node(folder), import_module(FORMATS[to])
     refuse_rounding(node.manifest, form.HOLDER)
+    refuse_unequal_blocks(node.manifest, architecture(node.config["model_type"]), node.entries, form.HOLDER)
     reason = form.reason_against(node)
     if reason is not None:
         raise UserError(f"The node {node.name!r} cannot go to {to}, because {reason}.")

@@ -4,8 +4,9 @@ A folder holds `config.json`, `model*.safetensors`, the tokenizer's files, `comp
 each replaced module) and `manifest.json`, written last. A folder without a manifest, or whose files differ from it, is
 refused.
 
-Stock loaders read dense, masked, shorter, narrower and integer-quantized nodes. Any other node carries a model class,
-`modeling_coppice.py`, and copies of the modules that it is made of, for loaders that trust remote code.
+Stock loaders read dense, masked, shorter, narrower and integer-quantized nodes. Any other node, such as one whose
+blocks are of different widths, carries a model class, `modeling_coppice.py`, and copies of the modules that it is made
+of, for loaders that trust remote code.
 """
 
 from __future__ import annotations

@@ -70,7 +70,8 @@ def linear_seed(seed: int, name: str) -> int:
 
 @dataclass(frozen=True)
 class Structure:
-    """The units of a decoder that structure methods count: blocks, key/value groups and neurons in each block."""
+    """The units of a decoder that structure methods count: blocks, and the key/value groups and neurons of each block,
+    or of the widest one where blocks differ."""
 
     blocks: int
     kv_groups: int
@@ -131,9 +132,9 @@ class Decoder(Protocol):
 class Removal:
     """Units to remove, and new weights for what stays.
 
-    blocks: indices. kv_groups and neurons: for each block the indices, equally many in each. Indices count the blocks
-    and units of the model as `choose` sees it. weights: for linears that stay, by the full name that they have there,
-    the weight [m, n] in the shape that it has after the removal.
+    blocks: indices. kv_groups and neurons: for each block the indices, any number of them that leaves the block a unit.
+    Indices count the blocks and units of the model as `choose` sees it. weights: for linears that stay, by the full
+    name that they have there, the weight [m, n] in the shape that it has after the removal.
     """
 
     blocks: tuple[int, ...] = ()

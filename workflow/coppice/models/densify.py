@@ -9,7 +9,8 @@ import torch
 
 from coppice.errors import UserError
 from coppice.models import modules
-from coppice.models.architectures.base import blocks
+from coppice.models.architectures.base import Architecture, architecture_of, blocks
+from coppice.records.compression import Entries
 from coppice.records.manifest import Manifest, Provenance
 
 if TYPE_CHECKING:
@@ -21,11 +22,13 @@ from coppice.models.checkpoint import load_model, read_manifest, save_checkpoint
 def export_dense(directory: Path, output: Path) -> None:
     """Writes a node as an ordinary dense checkpoint: every replaced linear becomes the matrix that it multiplies by.
 
-    Raises UserError for a node that rounds more than its weights, which no dense checkpoint can express.
+    Raises UserError for a node that rounds more than its weights, and for one whose blocks are of different widths,
+    which no dense checkpoint can express.
     """
-    source = read_manifest(directory)
-    refuse_rounding(source, "a dense checkpoint")
+    source, holder = read_manifest(directory), "a dense checkpoint"
+    refuse_rounding(source, holder)
     model = load_model(directory, dtype=torch.float32)
+    refuse_unequal_blocks(source, architecture_of(model), modules.describe_replacements(model), holder)
     densify(model)
     recorded = {name: getattr(source, name) for name in Provenance.model_fields}
     provenance = Provenance(**recorded | {"traits": []})
@@ -41,6 +44,18 @@ def refuse_rounding(manifest: Manifest, holder: str) -> None:
                 f"The node {manifest.node!r} rounds {what} while it runs, which {holder} cannot hold; "
                 "export the node from before that step."
             )
+
+
+def refuse_unequal_blocks(manifest: Manifest, family: Architecture, entries: Entries, holder: str) -> None:
+    """Raises UserError for a node whose blocks are of different widths; entries: of its linears in compression.json."""
+    resized = [name for name, entry in entries.items() if "in_features" in entry]
+    if indices := sorted({family.place(name)[0] for name in resized}):
+        named = f"block {indices[0]} is" if len(indices) == 1 else f"blocks {', '.join(map(str, indices))} are"
+        raise UserError(
+            f"Of the node {manifest.node!r}, {named} narrower than the widest one, and {holder} holds blocks of one "
+            "width only; load the node with transformers and trust_remote_code, or export the node from before that "
+            "step."
+        )
 
 
 @torch.no_grad()

@@ -138,6 +138,8 @@ class Unchanged(Replacement):
 
 
 _FORMS["Linear"] = Unchanged
+# A norm across heads, of another width than config.json says.
+_FORMS["Norm"] = Unchanged
 
 
 @dataclass(frozen=True)

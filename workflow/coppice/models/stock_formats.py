@@ -50,8 +50,9 @@ def write_config(model: PreTrainedModel, entries: Entries, dtype: torch.dtype, d
 
 
 def is_ordinary(entry: Entry) -> bool:
-    """Whether a linear stays one whose weight and inputs are ordinary numbers, masked or not."""
-    return form_of(entry).keeps_linear and "quantized_activations" not in entry
+    """Whether a linear stays one of its shape in config.json whose weight and inputs are ordinary numbers, masked or
+    not."""
+    return form_of(entry).keeps_linear and entry.keys() == {"type"}
 
 
 def quantization_grids(entries: Entries) -> dict[tuple[int, int, bool], list[str]]:

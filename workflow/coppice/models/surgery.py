@@ -1,4 +1,7 @@
-"""Structural removal of key/value groups, neurons and blocks, so that stock classes load what is left.
+"""Structural removal of key/value groups, neurons and blocks.
+
+Where all blocks end equally wide, stock classes load what is left. Where they do not, the configuration states the
+largest widths that remain, as for caches that must hold every block, and compression.json the shapes that differ.
 
 d = hidden_size, h = head_dim, r = query heads for each key/value head. Key/value group g is key/value head g with its
 query heads g r .. g r + r - 1 (`repeat_kv` repeats each key/value head r times in a row): rows g h .. (g + 1) h of k
@@ -10,7 +13,7 @@ those that stay. Neuron c: row c of gate and up, column c of down.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,10 +25,24 @@ from coppice.models.contracts import Removal, Structure
 from coppice.records.base import Json
 
 
+class Widths(NamedTuple):
+    """The key/value groups and neurons of one block."""
+
+    kv_groups: int
+    neurons: int
+
+
 def structure(model: PreTrainedModel) -> Structure:
-    """The units of a model whose blocks are all of one width."""
+    """The units of a model: its blocks, and those of the widest block of each kind."""
     config = model.config
     return Structure(config.num_hidden_layers, config.num_key_value_heads, config.intermediate_size)
+
+
+def block_widths(model: PreTrainedModel) -> list[Widths]:
+    """The widths of the blocks, in order."""
+    family, h = architecture_of(model), head_dim(model.config)
+    linears = (family.modules(block, ("k", "down")) for block in blocks(model))
+    return [Widths(k.out_features // h, down.in_features) for k, down in linears]
 
 
 def remove(model: PreTrainedModel, removal: Removal) -> PreTrainedModel:
@@ -34,50 +51,57 @@ def remove(model: PreTrainedModel, removal: Removal) -> PreTrainedModel:
     Indices, and the entries of `kv_groups` and `neurons`, count the blocks of the model as it comes in. A model whose
     remaining heads do not divide hidden_size comes back as its architecture's substitute, where there is one: the same
     computation on the same weights. New weights are put in place before blocks go. Raises ValueError when the removal
-    does not fit the model or leaves blocks of different widths. Raises UserError when a model with biases would need a
-    substitute that has none, or when a new weight does not fit its linear, which the sentence names.
+    does not fit the model. Raises UserError when a model with biases would need a substitute that has none, or when a
+    new weight does not fit its linear, which the sentence names.
     """
-    units = structure(model)
-    _check(removal, units)
-    kv_groups, neurons = _per_block(removal.kv_groups), _per_block(removal.neurons)
-    substitute = _substitute(model, units.kv_groups - kv_groups) if kv_groups else None
-    if kv_groups:
+    widths = block_widths(model)
+    _check(removal, widths)
+    removed = _removed_widths(removal, len(widths))
+    left = [
+        Widths(width.kv_groups - fewer.kv_groups, width.neurons - fewer.neurons)
+        for index, (width, fewer) in enumerate(zip(widths, removed, strict=True))
+        if index not in removal.blocks
+    ]
+    largest = Widths(max(width.kv_groups for width in left), max(width.neurons for width in left))
+    substitute = _substitute(model, largest.kv_groups)
+    if any(removal.kv_groups):
         _remove_kv_groups(model, removal.kv_groups)
-    if neurons:
+    if any(removal.neurons):
         _remove_neurons(model, removal.neurons)
     # By the names that linears have before blocks go.
     _put_weights(model, removal)
     if removal.blocks:
         _remove_blocks(model, removal.blocks)
+    _set_widths(model, largest)
     return model if substitute is None else _build_substitute(model, substitute)
 
 
 def describe_removal(model: PreTrainedModel, removal: Removal) -> Json:
     """What the removal will take from the model, before it does.
 
-    units: of each kind how many are removed of how many (key/value groups and neurons: in each block that stays), and
-    the share. parameters: how many are removed, and their share of the blocks' parameters and of the model's (tied
-    embeddings counted once).
+    units: of each kind how many are removed of how many, and the share. Key/value groups and neurons: in each block
+    that stays, where these blocks are alike; else lists over all blocks, of which removed ones lose all, and the share
+    is that of the blocks that stay together. parameters: how many are removed, and their share of the blocks'
+    parameters and of the model's (tied embeddings counted once).
     """
-    units = structure(model)
-    removed = {
-        "blocks": len(removal.blocks),
-        "kv_groups": _per_block(removal.kv_groups),
-        "neurons": _per_block(removal.neurons),
-    }
+    widths, family = block_widths(model), architecture_of(model)
+    removed = _removed_widths(removal, len(widths))
+    kept = [index for index in range(len(widths)) if index not in removal.blocks]
     counts = [sum(parameter.numel() for parameter in block.parameters()) for block in blocks(model)]
     parameters = sum(counts[index] for index in removal.blocks)
-    for index, block in enumerate(blocks(model)):
-        if index in removal.blocks:
-            continue
-        if removed["kv_groups"]:
-            parameters += removed["kv_groups"] * _kv_group_parameters(model, block)
-        if removed["neurons"]:
-            parameters += removed["neurons"] * _neuron_parameters(architecture_of(model), block)
+    for index in kept:
+        block = blocks(model)[index]
+        parameters += removed[index].kv_groups * _kv_group_parameters(model, block)
+        parameters += removed[index].neurons * _neuron_parameters(family, block)
     return {
         "units": {
-            kind: {"removed": number, "of": getattr(units, kind), "share": number / getattr(units, kind)}
-            for kind, number in removed.items()
+            "blocks": {
+                "removed": len(removal.blocks),
+                "of": len(widths),
+                "share": len(removal.blocks) / len(widths),
+            },
+            "kv_groups": _units([each.kv_groups for each in removed], [each.kv_groups for each in widths], kept),
+            "neurons": _units([each.neurons for each in removed], [each.neurons for each in widths], kept),
         },
         "parameters": {
             "removed": parameters,
@@ -110,26 +134,33 @@ def _row_parameters(linear: nn.Linear) -> int:
     return linear.in_features + (linear.bias is not None)
 
 
-def _per_block(removed: Sequence[Sequence[int]]) -> int:
-    return len(removed[0]) if removed else 0
+def _removed_widths(removal: Removal, count: int) -> list[Widths]:
+    """How many units go from each of the `count` blocks."""
+    nothing: tuple[tuple[int, ...], ...] = ((),) * count
+    rows = zip(removal.kv_groups or nothing, removal.neurons or nothing, strict=True)
+    return [Widths(len(groups), len(neurons)) for groups, neurons in rows]
 
 
-def _check(removal: Removal, units: Structure) -> None:
-    _check_indices("blocks", removal.blocks, units.blocks)
+def _units(removed: list[int], of: list[int], kept: list[int]) -> dict[str, Any]:
+    """The record of one kind of units, from those of each block and the indices of the blocks that stay."""
+    pairs = [(removed[index], of[index]) for index in kept]
+    if len(set(pairs)) == 1:
+        number, whole = pairs[0]
+        return {"removed": number, "of": whole, "share": number / whole}
+    gone = [removed[index] if index in kept else of[index] for index in range(len(of))]
+    return {"removed": gone, "of": of, "share": sum(number for number, _ in pairs) / sum(whole for _, whole in pairs)}
+
+
+def _check(removal: Removal, widths: Sequence[Widths]) -> None:
+    _check_indices("blocks", removal.blocks, len(widths))
     for kind in ("kv_groups", "neurons"):
-        rows, count = getattr(removal, kind), getattr(units, kind)
+        rows = getattr(removal, kind)
         if not rows:
             continue
-        if len(rows) != units.blocks:
-            raise ValueError(f"A removal of {kind} names {len(rows)} blocks, but the model has {units.blocks}.")
-        numbers = {len(row) for row in rows}
-        if len(numbers) > 1:
-            raise ValueError(
-                f"A removal takes {min(numbers)} {kind} from one block and {max(numbers)} from another; it must take "
-                "equally many from each."
-            )
-        for index, row in enumerate(rows):
-            _check_indices(f"{kind} of block {index}", row, count)
+        if len(rows) != len(widths):
+            raise ValueError(f"A removal of {kind} names {len(rows)} blocks, but the model has {len(widths)}.")
+        for index, (row, width) in enumerate(zip(rows, widths, strict=True)):
+            _check_indices(f"{kind} of block {index}", row, getattr(width, kind))
 
 
 def _check_indices(what: str, indices: Sequence[int], count: int) -> None:
@@ -154,10 +185,6 @@ def _remove_kv_groups(model: PreTrainedModel, removed: Sequence[Sequence[int]]) 
         if (norms := family.norms.across_heads) is not None:
             _keep_weights(block.get_submodule(norms.query), queries)
             _keep_weights(block.get_submodule(norms.key), keys)
-    # Stock classes would otherwise take d / num_attention_heads for it.
-    model.config.head_dim = h
-    model.config.num_key_value_heads = len(kept)
-    model.config.num_attention_heads = len(kept) * r
 
 
 def _remove_neurons(model: PreTrainedModel, removed: Sequence[Sequence[int]]) -> None:
@@ -170,7 +197,18 @@ def _remove_neurons(model: PreTrainedModel, removed: Sequence[Sequence[int]]) ->
         _keep_columns(down, kept)
         mlp: Any = block.get_submodule(family.mlp)
         mlp.intermediate_size = len(kept)
-    model.config.intermediate_size = len(kept)
+
+
+def _set_widths(model: PreTrainedModel, largest: Widths) -> None:
+    """The configuration of a model whose widest block of each kind is `largest`."""
+    config = model.config
+    config.intermediate_size = largest.neurons
+    if largest.kv_groups != config.num_key_value_heads:
+        h, r = head_dim(config), _queries_per_group(model)
+        # Stock classes would otherwise take d / num_attention_heads for it.
+        config.head_dim = h
+        config.num_key_value_heads = largest.kv_groups
+        config.num_attention_heads = largest.kv_groups * r
 
 
 @torch.no_grad()
@@ -238,10 +276,11 @@ def _select(parameter: Tensor, dimension: int, indices: Tensor) -> nn.Parameter:
 
 
 def _substitute(model: PreTrainedModel, kv_groups: int) -> Substitute | None:
-    """What a model with so many key/value groups comes back as; None where it stays what it is."""
+    """What a model comes back as whose widest block has so many key/value groups; None where it stays what it is."""
     config, substitute = model.config, architecture_of(model).substitute
     heads = kv_groups * _queries_per_group(model)
-    if substitute is None or config.hidden_size % heads == 0:
+    unchanged = heads == config.num_attention_heads
+    if substitute is None or unchanged or config.hidden_size % heads == 0:
         return None
     if any(getattr(config, name) for name in substitute.biases):
         raise UserError(

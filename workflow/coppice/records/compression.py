@@ -1,7 +1,9 @@
 """compression.json of a checkpoint: what takes the place of each linear, by name, and how keys and values are kept.
 
 An entry has a type, which is the name of a stored form (`coppice.models.replacements`), "Masked" or "Linear", and the
-fields that the form needs. `quantized_activations` holds how a module rounds its inputs.
+fields that the form needs. `quantized_activations` holds how a module rounds its inputs. Where a block is narrower than
+config.json states, the entries of its linears have `in_features` and `out_features`, and a norm across heads has the
+type "Norm" and its number of `features`.
 """
 
 from __future__ import annotations

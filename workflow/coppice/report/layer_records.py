@@ -74,11 +74,18 @@ def _blocks(achieved: Mapping[str, Any]) -> Picture:
         row: dict[str, float] = {"blocks kept": int(index not in gone)} if gone else {}
         for kind, title in (("kv_groups", "key/value groups kept"), ("neurons", "neurons kept")):
             if units[kind]["removed"]:
-                row[title] = 0 if index in gone else units[kind]["of"] - units[kind]["removed"]
+                row[title] = 0 if index in gone else _kept(units[kind], index)
         if influence is not None:
             row["block influence"] = influence[index]
         picture[f"layers.{index}"] = row
     return picture
+
+
+def _kept(units: dict[str, Any], index: int) -> int:
+    """How many units of a kind a block keeps; the record holds lists where blocks differ."""
+    if isinstance(units["removed"], list):
+        return units["of"][index] - units["removed"][index]
+    return units["of"] - units["removed"]
 
 
 def _columns(picture: Picture) -> LayerTable:

@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from pydantic import JsonValue
 
@@ -276,11 +277,19 @@ def achieved_lines(manifest: Manifest) -> list[str]:
     """Units that a step removed from the whole model."""
     units = manifest.achieved.get("units", {})
     cut = [
-        f"{entry['removed']} of {entry['of']} {kind.replace('_', ' ')}{'' if kind == 'blocks' else ' of each block'}"
+        _removed_units(kind, entry)
         for kind, entry in (units.items() if isinstance(units, dict) else ())
-        if isinstance(entry, dict) and entry["removed"]
+        if isinstance(entry, dict) and entry["share"]
     ]
     return wrap_lines(f"Removed: {join_words(cut)}.") if cut else []
+
+
+def _removed_units(kind: str, entry: Mapping[str, Any]) -> str:
+    """How many units of a kind a step removed; the record holds lists where blocks differ."""
+    removed, of, name = entry["removed"], entry["of"], kind.replace("_", " ")
+    if isinstance(removed, list):
+        return f"{sum(removed)} of all {sum(of)} {name}"
+    return f"{removed} of {of} {name}{'' if kind == 'blocks' else ' of each block'}"
 
 
 def cost_lines(results: Path, name: str, manifest: Manifest) -> list[str]:

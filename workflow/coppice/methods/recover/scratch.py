@@ -59,10 +59,11 @@ def prepare(model: PreTrainedModel, options: Options) -> PreTrainedModel:
     masks = {linear: kept for linear in linears if (kept := mask(linear)) is not None}
     # On the CPU, so that a seed gives the same weights on every device.
     weights = type(model)(model.config).state_dict()
+    # Narrower blocks take a part: initial weights are drawn independently, each from the same distribution.
     model.requires_grad_(True)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(weights[name])
+            parameter.copy_(weights[name][tuple(map(slice, parameter.shape))])
         for linear, kept in masks.items():
             linear.weight.masked_fill_(~kept, 0)
     mask_gradients(masks)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .activation_quantization import quantize_activations
-from .base import FORMS, Entry, Replaceable, StoredForm
+from .base import FORMS, Entry, Replaceable, StoredForm, factory_of
 
 
 def replaceable_modules(module: nn.Module) -> dict[str, Replaceable]:
@@ -56,8 +57,28 @@ def describe(module: nn.Module) -> Entry:
 
 
 def describe_replacements(model: nn.Module) -> dict[str, Entry]:
-    """The entries of all modules that take a linear's place, by name: what `install` needs to build them again."""
-    return {name: entry for name, module in model.named_modules() if (entry := describe(module))}
+    """The entries of all modules that take a linear's place, by name: what `install` needs to build them again.
+
+    A module whose shape is not the one that the model's config gives it has its own shape in its entry.
+    """
+    with torch.device("meta"):
+        stock = dict(type(model)(model.config).named_modules())
+    entries: dict[str, Entry] = {}
+    for name, module in model.named_modules():
+        shape = _shape(module)
+        # What is not in the stock model, a factor, has a shape that the form around it gives.
+        resized = name in stock and shape != _shape(stock[name])
+        if entry := ({"type": "Linear", **shape, **describe(module)} if resized else describe(module)):
+            entries[name] = entry
+    return entries
+
+
+def _shape(module: nn.Module) -> dict[str, Any]:
+    """The shape of a linear, a stored form or a norm, as it stands in an entry of `compression.json`."""
+    if isinstance(module, (nn.Linear, StoredForm)):
+        return {"in_features": module.in_features, "out_features": module.out_features}
+    weight = module._parameters.get("weight")
+    return {} if weight is None or weight.ndim != 1 else {"type": "Norm", "features": len(weight)}
 
 
 def install(model: nn.Module, entries: Mapping[str, Mapping[str, Any]]) -> None:
@@ -66,6 +87,13 @@ def install(model: nn.Module, entries: Mapping[str, Mapping[str, Any]]) -> None:
         fields = dict(entries[name])
         old: Any = model.get_submodule(name)
         kind, settings = fields.pop("type"), fields.pop("quantized_activations", None)
+        if kind == "Norm":
+            old.weight = nn.Parameter(old.weight.new_ones(fields["features"]))
+            continue
+        if "in_features" in fields:
+            inputs, outputs = fields.pop("in_features"), fields.pop("out_features")
+            old = nn.Linear(inputs, outputs, old.bias is not None, **factory_of(old))
+            model.set_submodule(name, old)
         if kind == "Masked":
             set_masked(old, True)
         # A form brings the forms along that are always parts of it.
