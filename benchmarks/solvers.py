@@ -222,7 +222,7 @@ def peak(size: str, rows: list[str], name: str, device: str) -> float:
         run(weight, moment)
         return torch.cuda.max_memory_allocated() - before
     ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins again
     before = _resident("VmRSS")
     run(weight, moment)
     return _resident("VmHWM") - before

@@ -54,7 +54,7 @@ def test_gptq(problem, group_size, order, kind, agreement):
 
 
 def _groups_of_the_original_weights(weight, moment, bits, group_size, symmetric):
-    """Codes, scales and weights of the sweep in order on grids fixed in advance, which the method itself fits anew."""
+    """Codes, scales and weights of the sweep in order on grids fixed in advance, which the method itself fits again."""
     grid = Grid(bits, symmetric, torch.float32)
     groups = group_of_inputs(weight.shape[1], group_size, weight.device)
     quantizer = Quantizer(grid, group_size, groups, fit_groups(grid, weight, group_size))

@@ -59,7 +59,7 @@ def test_a_file_is_fetched_when_it_is_opened_and_not_before(tmp_path: Path, shar
     assert [path.name for path in node.iterdir()] == ["manifest.json"]
     assert storage.ensure_local(node / "tokenizer").read_text() == "a b c"
     assert not (node / "weights").exists()
-    # What stayed from a node that was made anew elsewhere gives way to what the manifest names.
+    # What stayed from a node that was made again elsewhere gives way to what the manifest names.
     (node / "weights").write_text("3 2 1")
     assert storage.ensure_local(node / "weights").read_text() == "1 2 3"
 
@@ -144,7 +144,7 @@ def test_fetch_goes_by_what_the_storage_holds_whatever_the_clock_here_says(
     stored.write_text("old")
     monkeypatch.chdir(tmp_path)
     assert storage.fetch_results(str(shared), Path("results/demo")) == 1
-    # It was made anew there, as large, and its clock is behind.
+    # It was made again there, as large, and its clock is behind.
     stored.write_text("new")
     os.utime(stored, (1e9, 1e9))
     assert storage.fetch_results(str(shared), Path("results/demo")) == 1

@@ -284,7 +284,7 @@ def test_a_broken_study_is_refused_with_its_sentence(directory):
     assert "There is no key 'sed'. Did you mean 'seed'?" in printed
 
 
-def test_a_changed_method_makes_its_nodes_anew_and_no_others(tmp_path):
+def test_a_changed_method_makes_its_nodes_again_and_no_others(tmp_path):
     tiny_folder(tmp_path)
     (tmp_path / "halving.py").write_text(PLUGIN)
     information = tmp_path / "halving-1.dist-info"
@@ -326,7 +326,7 @@ LAWS = {
 FITTED = ("fit.json", "points.parquet", "samples.parquet", "fit.svg")
 
 
-def test_a_changed_law_is_fitted_anew_and_a_changed_engine_fits_all(
+def test_a_changed_law_is_fitted_again_and_a_changed_engine_fits_all(
     tmp_path: Path, repository: Path, snakemake: Callable
 ):
     """A law that rests on another, as that of compression on p2's, changes with it."""

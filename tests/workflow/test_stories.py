@@ -499,7 +499,7 @@ def test_a_second_run_does_nothing(study: Finished, snakemake: Callable) -> None
     assert "Nothing to be done" in done.stdout
 
 
-def test_a_changed_method_makes_its_nodes_and_what_follows_anew(
+def test_a_changed_method_makes_its_nodes_and_what_follows_again(
     study: Finished, snakemake: Callable, repository: Path
 ) -> None:
     source = repository / "workflow" / "coppice" / "methods" / "prune" / "wanda.py"

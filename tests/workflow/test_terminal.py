@@ -33,7 +33,7 @@ CTRL_C = b"\x03"
 class Screen:
     """What a terminal shows, with what scrolled out above: text, ends of lines, and the escape sequences in use.
 
-    Lines that are too long are wrapped, and wrapped anew when its width changes. `at` is where what comes next is
+    Lines that are too long are wrapped, and wrapped again when its width changes. `at` is where what comes next is
     written: a line and a place in it, both the last ones but after going up, which only a removal may follow.
     """
 
@@ -136,7 +136,7 @@ class Terminal:
         return bool(data)
 
     def next_drawing(self) -> None:
-        """Waits until the display was drawn anew, down to its last stage; a second later it is drawn again."""
+        """Waits until the display was drawn again, down to its last stage; a second later it is drawn again."""
         before, whole = self.drawn, re.compile(r"^  tables .*\n\Z", re.MULTILINE)
         self.until(lambda: self.drawn > before and whole.search(self.screen.text()) is not None)
 

@@ -209,7 +209,7 @@ def check_modules(before: nn.Module, after: nn.Module, manifest: Manifest) -> No
 
 
 def check_accounting(folder: Path, model: nn.Module, manifest: Manifest, root: Manifest) -> None:
-    """The manifest's numbers, counted anew from the file and the modules."""
+    """The manifest's numbers, counted again from the file and the modules."""
     tensors = load_file(folder / "model.safetensors")
     assert manifest.stored_bits.total == 8 * sum(each.numel() * each.element_size() for each in tensors.values())
     assert manifest.stored_bytes == (folder / "model.safetensors").stat().st_size

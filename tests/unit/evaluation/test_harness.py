@@ -68,7 +68,7 @@ def test_solved_examples_change_what_is_read(model, tokenizer):
 
 
 def test_a_head_of_its_own_stays_what_it_is(tokenizer):
-    """The harness ties weights anew where the config says so, although the head was replaced."""
+    """The harness ties weights again where the config says so, although the head was replaced."""
     model = make_model(len(tokenizer))
     model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight))
     before = model.lm_head.weight

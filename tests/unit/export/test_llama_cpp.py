@@ -99,7 +99,7 @@ TEXTS = (
 
 
 class LlamaCpp:
-    """A process that runs llama.cpp, started anew where it has ended."""
+    """A process that runs llama.cpp, started again where it has ended."""
 
     def __init__(self, folder: Path) -> None:
         self.log, self.process = folder / "llama.cpp.log", None

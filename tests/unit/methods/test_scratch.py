@@ -28,7 +28,7 @@ def test_registered():
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_every_weight_is_drawn_anew_at_the_initializers_size_and_norms_begin_at_one(architecture):
+def test_every_weight_is_drawn_again_at_the_initializers_size_and_norms_begin_at_one(architecture):
     parent = tiny_model(architecture)
     model = prepared(architecture=architecture, initializer_range=0.05)
     for name, parameter in model.named_parameters():

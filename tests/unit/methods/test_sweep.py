@@ -53,7 +53,7 @@ def test_trailing_blocks_of_the_factor(factor, statistics):
 
 
 def optimal_brain_sweep(weight, moment, kept):
-    """Prunes input after input of one row at a time, with the inverse of what is left formed anew each time."""
+    """Prunes input after input of one row at a time, with the inverse of what is left formed again each time."""
     weight = weight.clone()
     for j in range(weight.shape[1]):
         inverse = torch.linalg.inv(moment[j:, j:])

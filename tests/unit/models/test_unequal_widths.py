@@ -25,7 +25,7 @@ from coppice.models import modules
 from coppice.models.checkpoint import load_model, read_manifest
 from coppice.models.contracts import Removal
 from coppice.models.densify import export_dense
-from coppice.models.surgery import Widths, achieved, block_widths, remove
+from coppice.models.surgery import Widths, block_widths, describe_removal, remove
 from coppice.records.compression import read_compression
 from coppice.report.layer_records import _blocks
 from coppice.report.show import achieved_lines
@@ -42,7 +42,7 @@ def parameters(model: nn.Module) -> int:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_config_states_the_largest_widths(architecture: str) -> None:
     model = tiny_model(architecture)
-    record, before, config = achieved(model, UNEQUAL), parameters(model), model.config.to_dict()
+    record, before, config = describe_removal(model, UNEQUAL), parameters(model), model.config.to_dict()
     # One block keeps all of its units.
     assert remove(model, UNEQUAL).config.to_dict() == config
     assert record["parameters"]["removed"] == before - parameters(model)
@@ -90,7 +90,7 @@ def test_the_units_of_a_removed_block_do_not_count() -> None:
     removal = Removal(blocks=(1,), neurons=((0, 1), (), (4, 5)))
     model = tiny_model()
     expected = logits(remove(tiny_model(), Removal(blocks=(1,), neurons=((0, 1), (7, 8), (4, 5)))), TOKENS)
-    assert achieved(model, removal)["units"]["neurons"] == {"removed": 2, "of": 48, "share": 2 / 48}
+    assert describe_removal(model, removal)["units"]["neurons"] == {"removed": 2, "of": 48, "share": 2 / 48}
     narrower = remove(model, removal)
     assert narrower.config.intermediate_size == 46
     assert torch.equal(logits(narrower, TOKENS), expected)
@@ -229,7 +229,7 @@ def test_training_from_scratch_draws_weights_of_every_width() -> None:
 
 
 def test_the_report_says_what_each_block_keeps(folders: dict[str, Path]) -> None:
-    record = achieved(tiny_model(), Removal(blocks=(2,), kv_groups=((1,), (), ()), neurons=UNEQUAL.neurons))
+    record = describe_removal(tiny_model(), Removal(blocks=(2,), kv_groups=((1,), (), ()), neurons=UNEQUAL.neurons))
     kept = _blocks(record)
     assert [row["neurons kept"] for row in kept.values()] == [43, 48, 0]
     assert [row["key/value groups kept"] for row in kept.values()] == [3, 4, 0]

@@ -206,7 +206,7 @@ def test_what_follows_from_a_missing_node_is_left(finished: Path, tmp_path: Path
     assert states["tiny/wanda-50/full"] == (False, True)
 
 
-def test_missing_statistics_make_nothing_anew(finished: Path, tmp_path: Path) -> None:
+def test_missing_statistics_make_nothing_again(finished: Path, tmp_path: Path) -> None:
     results = shutil.copytree(finished, tmp_path / "results")
     (results / "statistics/tiny/default/moments/manifest.json").unlink()
     assert left(planned(results)) == {"calibrate": 1}

@@ -4,7 +4,7 @@ Importing what a job needs takes several times as long as what it does on the mo
 
 `hand_over`, in the process that the job's shell command starts, passes its words, folder, environment and open files
 on, and ends as the fork ends. The fork runs `python -m coppice` with them as a new interpreter would: Coppice itself is
-imported anew by each.
+imported again by each.
 """
 
 import json
