@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jsonschema
 import pytest
 import yaml
 from pydantic import Field
 from studies import small_study
 
-from coppice.documentation import config_page, config_schema, laws_page, methods_page
+from coppice.documentation import config_page, config_schema, laws_page, methods_page, packaged, readme_page
 from coppice.documentation.generated import ROOT, outdated_files, write_files
 from coppice.laws import registry as laws
 from coppice.laws.options import LawOptions
@@ -109,3 +111,11 @@ def test_every_key_of_the_config_has_a_description():
         for section in types:
             for key, field in section.model_fields.items():
                 assert field.description or key == "options", f"{section.__name__}.{key} has no description"
+
+
+def test_methods_and_laws_of_other_packages_are_not_in_the_repository(monkeypatch, tmp_path):
+    stranger = dataclasses.replace(methods()["rtn"], name="stranger", file=tmp_path / "stranger.py")
+    monkeypatch.setattr(packaged, "methods", lambda: methods() | {"stranger": stranger})
+    names = [method.name for method in packaged.packaged_methods()]
+    assert sorted(names) == sorted(methods())
+    assert "stranger" not in readme_page.render(ROOT)

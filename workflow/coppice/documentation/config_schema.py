@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from coppice.laws import registry as laws
-from coppice.methods.registry import Method, methods
+from coppice.documentation.packaged import packaged_laws, packaged_methods
+from coppice.laws.contracts import Law
+from coppice.methods.registry import Method
 from coppice.records.base import Json
 from coppice.study.schema import Step, Study
 
@@ -22,8 +23,8 @@ def schema() -> Json:
     """The JSON schema of a study, with the options of every registered method and of every law."""
     study = Study.model_json_schema()
     definitions = study["$defs"]
-    definitions["Step"] = {"oneOf": [step_schema(method, definitions) for method in methods().values()]}
-    definitions["Law"] = {"oneOf": [law_schema(name, definitions) for name in laws.names()]}
+    definitions["Step"] = {"oneOf": [step_schema(method, definitions) for method in packaged_methods()]}
+    definitions["Law"] = {"oneOf": [law_schema(name, law, definitions) for name, law in packaged_laws().items()]}
     items = study["properties"]["recipes"]["items"]
     names = definitions["Recipe"]["properties"]["steps"]["anyOf"][0]
     study["properties"]["recipes"]["items"] = {"anyOf": [names, items]}
@@ -49,9 +50,9 @@ def step_schema(method: Method, definitions: Json) -> Json:
     }
 
 
-def law_schema(name: str, definitions: Json) -> Json:
+def law_schema(name: str, law: Law, definitions: Json) -> Json:
     """The JSON schema of a law of a study; types that its options refer to are added to `definitions`."""
-    options = laws.load(name).options.model_json_schema()
+    options = law.options.model_json_schema()
     definitions.update(options.pop("$defs", {}))
     return {
         "title": name,

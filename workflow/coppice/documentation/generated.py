@@ -13,6 +13,7 @@ from coppice.documentation import (
     formats,
     laws_page,
     methods_page,
+    readme_page,
 )
 from coppice.files import atomic_write
 
@@ -21,7 +22,16 @@ ROOT = Path(__file__).parents[3]
 # Each page from the repository's root, where its hand-written parts are.
 PAGES: dict[Path, Callable[[Path], str]] = {
     page.PATH: page.render
-    for page in (config_schema, config_page, methods_page, laws_page, formats, environment, architecture_page)
+    for page in (
+        architecture_page,
+        config_page,
+        config_schema,
+        environment,
+        formats,
+        laws_page,
+        methods_page,
+        readme_page,
+    )
 }
 
 

@@ -10,8 +10,9 @@ import yaml
 from pydantic import BaseModel
 
 from coppice.documentation.markdown import NOTICE, escape_cell, table
+from coppice.documentation.packaged import packaged_methods
 from coppice.methods.options import Allocation, LayerOptions, MethodOptions, RecoverOptions, TargetOptions
-from coppice.methods.registry import FAMILIES, Method, methods
+from coppice.methods.registry import Method
 
 PATH = Path("docs/methods.md")
 # What studies measured, and the findings.
@@ -36,7 +37,7 @@ def render(root: Path) -> str:
         "| method | family | source | equation | statistics | reach | adds traits | refuses traits |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    ordered = sorted(methods().values(), key=lambda method: (FAMILIES.index(method.family), method.name))
+    ordered = packaged_methods()
     lines += [method_row(method) for method in ordered]
     lines += ["", *measured_section(root)]
     for heading, options in SHARED.items():

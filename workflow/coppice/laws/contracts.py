@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
@@ -14,6 +15,7 @@ from coppice.laws.engine.inference import Profile
 from coppice.laws.engine.points import Columns, Points
 from coppice.laws.engine.search import Fit
 from coppice.laws.options import LawOptions
+from coppice.records.layout import TABLES
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -140,14 +142,31 @@ def _find_wrong_types(law: Law) -> Iterator[str]:
         yield "`rivals` does not map names to Forms"
     if not isinstance(law.held_out, Mapping) or not all(map(callable, law.held_out.values())):
         yield "`held_out` does not map names to functions"
-    for name in ("points", "scales", "notes", "recommend"):
-        if not callable(getattr(law, name)):
+    if isinstance(law.form, Form):
+        yield from _find_wrong_functions(law.form, {"predict": 2, "reduce": 1, "slopes": 2})
+    yield from _find_wrong_functions(law, {"points": 2, "scales": 1, "notes": 1, "recommend": 5, "report": 2})
+
+
+_OPTIONAL = ("slopes", "report")
+
+
+def _find_wrong_functions(owner: Law | Form, arguments: Mapping[str, int]) -> Iterator[str]:
+    for name, count in arguments.items():
+        function = getattr(owner, name)
+        if function is None and name in _OPTIONAL:
+            continue
+        if not callable(function):
             yield f"`{name}` is not a function"
-    if law.report is not None and not callable(law.report):
-        yield "`report` is not a function"
+            continue
+        try:
+            inspect.signature(function).bind(*range(count))
+        except (TypeError, ValueError):
+            yield f"`{name}` does not take the {count} argument{'s' * (count > 1)} that it is called with"
 
 
 def _find_contradictions(law: Law) -> Iterator[str]:
+    if unknown := sorted(set(law.needs) - set(TABLES)):
+        yield f"`needs` names {', '.join(unknown)}; the tables are {', '.join(TABLES)}"
     if law.columns.get("run") is not str:
         yield "`columns` has no `run` of type `str`, which the bootstrap draws"
     numbers = {name for name, kind in law.columns.items() if kind is float}

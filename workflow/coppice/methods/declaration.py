@@ -102,6 +102,8 @@ class Declaration:
         """Raises TypeError with a sentence for the first field that is not what it must be."""
         if not isinstance(self.source, Source):
             raise TypeError(f"`source` is {self.source!r}, not a Source")
+        if not all(isinstance(text, str) for text in vars(self.source).values()):
+            raise TypeError(f"`source` is {self.source!r}, whose fields are not all texts")
         if not (isinstance(self.options, type) and issubclass(self.options, self.options_base)):
             raise TypeError(f"`options` is {self.options!r}, not a class that extends {self.options_base.__name__}")
         if not isinstance(self.draws, bool):

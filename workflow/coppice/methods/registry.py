@@ -195,9 +195,14 @@ def _plug_in(entry_point: EntryPoint) -> Method:
     except Exception as error:  # The module is not ours: whatever it raises, the user needs its name.
         raise UserError(
             f"Method {entry_point.name!r} ({entry_point.value}) cannot be registered: "
-            f"{str(error).rstrip('.') or type(error).__name__}. Fix that package, or uninstall it."
+            f"{_sentence(error)} Fix that package, or uninstall it."
         ) from error
     return read_declaration(entry_point.name, getattr(module, "FAMILY", None), module)
+
+
+def _sentence(error: Exception) -> str:
+    text = str(error) or type(error).__name__
+    return text if text.endswith((".", "?")) else f"{text}."
 
 
 def _register(registered: dict[str, Method], method: Method) -> None:

@@ -81,9 +81,10 @@ def form_of(entry: Entry) -> type[Replacement]:
 class Replacement:
     """What a layer method puts in a linear's place, and the record of how (numbers that go into the manifest).
 
-    Of a class: integer_grid: whether weights are on a uniform grid that integer units can multiply. pack_quantized:
-    whether they are stored as compressed-tensors stores such grids. factorized: whether the weight is a product of
-    parts. keeps_linear: whether the linear stays, with its weight as ordinary numbers.
+    Of a class: integer_grid: whether weights are on a uniform grid that integer units can multiply, with the grid's
+    `bits` among the module's `fields()`. pack_quantized: whether they are stored as compressed-tensors stores such
+    grids. factorized: whether the weight is a product of parts. keeps_linear: whether the linear stays, with its weight
+    as ordinary numbers.
     """
 
     integer_grid: ClassVar[bool] = False

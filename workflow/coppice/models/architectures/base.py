@@ -13,7 +13,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
@@ -212,6 +212,11 @@ class Architecture:
             (linears["up"], (linears["down"],)),
         )
         return tuple(SharedInput(producer, consumers) for producer, consumers in candidates if producer is not None)
+
+
+def resembling(other: Architecture, **changes: Any) -> Architecture:
+    """Another architecture with changes; its `substitute` and `gguf`, true of that one alone, are not inherited."""
+    return replace(other, **({"substitute": None, "gguf": None} | changes))
 
 
 def model_types() -> tuple[str, ...]:

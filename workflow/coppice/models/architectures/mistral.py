@@ -6,8 +6,9 @@ it is written as a llama.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from coppice.models.architectures import llama
+from coppice.models.architectures.base import resembling
 
-ARCHITECTURE = replace(llama.ARCHITECTURE, model_type="mistral", class_prefix="Mistral", substitute=None)
+ARCHITECTURE = resembling(
+    llama.ARCHITECTURE, model_type="mistral", class_prefix="Mistral", gguf=llama.ARCHITECTURE.gguf
+)

@@ -14,12 +14,10 @@ transformers 5.23 does not read it from GGUF.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from coppice.models.architectures import llama
-from coppice.models.architectures.base import Norms, QueryKeyNorms
+from coppice.models.architectures.base import Norms, QueryKeyNorms, resembling
 
-ARCHITECTURE = replace(
+ARCHITECTURE = resembling(
     llama.ARCHITECTURE,
     model_type="olmo2",
     class_prefix="Olmo2",
@@ -28,6 +26,4 @@ ARCHITECTURE = replace(
         after_mlp="post_feedforward_layernorm",
         across_heads=QueryKeyNorms("self_attn.q_norm", "self_attn.k_norm"),
     ),
-    substitute=None,
-    gguf=None,
 )

@@ -6,16 +6,13 @@ after the first `max_window_layers`.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from coppice.models.architectures import llama
-from coppice.models.architectures.base import Gguf
+from coppice.models.architectures.base import Gguf, resembling
 
-ARCHITECTURE = replace(
+ARCHITECTURE = resembling(
     llama.ARCHITECTURE,
     model_type="qwen2",
     class_prefix="Qwen2",
     leading_blocks=("max_window_layers",),
-    substitute=None,
     gguf=Gguf("qwen2"),
 )

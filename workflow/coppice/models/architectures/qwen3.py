@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from coppice.models.architectures import qwen2
-from coppice.models.architectures.base import Gguf, QueryKeyNorms
+from coppice.models.architectures.base import Gguf, QueryKeyNorms, resembling
 
-ARCHITECTURE = replace(
+ARCHITECTURE = resembling(
     qwen2.ARCHITECTURE,
     model_type="qwen3",
     class_prefix="Qwen3",

@@ -6,15 +6,12 @@ whether it has them (1) or not (0), and moves with the blocks. transformers 5.23
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from coppice.models.architectures import llama
+from coppice.models.architectures.base import resembling
 
-ARCHITECTURE = replace(
+ARCHITECTURE = resembling(
     llama.ARCHITECTURE,
     model_type="smollm3",
     class_prefix="SmolLM3",
     per_block=("layer_types", "no_rope_layers"),
-    substitute=None,
-    gguf=None,
 )
