@@ -7,7 +7,6 @@ removes units, and `models.rotation` and `models.kv_cache` do what the two other
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 import time
 from collections.abc import Mapping
@@ -20,6 +19,7 @@ from coppice.errors import UserError
 from coppice.methods import registry
 from coppice.methods.options import LayerOptions
 from coppice.methods.registry import Method
+from coppice.methods.step_argument import parse_step
 from coppice.models.adapter import write_adapter
 from coppice.models.checkpoint import computing_dtype, load_model, read_manifest, save_checkpoint, stored_dtype
 from coppice.records.base import Json
@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--statistics", type=Path, action="append", default=[], help="folder of one kind (repeatable)")
     parser.add_argument("--tokens", type=Path, help="folder of the calibration windows, for steps that read them")
     parser.add_argument("--reference", type=Path, help="checkpoint from before compression; for compensate methods")
-    parser.add_argument("--step", required=True, type=json.loads, help='JSON: {"name", "method", "options"}')
+    parser.add_argument("--step", required=True, type=parse_step, help='JSON: {"name", "method", "options"}')
     parser.add_argument("--seed", type=int, default=0, help="the study's seed")
     parser.add_argument("--output", required=True, type=Path, help="folder of the checkpoint")
 

@@ -30,6 +30,7 @@ from coppice.methods.declaration import (
     TrainingMethod,
 )
 from coppice.methods.options import MethodOptions, TargetOptions
+from coppice.records import renamed
 from coppice.records.source_files import imported_files
 
 # The contracts that a family's methods may have.
@@ -143,6 +144,8 @@ class Method:
 
     def validate_options(self, options: Mapping[str, Any]) -> MethodOptions:
         """The options, checked. Raises UserError with every problem in one sentence."""
+        if sentence := renamed_options_sentence(options, self.options):
+            raise UserError(f"The options of method {self.name!r} are not valid: {sentence}")
         try:
             return self.options.model_validate(options)
         except ValidationError as error:
@@ -214,6 +217,28 @@ def _register(registered: dict[str, Method], method: Method) -> None:
 def method(name: str) -> Method:
     """The method of that name. Raises UserError, with the nearest known name, for an unknown one."""
     known = methods()
+    if (new := current_name(name)) != name:
+        raise UserError(f"The method `{name}` is now `{new}`; rename it.")
     if name not in known:
         raise UserError(f"{name!r} is not a method.{did_you_mean(name, known)}")
     return known[name]
+
+
+def current_name(name: str) -> str:
+    """The name that a method has in this version, by the one that an older version wrote."""
+    new = renamed.METHODS.get(name, name)
+    return new if new in methods() else name
+
+
+def current_options(options: Mapping[str, Any], options_class: type[MethodOptions]) -> dict[str, Any]:
+    """Options under the names that the class has for them, by those that an older version wrote."""
+    known = options_class.model_fields
+    names = {old: new for old, new in renamed.OPTIONS.items() if new in known and old not in known}
+    return {names.get(key, key): value for key, value in options.items()}
+
+
+def renamed_options_sentence(options: Mapping[str, Any], options_class: type[MethodOptions]) -> str:
+    """The new name of each option that is given by its old one; empty without such."""
+    # Key by key, as the old and the new name of one option may both be given.
+    new_names = {old: next(iter(current_options({old: None}, options_class))) for old in options}
+    return " ".join(f"The option `{old}` is now `{new}`; rename it." for old, new in new_names.items() if old != new)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import inspect
-import json
 import tempfile
 import time
 from collections.abc import Mapping
@@ -21,6 +20,7 @@ from coppice.files import fingerprint, sha256
 from coppice.methods import registry, training
 from coppice.methods.options import RecoverOptions
 from coppice.methods.registry import Method
+from coppice.methods.step_argument import parse_step
 from coppice.records.base import Json
 from coppice.records.manifest import Manifest, Provenance, RecoveryRecord, StepRecord
 from coppice.recovery import distributed
@@ -64,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dense", type=Path, required=True, help="checkpoint of the dense root")
     parser.add_argument("--tokens", type=Path, required=True, help="windows to train on")
     parser.add_argument("--validation", type=Path, required=True, help="windows of the held-out loss")
-    parser.add_argument("--step", type=json.loads, required=True, help="the step as JSON: name, method, options")
+    parser.add_argument("--step", type=parse_step, required=True, help="the step as JSON: name, method, options")
     parser.add_argument("--gpus", type=int, default=0, help="GPUs that train together (default: 0, those of the step)")
     parser.add_argument(
         "--budgets", type=_parse_budgets, default=(), help="ladder of token budgets, separated by commas"

@@ -17,6 +17,7 @@ from coppice import storage
 from coppice.errors import UserError
 from coppice.files import sha256
 from coppice.methods.options import MethodOptions
+from coppice.methods.registry import current_name, current_options
 from coppice.models.sources import locate
 from coppice.records.base import Json
 from coppice.records.manifest import Manifest, RecoveryRecord, StepRecord
@@ -24,7 +25,6 @@ from coppice.records.tokens import TokenSet
 from coppice.study import tree
 from coppice.study.schema import FileText, HubModel, Study
 from coppice.study.schema.evaluations import protocols
-from coppice.study.schema.steps import current_method, current_options
 from coppice.study.tree import calibration_of
 
 # Options that do not change what a step computes: on how many GPUs it trains.
@@ -60,7 +60,7 @@ def refuse_other_node(study: Study, node: tree.Node, manifest: Manifest, path: P
 def _recorded_step(recorded: StepRecord, options: type[MethodOptions]) -> Json:
     """The method and the options of a recorded step, under the names of this version."""
     return {
-        "method": current_method(recorded.method),
+        "method": current_name(recorded.method),
         **_add_defaults(options, current_options(recorded.options, options)),
     }
 

@@ -8,9 +8,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, model_serializer, model_validator
 
 from coppice.methods.options import MethodOptions, RecoverOptions
-from coppice.methods.registry import method, methods
-from coppice.records import renamed
-from coppice.records.base import Json
+from coppice.methods.registry import method, renamed_options_sentence
 from coppice.study.schema import texts
 from coppice.study.schema.section import refuse_unknown_keys, unknown_name
 
@@ -39,9 +37,9 @@ class Step(BaseModel):
         name, calibration = options.pop("method", None), options.pop("calibration", None)
         if not isinstance(name, str):
             raise ValueError("A step needs the key 'method' with the name of a method.")
-        _refuse_renamed_method(name)
         options_class = method(name).options
-        _refuse_renamed_options(options, options_class)
+        if sentence := renamed_options_sentence(options, options_class):
+            raise ValueError(sentence)
         refuse_unknown_keys(options, ["calibration", *options_class.model_fields], f"{name} option")
         return {"method": name, "calibration": calibration, "options": options_class.model_validate(options)}
 
@@ -49,31 +47,6 @@ class Step(BaseModel):
     def _flatten(self) -> dict[str, object]:
         calibration = {} if self.calibration is None else {"calibration": self.calibration}
         return {"method": self.method, **calibration, **self.options.model_dump(mode="json")}
-
-
-def current_method(name: str) -> str:
-    """The name that a method has in this version, by the one that an older version wrote."""
-    new = renamed.METHODS.get(name, name)
-    return new if new in methods() else name
-
-
-def current_options(options: Mapping[str, Any], options_class: type[MethodOptions]) -> Json:
-    """Options under the names that the class has for them, by those that an older version wrote."""
-    known = options_class.model_fields
-    names = {old: new for old, new in renamed.OPTIONS.items() if new in known and old not in known}
-    return {names.get(key, key): value for key, value in options.items()}
-
-
-def _refuse_renamed_method(name: str) -> None:
-    if (new := current_method(name)) != name:
-        raise ValueError(f"The method `{name}` is now `{new}`; rename it.")
-
-
-def _refuse_renamed_options(options: Mapping[str, Any], options_class: type[MethodOptions]) -> None:
-    pairs = zip(options, current_options(options, options_class), strict=True)
-    sentences = [f"The option `{old}` is now `{new}`; rename it." for old, new in pairs if old != new]
-    if sentences:
-        raise ValueError(" ".join(sentences))
 
 
 def problems(study: Study) -> Iterator[str]:
