@@ -14,6 +14,7 @@ import yte
 from snakemake.settings.enums import Quietness
 from snakemake_interface_logger_plugins.common import LogEvent
 from snakemake_interface_logger_plugins.registry import LoggerPluginRegistry
+
 from snakemake_logger_plugin_coppice import LogHandler, LogHandlerSettings
 from snakemake_logger_plugin_coppice.progress import Progress, job_name, job_weight
 
