@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from coppice.errors import UserError
-from coppice.files import atomic_directory, atomic_write, read_json, write_json
+from coppice.files import atomic_directory, atomic_write, read_json, read_json_object, write_json
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
@@ -87,3 +87,15 @@ def test_broken_json_names_the_file(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "manifest.json").write_bytes(content)
     with pytest.raises(UserError, match=r"manifest\.json is not valid JSON"):
         read_json(tmp_path / "manifest.json")
+
+
+def test_a_folder_in_the_place_of_json_is_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"manifest\.json cannot be read: Is a directory\."):
+        (tmp_path / "manifest.json").mkdir()
+        read_json(tmp_path / "manifest.json")
+
+
+def test_json_that_is_not_an_object_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(UserError, match=r"config\.json is not a JSON object"):
+        read_json_object(tmp_path / "config.json")

@@ -107,6 +107,16 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path} does not exist.") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid JSON ({error}); remove it and run again.") from error
+    except OSError as error:  # a folder, or not readable
+        raise UserError(f"{path} cannot be read: {_reason(error)}.") from error
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Reads JSON that maps names to values. Raises UserError, naming the file, when it is missing, broken or other."""
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is not a JSON object; it is damaged or was edited by hand: remove it and run again.")
+    return content
 
 
 def sha256(path: Path) -> str:

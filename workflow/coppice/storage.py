@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 from uuid import uuid4
 
 from coppice.errors import UserError
-from coppice.files import atomic_write, read_json, sha256, write_json
+from coppice.files import atomic_write, read_json, read_json_object, sha256, write_json
 
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
@@ -86,7 +86,7 @@ def ensure_local(path: Path, manifest: str = "manifest.json") -> Path:
 def _recorded_digest(path: Path, manifest: str) -> str | None:
     """The SHA-256 of a file that the manifest next to it names; None where it names none."""
     record = path.with_name(manifest)
-    entry = read_json(record).get("files", {}).get(path.name) if record.is_file() else None
+    entry = read_json_object(record).get("files", {}).get(path.name) if record.is_file() else None
     return entry["sha256"] if isinstance(entry, Mapping) else entry
 
 

@@ -148,7 +148,7 @@ def fitted(missing: tuple[int, float] | None = None, spread: float = 0.02, **rep
     known = {"low": None, "high": None, "identified": True, "spread": 0.0}
     whole: dict[str, Any] = {
         "law": "p2",
-        "source": {"equation": "L"},
+        "source": {"title": "P2", "equation": "L"},
         "options": {"gain": 0.01},
         "units": {
             "loss": {"unit": "nats per token", "scale": 1.0},

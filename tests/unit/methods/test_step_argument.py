@@ -46,11 +46,11 @@ def test_a_malformed_step_of_each_stage_is_no_fault(stage: str, capsys: pytest.C
 @pytest.mark.parametrize("given", [{"linears": ["q_proj"]}, {"linears": ["q_proj"], "target_modules": ["q_proj"]}])
 def test_an_old_option_is_refused_with_its_new_name(given: dict[str, Any]) -> None:
     with pytest.raises(
-        UserError, match="^The options of method 'magnitude' are not valid: The option `linears` is now"
+        UserError, match=r"^The options of method 'magnitude' are not valid: The option `linears` is now"
     ):
         method("magnitude").validate_options({"sparsity": 0.5, **given})
 
 
 def test_an_old_method_is_refused_with_its_new_name() -> None:
-    with pytest.raises(UserError, match="^The method `round-inputs` is now `activation-quant`; rename it.$"):
+    with pytest.raises(UserError, match=r"^The method `round-inputs` is now `activation-quant`; rename it.$"):
         method("round-inputs")

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from coppice.errors import UserError
 from coppice.records.arrow import read_parquet
 from coppice.records.base import Record
+from coppice.records.compression import read_compression
 from coppice.records.curve import CurvePoint, read_curve, write_curve
 from coppice.records.fit import FitRecord
 from coppice.records.manifest import Manifest
@@ -62,6 +63,40 @@ def test_a_fit_is_written_as_the_law_reported_it(tmp_path: Path) -> None:
     assert json.loads(path.read_text()) == before
     assert fit.target_and_unit == ("loss", "nats per token")
     assert fit.own_errors["larger_model"].sentence("loss", "nats") == "It needs three dense sizes."
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"source": {"title": "P2"}}, "lacks 'source.equation'"),
+        ({"units": {}}, "lacks 'units.loss'"),
+        ({"law": "chinchilla"}, r"lacks 'held_out\.\w+\.chinchilla'"),
+        ({"options": {}}, "lacks 'options.huber'"),
+        ({"profiles": {"zeta": {}}}, "lacks 'parameters.zeta', of which it has a profile"),
+    ],
+)
+def test_a_fit_whose_parts_do_not_fit_each_other_is_refused(
+    change: dict[str, Any], problem: str, tmp_path: Path
+) -> None:
+    path = write_results(tmp_path / "demo") / "laws/p2/fit.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(UserError, match=rf"fit\.json {problem}; it is damaged"):
+        FitRecord.read(path)
+
+
+@pytest.mark.parametrize("content", ["[]", '{"a": 3}', '{"a": {}}', '{"a": {"type": 3}}'])
+def test_a_damaged_compression_json_is_refused_by_name(content: str, tmp_path: Path) -> None:
+    (tmp_path / "compression.json").write_text(content)
+    with pytest.raises(UserError, match=r"compression\.json(: the entry 'a' has no type;| is not a JSON object;)"):
+        read_compression(tmp_path)
+
+
+@pytest.mark.parametrize("version", [True, 0, -1, "2"])
+def test_a_format_that_is_not_a_number_from_1_on_is_refused(version: Any, tmp_path: Path) -> None:
+    path = tmp_path / "manifest.json"
+    path.write_text(json.dumps(manifest().to_json() | {"format_version": version}))
+    with pytest.raises(UserError, match="which is not a number from 1 on"):
+        Manifest.read(path)
 
 
 def test_further_keys_of_a_metric_are_its_details(tmp_path: Path) -> None:

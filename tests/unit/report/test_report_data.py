@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from fake_results import BUDGETS, fake_study, log
 
+from coppice.errors import UserError
 from coppice.records.fit import FitRecord
 from coppice.records.layout import ResultsLayout
 from coppice.report import data as page
@@ -158,8 +159,19 @@ def test_no_line_of_a_law_without_values_and_no_band_without_refits(results: Pat
     assert law_lines(FitRecord.model_validate(fit), folder, {RUN})[RUN].low is None
     fit["parameters"]["beta"]["value"] = None
     assert law_lines(FitRecord.model_validate(fit), folder, {RUN}) == {}
-    other = FitRecord.model_validate(fit | {"law": "learning-curve", "parameters": {}})
+    other = FitRecord.model_validate(fit | {"law": "learning-curve", "parameters": {}, "held_out": {}, "profiles": {}})
     assert law_lines(other, folder, {RUN}) == {}
+
+
+def test_a_damaged_fit_is_refused_by_name(results: Path) -> None:
+    folder = results / "laws/p2"
+    fit = FitRecord.read(folder / "fit.json")
+    with pytest.raises(UserError, match=r"fit\.json lacks the parameter 'D_C'; fit the law again\."):
+        law_lines(fit.model_copy(update={"parameters": {}}), folder, {RUN})
+    for name in ("samples.parquet", "points.parquet"):
+        (folder / name).write_bytes(b"PAR1")
+        with pytest.raises(UserError, match=rf"{name} is not a whole Parquet file"):
+            law_lines(fit, folder, {RUN})
 
 
 def with_layers(results: Path, node: str, **changes: Any) -> None:

@@ -33,6 +33,8 @@ def read_statistics(directory: Path, model_fingerprint: str) -> Statistics:
 def read_statistics_file(directory: Path, name: str, manifest: Statistics) -> dict[str, Tensor]:
     """The tensors of one file of statistics. Raises UserError when it is not the file that the manifest describes."""
     path = Path(directory) / name
+    if name not in manifest.files:
+        raise UserError(f"{directory}/manifest.json does not name the file {name!r}; calibrate again.")
     if not storage.fetch_verified(path, manifest.files[name]):
         raise UserError(f"{path} is not the file that its manifest describes; calibrate again.")
     return read_tensors(path)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from coppice import storage
 from coppice.data.sources import describe
 from coppice.errors import UserError
-from coppice.files import read_json, sha256
+from coppice.files import read_json_object, sha256
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -75,4 +75,4 @@ def beginning_token(directory: Path, tokenizer: Tokenizer) -> int:
 
 def optional_json(path: Path) -> Mapping[str, Any]:
     """The content of a checkpoint's JSON file; empty where the file does not exist."""
-    return read_json(path) if storage.ensure_local(path).is_file() else {}
+    return read_json_object(path) if storage.ensure_local(path).is_file() else {}

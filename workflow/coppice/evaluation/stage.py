@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from coppice import storage
 from coppice.errors import UserError
-from coppice.files import atomic_directory, describe_files, fingerprint, read_json
+from coppice.files import atomic_directory, describe_files, fingerprint, read_json_object
 from coppice.records.base import Json
 from coppice.records.metrics import Item, Metric, Metrics
 
@@ -244,7 +244,7 @@ def measure_cost(
     from coppice.models.architectures.base import architecture
 
     # The libraries' own memory does not count as the model's, so they are imported before the baseline is taken.
-    architecture(read_json(storage.ensure_local(model_directory / "config.json"))["model_type"]).classes()
+    architecture(read_json_object(storage.ensure_local(model_directory / "config.json"))["model_type"]).classes()
     baseline = cost.resident_bytes()
     model = checkpoint.load_model(model_directory, device)
     metrics = cost.measure(

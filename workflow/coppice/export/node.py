@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from coppice import storage
-from coppice.files import read_json
+from coppice.files import read_json_object
 from coppice.models.checkpoint import read_manifest, save_checkpoint, stored_dtype
 from coppice.models.replacements import Replacement, form_of
 from coppice.records.compression import Entries, linear_entries, read_compression
@@ -55,7 +55,7 @@ class Written(NamedTuple):
 def read_node(folder: Path) -> Node:
     """Raises UserError when the folder is not a checkpoint."""
     manifest = read_manifest(folder)
-    config = read_json(storage.ensure_local(folder / "config.json"))
+    config = read_json_object(storage.ensure_local(folder / "config.json"))
     return Node(folder, manifest, config, linear_entries(read_compression(folder)))
 
 

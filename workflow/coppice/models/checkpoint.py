@@ -26,7 +26,7 @@ from torch import Tensor
 
 from coppice import __version__, storage
 from coppice.errors import UserError
-from coppice.files import atomic_directory, describe_files, fingerprint, read_json, write_json
+from coppice.files import atomic_directory, describe_files, fingerprint, read_json_object, write_json
 from coppice.models import modules
 from coppice.models.modules.kv_cache import install_cache
 
@@ -73,7 +73,7 @@ def load_model(directory: Path, device: str = "cpu", dtype: torch.dtype | None =
     directory = Path(directory)
     manifest = read_manifest(directory)
     verify_files(directory, manifest)
-    config = read_json(directory / "config.json")
+    config = read_json_object(directory / "config.json")
     model = build_model(directory, config, read_compression(directory))
     load_weights(model, directory, dtype or computing_dtype(directory, device))
     return model.to(device)
@@ -205,7 +205,7 @@ def save_checkpoint(
 
 def stored_dtype(directory: Path) -> torch.dtype:
     """The dtype in which a checkpoint's floating tensors are stored."""
-    config = read_json(storage.ensure_local(Path(directory) / "config.json"))
+    config = read_json_object(storage.ensure_local(Path(directory) / "config.json"))
     return DTYPES[config.get("dtype", config.get("torch_dtype", "float32"))]
 
 

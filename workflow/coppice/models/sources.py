@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from coppice.errors import UserError
-from coppice.files import read_json, sha256
+from coppice.files import read_json_object, sha256
 from coppice.records.manifest import Provenance, Source
 
 SHIPPED = Path(__file__).parents[3] / "resources" / "models"
@@ -38,7 +38,7 @@ def import_root(node: str, source: Mapping[str, str], seed: int, output: Path) -
 
     started = time.monotonic()
     folder = locate(source)
-    config = read_json(folder / "config.json")
+    config = read_json_object(folder / "config.json")
     if "quantization_config" in config:
         raise UserError(f"{folder} is already quantized; a root must be dense.")
     model = build_model(folder, config, {})

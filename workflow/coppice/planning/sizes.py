@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from coppice import storage
 from coppice.evaluation import roofline
-from coppice.files import read_json
+from coppice.files import read_json_object
 from coppice.models.architectures.base import UNITS, Shape, Unit, shape_of
 from coppice.records.manifest import Manifest
 from coppice.study import tree
@@ -51,7 +51,7 @@ def node_sizes(study: Study, results: Path) -> dict[str, Size | None]:
 def size_of_checkpoint(folder: Path) -> Size:
     """From a node's manifest and config."""
     manifest = Manifest.read(folder / "manifest.json")
-    config = read_json(storage.ensure_local(folder / "config.json"))
+    config = read_json_object(storage.ensure_local(folder / "config.json"))
     return Size(
         shape_of(config),
         config["num_hidden_layers"],
@@ -76,7 +76,7 @@ def size_of_source(source: Model) -> Size | None:
         if not isinstance(cached, str):
             return None
         folder = Path(cached).parent
-    config = read_json(folder / "config.json")
+    config = read_json_object(folder / "config.json")
     shape, bits = shape_of(config), number_bits(config)
     weights = sum(inputs * outputs for inputs, outputs in shape.linears().values()) * shape.layers
     if files := list(folder.glob("*.safetensors")):

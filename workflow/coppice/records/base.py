@@ -10,7 +10,7 @@ from typing import ClassVar, Self
 from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 
 from coppice.errors import UserError
-from coppice.files import read_json, write_json
+from coppice.files import read_json_object, write_json
 
 Json = dict[str, JsonValue]
 # Json that is only read.
@@ -45,12 +45,10 @@ class Record(Part):
 
         Raises UserError where the file is missing, damaged, or of a newer format.
         """
-        content = read_json(path)
-        if not isinstance(content, dict):
-            raise _damage_error(path, "is not a JSON object")
+        content = read_json_object(path)
         version = content.pop("format_version", 1)
-        if not isinstance(version, int):
-            raise _damage_error(path, f"has format_version {version!r}, which is not a number")
+        if type(version) is not int or version < 1:
+            raise _damage_error(path, f"has format_version {version!r}, which is not a number from 1 on")
         if version > cls.FORMAT_VERSION:
             raise UserError(
                 f"{path} has format {version}, this version of Coppice reads up to {cls.FORMAT_VERSION}; use a newer "
@@ -79,6 +77,8 @@ def _problem(error: ValidationError) -> str:
     """The first problem that validation found, as the end of a sentence about the file."""
     problem = error.errors()[0]
     place = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "value_error":  # of a record's own check, which says it all
+        return str(problem["ctx"]["error"])
     if problem["type"] == "missing":
         return f"lacks {place!r}"
     return f"has a wrong value of {place!r} ({problem['msg'][0].lower()}{problem['msg'][1:]})"

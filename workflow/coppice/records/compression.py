@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from coppice import storage
-from coppice.files import read_json
+from coppice.errors import UserError
+from coppice.files import read_json_object
 
 Entry = Mapping[str, Any]
 Entries = Mapping[str, Entry]
@@ -32,8 +33,17 @@ RENAMED_FIELDS = {"rounded_inputs": "quantized_activations"}
 
 
 def read_compression(folder: Path) -> dict[str, Entry]:
-    """The entries of a checkpoint's compression.json, fetched where a store is named; old names as today's."""
-    entries = read_json(storage.ensure_local(folder / FILE))
+    """The entries of a checkpoint's compression.json, fetched where a store is named; old names as today's.
+
+    Raises UserError, naming the file, where it is missing, damaged, or an entry has no type.
+    """
+    path = storage.ensure_local(folder / FILE)
+    entries = read_json_object(path)
+    for name, entry in entries.items():
+        if not isinstance(entry, Mapping) or (name != CACHE and not isinstance(entry.get("type"), str)):
+            raise UserError(
+                f"{path}: the entry {name!r} has no type; it is damaged or was edited by hand: recompute the node."
+            )
     return {name: with_current_names(entry) for name, entry in entries.items()}
 
 

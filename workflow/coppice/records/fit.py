@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Self
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, model_validator
 
 from coppice.formatting import number, target_of
 from coppice.records.base import Column, Json, Part, Record
@@ -104,6 +104,25 @@ class FitRecord(Record):
         default_factory=dict
     )
     passes: Annotated[Passes | None, Column("The law's own tests; absent in files of early versions.")] = None
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> Self:
+        """Raises ValueError, which says what the file lacks, where its parts do not fit each other."""
+        problems = [
+            *(f"lacks 'source.{key}'" for key in ("title", "equation") if key not in self.source),
+            *(f"lacks 'held_out.{test}.{self.law}'" for test, forms in self.held_out.items() if self.law not in forms),
+            *(
+                f"lacks 'parameters.{name}', of which it has a profile"
+                for name in self.profiles.keys() - self.parameters
+            ),
+        ]
+        if self.target is not None and self.target not in self.units:
+            problems.append(f"lacks 'units.{self.target}'")
+        if self.objective is not None:
+            problems += [f"lacks 'options.{key}'" for key in ("huber", "residuals") if key not in self.options]
+        if problems:
+            raise ValueError(problems[0])
+        return self
 
     def to_json(self) -> Json:
         """What the file holds. It has borne no format_version so far; the key comes with its second format."""

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from coppice.errors import UserError
-from coppice.files import fingerprint, sha256
+from coppice.files import fingerprint, read_json_object, sha256
 from coppice.methods import registry, training
 from coppice.methods.options import RecoverOptions
 from coppice.methods.registry import Method
@@ -221,7 +221,6 @@ def _check_windows(windows: Windows, held_out: Windows, parent: Path, options: R
     from coppice import storage
     from coppice.data.tokenizer import check_tokenizer
     from coppice.data.windows import assert_disjoint
-    from coppice.files import read_json
 
     for use, used in (("training", windows), ("validation", held_out)):
         check_tokenizer(parent, used)
@@ -230,7 +229,9 @@ def _check_windows(windows: Windows, held_out: Windows, parent: Path, options: R
                 f"The {use} windows have {used.manifest.length} tokens, but the step's length is {options.length}; "
                 "tokenize the text with that length."
             )
-    limit = read_json(storage.ensure_local(parent / "config.json")).get("max_position_embeddings", options.length)
+    limit = read_json_object(storage.ensure_local(parent / "config.json")).get(
+        "max_position_embeddings", options.length
+    )
     if options.length > limit:
         raise UserError(f"length is {options.length}, but the model of {parent} reads {limit} at most; shorten it.")
     assert_disjoint(windows, held_out)

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 
+from coppice.errors import UserError
 from coppice.laws import registry as laws
 from coppice.laws.engine.forms import Form, Parameters, parameter_columns
 from coppice.laws.engine.points import Points
+from coppice.records.arrow import read_parquet
 from coppice.records.fit import FitRecord
 
 _WITHIN, _BEYOND = 45, 16  # tokens at which a line is drawn: among the points fitted, and after the last of them
@@ -39,7 +40,9 @@ def law_lines(fit: FitRecord, folder: Path, nodes: set[str]) -> dict[str, Line]:
         return {}
     if not path.exists():
         return {}
-    table = pq.read_table(path, columns=list(law.columns))
+    if missing := set(law.form.parameters) - set(values):
+        raise UserError(f"{folder / 'fit.json'} lacks the parameter {min(missing)!r}; fit the law again.")
+    table = read_parquet(path, list(law.columns))
     points = {name: np.asarray(table[name].to_pylist()) for name in table.column_names}
     scales = {name: entry.scale for name, entry in fit.units.items() if entry.scale and name in points}
     drawn = _samples(law.form, folder / "samples.parquet")
@@ -51,7 +54,7 @@ def _samples(form: Form, path: Path) -> Parameters | None:
     """The bootstrap's parameters [k, 1]; None where there was none."""
     if not path.exists():
         return None
-    table = pq.read_table(path)
+    table = read_parquet(path, list(form.parameters))
     if not len(table):
         return None
     return parameter_columns(form, np.column_stack([table[name].to_numpy() for name in form.parameters]))

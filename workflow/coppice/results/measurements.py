@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from coppice.errors import UserError
 from coppice.evaluation import roofline
-from coppice.files import read_json
+from coppice.files import read_json_object
 from coppice.records.arrow import read_parquet
 from coppice.records.compression import read_compression
 from coppice.records.layout import ResultsLayout
@@ -99,7 +99,7 @@ def roofline_rows(study: Study, section: Roofline, node: str, path: Path) -> lis
     """The rows of costs that follow from a checkpoint's config.json, which is at `path`, and its compression.json."""
     settings = section.model_dump()
     sparse = settings.pop("sparse_kernels") and is_two_to_four(study, node)
-    config, entries = read_json(path), read_compression(path.parent)
+    config, entries = read_json_object(path), read_compression(path.parent)
     try:
         model = roofline.model_of_node(config, entries, sparse)
         return roofline.rows(node, model, config["max_position_embeddings"], **settings)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field, Tag, model_validator
 
-from coppice.files import read_json
+from coppice.files import read_json_object
 from coppice.models.architectures.base import model_types
 from coppice.models.sources import SHIPPED
 from coppice.study.schema.section import PINNED, Section, discriminate_by_key, unknown_name
@@ -71,6 +71,6 @@ def _folder_problems(place: str, path: Path) -> Iterator[str]:
     if not (path / "config.json").is_file():
         yield f"{place}: {path} is not a model folder: it has no config.json (looked in {Path.cwd()})."
         return
-    model_type = read_json(path / "config.json").get("model_type")
+    model_type = read_json_object(path / "config.json").get("model_type")
     if model_type not in MODEL_TYPES:
         yield f"{place}: {path} is a model of type {model_type!r}; supported are {', '.join(MODEL_TYPES)}."
