@@ -211,3 +211,22 @@ def test_export_writes_a_dense_checkpoint(tmp_path: Path) -> None:
     tokens = tiny_tokens()
     expected = logits(load_model(node), tokens)
     assert torch.allclose(logits(load_model(tmp_path / "dense"), tokens), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (["study", "study.yaml", "--config", "seed: 1"], "argument --config: 'seed: 1' is not JSON"),
+        (["salvage", "study.yaml", "--config", "[]"], "argument --config: '[]' does not map names to values"),
+        (["evaluate", "--evaluation", "[]"], "argument --evaluation: '[]' does not map names to values"),
+        (["root", "--source", "3"], "argument --source: '3' does not map names to values"),
+        (["tokenize", "--text", "null"], "argument --text: 'null' does not map names to values"),
+    ],
+)
+def test_json_of_another_kind_is_refused_by_the_argument(
+    words: list[str], problem: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    assert ended.value.code == 2
+    assert problem in capsys.readouterr().err

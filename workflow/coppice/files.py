@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import os
@@ -117,6 +118,19 @@ def read_json_object(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path} is not a JSON object; it is damaged or was edited by hand: remove it and run again.")
     return content
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """The JSON of an argument that maps names to values. Raises argparse's error for anything else."""
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not JSON ({error}); quote it for the shell, as in '{{\"name\": 1}}'"
+        ) from None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} does not map names to values, as '{{\"name\": 1}}' does")
+    return value
 
 
 def sha256(path: Path) -> str:

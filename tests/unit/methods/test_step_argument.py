@@ -21,26 +21,22 @@ def refusal(step: str, capsys: pytest.CaptureFixture[str]) -> str:
     ("step", "problem"),
     [
         ("half", "is not JSON"),
-        ("[]", "is not a mapping"),
+        ("[]", "does not map names to values"),
         ('{"options": {"target_modules": ["q_proj"]}}', "lacks 'name'"),
         ('{"name": "x", "method": "magnitude"}', "lacks 'options'"),
         ('{"name": "x", "method": 3, "options": {}}', "has a wrong value of 'method'"),
         ('{"name": "x", "method": "magnitude", "options": []}', "has a wrong value of 'options'"),
     ],
 )
-def test_what_is_not_a_step_is_refused_with_an_example(
-    step: str, problem: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    error = refusal(step, capsys)
-    assert problem in error
-    assert '"options": {"sparsity": 0.5}' in error
+def test_what_is_not_a_step_is_refused(step: str, problem: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert problem in refusal(step, capsys)
 
 
 @pytest.mark.parametrize("stage", ["compress", "recover"])
 def test_a_malformed_step_of_each_stage_is_no_fault(stage: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main([stage, "--step", "[]"])
-    assert "is not a mapping" in capsys.readouterr().err
+    assert "does not map names to values" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("given", [{"linears": ["q_proj"]}, {"linears": ["q_proj"], "target_modules": ["q_proj"]}])

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from coppice.errors import UserError
 from coppice.tracking.salvage import worth_salvaging
 
 
@@ -23,3 +24,8 @@ def test_failures_of_more_than_tracking_are(tmp_path: Path, text: str, worth: bo
     log = tmp_path / "snakemake.log"
     log.write_text(text)
     assert worth_salvaging([log]) == worth
+
+
+def test_a_log_that_cannot_be_read_is_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"The log .*snakemake\.log cannot be read: No such file or directory\."):
+        worth_salvaging([tmp_path / "snakemake.log"])

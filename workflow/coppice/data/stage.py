@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 from coppice.data.splits import ROLES
 from coppice.data.windows import save_windows, tokenize
+from coppice.files import json_object
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `coppice tokenize`."""
     parser.add_argument("--tokenizer", type=Path, required=True, help="checkpoint whose tokenizer.json is used")
-    parser.add_argument("--text", type=json.loads, required=True, help="the text, as JSON")
+    parser.add_argument("--text", type=json_object, required=True, help="the text, as JSON")
     parser.add_argument("--role", choices=ROLES, required=True, help="which split of the text")
     parser.add_argument("--windows", type=int, default=0, help="how many windows; 0: all")
     parser.add_argument("--length", type=int, required=True, help="tokens in a window")

@@ -6,7 +6,6 @@ One evaluation loads the model once. An item row is an answer choice (or a score
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from coppice import storage
 from coppice.errors import UserError
-from coppice.files import atomic_directory, describe_files, fingerprint, read_json_object
+from coppice.files import atomic_directory, describe_files, fingerprint, json_object, read_json_object
 from coppice.records.base import Json
 from coppice.records.metrics import Item, Metric, Metrics
 
@@ -38,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--node", required=True, help="the node's name")
     parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="the node's checkpoint")
     parser.add_argument("--name", required=True, metavar="EVALUATION", help="the evaluation's name")
-    parser.add_argument("--evaluation", type=json.loads, required=True, metavar="JSON", help="the evaluation")
+    parser.add_argument("--evaluation", type=json_object, required=True, metavar="JSON", help="the evaluation")
     parser.add_argument(
         "--tokens",
         type=parse_protocol_directory,
@@ -99,12 +98,14 @@ def evaluate(
         "cost": measure_cost,
         "connectivity": partial(measure_connectivity, other=other),
     }
-    metrics, items, fingerprints = measures[evaluation["kind"]](model, manifest, evaluation, tokens, device)
+    if (kind := evaluation.get("kind")) not in measures:
+        raise UserError(f"The evaluation {name!r} has the kind {kind!r}; it must be one of {', '.join(measures)}.")
+    metrics, items, fingerprints = measures[kind](model, manifest, evaluation, tokens, device)
     refuse_infinite(node, metrics, items)
     identity = {
         "node": node,
         "evaluation": name,
-        "kind": evaluation["kind"],
+        "kind": kind,
         "model_fingerprint": manifest.fingerprint,
         **({"other_fingerprint": checkpoint.read_manifest(other).fingerprint} if other else {}),
         "tokens_fingerprints": fingerprints,

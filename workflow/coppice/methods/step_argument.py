@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import json
 from typing import Any
+
+from coppice.files import json_object
 
 _KEYS = {"name": str, "method": str, "options": dict}
 _FORM = (
@@ -14,12 +15,7 @@ _FORM = (
 
 def parse_step(text: str) -> dict[str, Any]:
     """The step of a command line. Raises argparse's error where it is no JSON, or lacks a key; options are not read."""
-    try:
-        step = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not JSON ({error}); write such as {_FORM}") from None
-    if not isinstance(step, dict):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a mapping; write such as {_FORM}")
+    step = json_object(text)
     wrong = [key for key, kind in _KEYS.items() if not isinstance(step.get(key), kind)]
     if wrong:
         problem = "has a wrong value of" if wrong[0] in step else "lacks"

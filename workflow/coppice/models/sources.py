@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
 
 from coppice.errors import UserError
-from coppice.files import read_json_object, sha256
+from coppice.files import json_object, read_json_object, sha256
 from coppice.records.manifest import Provenance, Source
 
 SHIPPED = Path(__file__).parents[3] / "resources" / "models"
@@ -17,7 +16,7 @@ SHIPPED = Path(__file__).parents[3] / "resources" / "models"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--node", required=True, help="the root's name in the study")
-    parser.add_argument("--source", required=True, type=json.loads, help="JSON: path, hub and revision, or shipped")
+    parser.add_argument("--source", required=True, type=json_object, help="JSON: path, hub and revision, or shipped")
     parser.add_argument("--seed", type=int, default=0, help="the study's seed")
     parser.add_argument("--output", required=True, type=Path, help="folder of the checkpoint")
 

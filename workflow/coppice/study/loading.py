@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from coppice.errors import UserError
-from coppice.files import atomic_write
+from coppice.files import atomic_write, json_object
 from coppice.records.base import Json
 from coppice.study import tree
 from coppice.study.schema import Study, calibrations, evaluations, laws, models, names, recipes, steps, texts
@@ -119,7 +119,7 @@ def merge(value: Any, changes: Any) -> Any:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `coppice study`."""
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="the study, in YAML; later files add keys")
-    parser.add_argument("--config", default={}, type=json.loads, metavar="JSON", help="keys that override the files'")
+    parser.add_argument("--config", default={}, type=json_object, metavar="JSON", help="keys that override the files'")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the effective study here; print nothing")
 
 

@@ -7,7 +7,6 @@ are whole and stay as they are. A run that was interrupted has not failed: whoev
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 from collections.abc import Iterable
@@ -15,7 +14,7 @@ from pathlib import Path
 
 from coppice import storage
 from coppice.errors import UserError
-from coppice.files import write_json
+from coppice.files import json_object, write_json
 from coppice.records.layout import ResultsLayout
 from coppice.report.stage import write_report
 from coppice.results.collection import write_tables
@@ -29,7 +28,7 @@ INTERRUPTED = "Terminating processes on user request"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `coppice salvage`."""
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="the study, in YAML; later files add keys")
-    parser.add_argument("--config", default={}, type=json.loads, metavar="JSON", help="keys that win over the files'")
+    parser.add_argument("--config", default={}, type=json_object, metavar="JSON", help="keys that win over the files'")
     parser.add_argument("--results", required=True, type=Path, help="folder of the study's results")
     parser.add_argument("--uri", help="MLflow tracking URI (default: the study's)")
     parser.add_argument("--fetch", action="store_true", help="fetch the small results from the store first")
@@ -47,7 +46,10 @@ def run(arguments: argparse.Namespace) -> None:
 
 def worth_salvaging(logs: Iterable[Path]) -> bool:
     """Whether a run failed in more than its tracking, by what Snakemake logged."""
-    text = "".join(log.read_text(encoding="utf-8") for log in logs)
+    try:
+        text = "".join(log.read_text(encoding="utf-8") for log in logs)
+    except OSError as error:
+        raise UserError(f"The log {error.filename} cannot be read: {error.strerror}.") from error
     failed = set(re.findall(r"Error in rule (\w+)", text))
     return INTERRUPTED not in text and failed != {"track"}
 
