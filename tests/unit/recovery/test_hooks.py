@@ -40,7 +40,6 @@ TOGETHER = """
 import json, shutil, sys
 import gradual, together
 from coppice.recovery import distributed
-from coppice.recovery.state import StateFile
 
 gradual.register()
 save = StateFile.save
