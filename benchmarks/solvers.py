@@ -236,7 +236,7 @@ def _resident(name: str) -> int:
 def peaks(size: str, rows: list[str], names: list[str], arguments: argparse.Namespace) -> dict[str, float]:
     """Each run in a process of its own, forked from one that has imported what they need."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "coppice.methods.contracts", "crosscheck.libraries"])
+    context.set_forkserver_preload(["torch", "coppice.methods.registry", "crosscheck.libraries"])
     found = {}
     for name in names:
         with context.Pool(1) as pool:

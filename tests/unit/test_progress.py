@@ -240,3 +240,13 @@ def test_names_and_weights_of_jobs() -> None:
     assert job_name([], ["out.txt"]) == "out.txt"
     assert job_weight("""coppice recover --step '{"options": {"tokens": 96000, "length": 64}}'""") == 96_000
     assert job_weight(None) == 1
+
+
+def test_a_quiet_run_that_is_stopped_counts_no_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With --quiet Snakemake does not report which jobs are done."""
+    shown = handler(monkeypatch, stream := io.StringIO(), quiet={Quietness.PROGRESS})
+    tell(shown, LogEvent.RUN_INFO, stats={"compress": 2, "total": 2})
+    start(shown, 1, "compress", "a", 1.0)
+    shown.stop()
+    shown.close()
+    assert stream.getvalue() == "Stopped. What is done stays; the same command goes on from there.\n"

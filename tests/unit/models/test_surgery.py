@@ -270,14 +270,33 @@ def test_biases_of_every_linear():
         (Removal(kv_groups=((0, 1, 2, 3),) * 3), "takes all 4 kv_groups of block 0"),
         (Removal(blocks=(0, 1, 2)), "takes all 3 blocks"),
         (Removal(blocks=(3,)), "blocks outside 0..2"),
+        (Removal(blocks=(1.5,)), "blocks that are not whole numbers"),
     ],
 )
 def test_a_removal_that_does_not_fit_is_refused(removal, sentence):
     model = tiny_model()
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(ValueError, match=sentence):
-        remove(model, removal)
+    for use in (describe_removal, remove):
+        with pytest.raises(UserError, match=sentence):
+            use(model, removal)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("weight", "sentence"),
+    [
+        ([0.0], "the method returned list as its new weight, not a tensor"),
+        (float("nan"), "the method returned a new weight with NaN or infinite values, as torch"),
+        (1e39, "the method returned a new weight with NaN or infinite values, as torch.float32"),
+    ],
+)
+def test_a_new_weight_that_is_not_a_finite_tensor_is_refused(weight, sentence):
+    model = tiny_model().float()
+    name = "model.layers.0.self_attn.q_proj"
+    if isinstance(weight, float):
+        weight = torch.full(model.get_submodule(name).weight.shape, weight, dtype=torch.float64)
+    with pytest.raises(UserError, match=f"^{name}: {sentence}"):
+        remove(model, Removal(blocks=(1,), weights={name: weight}))
 
 
 LLAMA_3_8B = {

@@ -40,7 +40,6 @@ TOGETHER = """
 import json, shutil, sys
 import gradual, together
 from coppice.recovery import distributed
-from coppice.recovery.state import StateFile
 
 gradual.register()
 save = StateFile.save
@@ -254,3 +253,12 @@ def test_a_parameter_in_no_group_is_named(place: Path, tmp_path: Path, monkeypat
 def test_a_broken_contract_is_refused_when_it_is_declared(change: dict[str, Any], sentence: str) -> None:
     with pytest.raises(TypeError, match=sentence):
         replace(gradual.METHOD, **change)
+
+
+@pytest.mark.parametrize("extra", [3, [torch.ones(1)], {"buffer": 3}], ids=["number", "list", "number by name"])
+def test_a_state_that_is_no_mapping_of_tensors_is_refused(extra: Any, tmp_path: Path) -> None:
+    model = torch.nn.Linear(2, 2)
+    file = StateFile(tmp_path / "state.safetensors", {})
+    with pytest.raises(UserError, match="The method's `state` did not return a mapping of names to tensors"):
+        file.save(model, torch.optim.AdamW(model.parameters()), Progress(), extra)
+    assert not (tmp_path / "state.safetensors").exists()

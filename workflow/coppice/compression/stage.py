@@ -1,7 +1,7 @@
 """Makes a node from its parent with a prune, decompose, quantize or compensate method.
 
 `inputs` reads what the method needs. `layer_pass` runs a layer method over the blocks, `structure` a method that
-removes units, and `models.rotation` and `models.kv_cache` do what the two other contracts ask for.
+removes units, and `models.rotation` and `models.modules.kv_cache` do what the two other contracts ask for.
 """
 
 from __future__ import annotations

@@ -50,9 +50,9 @@ def remove(model: PreTrainedModel, removal: Removal) -> PreTrainedModel:
 
     Indices, and the entries of `kv_groups` and `neurons`, count the blocks of the model as it comes in. A model whose
     remaining heads do not divide hidden_size comes back as its architecture's substitute, where there is one: the same
-    computation on the same weights. New weights are put in place before blocks go. Raises ValueError when the removal
-    does not fit the model. Raises UserError when a model with biases would need a substitute that has none, or when a
-    new weight does not fit its linear, which the sentence names.
+    computation on the same weights. New weights are put in place before blocks go. Raises UserError when the removal
+    does not fit the model, when a model with biases would need a substitute that has none, or when a new weight does
+    not fit its linear or is not finite there, which the sentence names.
     """
     widths = block_widths(model)
     _check(removal, widths)
@@ -82,9 +82,11 @@ def describe_removal(model: PreTrainedModel, removal: Removal) -> Json:
     units: of each kind how many are removed of how many, and the share. Key/value groups and neurons: in each block
     that stays, where these blocks are alike; else lists over all blocks, of which removed ones lose all, and the share
     is that of the blocks that stay together. parameters: how many are removed, and their share of the blocks'
-    parameters and of the model's (tied embeddings counted once).
+    parameters and of the model's (tied embeddings counted once). Raises UserError when the removal does not fit the
+    model.
     """
     widths, family = block_widths(model), architecture_of(model)
+    _check(removal, widths)
     removed = _removed_widths(removal, len(widths))
     kept = [index for index in range(len(widths)) if index not in removal.blocks]
     counts = [sum(parameter.numel() for parameter in block.parameters()) for block in blocks(model)]
@@ -158,18 +160,20 @@ def _check(removal: Removal, widths: Sequence[Widths]) -> None:
         if not rows:
             continue
         if len(rows) != len(widths):
-            raise ValueError(f"A removal of {kind} names {len(rows)} blocks, but the model has {len(widths)}.")
+            raise UserError(f"A removal of {kind} names {len(rows)} blocks, but the model has {len(widths)}.")
         for index, (row, width) in enumerate(zip(rows, widths, strict=True)):
             _check_indices(f"{kind} of block {index}", row, getattr(width, kind))
 
 
 def _check_indices(what: str, indices: Sequence[int], count: int) -> None:
     if len(set(indices)) < len(indices):
-        raise ValueError(f"A removal names one of the {what} twice.")
+        raise UserError(f"A removal names one of the {what} twice.")
+    if not all(isinstance(index, int) for index in indices):
+        raise UserError(f"A removal names {what} that are not whole numbers.")
     if indices and not 0 <= min(indices) <= max(indices) < count:
-        raise ValueError(f"A removal names {what} outside 0..{count - 1}.")
+        raise UserError(f"A removal names {what} outside 0..{count - 1}.")
     if len(indices) >= count:
-        raise ValueError(f"A removal takes all {count} {what}; at least one must stay.")
+        raise UserError(f"A removal takes all {count} {what}; at least one must stay.")
 
 
 def _remove_kv_groups(model: PreTrainedModel, removed: Sequence[Sequence[int]]) -> None:
@@ -221,12 +225,18 @@ def _put_weights(model: PreTrainedModel, removal: Removal) -> None:
             raise UserError(
                 f"{name}: the method returned a new weight for it, and no linear of that name stays whole in the model."
             )
+        if not isinstance(weight, Tensor):
+            raise UserError(f"{name}: the method returned {type(weight).__name__} as its new weight, not a tensor.")
         if weight.shape != linear.weight.shape:
             raise UserError(
                 f"{name}: the method returned a new weight of shape {tuple(weight.shape)}, and after the removal the "
                 f"linear has {tuple(linear.weight.shape)}."
             )
         linear.weight.copy_(weight)
+        if not torch.isfinite(linear.weight).all():
+            raise UserError(
+                f"{name}: the method returned a new weight with NaN or infinite values, as {linear.weight.dtype}."
+            )
 
 
 def _remove_blocks(model: PreTrainedModel, removed: Sequence[int]) -> None:

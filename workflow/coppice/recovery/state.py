@@ -71,6 +71,8 @@ class StateFile:
                     tensors[f"optimizer.{key}.{name}"] = value
                 else:
                     values.setdefault(name, {})[key] = value
+        if not isinstance(extra, Mapping) or not all(isinstance(tensor, Tensor) for tensor in extra.values()):
+            raise UserError("The method's `state` did not return a mapping of names to tensors.")
         tensors |= {f"method.{name}": tensor for name, tensor in extra.items()}
         complete = dict(_whole_tensors(tensors))
         if distributed.rank():

@@ -149,7 +149,9 @@ class LogHandler(LogHandlerBase):
         """The last sentence of a run that was stopped, once."""
         if not self.left:
             self.left = True
-            done = f" with {self.progress.done()} of {self.progress.total()} jobs done" if self.progress.totals else ""
+            # With --quiet Snakemake does not report which jobs are done.
+            counted = self.view != "failures" and self.progress.totals
+            done = f" with {self.progress.done()} of {self.progress.total()} jobs done" if counted else ""
             self.answer(f"Stopped{done}. What is done stays; the same command goes on from there.")
 
     def answer(self, text: str) -> None:

@@ -3,7 +3,7 @@
 Kang et al., GEAR: An Efficient KV Cache Compression Recipe for Near-Lossless Generative Inference of LLM (arXiv
 2403.05527), X ~ X^ + L + S: X^ rounded, L = Q P^T of rank r for each head by power iteration, S the largest and the
 smallest values. Without outliers it is GEAR-L; with group_size -1 its grids are the paper's "KCVT". The mathematics are
-in `models.kv_cache`.
+in `models.modules.kv_cache`.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Liu et al., KIVI: A Tuning-Free Asymmetric 2bit Quantization for KV Cache (arXiv 2402.02750), section 3. A grid of 2^b
 levels from the minimum to the maximum of g consecutive tokens of a key's channel, or of g consecutive channels of a
 value's token. Tokens that do not fill a window stay as they are, values too (in the paper the newest values always do).
-The mathematics are in `models.kv_cache`, without its low-rank and its sparse part.
+The mathematics are in `models.modules.kv_cache`, without its low-rank and its sparse part.
 """
 
 from __future__ import annotations
