@@ -40,6 +40,7 @@ TOGETHER = """
 import json, shutil, sys
 import gradual, together
 from coppice.recovery import distributed
+from coppice.recovery.state import StateFile
 
 gradual.register()
 save = StateFile.save
